@@ -1,0 +1,20 @@
+"""Bireme: distributed inference by tensor and pipeline parallelism, with every second accounted for."""
+
+from typing import TYPE_CHECKING, Any
+
+from bireme.request import CompletionOutput, RequestOutput, SamplingParams
+
+if TYPE_CHECKING:
+    from bireme.engine.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`LLM` brings torch; the rest of the package's floor does not need it."""
+    if name == "LLM":
+        from bireme.engine.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

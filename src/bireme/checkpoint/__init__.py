@@ -1,0 +1,1 @@
+"""Checkpoints and artifacts: read, shard, load, prove, export."""

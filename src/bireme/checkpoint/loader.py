@@ -1,0 +1,71 @@
+"""Fills a rank's parameters: each pulls its own boxes, and every element is filled exactly once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from bireme.checkpoint.names import NameMap
+from bireme.checkpoint.reader import TensorSource, bits_dtype
+from bireme.config import DTYPE_BYTES
+from bireme.errors import ConfigError
+from bireme.parallel.layers import named_layouts
+from bireme.parallel.layout import Piece, as_slices, box_shape, volume
+
+TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
+_FROM_FILE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BITS = {2: torch.uint16, 4: torch.uint32}
+
+
+@dataclass(frozen=True)
+class LoadStats:
+    """Bytes in the source's own dtypes, and elements filled and padded."""
+
+    num_source_bytes: int
+    num_filled: int
+    num_padded: int
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """ConfigError for a dtype that weights cannot have."""
+    if name not in TORCH_DTYPES:
+        raise ConfigError(f"dtype {name} is not supported; supported are {', '.join(TORCH_DTYPES)}")
+    dtype: torch.dtype = TORCH_DTYPES[name]
+    return dtype
+
+
+def load_parameters(model: nn.Module, source: TensorSource, names: NameMap) -> LoadStats:
+    """Reads every parameter's pieces into it, in its own dtype and on its device.
+
+    `names` was matched strictly both ways before; a layout whose pieces overlap raises here.
+    """
+    num_bytes = num_filled = num_padded = 0
+    for _, module, attribute, layout in named_layouts(model):
+        layout.check()
+        parameter = getattr(module, attribute).data
+        if layout.num_padding:
+            parameter.zero_()
+        for piece in layout.pieces:
+            num_bytes += _fill(parameter, piece, source, names)
+        num_filled += layout.num_elements - layout.num_padding
+        num_padded += layout.num_padding
+    return LoadStats(num_bytes, num_filled, num_padded)
+
+
+def _fill(parameter: torch.Tensor, piece: Piece, source: TensorSource, names: NameMap) -> int:
+    there = names.source(piece.source)
+    file_dtype = source.tensors[there.name].dtype
+    target = parameter[as_slices(piece.local)]
+    for _ in range(len(piece.local) - len(piece.box)):  # the expert dim of stacked experts
+        target = target.squeeze(0)
+    dtype = _FROM_FILE[file_dtype]
+    if target.dtype == dtype and target.device.type == "cpu":
+        source.read(there, piece.box, target.view(_BITS[dtype.itemsize]).numpy())
+    else:
+        bits = np.empty(box_shape(piece.box), dtype=bits_dtype(file_dtype))
+        source.read(there, piece.box, bits)
+        target.copy_(torch.from_numpy(bits).view(dtype))
+    return volume(piece.box) * dtype.itemsize

@@ -1,0 +1,149 @@
+"""Frozen settings of a run, validated where they are made and never written back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bireme.errors import ConfigError
+
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+LoadFormat = Literal["auto", "dummy"]
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_SIZE_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base ** (power + 1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT")
+}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of '16MiB', '24 GB', '1.5GiB' or '4096' (SI prefixes are powers of ten)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
+    unit = match and {name.lower(): size for name, size in _SIZE_UNITS.items()}.get(match[2].lower())
+    if not match or unit is None:
+        raise ConfigError(f"memory size {text!r} is not a size; write it like 16MiB or 24GB")
+    return int(float(match[1]) * unit)
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people: '13.6 MiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    if abs(num_bytes) < 1024:
+        return f"{num_bytes:.2f} GiB"
+    return f"{num_bytes / 1024:.2f} TiB"
+
+
+def parse_ints(text: str, what: str) -> tuple[int, ...]:
+    """'3,2' -> (3, 2)."""
+    try:
+        values = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{what} {text!r} is not a list of whole numbers like 3,2") from None
+    if any(value < 1 for value in values):
+        raise ConfigError(f"{what} {text!r} must be positive; the smallest size is 1")
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is cut: one tensor-parallel width a stage, and which layers a stage holds.
+
+    `layers_per_stage` None means balanced by cost.
+    """
+
+    widths: tuple[int, ...] = (1,)
+    layers_per_stage: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.widths or min(self.widths) < 1:
+            raise ConfigError(f"tensor_parallel_size {self.widths} must be at least 1 in every stage")
+        given = self.layers_per_stage
+        if given is not None and len(given) != len(self.widths):
+            raise ConfigError(
+                f"layers_per_stage {','.join(map(str, given))} names {len(given)} stages, "
+                f"but there are {len(self.widths)}; give one number a stage"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        tensor_parallel_size: int | tuple[int, ...] = 1,
+        pipeline_parallel_size: int | None = None,
+        layers_per_stage: tuple[int, ...] | None = None,
+    ) -> ParallelConfig:
+        """From the two sizes; a tuple of widths is one a stage and implies the number of stages."""
+        widths = tensor_parallel_size
+        if isinstance(widths, int) or len(widths) == 1:
+            width = widths if isinstance(widths, int) else widths[0]
+            stages = pipeline_parallel_size
+            if stages is None:
+                stages = len(layers_per_stage) if layers_per_stage else 1
+            if stages < 1:
+                raise ConfigError(f"pipeline_parallel_size={stages} must be at least 1")
+            widths = (width,) * stages
+        elif pipeline_parallel_size not in (None, len(widths)):
+            raise ConfigError(
+                f"tensor_parallel_size {','.join(map(str, widths))} names {len(widths)} stages, but "
+                f"pipeline_parallel_size is {pipeline_parallel_size}; give one width a stage"
+            )
+        return cls(widths=widths, layers_per_stage=layers_per_stage)
+
+    @property
+    def world_size(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def pp_size(self) -> int:
+        return len(self.widths)
+
+    def __str__(self) -> str:
+        if len(set(self.widths)) == 1:
+            return f"tp {self.widths[0]} x pp {self.pp_size}"
+        return f"tp {','.join(map(str, self.widths))} (pp {self.pp_size})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Everything that a run needs beside the model: limits, device and formats.
+
+    `memory_limit_bytes` bounds the tensors of one rank; None means what the device has.
+    `devices` maps rank i to CUDA device devices[i]; None means rank i on device i.
+    """
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    dtype: DType = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: tuple[int, ...] | None = None
+    load_format: LoadFormat = "auto"
+    seed: int = 0
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    gpu_memory_utilization: float = 0.9
+    memory_limit_bytes: int | None = None
+    step_timeout_s: float = 300.0
+    start_timeout_s: float = 900.0
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"max_model_len={self.max_model_len} must be at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
+            )
+        world = self.parallel.world_size
+        if self.devices is not None and len(self.devices) != world:
+            raise ConfigError(
+                f"devices {','.join(map(str, self.devices))} names {len(self.devices)} devices "
+                f"for {world} ranks; give one a rank"
+            )

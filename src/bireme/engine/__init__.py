@@ -1,0 +1,1 @@
+"""From scheduled batches to tokens, on one process a rank."""

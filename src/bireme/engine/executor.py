@@ -1,0 +1,134 @@
+"""The executor of real workers: one process a rank, steps out, outputs back in order."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bireme.checkpoint.names import NameMap
+from bireme.config import EngineConfig
+from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Output
+from bireme.engine.pool import WorkerPool, World
+from bireme.errors import EngineError
+from bireme.model_config import ModelConfig
+from bireme.parallel.mesh import Mesh
+from bireme.request import ScheduledBatch, StepOutput
+from bireme.trace import Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlan:
+    """Everything that the ranks are told to become one model; made before any process starts."""
+
+    model: ModelConfig
+    config: EngineConfig
+    layers_per_stage: tuple[int, ...]
+    folder: Path | None
+    names: NameMap
+    num_blocks: int
+    max_model_len: int
+    dtype: str
+    devices: tuple[str, ...]
+
+    @property
+    def rank_names(self) -> list[str]:
+        widths = self.config.parallel.widths
+        return [Mesh(widths, rank).name for rank in range(sum(widths))]
+
+
+def threads_per_rank(num_ranks: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+class WorkerExecutor:
+    """Ranks of one model in processes of `pool`."""
+
+    def __init__(self, plan: WorkerPlan, pool: WorkerPool) -> None:
+        self._plan = plan
+        self._waiting: deque[tuple[int, int]] = deque()
+        self._world = World(pool, plan.rank_names)
+        try:
+            self._join()
+            self.loaded = self._load()
+        except BaseException:
+            self._abandon(pool)
+            raise
+
+    def _abandon(self, pool: WorkerPool) -> None:
+        if not self._world.is_broken:
+            self._world.close()
+            pool.close()
+
+    def _join(self) -> None:
+        plan, world = self._plan, len(self._plan.devices)
+        with tempfile.TemporaryDirectory(prefix="bireme-") as folder:
+            for rank, device in enumerate(plan.devices):
+                command = Join(
+                    widths=plan.config.parallel.widths,
+                    rank=rank,
+                    store_path=str(Path(folder) / "store"),
+                    device=device,
+                    num_threads=threads_per_rank(world),
+                    timeout_s=plan.config.step_timeout_s,
+                )
+                self._world.send(rank, command)
+            self._world.gather(plan.config.start_timeout_s, "joining the other ranks")
+
+    def _load(self) -> list[Loaded]:
+        plan = self._plan
+        self._world.send_all(
+            Load(
+                model=plan.model,
+                config=plan.config,
+                layers_per_stage=plan.layers_per_stage,
+                folder=str(plan.folder) if plan.folder else None,
+                names=plan.names,
+                num_blocks=plan.num_blocks,
+                max_model_len=plan.max_model_len,
+                dtype=plan.dtype,
+            )
+        )
+        replies = self._world.gather(plan.config.start_timeout_s, "loading its weights")
+        return [reply for reply in replies if isinstance(reply, Loaded)]
+
+    @property
+    def is_broken(self) -> bool:
+        """True once a rank failed: its world is gone."""
+        return self._world.is_broken
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        self._waiting.append((batch.incarnation, batch.step_id))
+        self._world.send_all(Execute(batch))
+
+    def collect(self) -> StepOutput:
+        expected = self._waiting[0]
+        reply = self._world.next_reply(self._plan.config.step_timeout_s, f"executing step {expected[1]}")
+        if not isinstance(reply, Output):
+            raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")
+        output = reply.output
+        if (output.incarnation, output.step_id) != expected:
+            raise EngineError(f"step {output.step_id} was answered where {expected[1]} was expected")
+        self._waiting.popleft()
+        return output
+
+    def capture(self, folder: Path | None, *, probes: bool = False) -> None:
+        """From the next step on, ranks write what they compute under `folder`; None stops it."""
+        self._world.send_all(Capture(str(folder) if folder else None, probes))
+        self._world.gather(self._plan.config.step_timeout_s, "starting to capture")
+
+    def spans(self) -> dict[str, list[Span]]:
+        """Every rank's spans, by the rank's name."""
+        names: Sequence[str] = self._plan.rank_names
+        return {name: rank.spans.read() for name, rank in zip(names, self._world.ranks, strict=True)}
+
+    def close(self) -> None:
+        """Ranks drop the model and leave; their processes stay with the pool."""
+        if self._world.is_broken:
+            return
+        self._world.send_all(Leave())
+        self._world.gather(self._plan.config.step_timeout_s, "leaving")
+        self._world.close()

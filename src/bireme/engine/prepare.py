@@ -1,0 +1,208 @@
+"""From a model and a configuration to a plan, before any process starts.
+
+Everything that can be refused is refused here: an unsupported architecture, a layout that cannot
+be, a missing tensor, more ranks than devices, a model larger than the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from bireme.checkpoint.artifact import Artifact
+from bireme.checkpoint.hub import resolve_model
+from bireme.checkpoint.names import NameMap
+from bireme.checkpoint.opener import match_source, open_folder
+from bireme.config import DTYPE_BYTES, EngineConfig, ParallelConfig, format_bytes
+from bireme.engine.executor import WorkerPlan
+from bireme.errors import CapacityError, ConfigError
+from bireme.model_config import ModelConfig, from_hf, read_json
+from bireme.models.registry import family_of, model_layout
+from bireme.parallel.layout import ModelLayout
+from bireme.parallel.memory import RankMemory, model_memory
+
+_CPU_SHARE = 0.5  # of the free memory that the ranks' tensors may take together
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model folder, its config, and the ids that end its answers."""
+
+    name: str
+    folder: Path
+    config: ModelConfig
+    eos_token_ids: frozenset[int]
+
+
+def prepare_model(model: str, *, needs_weights: bool = True) -> PreparedModel:
+    """Finds the model and reads its configs."""
+    folder = resolve_model(model, needs_weights=needs_weights)
+    hf = read_json(folder / "config.json")
+    config = from_hf(hf)
+    family_of(config)
+    generation = folder / "generation_config.json"
+    eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", hf.get("eos_token_id"))
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return PreparedModel(model, folder, config, frozenset(ids))
+
+
+def resolve_dtype(config: ModelConfig, engine: EngineConfig) -> str:
+    dtype = config.dtype if engine.dtype == "auto" else engine.dtype
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"dtype {dtype} is not supported; supported are {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+def resolve_devices(engine: EngineConfig) -> tuple[str, ...]:
+    """One device a rank; ConfigError for CUDA where there is none, or more ranks than GPUs."""
+    world = engine.parallel.world_size
+    if engine.device == "cpu":
+        if engine.devices is not None:
+            raise ConfigError("devices maps ranks to GPUs; it goes with device cuda, not with cpu")
+        return ("cpu",) * world
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        if engine.device == "cuda" or engine.devices is not None:
+            raise ConfigError("device cuda was asked for, and torch sees no CUDA device; use device cpu")
+        return ("cpu",) * world
+    chosen = engine.devices or tuple(range(world))
+    if max(chosen) >= count or len(set(chosen)) < world:
+        raise CapacityError(
+            f"{world} ranks on devices {','.join(map(str, chosen))} need as many GPUs; "
+            f"{count} are here, numbered from 0; use fewer ranks or device cpu"
+        )
+    return tuple(f"cuda:{index}" for index in chosen)
+
+
+def device_memory(engine: EngineConfig, devices: tuple[str, ...]) -> int:
+    """Bytes that one rank's tensors may take."""
+    if engine.memory_limit_bytes is not None:
+        return engine.memory_limit_bytes
+    if devices[0] == "cpu":
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = _available_bytes() or free
+        return int(available * _CPU_SHARE / len(devices))
+    import torch
+
+    least = min(torch.cuda.mem_get_info(int(device.partition(":")[2]))[0] for device in devices)
+    return int(least * engine.gpu_memory_utilization)
+
+
+def _available_bytes() -> int | None:
+    """MemAvailable: free memory and what the page cache can give back."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def resolve_max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
+    longest = config.max_model_len
+    if engine.max_model_len is not None and engine.max_model_len > longest:
+        raise ConfigError(
+            f"max_model_len={engine.max_model_len} exceeds the model's context of {longest} tokens; use at most {longest}"
+        )
+    return engine.max_model_len or longest
+
+
+def memory_of(config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str) -> list[RankMemory]:
+    tokens = min(engine.max_num_batched_tokens, resolve_max_model_len(config, engine) * engine.max_num_seqs)
+    return model_memory(config, layout, DTYPE_BYTES[dtype], tokens, engine.max_num_seqs)
+
+
+def smallest_fit(config: ModelConfig, engine: EngineConfig, limit: int, max_ranks: int = 64) -> ParallelConfig | None:
+    """The layout of fewest ranks that fits `limit` bytes a rank; the squarest of equals."""
+    dtype = resolve_dtype(config, engine)
+    for world in range(1, max_ranks + 1):
+        shapes = [(tp, world // tp) for tp in range(1, world + 1) if world % tp == 0]
+        shapes = [(tp, pp) for tp, pp in shapes if tp <= config.num_heads and pp <= config.num_layers]
+        for tp, pp in sorted(shapes, key=max):
+            parallel = ParallelConfig.of(tp, pp)
+            layout = model_layout(config, parallel)
+            if _needed(config, layout, engine, dtype) <= limit:
+                return parallel
+    return None
+
+
+def _needed(config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str) -> int:
+    """Bytes of the rank that needs most, with a cache for one request of the longest length."""
+    longest = resolve_max_model_len(config, engine) + 2 * engine.block_size
+    return max(rank.total(longest) for rank in memory_of(config, layout, engine, dtype))
+
+
+def resolve_auto_width(model: PreparedModel, engine: EngineConfig) -> EngineConfig:
+    """`-tp auto`: the smallest width that fits the devices, at the given number of stages."""
+    devices = resolve_devices(dataclasses.replace(engine, parallel=ParallelConfig(), devices=None))
+    limit = device_memory(engine, devices)
+    dtype, stages = resolve_dtype(model.config, engine), engine.parallel.pp_size
+    for width in range(1, model.config.num_heads + 1):
+        parallel = ParallelConfig.of(width, stages, engine.parallel.layers_per_stage)
+        layout = model_layout(model.config, parallel)
+        if _needed(model.config, layout, engine, dtype) <= limit:
+            return dataclasses.replace(engine, parallel=parallel)
+    raise CapacityError(
+        f"{model.name} does not fit {format_bytes(limit)} a rank at any width up to its "
+        f"{model.config.num_heads} heads with {stages} stages; use more stages"
+    )
+
+
+def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
+    """Everything that the ranks must be told. Raises UserError for what cannot work."""
+    config = model.config
+    layout = model_layout(config, engine.parallel)
+    layout.check()
+    dtype, max_len = resolve_dtype(config, engine), resolve_max_model_len(config, engine)
+    if engine.load_format == "dummy":
+        folder, names = None, NameMap("", "", ())
+    else:
+        folder, names = model.folder, _match(model, layout)
+    devices = resolve_devices(engine)
+    num_blocks = _num_blocks(model, layout, engine, dtype, devices)
+    bounds = {rank.stage: rank.layers for rank in layout.ranks}
+    return WorkerPlan(
+        model=config,
+        config=engine,
+        layers_per_stage=tuple(stop - start for start, stop in bounds.values()),
+        folder=folder,
+        names=names,
+        num_blocks=num_blocks,
+        max_model_len=max_len,
+        dtype=dtype,
+        devices=devices,
+    )
+
+
+def _match(model: PreparedModel, layout: ModelLayout) -> NameMap:
+    source = open_folder(model.folder)
+    names = match_source(source, layout.sources, family_of(model.config), model.config.tie_word_embeddings)
+    if isinstance(source, Artifact):
+        source.check_files()
+    return names
+
+
+def _num_blocks(
+    model: PreparedModel, layout: ModelLayout, engine: EngineConfig, dtype: str, devices: tuple[str, ...]
+) -> int:
+    """Cache blocks: all that can be used, or as many as fit the rank with least room."""
+    limit = device_memory(engine, devices)
+    needed = _needed(model.config, layout, engine, dtype)
+    if needed > limit:
+        fit = smallest_fit(model.config, engine, limit)
+        remedy = f"smallest fit {fit}" if fit else "no layout of up to 64 ranks fits; lower max_model_len"
+        raise CapacityError(
+            f"{model.name} at {engine.parallel} needs {format_bytes(needed)} a rank, "
+            f"has {format_bytes(limit)}; {remedy}"
+        )
+    ranks = memory_of(model.config, layout, engine, dtype)
+    block = engine.block_size
+    fits = min(
+        (limit - rank.total(0)) // max(1, rank.cache_bytes_per_token * block) for rank in ranks
+    )
+    per_request = -(-resolve_max_model_len(model.config, engine) // block)
+    return int(min(fits, per_request * engine.max_num_seqs + 1))

@@ -1,0 +1,186 @@
+"""One rank's process: `python -m bireme.engine.worker SOCKET_FD SPANS_FD`.
+
+The main thread executes commands in their order; a second one reads them. When the driver is gone
+the reader ends the process at once, whatever the main thread waits for, so that no rank outlives
+its driver. A worker can leave one world and join the next.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+from bireme.checkpoint.artifact import Artifact
+from bireme.checkpoint.dummy import DummySource
+from bireme.checkpoint.loader import load_parameters, torch_dtype
+from bireme.checkpoint.opener import open_folder
+from bireme.checkpoint.reader import TensorSource
+from bireme.engine.capture import StepCapture
+from bireme.engine.messages import (
+    Capture,
+    Command,
+    Done,
+    Execute,
+    Failed,
+    Join,
+    Leave,
+    Load,
+    Loaded,
+    Output,
+    Reply,
+    receive_command,
+    send,
+)
+from bireme.engine.model_runner import CacheShape, ModelRunner
+from bireme.errors import EngineError, PeerLost, UserError
+from bireme.models.blocks import StageModel
+from bireme.models.registry import build_stage
+from bireme.parallel.collectives import Communicator, join
+from bireme.parallel.layers import named_layouts
+from bireme.parallel.pipeline import stage_specs
+from bireme.trace import SpanKind, SpanRing
+
+
+class Worker:
+    """State of one rank between commands."""
+
+    def __init__(self, sock: socket.socket, spans: SpanRing) -> None:
+        self._sock, self._spans = sock, spans
+        self._comm: Communicator | None = None
+        self._runner: ModelRunner | None = None
+        self._device = torch.device("cpu")
+        self._timeout_s = 0.0
+
+    def handle(self, command: Command) -> Reply | None:
+        """Executes one command; None where this rank has nothing to say."""
+        match command:
+            case Join():
+                return self._join(command)
+            case Load():
+                return self._load(command)
+            case Execute(batch):
+                output = self._ready().execute(batch)
+                return None if output is None else Output(output)
+            case Capture(folder, probes):
+                return self._capture(folder, probes)
+            case Leave():
+                self.leave()
+                return Done()
+
+    def leave(self) -> None:
+        """Gives the groups, the model and its memory back."""
+        runner, comm = self._runner, self._comm
+        self._runner = self._comm = None
+        if runner is not None:
+            runner.drain()
+        if comm is not None:
+            comm.leave()
+
+    def abandon(self) -> None:
+        """Leaves without waiting for anybody: after a failure."""
+        comm, self._runner, self._comm = self._comm, None, None
+        if comm is not None:
+            comm.leave()
+
+    def _ready(self) -> ModelRunner:
+        if self._runner is None:
+            raise EngineError("a step came before a model was loaded")
+        return self._runner
+
+    def _join(self, command: Join) -> Done:
+        torch.set_num_threads(command.num_threads)
+        self._device = torch.device(command.device)
+        self._comm = join(
+            command.widths, command.rank, Path(command.store_path), self._device, command.timeout_s, self._spans
+        )
+        return Done()
+
+    def _load(self, command: Load) -> Loaded:
+        if self._comm is None:
+            raise EngineError("a model came before a world was joined")
+        start = time.monotonic()
+        mesh, dtype = self._comm.mesh, torch_dtype(command.dtype)
+        spec = stage_specs(command.layers_per_stage, command.model.num_layers)[mesh.stage]
+        with torch.device("meta"):
+            model = build_stage(command.model, mesh, spec)
+        model = model.to(dtype).to_empty(device=self._device)
+        source = _open_source(command, model)
+        with self._spans.span(SpanKind.LOAD):
+            stats = load_parameters(model, source, command.names)
+        config = command.config
+        cache = CacheShape(command.num_blocks, config.block_size, config.max_num_seqs, command.max_model_len)
+        self._runner = ModelRunner(command.model, model, self._comm, cache, self._device, dtype, self._spans)
+        read = source.stats if isinstance(source, Artifact) else None
+        return Loaded(
+            weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+            cache_bytes=self._runner.cache_bytes,
+            needed_bytes=stats.num_source_bytes,
+            fetched_bytes=read.fetched if read else stats.num_source_bytes,
+            verified_bytes=read.verified if read else 0,
+            seconds=time.monotonic() - start,
+        )
+
+    def _capture(self, folder: str | None, probes: bool) -> Done:
+        runner, comm = self._ready(), self._comm
+        assert comm is not None
+        if runner.capture is not None:
+            runner.capture.close()
+        runner.capture = (
+            StepCapture(Path(folder), comm.mesh.rank, runner.model, probes=probes) if folder else None
+        )
+        return Done()
+
+
+def _open_source(command: Load, model: StageModel) -> TensorSource:
+    if command.folder is not None:
+        return open_folder(Path(command.folder))
+    sources = {piece.source.name: piece.source for *_, layout in named_layouts(model) for piece in layout.pieces}
+    return DummySource(sources, command.config.seed)
+
+
+def _failure(error: BaseException) -> Failed:
+    return Failed(
+        cause=f"{type(error).__name__}: {error}",
+        traceback=traceback.format_exc(),
+        is_user_error=isinstance(error, UserError),
+        is_secondary=isinstance(error, PeerLost),
+    )
+
+
+def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) -> None:
+    """The lifeline: when the driver's end closes, this process ends at once."""
+    while (command := receive_command(sock)) is not None:
+        commands.put(command)
+    os._exit(0)
+
+
+def main() -> None:
+    """Serves commands until the driver closes its end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    worker = Worker(sock, SpanRing(int(sys.argv[2])))
+    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
+    while True:
+        command = commands.get()
+        try:
+            reply = worker.handle(command)
+        except Exception as error:  # every failure becomes a message to the driver
+            send(sock, _failure(error))
+            worker.abandon()
+            continue
+        if reply is not None:
+            send(sock, reply)
+
+
+if __name__ == "__main__":
+    main()

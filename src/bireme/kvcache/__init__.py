@@ -1,0 +1,1 @@
+"""Paged KV cache: its bookkeeping (plain Python) and its tensors."""

@@ -1,0 +1,1 @@
+"""Language models, one short file a family, built one stage at a time."""

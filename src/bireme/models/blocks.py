@@ -1,0 +1,247 @@
+"""The blocks that families are made of, and the stage that holds them.
+
+Shapes: T tokens, D hidden size, S sampled rows, V local vocabulary, E experts, F local columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bireme.kernels.functional import ACTIVATIONS, rms_norm
+from bireme.model_config import ModelConfig
+from bireme.models.attention import StepContext
+from bireme.parallel import layout
+from bireme.parallel.layers import (
+    MergedColumnParallelLinear,
+    ParallelHead,
+    ParallelModule,
+    ReplicatedLinear,
+    ReplicatedParameter,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+from bireme.parallel.layout import IDENTITY, Rows, Source, View
+from bireme.parallel.mesh import Mesh
+from bireme.parallel.pipeline import StageSpec
+
+
+class RMSNorm(ReplicatedParameter):
+    """Root-mean-square norm; `offset` 1 where the file holds weight - 1 (Gemma)."""
+
+    def __init__(self, name: str, size: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__(name, (size,))
+        self.eps, self.offset = eps, offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class LayerNorm(ParallelModule):
+    """Layer norm with weight and bias, or with neither."""
+
+    def __init__(self, name: str, config: ModelConfig) -> None:
+        super().__init__()
+        self.size, self.eps = (config.hidden_size,), config.norm_eps
+        for attribute in ("weight", "bias") if config.has_norm_params else ():
+            full_name = f"{name}.{attribute}"
+            self.add(attribute, layout.replicated(full_name, Source(full_name, self.size)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.size, self._parameters.get("weight"), self._parameters.get("bias"), self.eps)
+
+
+class MLP(nn.Module):
+    """act(x W1) W2, or act(x W_gate) * (x W_up) W2 where `ups` names two parts.
+
+    Column-parallel up, row-parallel down: one all-reduce.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        ups: Sequence[str],
+        down: str,
+        *,
+        is_gated: bool,
+        view: View = IDENTITY,
+    ) -> None:
+        super().__init__()
+        size = config.intermediate_size
+        fused_name = f"{down.rpartition('.')[0]}.gate_up" if len(ups) > 1 else ups[0]
+        self.is_gated = is_gated
+        self.activation = ACTIVATIONS[config.activation]
+        self.up = MergedColumnParallelLinear(
+            fused_name, ups, mesh, config.hidden_size, size,
+            num_parts=2 if is_gated else 1, bias=config.has_mlp_bias, view=view,
+        )  # fmt: skip
+        edges = layout.column_edges(size, mesh.tp_size)
+        self.down = RowParallelLinear(
+            down, mesh, (edges[mesh.tp_rank], edges[mesh.tp_rank + 1]), size, config.hidden_size,
+            unit="MLP column", bias=config.has_mlp_bias, view=view,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        if self.is_gated:
+            gate, up = h.chunk(2, dim=-1)
+            h = self.activation(gate) * up
+        else:
+            h = self.activation(h)
+        out: torch.Tensor = self.down(h)
+        return out
+
+
+class MoE(ParallelModule):
+    """Routed experts, stacked; each is cut by columns like an MLP, so every rank has all of them.
+
+    `experts` names the tensors (gate, up, down) of one expert.
+    """
+
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, name: str, experts: Callable[[int], tuple[str, str, str]]
+    ) -> None:
+        super().__init__()
+        assert config.moe is not None
+        moe, hidden = config.moe, config.hidden_size
+        self.mesh, self.moe = mesh, moe
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = ReplicatedLinear(f"{name}.gate", (moe.num_experts, hidden))
+        edges = layout.column_edges(moe.intermediate_size, mesh.tp_size)
+        cut = (edges[mesh.tp_rank], edges[mesh.tp_rank + 1])
+        up_shape, down_shape = (moe.intermediate_size, hidden), (hidden, moe.intermediate_size)
+        ups, downs = [], []
+        for index in range(moe.num_experts):
+            gate, up, down = experts(index)
+            rows = [Rows(Source(f"{part}.weight", up_shape), *cut) for part in (gate, up)]
+            ups.append(layout.column_layout(name, rows, "MLP column"))
+            downs.append(layout.row_layout(name, Source(f"{down}.weight", down_shape), cut, "MLP column"))
+        self.add("gate_up", layout.stack_experts(f"{name}.experts.gate_up", ups))
+        self.add("down", layout.stack_experts(f"{name}.experts.down", downs))
+
+    gate_up: nn.Parameter
+    down: nn.Parameter
+
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and expert ids [T, num_experts_per_tok]."""
+        scores = torch.softmax(self.gate(x), dim=-1, dtype=torch.float32)
+        weights, ids = scores.topk(self.moe.num_experts_per_tok, dim=-1)
+        if self.moe.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return weights.to(x.dtype), ids
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's addend [T, D]."""
+        weights, ids = self.route(x)
+        out = torch.zeros_like(x)
+        for expert in ids.unique().tolist():
+            token, choice = (ids == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(x[token], self.gate_up[expert]).chunk(2, dim=-1)
+            y = F.linear(self.activation(gate) * up, self.down[expert])
+            out.index_add_(0, token, y * weights[token, choice].unsqueeze(-1))
+        return out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mesh.tensor.all_reduce(self.partial(x))
+
+
+class TokenEmbedding(nn.Module):
+    """Looks ids up, times `scale`. ids [T], positions [T] -> [T, D]"""
+
+    def __init__(self, config: ModelConfig, mesh: Mesh, name: str, scale: float | None = None) -> None:
+        super().__init__()
+        self.tokens = VocabParallelEmbedding(name, mesh, config.vocab_size, config.embedding_dim)
+        self.scale = scale
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        x: torch.Tensor = self.tokens(ids)
+        # the scale is rounded to the activations' type first, as the models were trained
+        return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+
+
+class Head(nn.Module):
+    """Final norm and logits. [S, D] -> [S, V]"""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        norm: nn.Module | None,
+        name: str,
+        embedding_name: str,
+        embedding: VocabParallelEmbedding | None,
+    ) -> None:
+        super().__init__()
+        self.norm = norm
+        source_name = embedding_name if config.tie_word_embeddings else name
+        self.logits = ParallelHead(
+            source_name,
+            mesh,
+            config.vocab_size,
+            config.embedding_dim,
+            tied=embedding if config.tie_word_embeddings else None,
+            cap=config.final_softcap,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.norm is not None:
+            x = self.norm(x)
+        out: torch.Tensor = self.logits(x)
+        return out
+
+
+class Layer(nn.Module):
+    """One decoder layer: [T, D] -> [T, D]."""
+
+    def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: how its parts are made, and how its checkpoints are spelled.
+
+    Canonical tensor names start with `prefixes[0]`; files may use any of `prefixes` instead.
+    `ignorable` are regular expressions of tensors that a file may hold and nobody needs.
+    """
+
+    embedding: Callable[[ModelConfig, Mesh], nn.Module]
+    layer: Callable[[ModelConfig, Mesh, int], Layer]
+    head: Callable[[ModelConfig, Mesh, VocabParallelEmbedding | None], Head]
+    prefixes: tuple[str, ...] = ("model.", "")
+    ignorable: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+
+
+class StageModel(nn.Module):
+    """The part of a model that one stage holds.
+
+    The first stage takes ids [T], the others hidden states [T, D]; all but the last return hidden
+    states; `logits` of the last gives [S, V] of chosen rows.
+    """
+
+    def __init__(self, family: Family, config: ModelConfig, mesh: Mesh, spec: StageSpec) -> None:
+        super().__init__()
+        self.embedding = family.embedding(config, mesh) if spec.has_embedding else None
+        self.layers = nn.ModuleDict(
+            {str(index): family.layer(config, mesh, index) for index in range(spec.first_layer, spec.last_layer)}
+        )
+        embedding = self.embedding.tokens if self.embedding is not None else None
+        assert embedding is None or isinstance(embedding, VocabParallelEmbedding)
+        self.head = family.head(config, mesh, embedding) if spec.has_head else None
+
+    def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        if self.embedding is not None:
+            x = self.embedding(x, step.positions)
+        for layer in self.layers.values():
+            x = layer(x, step)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.head is not None
+        out: torch.Tensor = self.head(x)
+        return out

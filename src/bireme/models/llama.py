@@ -1,0 +1,69 @@
+"""Llama 2 and 3 (arXiv:2307.09288), and the families that differ by a detail: Mistral (sliding
+window), Qwen2 (QKV bias), Qwen3 (q/k norm)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from bireme.model_config import ModelConfig
+from bireme.models.attention import Attention, StepContext
+from bireme.models.blocks import MLP, Family, Head, Layer, RMSNorm, TokenEmbedding
+from bireme.parallel.layers import VocabParallelEmbedding
+from bireme.parallel.mesh import Mesh
+
+
+def embedding(config: ModelConfig, mesh: Mesh) -> nn.Module:
+    return TokenEmbedding(config, mesh, "model.embed_tokens")
+
+
+def head(config: ModelConfig, mesh: Mesh, tied: VocabParallelEmbedding | None) -> Head:
+    norm = RMSNorm("model.norm", config.hidden_size, config.norm_eps)
+    return Head(config, mesh, norm, "lm_head", "model.embed_tokens", tied)
+
+
+def attention(config: ModelConfig, mesh: Mesh, layer: int, *, has_qk_norm: bool = False) -> Attention:
+    name = f"model.layers.{layer}.self_attn"
+    norms = {
+        part: RMSNorm(f"{name}.{part}", config.head_dim, config.norm_eps)
+        for part in (("q_norm", "k_norm") if has_qk_norm else ())
+    }
+    names = [f"{name}.{part}_proj" for part in "qkv"]
+    return Attention(config, mesh, layer, names, f"{name}.o_proj", **norms)
+
+
+def mlp(config: ModelConfig, mesh: Mesh, layer: int) -> nn.Module:
+    name = f"model.layers.{layer}.mlp"
+    return MLP(config, mesh, [f"{name}.gate_proj", f"{name}.up_proj"], f"{name}.down_proj", is_gated=True)
+
+
+class PreNormLayer(Layer):
+    """x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int, self_attn: Attention, feed_forward: nn.Module) -> None:
+        super().__init__()
+        name = f"model.layers.{layer}"
+        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(
+            f"{name}.post_attention_layernorm", config.hidden_size, config.norm_eps
+        )
+        self.mlp = feed_forward
+
+    def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), step)
+        out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+def _layer(config: ModelConfig, mesh: Mesh, layer: int) -> Layer:
+    return PreNormLayer(config, layer, attention(config, mesh, layer), mlp(config, mesh, layer))
+
+
+def _layer_with_qk_norm(config: ModelConfig, mesh: Mesh, layer: int) -> Layer:
+    attn = attention(config, mesh, layer, has_qk_norm=True)
+    return PreNormLayer(config, layer, attn, mlp(config, mesh, layer))
+
+
+LLAMA = Family(embedding, _layer, head)
+QWEN3 = Family(embedding, _layer_with_qk_norm, head)

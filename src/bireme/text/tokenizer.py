@@ -1,0 +1,121 @@
+"""Token ids to text and back, and chat templates, from a Hugging Face folder; no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.decoders import DecodeStream
+
+from bireme.errors import CheckpointError, RequestError
+from bireme.model_config import read_json
+
+Message = dict[str, Any]
+
+
+class Tokenizer:
+    """A fast tokenizer with its special tokens and its chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(f"{folder} has no tokenizer.json; give token ids instead of text")
+        try:
+            self._fast = FastTokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception for a broken file
+            raise CheckpointError(f"{path} is no tokenizer: {error}") from None
+        self._fast.no_padding()
+        self._fast.no_truncation()
+        self._folder = folder
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        path = self._folder / "tokenizer_config.json"
+        return read_json(path) if path.exists() else {}
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def decoder(self) -> IncrementalDecoder:
+        """A decoder for one stream of ids."""
+        return IncrementalDecoder(self._fast)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        path = self._folder / "chat_template.jinja"
+        if path.exists():
+            return path.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several named ones: transformers takes 'default'
+            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        return template
+
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation, as transformers renders it.
+
+        RequestError where there is no template or it refuses the messages.
+        """
+        if self.chat_template is None:
+            raise RequestError("the model has no chat template; give a plain prompt")
+        special = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in self._config.items()
+            if name.endswith("_token") and value is not None
+        }
+        try:
+            return _compile(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **special
+            )
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the chat template refuses the messages: {error}") from None
+
+
+def _compile(template: str) -> jinja2.Template:
+    """In a sandbox, with the environment that Hugging Face templates expect."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+class IncrementalDecoder:
+    """Text of a stream of ids, given out once it can no longer change (whole characters)."""
+
+    def __init__(self, fast: FastTokenizer) -> None:
+        self._fast = fast
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._ids: list[int] = []
+        self._given = 0
+
+    def add(self, ids: Sequence[int]) -> str:
+        """The text that these ids settle; may be empty."""
+        self._ids.extend(ids)
+        text = "".join(self._stream.step(self._fast, id_) or "" for id_ in ids)
+        self._given += len(text)
+        return text
+
+    def finish(self) -> str:
+        """What was held back: an unfinished character at the very end."""
+        whole: str = self._fast.decode(self._ids, skip_special_tokens=True)
+        return whole[self._given :]

@@ -1,0 +1,145 @@
+"""Span records: what a rank did when, in a fixed-size ring of shared memory.
+
+Each rank writes its own ring (one writer, no lock); the parent holds the same pages, so that the
+spans are readable after the rank's death, kill -9 included. The ring keeps the newest `capacity`
+records. Times are CLOCK_MONOTONIC nanoseconds, the same clock for all processes of a host.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+_HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever written
+_RECORD = struct.Struct("<QQQIHH")  # start ns, end ns, bytes, step id, kind, incarnation
+_MAGIC = b"BIREME01"
+_COUNT_AT = struct.calcsize("<8sII")
+DEFAULT_CAPACITY = 1 << 16
+
+
+class SpanKind(IntEnum):
+    """What a span measures; nested kinds lie inside a STEP."""
+
+    STEP = 1
+    COMPUTE = 2
+    ALL_REDUCE = 3
+    ALL_GATHER = 4
+    SEND = 5
+    RECV = 6
+    SAMPLE = 7
+    LOAD = 8
+    IDLE = 9
+
+
+_CATEGORY = {
+    SpanKind.ALL_REDUCE: "collective",
+    SpanKind.ALL_GATHER: "collective",
+    SpanKind.SEND: "transfer",
+    SpanKind.RECV: "transfer",
+    SpanKind.IDLE: "idle",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One record, read back: [start_ns, end_ns) of the monotonic clock."""
+
+    kind: SpanKind
+    start_ns: int
+    end_ns: int
+    num_bytes: int
+    step_id: int
+    incarnation: int
+
+    @property
+    def category(self) -> str:
+        return _CATEGORY.get(self.kind, "compute")
+
+
+class SpanRing:
+    """A ring of span records in shared memory, known by its file descriptor."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._map = mmap.mmap(fd, 0)
+        magic, size, self.capacity, self._count = _HEADER.unpack_from(self._map, 0)
+        if magic != _MAGIC or size != _RECORD.size:
+            raise ValueError(f"descriptor {fd} holds no span ring of this version")
+        self._step_id = 0
+        self._incarnation = 0
+
+    @classmethod
+    def create(cls, capacity: int = DEFAULT_CAPACITY) -> SpanRing:
+        """A new ring in anonymous shared memory; pass `fd` to the rank that writes it."""
+        fd = os.memfd_create("bireme-spans", os.MFD_CLOEXEC)
+        os.ftruncate(fd, _HEADER.size + capacity * _RECORD.size)
+        os.pwrite(fd, _HEADER.pack(_MAGIC, _RECORD.size, capacity, 0), 0)
+        return cls(fd)
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self.fd)
+
+    def set_step(self, step_id: int, incarnation: int) -> None:
+        """The step that the following records belong to."""
+        self._step_id, self._incarnation = step_id, incarnation & 0xFFFF
+
+    def write(self, kind: SpanKind, start_ns: int, end_ns: int, num_bytes: int = 0) -> None:
+        at = _HEADER.size + self._count % self.capacity * _RECORD.size
+        _RECORD.pack_into(
+            self._map, at, start_ns, end_ns, num_bytes, self._step_id, kind, self._incarnation
+        )
+        self._count += 1
+        struct.pack_into("<Q", self._map, _COUNT_AT, self._count)  # after the record: no torn reads
+
+    @contextmanager
+    def span(self, kind: SpanKind, num_bytes: int = 0) -> Iterator[None]:
+        start = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            self.write(kind, start, time.monotonic_ns(), num_bytes)
+
+    def read(self) -> list[Span]:
+        """The newest records, oldest first. The record under the writer's hand is left out."""
+        count = struct.unpack_from("<Q", self._map, _COUNT_AT)[0]
+        first = max(0, count - self.capacity + 1) if count >= self.capacity else 0
+        spans = []
+        for index in range(first, count):
+            at = _HEADER.size + index % self.capacity * _RECORD.size
+            start, end, num_bytes, step, kind, incarnation = _RECORD.unpack_from(self._map, at)
+            spans.append(Span(SpanKind(kind), start, end, num_bytes, step, incarnation))
+        return spans
+
+
+def chrome_trace(rings: dict[str, list[Span]]) -> dict[str, Any]:
+    """Spans as Chrome/Perfetto trace events, one track a rank (keys: the ranks' names).
+
+    Times are microseconds from the earliest span.
+    """
+    origin = min((span.start_ns for spans in rings.values() for span in spans), default=0)
+    events: list[dict[str, Any]] = []
+    for track, (name, spans) in enumerate(rings.items()):
+        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": track, "args": {"name": name}})
+        events.append({"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": track, "args": {"sort_index": track}})
+        events.extend(
+            {
+                "ph": "X",
+                "name": span.kind.name.lower(),
+                "cat": span.category,
+                "pid": 0,
+                "tid": track,
+                "ts": (span.start_ns - origin) / 1000,
+                "dur": (span.end_ns - span.start_ns) / 1000,
+                "args": {"step_id": span.step_id, "bytes": span.num_bytes},
+            }
+            for span in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
+        )
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
