@@ -12,20 +12,15 @@ DType = Literal["auto", "float32", "float16", "bfloat16"]
 LoadFormat = Literal["auto", "dummy"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SIZE_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base ** (power + 1)
-    for suffix, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT")
-}
 
 
 def parse_bytes(text: str) -> int:
     """Bytes of '16MiB', '24 GB', '1.5GiB' or '4096' (SI prefixes are powers of ten)."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
-    unit = match and {name.lower(): size for name, size in _SIZE_UNITS.items()}.get(match[2].lower())
-    if not match or unit is None:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
         raise ConfigError(f"memory size {text!r} is not a size; write it like 16MiB or 24GB")
-    return int(float(match[1]) * unit)
+    power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -39,14 +34,16 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 1024:.2f} TiB"
 
 
-def parse_ints(text: str, what: str) -> tuple[int, ...]:
-    """'3,2' -> (3, 2)."""
+def parse_ints(text: str, what: str, least: int = 1) -> tuple[int, ...]:
+    """'3,2' -> (3, 2); ConfigError where a number is missing or under `least`."""
     try:
         values = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"{what} {text!r} is not a list of whole numbers like 3,2") from None
-    if any(value < 1 for value in values):
-        raise ConfigError(f"{what} {text!r} must be positive; the smallest size is 1")
+        raise ConfigError(
+            f"{what} {text!r} is not a whole number, or a list of them like 3,2"
+        ) from None
+    if min(values) < least:
+        raise ConfigError(f"{what} {text} holds {min(values)}; the smallest is {least}")
     return values
 
 
@@ -62,7 +59,9 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         if not self.widths or min(self.widths) < 1:
-            raise ConfigError(f"tensor_parallel_size {self.widths} must be at least 1 in every stage")
+            raise ConfigError(
+                f"tensor_parallel_size {self.widths} must be at least 1 in every stage"
+            )
         given = self.layers_per_stage
         if given is not None and len(given) != len(self.widths):
             raise ConfigError(

@@ -139,7 +139,9 @@ def _first(hf: Mapping[str, Any], *names: str, default: Any = None) -> Any:
 def _need(hf: Mapping[str, Any], *names: str) -> Any:
     value = _first(hf, *names)
     if value is None:
-        raise ConfigError(f"config.json has no {' or '.join(names)}; it is needed for a {hf.get('model_type')} model")
+        raise ConfigError(
+            f"config.json has no {' or '.join(names)}; it is needed for a {hf.get('model_type')} model"
+        )
     return value
 
 
@@ -149,7 +151,9 @@ def _rope(hf: Mapping[str, Any], head_dim: int, max_len: int) -> RopeConfig:
     kind = _first(given, "rope_type", "type", default="default")
     kind = {"su": "longrope", "ntk": "dynamic"}.get(kind, kind)
     if kind not in _ROPE_KINDS:
-        raise ConfigError(f"rope scaling {kind!r} is not supported; supported are {', '.join(_ROPE_KINDS)}")
+        raise ConfigError(
+            f"rope scaling {kind!r} is not supported; supported are {', '.join(_ROPE_KINDS)}"
+        )
     share = _first(given, "partial_rotary_factor", default=None)
     if share is None:
         share = _first(hf, "partial_rotary_factor", "rotary_pct", default=1.0)
@@ -164,7 +168,10 @@ def _rope(hf: Mapping[str, Any], head_dim: int, max_len: int) -> RopeConfig:
     if attention_factor is None:
         attention_factor = _attention_factor(kind, float(factor), original, given)
     return RopeConfig(
-        theta=float(_first(given, "rope_theta", default=None) or _first(hf, "rope_theta", "rotary_emb_base", default=10000.0)),
+        theta=float(
+            _first(given, "rope_theta", default=None)
+            or _first(hf, "rope_theta", "rotary_emb_base", default=10000.0)
+        ),
         rotary_dim=int(head_dim * share),
         kind=kind,
         factor=float(factor),
@@ -219,7 +226,9 @@ def _moe(hf: Mapping[str, Any], num_layers: int, intermediate_size: int) -> MoeC
         num_experts_per_tok=_need(hf, "num_experts_per_tok"),
         intermediate_size=_first(hf, "moe_intermediate_size", default=intermediate_size),
         norm_topk_prob=hf.get("norm_topk_prob", hf.get("model_type") == "mixtral"),
-        is_sparse=tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)),
+        is_sparse=tuple(
+            layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)
+        ),
     )
 
 
@@ -242,9 +251,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     intermediate = _first(hf, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
     max_len = _first(hf, "max_position_embeddings", "n_positions", "seq_length", default=2048)
     has_rope = kind not in ("gpt2", "opt", "bloom")
-    activation = _first(hf, "hidden_activation", "hidden_act", "activation_function", default="gelu_new")
+    activation = _first(
+        hf, "hidden_activation", "hidden_act", "activation_function", default="gelu_new"
+    )
     if activation not in _ACTIVATIONS:
-        raise ConfigError(f"activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
+        raise ConfigError(
+            f"activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
+        )
     scale = _first(hf, "query_pre_attn_scalar", default=head_dim) ** -0.5
     opt_bias = bool(hf.get("enable_bias", True))
     classic_bias = {"gpt2": True, "bloom": True, "opt": opt_bias}.get(kind, False)
@@ -262,7 +275,9 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=intermediate,
         max_position_embeddings=max_len,
         activation=_ACTIVATIONS[activation],
-        norm_eps=float(_first(hf, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", default=1e-5)),
+        norm_eps=float(
+            _first(hf, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", default=1e-5)
+        ),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT)),
         windows=_windows(hf, kind, layers),
         attention_scale=1.0 if hf.get("scale_attn_weights") is False else scale,
@@ -277,7 +292,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         embedding_dim=_first(hf, "word_embed_proj_dim", default=hidden),
         position_offset=2 if kind == "opt" else 0,
         is_norm_first=bool(hf.get("do_layer_norm_before", True)),
-        has_final_norm=bool(hf.get("do_layer_norm_before", True)) and not hf.get("_remove_final_layer_norm", False),
+        has_final_norm=bool(hf.get("do_layer_norm_before", True))
+        and not hf.get("_remove_final_layer_norm", False),
         has_parallel_residual=kind == "gpt_neox" and bool(hf.get("use_parallel_residual", True)),
         has_residual_after_norm=bool(hf.get("apply_residual_connection_post_layernorm", False)),
         has_scale_by_layer=bool(hf.get("scale_attn_by_inverse_layer_idx", False)),

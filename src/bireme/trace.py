@@ -127,8 +127,18 @@ def chrome_trace(rings: dict[str, list[Span]]) -> dict[str, Any]:
     origin = min((span.start_ns for spans in rings.values() for span in spans), default=0)
     events: list[dict[str, Any]] = []
     for track, (name, spans) in enumerate(rings.items()):
-        events.append({"ph": "M", "name": "thread_name", "pid": 0, "tid": track, "args": {"name": name}})
-        events.append({"ph": "M", "name": "thread_sort_index", "pid": 0, "tid": track, "args": {"sort_index": track}})
+        events.append(
+            {"ph": "M", "name": "thread_name", "pid": 0, "tid": track, "args": {"name": name}}
+        )
+        events.append(
+            {
+                "ph": "M",
+                "name": "thread_sort_index",
+                "pid": 0,
+                "tid": track,
+                "args": {"sort_index": track},
+            }
+        )
         events.extend(
             {
                 "ph": "X",

@@ -32,7 +32,15 @@ from bireme.engine.prepare import PreparedModel, make_plan
 from bireme.errors import ConfigError
 from bireme.kvcache.block_manager import BlockManager
 from bireme.models.registry import model_layout
-from bireme.parallel.layout import ModelLayout, ParamLayout, Source, box_shape, full_box, vocabulary_range
+from bireme.models.rope import depends_on_length
+from bireme.parallel.layout import (
+    ModelLayout,
+    ParamLayout,
+    Source,
+    box_shape,
+    full_box,
+    vocabulary_range,
+)
 from bireme.request import ScheduledBatch, ScheduledPiece, SlotSetup
 
 if TYPE_CHECKING:
@@ -100,15 +108,29 @@ class Sequences:
         return max(len(ids) - prompt for ids, prompt in zip(self.ids, self.num_prompt, strict=True))
 
 
-def lead(executor: WorkerExecutor, plan: WorkerPlan, sequences: Sequences, folder: Path, *, probes: bool) -> list[torch.Tensor]:
+@dataclass(frozen=True)
+class Reference:
+    """What a whole model computed: its greedy continuations, and logits float32 [T, V] along them."""
+
+    name: str
+    sequences: Sequences
+    logits: list[torch.Tensor]
+
+
+def lead(
+    executor: WorkerExecutor, plan: WorkerPlan, sequences: Sequences, folder: Path, *, probes: bool
+) -> list[torch.Tensor]:
     """Logits float32 [T, V] of each sequence: its prompt in one step, then token by token."""
     executor.capture(folder, probes=probes)
     batches = _batches(sequences, plan)
-    for batch in batches:
+    widths = plan.config.parallel.widths
+    for index, batch in enumerate(batches):
+        if index > len(widths):  # as many in flight as when serving
+            executor.collect()
         executor.submit(batch)
+    for _ in batches[: len(widths) + 1]:
         executor.collect()
     executor.capture(None)
-    widths = plan.config.parallel.widths
     last = range(sum(widths) - widths[-1], sum(widths))
     rows: list[list[torch.Tensor]] = [[] for _ in sequences.ids]
     for batch in batches:
@@ -128,16 +150,21 @@ def _logits(path: Path) -> torch.Tensor:
 def _batches(sequences: Sequences, plan: WorkerPlan) -> list[ScheduledBatch]:
     """All prompts as the first step, then one given token of every unfinished sequence a step."""
     blocks = BlockManager(plan.num_blocks, plan.config.block_size)
-    longest = max(map(len, sequences.ids))
-    setups = [SlotSetup(slot, 0, 0.0, 0, 1.0, longest) for slot in range(len(sequences.ids))]
+    setups = [SlotSetup(slot, 0, 0.0, 0, 1.0, len(ids)) for slot, ids in enumerate(sequences.ids)]
     batches = []
     for step in range(sequences.num_decode + 1):
         pieces = []
-        for slot, (ids, num_prompt) in enumerate(zip(sequences.ids, sequences.num_prompt, strict=True)):
-            start, stop = (0, num_prompt) if step == 0 else (num_prompt + step - 1, num_prompt + step)
+        for slot, (ids, num_prompt) in enumerate(
+            zip(sequences.ids, sequences.num_prompt, strict=True)
+        ):
+            start, stop = (
+                (0, num_prompt) if step == 0 else (num_prompt + step - 1, num_prompt + step)
+            )
             if stop <= len(ids):
                 new = blocks.extend(slot, stop)
-                pieces.append(ScheduledPiece(slot, start, stop - start, ids[start:stop], [new], True))
+                pieces.append(
+                    ScheduledPiece(slot, start, stop - start, ids[start:stop], [new], True)
+                )
         batches.append(ScheduledBatch(0, step, setups if step == 0 else [], pieces))
     return batches
 
@@ -148,17 +175,19 @@ def verify(
     prompts: Sequence[Sequence[int]],
     *,
     num_decode: int = 32,
-    reference: str = "uncut",
+    reference: str | Reference = "uncut",
     pool: WorkerPool | None = None,
 ) -> Certificate:
     """Compares the model cut as `config` says with the whole model.
 
-    `reference` is "uncut" (this engine on one rank) or "transformers". Raises UserError for what
-    cannot run, EngineError when a rank fails.
+    `reference` is "uncut" (this engine on one rank), "transformers", or what either gave before for
+    the same prompts. Raises UserError for what cannot run, EngineError when a rank fails.
     """
     plan = make_plan(model, config)
     if len(prompts) > config.max_num_seqs:
-        raise ConfigError(f"{len(prompts)} prompts exceed max_num_seqs={config.max_num_seqs}; give fewer")
+        raise ConfigError(
+            f"{len(prompts)} prompts exceed max_num_seqs={config.max_num_seqs}; give fewer"
+        )
     with tempfile.TemporaryDirectory(prefix="bireme-verify-") as folder:
         own_pool = pool or WorkerPool()
         try:
@@ -173,28 +202,55 @@ class _Comparison:
     """Runs both sides; `folder` holds what they computed."""
 
     def __init__(
-        self, model: PreparedModel, config: EngineConfig, plan: WorkerPlan, pool: WorkerPool, folder: Path
+        self,
+        model: PreparedModel,
+        config: EngineConfig,
+        plan: WorkerPlan,
+        pool: WorkerPool,
+        folder: Path,
     ) -> None:
-        self._model, self._config, self._plan, self._pool, self._folder = model, config, plan, pool, folder
+        self._model, self._config, self._plan, self._pool, self._folder = (
+            model,
+            config,
+            plan,
+            pool,
+            folder,
+        )
         uncut = dataclasses.replace(
-            config, parallel=ParallelConfig(), devices=None, device=plan.devices[0].partition(":")[0], memory_limit_bytes=None
+            config,
+            parallel=ParallelConfig(),
+            devices=None,
+            device="cpu" if plan.devices[0] == "cpu" else "cuda",
+            memory_limit_bytes=None,
         )
         self._uncut_plan = make_plan(model, uncut)
 
-    def run(self, prompts: list[list[int]], num_decode: int, reference: str) -> Certificate:
-        if reference == "transformers":
-            sequences, expected = self._transformers(prompts, num_decode)
-        elif reference == "uncut":
-            sequences, expected = self._uncut(prompts, num_decode)
-        else:
-            raise ConfigError(f"reference {reference!r} is not known; use uncut or transformers")
-        found = self._lead(self._plan, sequences, "cut", probes=False)
-        certificate = self._compare(sequences, expected, found, reference)
+    def run(
+        self, prompts: list[list[int]], num_decode: int, reference: str | Reference
+    ) -> Certificate:
+        if isinstance(reference, str):
+            reference = self._reference(prompts, num_decode, reference)
+        found = self._lead(self._plan, reference.sequences, "cut", probes=False)
+        certificate = self._compare(reference, found)
         if certificate.is_same:
             return certificate
-        return dataclasses.replace(certificate, departure=self._first_departure(sequences))
+        return dataclasses.replace(
+            certificate, departure=self._first_departure(reference.sequences)
+        )
 
-    def _lead(self, plan: WorkerPlan, sequences: Sequences, name: str, *, probes: bool) -> list[torch.Tensor]:
+    def _reference(self, prompts: list[list[int]], num_decode: int, name: str) -> Reference:
+        if name == "transformers":
+            device = self._plan.devices[0]
+            return transformers_reference(
+                self._model, prompts, num_decode, self._plan.dtype, device
+            )
+        if name == "uncut":
+            return self._uncut(prompts, num_decode)
+        raise ConfigError(f"reference {name!r} is not known; use uncut or transformers")
+
+    def _lead(
+        self, plan: WorkerPlan, sequences: Sequences, name: str, *, probes: bool
+    ) -> list[torch.Tensor]:
         folder = self._folder / name
         folder.mkdir()
         executor = WorkerExecutor(plan, self._pool)
@@ -202,53 +258,34 @@ class _Comparison:
         executor.close()
         return logits
 
-    def _uncut(self, prompts: list[list[int]], num_decode: int) -> tuple[Sequences, list[torch.Tensor]]:
+    def _uncut(self, prompts: list[list[int]], num_decode: int) -> Reference:
         """Greedy continuations by one rank, and its logits along them."""
         executor = WorkerExecutor(self._uncut_plan, self._pool)
         sequences = Sequences(
-            [_continue(executor, self._uncut_plan, prompt, num_decode) for prompt in prompts], [len(p) for p in prompts]
+            [_continue(executor, self._uncut_plan, prompt, num_decode) for prompt in prompts],
+            [len(p) for p in prompts],
         )
         folder = self._folder / "uncut"
         folder.mkdir()
         expected = lead(executor, self._uncut_plan, sequences, folder, probes=False)
         executor.close()
-        return sequences, expected
+        return Reference("uncut", sequences, expected)
 
-    def _transformers(
-        self, prompts: list[list[int]], num_decode: int
-    ) -> tuple[Sequences, list[torch.Tensor]]:
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise ConfigError("reference transformers needs that package; pip install transformers") from None
-        dtype = getattr(torch, self._plan.dtype)
-        oracle = AutoModelForCausalLM.from_pretrained(self._model.folder, dtype=dtype, attn_implementation="eager")
-        oracle = oracle.eval().to(self._plan.devices[0])
-        sequences, expected = Sequences([], []), []
-        with torch.inference_mode():
-            for prompt in prompts:
-                ids = torch.tensor([prompt], device=oracle.device)
-                out = oracle.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_decode,
-                    min_new_tokens=num_decode, do_sample=False, pad_token_id=0,
-                )  # fmt: skip
-                sequences.ids.append(out[0].tolist())
-                sequences.num_prompt.append(len(prompt))
-                expected.append(oracle(out).logits[0].float().cpu())
-        return sequences, expected
-
-    def _compare(
-        self, sequences: Sequences, expected: list[torch.Tensor], found: list[torch.Tensor], reference: str
-    ) -> Certificate:
-        plan = self._plan
+    def _compare(self, reference: Reference, found: list[torch.Tensor]) -> Certificate:
+        plan, sequences, expected = self._plan, reference.sequences, reference.logits
         spread = float(torch.cat(expected).std())
         difference = torch.cat([(a - b).abs() for a, b in zip(expected, found, strict=True)])
         tolerance = TOLERANCES[plan.dtype]
-        agreement = [_agreement(a, b, tolerance * spread) for a, b in zip(expected, found, strict=True)]
+        agreement = [
+            _agreement(a, b, tolerance * spread) for a, b in zip(expected, found, strict=True)
+        ]
         same, excused = (torch.cat([part[index] for part in agreement]) for index in (0, 1))
-        is_prefill = torch.cat([
-            torch.arange(len(ids)) < prompt for ids, prompt in zip(sequences.ids, sequences.num_prompt, strict=True)
-        ])
+        is_prefill = torch.cat(
+            [
+                torch.arange(len(ids)) < prompt
+                for ids, prompt in zip(sequences.ids, sequences.num_prompt, strict=True)
+            ]
+        )
         worst = float(difference.max()) / spread
         return Certificate(
             model=self._model.name,
@@ -256,7 +293,7 @@ class _Comparison:
             layers_per_stage=plan.layers_per_stage,
             dtype=plan.dtype,
             device=plan.devices[0].partition(":")[0],
-            reference=reference,
+            reference=reference.name,
             num_prompts=len(sequences.ids),
             num_prefill_positions=int(is_prefill.sum()),
             num_decode_positions=int((~is_prefill).sum()),
@@ -266,7 +303,9 @@ class _Comparison:
             relative_difference=worst,
             tolerance=tolerance,
             prefill_agreement=float(same[is_prefill].float().mean()),
-            decode_agreement=float(same[~is_prefill].float().mean()) if (~is_prefill).any() else 1.0,
+            decode_agreement=float(same[~is_prefill].float().mean())
+            if (~is_prefill).any()
+            else 1.0,
             num_excused=int((~same & excused).sum()),
             departure=None,
             is_same=worst <= tolerance and bool((same | excused).all()),
@@ -278,7 +317,9 @@ class _Comparison:
         self._lead(self._plan, sequences, "cut-probes", probes=True)
         whole = model_layout(self._model.config, ParallelConfig())
         cut = model_layout(self._model.config, self._config.parallel)
-        localiser = _Localiser(self._source(whole), self._plan, whole, cut, TOLERANCES[self._plan.dtype])
+        localiser = _Localiser(
+            self._source(whole), self._plan, whole, cut, TOLERANCES[self._plan.dtype]
+        )
         for batch in _batches(sequences, self._plan):
             reference = _read_capture(capture_path(self._folder / "uncut-probes", batch.step_id, 0))
             ids = torch.tensor([id_ for piece in batch.pieces for id_ in piece.token_ids or []])
@@ -295,7 +336,61 @@ class _Comparison:
         return open_folder(self._plan.folder)
 
 
-def _continue(executor: WorkerExecutor, plan: WorkerPlan, prompt: list[int], num_tokens: int) -> list[int]:
+def transformers_reference(
+    model: PreparedModel,
+    prompts: Sequence[Sequence[int]],
+    num_decode: int,
+    dtype: str,
+    device: str = "cpu",
+) -> Reference:
+    """What transformers computes, token by token and then in one pass over each whole sequence."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise ConfigError(
+            "reference transformers needs that package; pip install transformers"
+        ) from None
+    oracle = AutoModelForCausalLM.from_pretrained(
+        model.folder, dtype=getattr(torch, dtype), attn_implementation="eager"
+    )
+    oracle = oracle.eval().to(device)
+    rope = model.config.rope
+    greedy = _greedy_at_full_length if rope and depends_on_length(rope) else _greedy
+    reference = Reference("transformers", Sequences([], []), [])
+    with torch.inference_mode():
+        for prompt in prompts:
+            ids = greedy(oracle, torch.tensor([list(prompt)], device=device), num_decode)
+            reference.sequences.ids.append(ids[0].tolist())
+            reference.sequences.num_prompt.append(len(prompt))
+            reference.logits.append(oracle(ids).logits[0].float().cpu())
+    return reference
+
+
+def _greedy(oracle: Any, prompt: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """[1, T] ids -> [1, T + num_tokens], with a cache."""
+    parts, cache = [prompt], None
+    for _ in range(num_tokens):
+        out = oracle(parts[-1], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        parts.append(out.logits[:, -1:].argmax(-1))
+    return torch.cat(parts, dim=-1)
+
+
+def _greedy_at_full_length(oracle: Any, prompt: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The same where frequencies depend on length, as they are at the final one: every pass has
+    that length, and what lies behind the last known token is not seen by those before it."""
+    oracle(
+        prompt[:, :1]
+    )  # transformers keeps the frequencies of the longest so far until a short one
+    ids = torch.nn.functional.pad(prompt, (0, num_tokens))
+    for at in range(prompt.shape[1], ids.shape[1]):
+        ids[0, at] = oracle(ids).logits[0, at - 1].argmax()
+    return ids
+
+
+def _continue(
+    executor: WorkerExecutor, plan: WorkerPlan, prompt: list[int], num_tokens: int
+) -> list[int]:
     """The prompt and its greedy continuation of exactly `num_tokens`."""
     blocks = BlockManager(plan.num_blocks, plan.config.block_size)
     ids = list(prompt)
@@ -309,7 +404,9 @@ def _continue(executor: WorkerExecutor, plan: WorkerPlan, prompt: list[int], num
     return ids
 
 
-def _agreement(expected: torch.Tensor, found: torch.Tensor, margin: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _agreement(
+    expected: torch.Tensor, found: torch.Tensor, margin: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """bool [T] each: same greedy token; and the reference's two best closer than `margin`."""
     best = expected.topk(2, dim=-1).values
     return expected.argmax(-1) == found.argmax(-1), best[:, 0] - best[:, 1] < 2 * margin
@@ -327,7 +424,12 @@ class _Localiser:
     """Compares a rank's results with the whole model's, each with the part that it should be."""
 
     def __init__(
-        self, source: TensorSource, plan: WorkerPlan, whole: ModelLayout, cut: ModelLayout, tolerance: float
+        self,
+        source: TensorSource,
+        plan: WorkerPlan,
+        whole: ModelLayout,
+        cut: ModelLayout,
+        tolerance: float,
     ) -> None:
         self._source, self._plan, self._cut, self._tolerance = source, plan, cut, tolerance
         self._whole = {param.name: param for param in whole.ranks[0].params}
@@ -363,7 +465,12 @@ class _Localiser:
         return Departure(step, int(digits[0]) if digits else None, rank, f"{said} {name}", off)
 
     def _expected(
-        self, key: str, reference: dict[str, torch.Tensor], params: dict[str, ParamLayout], rank: int, ids: torch.Tensor
+        self,
+        key: str,
+        reference: dict[str, torch.Tensor],
+        params: dict[str, ParamLayout],
+        rank: int,
+        ids: torch.Tensor,
     ) -> torch.Tensor | None:
         """What the rank should have computed; None where the whole cannot say."""
         name, _, what = key.partition(":")
@@ -411,3 +518,21 @@ class _Localiser:
 
 def certificate_json(certificate: Certificate) -> str:
     return json.dumps(asdict(certificate), indent=1)
+
+
+def certificate_text(found: Certificate) -> str:
+    """A certificate for people, in a few lines."""
+    verdict = "the same model" if found.is_same else "NOT the same model"
+    lines = [
+        f"{found.model} at {found.layout} ({found.dtype}, {found.device}) against {found.reference}: {verdict}",
+        f"  compared       {found.num_prefill_positions} prefill and {found.num_decode_positions} decode positions "
+        f"of {found.num_prompts} prompts",
+        f"  logits         max |difference| {found.max_difference:.2e}, mean {found.mean_difference:.2e}, "
+        f"spread {found.spread:.2f}",
+        f"  relative       {found.relative_difference:.1e} of the spread; {found.tolerance:.0e} is allowed",
+        f"  greedy tokens  {found.prefill_agreement:.2%} of prefill, {found.decode_agreement:.2%} of decode"
+        + (f"; {found.num_excused} near ties" if found.num_excused else ""),
+    ]
+    if found.departure is not None:
+        lines.append(f"  departs first at {found.departure}")
+    return "\n".join(lines)

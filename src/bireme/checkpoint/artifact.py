@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,11 +12,13 @@ import xxhash
 
 from bireme.checkpoint.manifest import (
     CHUNK_BYTES,
+    MANIFEST_NAME,
     Manifest,
     StoredFile,
-    chunk_ranges,
+    StoredPiece,
+    StoredTensor,
     hash_file,
-    logical_shape,
+    rank_file_name,
     read_manifest,
 )
 from bireme.checkpoint.reader import Bits, SafetensorsFile, TensorInfo, bits_dtype
@@ -43,66 +45,6 @@ class ReadStats:
     verified: int = 0
 
 
-class VerifiedFile:
-    """A file of an artifact whose chunks are verified when they are first touched."""
-
-    def __init__(self, folder: Path, stored: StoredFile, hashes: dict[str, str], stats: ReadStats) -> None:
-        self.stored, self._hashes, self._stats = stored, hashes, stats
-        self.path = folder / stored.name
-        self.file = SafetensorsFile(self.path)
-        if self.file.size != stored.num_bytes:
-            raise CheckpointError(
-                f"{self.path} has {self.file.size} bytes; the manifest says {stored.num_bytes}"
-            )
-        self._verified: set[int] = set()
-        self.verify(0, self.file.data_start)
-
-    def verify(self, start: int, stop: int) -> None:
-        """CheckpointError, naming rank, layer and tensor, if a chunk over [start, stop) is corrupt."""
-        if stop <= start:
-            return
-        for chunk in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
-            if chunk not in self._verified:
-                self._verify_chunk(chunk)
-
-    def _verify_chunk(self, chunk: int) -> None:
-        first, last = chunk * CHUNK_BYTES, min(self.file.size, (chunk + 1) * CHUNK_BYTES)
-        found = xxhash.xxh3_64_hexdigest(self.file.raw(first, last))
-        self._stats.fetched += last - first
-        if found != self.stored.chunks[chunk]:
-            raise CheckpointError(
-                f"{self.path} is corrupt in bytes {first} to {last}: xxh3 {found}, the manifest says "
-                f"{self.stored.chunks[chunk]}; {self._describe(first, last)}"
-            )
-        self._verified.add(chunk)
-        self._stats.verified += last - first
-
-    def _describe(self, first: int, last: int) -> str:
-        """The tensors of the chunk whose own hash is wrong too; there may be several."""
-        names = [
-            name
-            for name, info in self.file.tensors.items()
-            if info.start < last
-            and first < info.stop
-            and xxhash.xxh3_64_hexdigest(self.file.raw(info.start, info.stop)) != self._hashes.get(name)
-        ]
-        if not names:
-            return "in the header"
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return f"{where(self.stored.name, names[0])}{more}"
-
-    def bits(self, key: str, box: Box, out_box: Box) -> Bits:
-        """The part `out_box` of the stored `box`, its chunks verified, mapped."""
-        info = self.file.tensors[key]
-        rows = relative(out_box, box)
-        item = bits_dtype(info.dtype).itemsize
-        row_bytes = (info.stop - info.start) // max(1, info.shape[0]) if info.shape else item
-        first, last = (rows[0] if rows else (0, 1))
-        self.verify(info.start + first * row_bytes, info.start + last * row_bytes)
-        self._stats.needed += volume(out_box) * item
-        return self.file.bits(key)[as_slices(rows)]
-
-
 def where(file_name: str, key: str) -> str:
     """'rank 2, layer 5, tensor ...' of a key in a rank's file."""
     rank, layer = re.search(r"rank-(\d+)", file_name), re.search(r"\.(\d+)\.", key)
@@ -111,103 +53,235 @@ def where(file_name: str, key: str) -> str:
     return ", ".join([*parts, f"tensor {key}"])
 
 
-class Artifact:
-    """A sharded checkpoint as a source of tensors, under the names of its own source."""
+class VerifiedFile:
+    """A file of an artifact whose chunks are verified when they are first touched.
 
-    def __init__(self, folder: Path) -> None:
+    `expected` is the dtype and the piece of each tensor that the file must hold.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stored: StoredFile,
+        expected: Sequence[tuple[str, StoredPiece]],
+        stats: ReadStats,
+    ) -> None:
+        self.stored, self._stats = stored, stats
+        self.path = folder / stored.name
+        self._pieces = {piece.key: piece for _, piece in expected}
+        self._verified: set[tuple[str, int]] = set()
+        self._check_header(expected)
+        self.file = SafetensorsFile(self.path, self._label)
+        if self.file.size != stored.num_bytes:
+            raise CheckpointError(
+                f"{self.path} has {self.file.size} bytes; the manifest says {stored.num_bytes}"
+            )
+        for dtype, piece in expected:
+            self._check_entry(dtype, piece)
+        if extra := sorted(self.file.tensors.keys() - self._pieces.keys()):
+            raise CheckpointError(
+                f"{self.path} holds {self._label(extra[0])}, which the manifest does not know"
+            )
+
+    def _check_entry(self, dtype: str, piece: StoredPiece) -> None:
+        label, shape = self._label(piece.key), box_shape(piece.box)
+        info = self.file.tensors.get(piece.key)
+        if info is None:
+            raise CheckpointError(f"{self.path} lacks {label}")
+        if (info.dtype, info.shape) != (dtype, shape):
+            raise CheckpointError(
+                f"{self.path}: {label} is {info.dtype} {list(info.shape)}; "
+                f"the manifest says {dtype} {list(shape)}"
+            )
+        if len(piece.chunks) != -(-(info.stop - info.start) // CHUNK_BYTES):
+            raise CheckpointError(
+                f"{self.path}: {label} has {info.stop - info.start} bytes; "
+                f"the manifest has {len(piece.chunks)} hashes for them"
+            )
+
+    def _label(self, key: str) -> str:
+        return where(self.stored.name, key)
+
+    def _check_header(self, expected: Sequence[tuple[str, StoredPiece]]) -> None:
+        holds = f"{len(expected)} tensors"
+        if expected:
+            holds += f", {self._label(expected[0][1].key)} the first of them"
+        try:
+            with self.path.open("rb") as file:
+                header = file.read(self.stored.header_bytes)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.path} is missing; it holds {holds}") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}") from None
+        if len(header) < self.stored.header_bytes:
+            raise CheckpointError(f"{self.path} is cut in its header; it holds {holds}")
+        if (found := xxhash.xxh3_64_hexdigest(header)) != self.stored.header_xxh3:
+            raise CheckpointError(
+                f"{self.path} is corrupt in its header: xxh3 {found}, the manifest says "
+                f"{self.stored.header_xxh3}; it holds {holds}"
+            )
+        self._stats.fetched += len(header)
+        self._stats.verified += len(header)
+
+    def _verify(self, key: str, start: int, stop: int) -> None:
+        """Verifies the chunks of a tensor that its bytes [start, stop) lie in."""
+        for chunk in range(start // CHUNK_BYTES, -(-stop // CHUNK_BYTES)):
+            if (key, chunk) not in self._verified:
+                self._verify_chunk(key, chunk)
+
+    def _verify_chunk(self, key: str, chunk: int) -> None:
+        info = self.file.tensors[key]
+        first = info.start + chunk * CHUNK_BYTES
+        last = min(info.stop, first + CHUNK_BYTES)
+        found = xxhash.xxh3_64_hexdigest(self.file.raw(first, last))
+        self._stats.fetched += last - first
+        if (expected := self._pieces[key].chunks[chunk]) != found:
+            raise CheckpointError(
+                f"{self.path} is corrupt in bytes {first} to {last}: {self._label(key)} "
+                f"has xxh3 {found}, the manifest says {expected}"
+            )
+        self._verified.add((key, chunk))
+        self._stats.verified += last - first
+
+    def bits(self, piece: StoredPiece, part: Box) -> Bits:
+        """The logical box `part` of a stored piece, its chunks verified, mapped."""
+        info = self.file.tensors[piece.key]
+        inner = relative(part, piece.box)
+        row_bytes = bits_dtype(info.dtype).itemsize * volume(piece.box[1:])
+        first, last = inner[0] if inner else (0, 1)
+        self._verify(piece.key, first * row_bytes, last * row_bytes)
+        return self.file.bits(piece.key)[as_slices(inner)]
+
+    def check(self, progress: Callable[[int], None]) -> Iterator[str]:
+        """Verifies every tensor; yields what is wrong, a line a chunk."""
+        progress(self.stored.header_bytes)
+        for key, info in self.file.tensors.items():
+            for start in range(0, info.stop - info.start, CHUNK_BYTES):
+                stop = min(info.stop - info.start, start + CHUNK_BYTES)
+                try:
+                    self._verify(key, start, stop)
+                except CheckpointError as error:
+                    yield str(error)
+                progress(stop - start)
+            self.file.forget(key)
+
+
+class Artifact:
+    """A sharded checkpoint as a source of tensors, under the names of its own source.
+
+    Where several files hold the same box, that of `rank` is read, so that at the artifact's own
+    layout each rank reads one file.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.stats = ReadStats()
-        self._stored = {file.name: file for file in self.manifest.files}
+        self._own_name = rank_file_name(rank, sum(self.manifest.layout.widths))
         self._open: dict[str, VerifiedFile] = {}
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """All tensors of the source, unused ones included (byte ranges are not meaningful here)."""
         return {
-            name: TensorInfo(tensor.dtype, tensor.shape, 0, 0) for name, tensor in self.manifest.tensors.items()
+            name: TensorInfo(tensor.dtype, tensor.shape, 0, 0)
+            for name, tensor in self.manifest.tensors.items()
         }
 
-    def file(self, name: str) -> VerifiedFile:
+    @cached_property
+    def _stored(self) -> dict[str, tuple[StoredFile, list[tuple[str, StoredPiece]]]]:
+        """Each file with the (dtype, piece) of every tensor in it."""
+        stored: dict[str, tuple[StoredFile, list[tuple[str, StoredPiece]]]] = {
+            file.name: (file, []) for file in self.manifest.files
+        }
+        for tensor in self.manifest.tensors.values():
+            for piece in tensor.pieces:
+                stored[piece.file][1].append((tensor.dtype, piece))
+        return stored
+
+    def _file(self, name: str) -> VerifiedFile:
         if name not in self._open:
-            if name not in self._stored:
-                raise CheckpointError(f"{self.folder}: the manifest has no file {name}")
-            hashes = {
-                piece.key: piece.xxh3
-                for tensor in self.manifest.tensors.values()
-                for piece in tensor.pieces
-                if piece.file == name
-            }
-            self._open[name] = VerifiedFile(self.folder, self._stored[name], hashes, self.stats)
+            stored, expected = self._stored[name]
+            self._open[name] = VerifiedFile(self.folder, stored, expected, self.stats)
         return self._open[name]
 
     def read(self, source: Source, box: Box, out: Bits) -> None:
         tensor = self.manifest.tensors[source.name]
-        if View.parse(tensor.view) != source.view:
+        if View.parse(tensor.view) != source.view or tensor.logical_shape != source.shape:
             raise CheckpointError(
-                f"{self.folder}: {source.name} is stored as {tensor.view}, the model reads it as {source.view}"
+                f"{self.folder}: {source.name} is stored as {tensor.view} {tensor.logical_shape}, "
+                f"the model reads it as {source.view} {source.shape}"
             )
-        pieces = {piece.box: piece for piece in reversed(tensor.pieces)}
-        common = {where: part for where in pieces if (part := intersect(where, box)) is not None}
-        if box in common.values():  # one stored piece holds it all
-            common = dict([next(item for item in common.items() if item[1] == box)])
-        for stored_box, part in common.items():
-            piece = pieces[stored_box]
-            out[as_slices(relative(part, box))] = self.file(piece.file).bits(piece.key, stored_box, part)
-        covered = union_volume(set(common.values()))
-        if covered != volume(box):
+        self.stats.needed += volume(box) * out.itemsize
+        for piece, part in self._cover(source.name, tensor, box):
+            out[as_slices(relative(part, box))] = self._file(piece.file).bits(piece, part)
+
+    def _cover(self, name: str, tensor: StoredTensor, box: Box) -> list[tuple[StoredPiece, Box]]:
+        """Stored pieces that hold the box together, and what to take of each: large parts first."""
+        parts = [
+            (piece, part)
+            for piece in tensor.pieces
+            if (part := intersect(piece.box, box)) is not None
+        ]
+        parts.sort(key=lambda item: (-volume(item[1]), item[0].file != self._own_name))
+        chosen: list[tuple[StoredPiece, Box]] = []
+        held: set[Box] = set()
+        covered, whole = 0, volume(box)
+        for piece, part in parts:
+            if covered == whole:
+                break
+            if (more := union_volume(held | {part})) > covered:
+                chosen.append((piece, part))
+                held.add(part)
+                covered = more
+        if covered != whole:
             raise CheckpointError(
-                f"{self.folder}: {volume(box) - covered} of {volume(box)} elements of {source.name} are in no file"
+                f"{self.folder}: {whole - covered} of {whole} elements of {name} are in no file"
             )
+        return chosen
 
     def forget(self, name: str) -> None:
         for piece in self.manifest.tensors[name].pieces:
             if piece.file in self._open:
                 self._open[piece.file].file.forget(piece.key)
 
+    def source(self, name: str) -> Source:
+        """A tensor as the logical source that it was stored from."""
+        tensor = self.manifest.tensors[name]
+        return Source(name, tensor.logical_shape, View.parse(tensor.view))
+
+    def file_of(self, name: str) -> Path:
+        """A file that holds the tensor or a part of it; the manifest if none does."""
+        pieces = self.manifest.tensors[name].pieces
+        return self.folder / (pieces[0].file if pieces else MANIFEST_NAME)
+
     def check_files(self) -> None:
-        """Every file is there and has its size; CheckpointError names the one that does not."""
+        """Every file is there, whole in size and header; CheckpointError names one that is not."""
         for stored in self.manifest.files:
-            self.file(stored.name)
+            self._file(stored.name)
 
     def check(self, progress: Callable[[int], None] = lambda _: None) -> list[str]:
         """Verifies every byte; returns what is wrong, a line a finding."""
-        findings = []
+        findings: list[str] = []
         for stored in self.manifest.files:
             try:
-                file = self.file(stored.name)
+                findings += self._file(stored.name).check(progress)
             except CheckpointError as error:
                 findings.append(str(error))
-                continue
-            for first, last in chunk_ranges(stored.num_bytes):
-                try:
-                    file.verify(first, last)
-                except CheckpointError as error:
-                    findings.append(str(error))
-                progress(last - first)
+                progress(stored.num_bytes)
         for carried in self.manifest.carried:
             path = self.folder / carried.stored
             if not path.is_file():
                 findings.append(f"{path} is missing")
-            elif hash_file(path) != carried.xxh3:
-                findings.append(f"{path} is corrupt: its xxh3 is not the manifest's {carried.xxh3}")
-        return findings + self._uncovered()
+            elif (found := hash_file(path)) != carried.xxh3:
+                findings.append(
+                    f"{path} is corrupt: xxh3 {found}, the manifest says {carried.xxh3}"
+                )
+        return findings + list(self._uncovered())
 
-    def _uncovered(self) -> list[str]:
-        findings = []
+    def _uncovered(self) -> Iterator[str]:
         for name, tensor in self.manifest.tensors.items():
-            if tensor.pieces and not all(piece.file in self._stored for piece in tensor.pieces):
-                findings.append(f"{self.folder}: {name} lies in a file that the manifest does not list")
-            elif not tensor.pieces:
-                findings.append(f"{self.folder}: {name} lies nowhere")
-            for piece in tensor.pieces:
-                file = self._open.get(piece.file)
-                info = file.file.tensors.get(piece.key) if file else None
-                if file and (info is None or info.shape != box_shape(piece.box) or info.dtype != tensor.dtype):
-                    findings.append(f"{file.path}: {where(piece.file, piece.key)} is not as the manifest says")
-        return findings
-
-    def source(self, name: str) -> Source:
-        """The stored tensor as a logical source."""
-        tensor = self.manifest.tensors[name]
-        return Source(name, logical_shape(tensor), View.parse(tensor.view))
+            held = {piece.box for piece in tensor.pieces}
+            missing = volume(tuple((0, size) for size in tensor.logical_shape)) - union_volume(held)
+            if missing:
+                yield f"{self.folder}: {missing} elements of {name} are in no file"

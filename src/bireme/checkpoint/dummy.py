@@ -21,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 20
 
 def _uniform(seed: int, name: str, index: np.ndarray) -> np.ndarray:
     """float32 in [-1, 1) from a hash of each global index (uint64)."""
-    key = xxhash.xxh3_64_intdigest(f"{seed}/{name}")
+    key = xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode())
     x = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ np.uint32(key & 0xFFFFFFFF)
     x += (index >> np.uint64(32)).astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32(key >> 32)
     for multiplier, shift in ((_MIX[0], 16), (_MIX[1], 15)):
@@ -47,14 +47,17 @@ class DummySource:
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         rest = np.zeros(box_shape(box[1:]), dtype=np.uint64)
         for dim, ((start, stop), stride) in enumerate(zip(box[1:], strides[1:], strict=True)):
-            steps = np.arange(start, stop, dtype=np.uint64) * np.uint64(stride)
-            rest += steps.reshape((-1,) + (1,) * (len(box) - 2 - dim))
+            offsets = np.arange(start, stop, dtype=np.uint64) * np.uint64(stride)
+            rest += offsets.reshape((-1,) + (1,) * (len(box) - 2 - dim))
         rows = max(1, _BLOCK_ELEMENTS // max(1, rest.size))
         for first in range(box[0][0], box[0][1], rows):
             last = min(box[0][1], first + rows)
-            start = np.arange(first, last, dtype=np.uint64) * np.uint64(strides[0])
-            index = start.reshape((-1,) + (1,) * rest.ndim) + rest
+            row_offsets = np.arange(first, last, dtype=np.uint64) * np.uint64(strides[0])
+            index = row_offsets.reshape((-1,) + (1,) * rest.ndim) + rest
             values[first - box[0][0] : last - box[0][0]] = self._values(source, index)
+
+    def forget(self, name: str) -> None:
+        """Nothing is held."""
 
     def _values(self, source: Source, index: np.ndarray) -> np.ndarray:
         noise = _uniform(self._seed, source.name, index)

@@ -6,17 +6,19 @@ import os
 import re
 from pathlib import Path
 
+from bireme.checkpoint.files import PICKLED, SAFETENSORS
 from bireme.errors import CheckpointError
 
 DEMO = "demo"
-_HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-_CONFIGS = ["*.json", "*.jinja", "*.model", "*.txt"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_CONFIG_SUFFIXES = (".json", ".jinja", ".model", ".txt")  # of configs and tokenizers, all small
 
 
-def resolve_model(model: str, *, needs_weights: bool = True) -> Path:
-    """The folder of `model`; from the Hub only the files that are needed.
+def resolve_model(model: str, *, needs_weights: bool = True, reads_bin: bool = False) -> Path:
+    """The folder of `model`; from the Hub only the files that are needed, and none if cached.
 
-    CheckpointError if there is no such folder, or the Hub cannot be reached.
+    `reads_bin` says that `.bin` weights will do. CheckpointError if there is no such folder or
+    model, or the Hub cannot be reached.
     """
     if model == DEMO:
         return Path(__file__).parent.parent / "assets" / "demo"
@@ -25,47 +27,72 @@ def resolve_model(model: str, *, needs_weights: bool = True) -> Path:
         return path
     if path.is_file() and path.name == "config.json":
         return path.parent
-    if not _HUB_ID.match(model) or model.startswith((".", "/", "~")):
+    if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"{model} is no folder; give a folder with a config.json, `{DEMO}`, or a Hub id like org/name"
+            f"{model} is no folder; "
+            f"give a folder with a config.json, `{DEMO}`, or a Hub id like org/name"
         )
-    return _from_hub(model, needs_weights)
+    return _cached(model, needs_weights, reads_bin) or _from_hub(model, needs_weights, reads_bin)
 
 
-def _from_hub(model: str, needs_weights: bool) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+def _cached(model: str, needs_weights: bool, reads_bin: bool) -> Path | None:
+    """The snapshot in the local Hub cache, if all that is needed is there."""
+    from huggingface_hub import try_to_load_from_cache
 
-    patterns = [*_CONFIGS, "*.safetensors"] if needs_weights else _CONFIGS
+    config = try_to_load_from_cache(model, "config.json")
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
     try:
-        cached = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=True))
-        if _is_complete(cached, needs_weights):
-            return cached
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: ask the Hub
+        has_weights = SAFETENSORS.inside(folder) or (reads_bin and PICKLED.inside(folder))
+    except CheckpointError:  # an index, and not all of its files
+        return None
+    return folder if has_weights or not needs_weights else None
+
+
+def _from_hub(model: str, needs_weights: bool, reads_bin: bool) -> Path:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        raise CheckpointError(f"{model} is not in the local Hub cache, and HF_HUB_OFFLINE forbids to fetch it")
+        raise CheckpointError(
+            f"{model} is no folder here and not in the local Hub cache, "
+            "and HF_HUB_OFFLINE forbids to fetch it"
+        )
     try:
-        names = [entry.rfilename for entry in HfApi().model_info(model).siblings or []]
-        if needs_weights and not any(name.endswith(".safetensors") for name in names):
-            patterns.append("*.bin")
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return _download(model, needs_weights, reads_bin)
+    except CheckpointError:
+        raise
+    except GatedRepoError:
+        raise CheckpointError(
+            f"{model} is gated; accept its terms on the Hub, then set HF_TOKEN"
+        ) from None
     except RepositoryNotFoundError:
         raise CheckpointError(f"{model} is no folder here and no model on the Hub") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{model} is not in the local Hub cache, and the Hub cannot be reached: {reason}") from None
+    except Exception as error:  # of the HTTP library, which differs by huggingface_hub's version
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(
+            f"{model} is not whole in the local Hub cache, and fetching it failed: {reason}"
+        ) from None
 
 
-def _is_complete(folder: Path, needs_weights: bool) -> bool:
-    if not (folder / "config.json").exists():
-        return False
-    index = folder / "model.safetensors.index.json"
-    if not needs_weights:
-        return True
-    if index.exists():
-        from bireme.model_config import read_json
+def _download(model: str, needs_weights: bool, reads_bin: bool) -> Path:
+    """Configs and tokenizer first, and then the weight files, which an index may name."""
+    from huggingface_hub import HfApi, snapshot_download
 
-        names = set(read_json(index).get("weight_map", {}).values())
-        return all((folder / name).exists() for name in names)
-    return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    names = [entry.rfilename for entry in HfApi().model_info(model).siblings or []]
+    if "config.json" not in names:
+        raise CheckpointError(f"{model} has no config.json on the Hub; it is no model to run")
+    small = [name for name in names if "/" not in name and name.endswith(_CONFIG_SUFFIXES)]
+    folder = Path(snapshot_download(model, allow_patterns=small))
+    if needs_weights:
+        weights = SAFETENSORS.among(names, folder)
+        if not weights and (pickled := PICKLED.among(names, folder)):
+            if not reads_bin:
+                raise CheckpointError(
+                    f"{model} holds .bin files only; `bireme shard {model} OUT` reads those"
+                )
+            weights = pickled
+        if not weights:
+            raise CheckpointError(f"{model} has no safetensors file on the Hub")
+        snapshot_download(model, revision=folder.name, allow_patterns=weights)
+    return folder

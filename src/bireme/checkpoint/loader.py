@@ -50,6 +50,7 @@ def load_parameters(model: nn.Module, source: TensorSource, names: NameMap) -> L
             parameter.zero_()
         for piece in layout.pieces:
             num_bytes += _fill(parameter, piece, source, names)
+            source.forget(names.in_file(piece.source.name))
         num_filled += layout.num_elements - layout.num_padding
         num_padded += layout.num_padding
     return LoadStats(num_bytes, num_filled, num_padded)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from bireme.checkpoint.reader import TensorInfo
 from bireme.errors import CheckpointError
@@ -39,7 +40,8 @@ def match_names(
     prefixes: tuple[str, ...],
     ignorable: tuple[str, ...],
     is_tied: bool,
-    where: str,
+    folder: Path,
+    file_of: Callable[[str], Path],
 ) -> NameMap:
     """CheckpointError for a missing tensor, an unknown one, or one of the wrong shape or dtype."""
     maps = [NameMap(prefixes[0], prefix, ()) for prefix in prefixes]
@@ -47,19 +49,26 @@ def match_names(
     wanted = {best.in_file(name): source for name, source in sources.items()}
     if missing := sorted(wanted.keys() - tensors.keys()):
         raise CheckpointError(
-            f"{where} lacks {len(missing)} of {len(wanted)} tensors that the model needs, {missing[0]} among them"
+            f"{folder} lacks {len(missing)} of {len(wanted)} tensors that the model needs, "
+            f"{missing[0]} the first of them"
         )
     for name, source in wanted.items():
         expected, found = source.view.file_shape(source.shape), tensors[name].shape
         if found != expected:
-            raise CheckpointError(f"{where}: {name} has shape {list(found)}; config.json asks for {list(expected)}")
-        if tensors[name].dtype not in _WEIGHT_DTYPES:
             raise CheckpointError(
-                f"{where}: {name} is {tensors[name].dtype}; supported are {', '.join(_WEIGHT_DTYPES)}"
+                f"{file_of(name)}: {name} has shape {list(found)}; "
+                f"config.json asks for {list(expected)}"
+            )
+        if (dtype := tensors[name].dtype) not in _WEIGHT_DTYPES:
+            raise CheckpointError(
+                f"{file_of(name)}: {name} is {dtype}; supported are {', '.join(_WEIGHT_DTYPES)}"
             )
     patterns = [re.compile(pattern) for pattern in ignorable + (_TIED_HEADS if is_tied else ())]
     unused = tuple(name for name in tensors if name not in wanted)
     for name in unused:
         if not any(pattern.search(name) for pattern in patterns):
-            raise CheckpointError(f"{where} holds {name}, which the model does not know; is config.json the right one?")
+            raise CheckpointError(
+                f"{file_of(name)} holds {name}, which the model does not know; "
+                "is config.json the right one?"
+            )
     return dataclasses.replace(best, unused=unused)

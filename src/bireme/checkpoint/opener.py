@@ -6,22 +6,40 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bireme.checkpoint.artifact import Artifact
+from bireme.checkpoint.files import PICKLED, SAFETENSORS
 from bireme.checkpoint.manifest import is_artifact
 from bireme.checkpoint.names import NameMap, match_names
+from bireme.checkpoint.pickled import PickledCheckpoint
 from bireme.checkpoint.reader import Checkpoint
 from bireme.models.blocks import Family
 from bireme.parallel.layout import Source
 
 
-def open_folder(folder: Path) -> Checkpoint | Artifact:
-    """CheckpointError if the folder holds neither."""
-    return Artifact(folder) if is_artifact(folder) else Checkpoint(folder)
+def open_folder(folder: Path, rank: int = 0) -> Checkpoint | Artifact:
+    """CheckpointError if the folder holds neither; `rank` is the one that will read it."""
+    return Artifact(folder, rank) if is_artifact(folder) else Checkpoint(folder)
+
+
+def open_for_sharding(folder: Path) -> Checkpoint | Artifact | PickledCheckpoint:
+    """Like `open_folder`, and reads `.bin` files where there is nothing better."""
+    if not is_artifact(folder) and not SAFETENSORS.inside(folder) and PICKLED.inside(folder):
+        return PickledCheckpoint(folder)
+    return open_folder(folder)
 
 
 def match_source(
-    source: Checkpoint | Artifact, sources: Mapping[str, Source], family: Family, is_tied: bool
+    source: Checkpoint | Artifact | PickledCheckpoint,
+    sources: Mapping[str, Source],
+    family: Family,
+    is_tied: bool,
 ) -> NameMap:
     """The strict comparison, both ways; CheckpointError names what is missing or too much."""
     return match_names(
-        sources, source.tensors, family.prefixes, family.ignorable, is_tied, str(source.folder)
+        sources,
+        source.tensors,
+        family.prefixes,
+        family.ignorable,
+        is_tied,
+        source.folder,
+        source.file_of,
     )

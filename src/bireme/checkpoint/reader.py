@@ -6,21 +6,21 @@ data without holes). Files are mapped; a reader touches the pages of the boxes t
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, BinaryIO, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from bireme.checkpoint.files import PICKLED, SAFETENSORS
 from bireme.errors import CheckpointError
-from bireme.model_config import read_json
 from bireme.parallel.layout import Box, Source, as_slices, box_shape
 
 Bits = NDArray[np.unsignedinteger[Any]]
@@ -60,17 +60,43 @@ class TensorSource(Protocol):
         """Fills `out` with the logical `box` of a tensor; `source.name` is as in the file."""
         ...
 
+    def forget(self, name: str) -> None:
+        """The tensor is not needed soon: drops its mapped pages from this process."""
+        ...
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class HeaderEntry(msgspec.Struct):
+    dtype: str
+    shape: tuple[_Count, ...]
+    data_offsets: tuple[_Count, _Count]
+
+
+def parse_header(header: bytes) -> dict[str, HeaderEntry]:
+    """The tensors of a file in the order of their bytes."""
+    table = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+    table.pop("__metadata__", None)
+    entries = [
+        (name, msgspec.json.decode(entry, type=HeaderEntry)) for name, entry in table.items()
+    ]
+    return dict(sorted(entries, key=lambda item: item[1].data_offsets))
+
 
 class SafetensorsFile:
-    """One file: its header, checked, and its data, mapped."""
+    """One file: its header, checked, and its data, mapped.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    `label` says for errors what a tensor is called: 'rank 2, layer 5, tensor ...' in an artifact.
+    """
+
+    def __init__(self, path: Path, label: Callable[[str], str] = str) -> None:
+        self.path, self._label = path, label
         try:
             with path.open("rb") as file:
                 self.size = file.seek(0, 2)
                 file.seek(0)
-                self.header = self._read_header(file.read(8), file)
+                self.header = self._read_header(file)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing") from None
@@ -78,13 +104,15 @@ class SafetensorsFile:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         self.tensors = self._parse()
 
-    def _read_header(self, prefix: bytes, file: Any) -> bytes:
+    def _read_header(self, file: BinaryIO) -> bytes:
+        prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER_BYTES, self.size - 8):
             raise CheckpointError(
-                f"{self.path} is no safetensors file: it states a header of {length} bytes in {self.size}"
+                f"{self.path} is cut, or no safetensors file: "
+                f"it states a header of {length} bytes and has {self.size} bytes in all"
             )
-        return bytes(file.read(length))
+        return file.read(length)
 
     @property
     def data_start(self) -> int:
@@ -92,30 +120,43 @@ class SafetensorsFile:
 
     def _parse(self) -> dict[str, TensorInfo]:
         try:
-            entries = json.loads(self.header)
-            entries.pop("__metadata__", None)
-            tensors = {
-                name: TensorInfo(
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    self.data_start + entry["data_offsets"][0],
-                    self.data_start + entry["data_offsets"][1],
-                )
-                for name, entry in entries.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{self.path} has a broken header: {error!r}") from None
-        for name, info in tensors.items():
-            if info.dtype not in ITEM_BYTES:
-                raise CheckpointError(f"{self.path}: {name} has the unknown dtype {info.dtype}")
-            need = math.prod(info.shape) * ITEM_BYTES[info.dtype]
-            if info.stop - info.start != need or info.start < self.data_start:
-                raise CheckpointError(f"{self.path}: {name} of shape {info.shape} needs {need} bytes, not {info.stop - info.start}")
-            if info.stop > self.size:
-                raise CheckpointError(
-                    f"{self.path} is cut: {name} ends at byte {info.stop}, the file at {self.size}"
-                )
-        return tensors
+            entries = parse_header(self.header)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{self.path} has a broken header: {error}") from None
+        at = self.data_start
+        for name, entry in entries.items():
+            self._check(name, entry, at)
+            at = self.data_start + entry.data_offsets[1]
+        if at != self.size:
+            raise CheckpointError(f"{self.path} has {self.size} bytes; its tensors end at {at}")
+        return {
+            name: TensorInfo(
+                entry.dtype,
+                entry.shape,
+                self.data_start + entry.data_offsets[0],
+                self.data_start + entry.data_offsets[1],
+            )
+            for name, entry in entries.items()
+        }
+
+    def _check(self, name: str, entry: HeaderEntry, at: int) -> None:
+        """The entry is sound and its bytes begin at `at`, where the one before it ended."""
+        first, last = (self.data_start + offset for offset in entry.data_offsets)
+        label = self._label(name)
+        if entry.dtype not in ITEM_BYTES:
+            raise CheckpointError(f"{self.path}: {label} has the unknown dtype {entry.dtype}")
+        needed = math.prod(entry.shape) * ITEM_BYTES[entry.dtype]
+        if last - first != needed:
+            raise CheckpointError(
+                f"{self.path}: {label} of shape {list(entry.shape)} and dtype {entry.dtype} "
+                f"needs {needed} bytes, not {last - first}"
+            )
+        if last > self.size:
+            raise CheckpointError(
+                f"{self.path} is cut: {label} ends at byte {last}, the file at {self.size}"
+            )
+        if first != at:
+            raise CheckpointError(f"{self.path}: {label} begins at byte {first}, not at {at}")
 
     def bits(self, name: str) -> Bits:
         """The whole tensor's bits, mapped, not read."""
@@ -137,6 +178,7 @@ class SafetensorsFile:
 
 def copy_view(bits: Bits, source: Source, box: Box, out: Bits) -> None:
     """Copies the logical `box` of a tensor whose bits are as in its file into `out`."""
+    assert out.shape == box_shape(box)
     for file_box, target in source.view.file_boxes(box, source.shape):
         part = bits[as_slices(file_box)]
         out[as_slices(target)] = part.T if source.view.kind == "transpose" else part
@@ -147,37 +189,38 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = [SafetensorsFile(folder / name) for name in self._file_names()]
-        self._home = {name: file for file in self.files for name in file.tensors}
-        if len(self._home) != sum(len(file.tensors) for file in self.files):
-            raise CheckpointError(f"{folder} holds a tensor in two files")
+        self.files = [SafetensorsFile(path) for path in _weight_files(folder)]
+        self._home: dict[str, SafetensorsFile] = {}
+        for file in self.files:
+            for name in file.tensors:
+                if name in self._home:
+                    first = self._home[name].path.name
+                    raise CheckpointError(f"{folder} holds {name} in {first} and {file.path.name}")
+                self._home[name] = file
 
-    def _file_names(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} has no weight_map")
-            return sorted(set(weight_map.values()))
-        names = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        if "model.safetensors" in names:
-            return ["model.safetensors"]
-        if not names and any(self.folder.glob("*.bin")):
-            raise CheckpointError(f"{self.folder} holds .bin files only; `bireme shard` reads those")
-        if not names:
-            raise CheckpointError(f"{self.folder} has no safetensors file; it is no checkpoint")
-        return names
+    @property
+    def weight_files(self) -> list[Path]:
+        return [file.path for file in self.files]
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         return {name: info for file in self.files for name, info in file.tensors.items()}
 
-    def file_of(self, name: str) -> SafetensorsFile:
-        return self._home[name]
+    def file_of(self, name: str) -> Path:
+        return self._home[name].path
 
     def read(self, source: Source, box: Box, out: Bits) -> None:
-        assert out.shape == box_shape(box)
         copy_view(self._home[source.name].bits(source.name), source, box, out)
 
     def forget(self, name: str) -> None:
         self._home[name].forget(name)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if files := SAFETENSORS.inside(folder):
+        return files
+    if PICKLED.inside(folder):
+        raise CheckpointError(
+            f"{folder} holds .bin files only; `bireme shard {folder} OUT` reads those"
+        )
+    raise CheckpointError(f"{folder} has no safetensors file; it is no checkpoint")

@@ -1,31 +1,26 @@
-"""Writes sharded checkpoints and turns them back into their source, byte for byte.
+"""Writes sharded checkpoints: one file a rank, what else the source holds, then the manifest.
 
-Everything streams: a file's header, then its boxes in slabs. A rank's file is renamed into place
-when it is whole, with a note of its hashes; an interrupted run verifies those and goes on. The
-manifest comes last.
+A rank's file is renamed into place when it is whole, with a note of its hashes beside it. A run
+that was interrupted anywhere can be started again: it verifies what such notes say, keeps what
+holds, and writes the rest. The manifest comes last, and the notes go. Like `cp`, nothing waits for
+the disk; what a power cut loses, the hashes tell.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import msgspec
-import numpy as np
 import xxhash
 
-from bireme.checkpoint.artifact import Artifact
+from bireme.checkpoint.artifact import Artifact, ReadStats, VerifiedFile
 from bireme.checkpoint.manifest import (
-    CHUNK_BYTES,
-    FORMAT,
     MANIFEST_NAME,
     UNUSED_NAME,
-    VERSION,
     CarriedFile,
     Manifest,
     SourceFile,
@@ -33,136 +28,30 @@ from bireme.checkpoint.manifest import (
     StoredLayout,
     StoredPiece,
     StoredTensor,
-    chunk_ranges,
     hash_file,
     piece_key,
+    rank_file_name,
     write_atomically,
     write_manifest,
 )
 from bireme.checkpoint.names import NameMap
-from bireme.checkpoint.reader import Checkpoint, TensorInfo, TensorSource, bits_dtype
+from bireme.checkpoint.reader import Checkpoint, TensorInfo, TensorSource
+from bireme.checkpoint.writer import Entry, Progress, make_header, write_entries
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import Box, ModelLayout, Source, as_slices, box_shape, full_box, volume
+from bireme.parallel.layout import ModelLayout
 
-SLAB_BYTES = 16 * 1024 * 1024
-_FOREIGN_WEIGHTS = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ot", ".safetensors"}
-
-Progress = Callable[[int], None]
+_ASIDE = "source"  # the artifact's folder for files that would be mistaken for its own
 
 
 class ShardableSource(TensorSource, Protocol):
-    """A source that can also say what else it is made of."""
+    """A source that lies in a folder, with other files that go along."""
 
     folder: Path
 
-    def forget(self, name: str) -> None:
-        """Drops the tensor's pages from this process."""
-        ...
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file that is to be written."""
-
-    key: str
-    source: Source
-    box: Box
-    dtype: str
-
     @property
-    def num_bytes(self) -> int:
-        return volume(self.box) * bits_dtype(self.dtype).itemsize
-
-
-class _Finished(msgspec.Struct, frozen=True):
-    """Left beside a finished file until the manifest is written."""
-
-    job: str
-    file: StoredFile
-    hashes: dict[str, str]
-
-
-class _HashedWriter:
-    """Writes bytes, hashing every 4 MiB of them."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest, self._room = xxhash.xxh3_64(), CHUNK_BYTES
-        self.chunks: list[str] = []
-        self.num_bytes = 0
-
-    def write(self, data: memoryview) -> None:
-        self._file.write(data)
-        self.num_bytes += len(data)
-        while len(data):
-            part = data[: self._room]
-            self._digest.update(part)
-            self._room -= len(part)
-            data = data[len(part) :]
-            if not self._room:
-                self._next_chunk()
-
-    def _next_chunk(self) -> None:
-        self.chunks.append(self._digest.hexdigest())
-        self._digest, self._room = xxhash.xxh3_64(), CHUNK_BYTES
-
-    def finish(self) -> None:
-        if self._room < CHUNK_BYTES:
-            self._next_chunk()
-
-
-def slabs(box: Box, item_bytes: int) -> Iterator[Box]:
-    """`box` in runs of rows of at most about 16 MiB."""
-    if not box:
-        yield box
-        return
-    (start, stop), rest = box[0], box[1:]
-    rows = max(1, SLAB_BYTES // max(1, item_bytes * volume(rest)))
-    for first in range(start, stop, rows):
-        yield ((first, min(stop, first + rows)), *rest)
-
-
-def _header(entries: list[Entry]) -> bytes:
-    table: dict[str, Any] = {}
-    at = 0
-    for entry in entries:
-        stop = at + entry.num_bytes
-        table[entry.key] = {"dtype": entry.dtype, "shape": box_shape(entry.box), "data_offsets": [at, stop]}
-        at = stop
-    text = json.dumps(table, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
-
-
-def _write_file(path: Path, entries: list[Entry], source: ShardableSource, progress: Progress) -> tuple[StoredFile, dict[str, str]]:
-    """Streams one safetensors file; returns its hashes by chunk and by tensor."""
-    partial = path.with_name(path.name + ".partial")
-    header, hashes = _header(entries), {}
-    buffer = np.empty(SLAB_BYTES, dtype=np.uint8)
-    with partial.open("wb", buffering=0) as file:
-        writer = _HashedWriter(file)
-        writer.write(memoryview(len(header).to_bytes(8, "little") + header))
-        for entry in entries:
-            digest = xxhash.xxh3_64()
-            dtype = bits_dtype(entry.dtype)
-            for slab in slabs(entry.box, dtype.itemsize):
-                num_bytes = volume(slab) * dtype.itemsize
-                space = buffer if num_bytes <= SLAB_BYTES else np.empty(num_bytes, dtype=np.uint8)
-                out = space[:num_bytes].view(dtype).reshape(box_shape(slab))
-                source.read(entry.source, slab, out)
-                data = memoryview(space)[:num_bytes]
-                digest.update(data)
-                writer.write(data)
-                progress(num_bytes)
-            hashes[entry.key] = digest.hexdigest()
-            source.forget(entry.source.name)
-        writer.finish()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    return StoredFile(path.name, writer.num_bytes, writer.chunks), hashes
-
-
-def rank_file_name(rank: int, world_size: int) -> str:
-    return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
+    def weight_files(self) -> list[Path]:
+        """The files that hold its tensors; all others are carried."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -176,7 +65,57 @@ class ShardPlan:
         return sum(entry.num_bytes for entries in self.files.values() for entry in entries)
 
 
-def plan_shards(layout: ModelLayout, names: NameMap, tensors: dict[str, TensorInfo]) -> ShardPlan:
+@dataclass(frozen=True)
+class _Origin:
+    """What an artifact keeps of its source beside the tensors: headers, other files, identity."""
+
+    sources: list[SourceFile]
+    carried: list[tuple[str, Path]]
+    identity: str
+
+    @classmethod
+    def of(cls, source: ShardableSource | Artifact) -> _Origin:
+        """Of an artifact, the source's source; CheckpointError where a file went away."""
+        if isinstance(source, Artifact):
+            manifest = source.manifest
+            carried = [(file.name, source.folder / file.stored) for file in manifest.carried]
+            return cls(manifest.sources, carried, manifest.xxh3)
+        folder = source.folder
+        if isinstance(source, Checkpoint):
+            sources = [
+                SourceFile(file.path.relative_to(folder).as_posix(), file.header.decode())
+                for file in source.files
+            ]
+        else:
+            entries = [Entry.whole(name, info) for name, info in source.tensors.items()]
+            header = make_header(entries, {"format": "pt"}).decode()
+            sources = [SourceFile("model.safetensors", header)]
+        weights = set(source.weight_files)
+        others = [path for path in _files_below(folder) if path not in weights]
+        carried = [(path.relative_to(folder).as_posix(), path) for path in others]
+        return cls(sources, carried, "\n".join(_file_identity(path) for path in sorted(weights)))
+
+    def fingerprint(self) -> str:
+        """Changes when a byte of the source is written, as far as the file system tells."""
+        digest = xxhash.xxh3_64(self.identity.encode())
+        for source in self.sources:
+            digest.update(f"{source.name}\n{source.header}\n".encode())
+        for name, path in self.carried:
+            digest.update(f"{name}\n{_file_identity(path)}\n".encode())
+        return digest.hexdigest()
+
+
+class _Finished(msgspec.Struct, frozen=True):
+    """Left beside a finished file until the manifest is written."""
+
+    job: str
+    file: StoredFile
+    pieces: list[StoredPiece]
+
+
+def plan_shards(
+    layout: ModelLayout, names: NameMap, tensors: Mapping[str, TensorInfo]
+) -> ShardPlan:
     """One file a rank with the boxes that it holds, and one with the tensors that nobody needs."""
     files: dict[str, list[Entry]] = {}
     for rank in layout.ranks:
@@ -188,15 +127,12 @@ def plan_shards(layout: ModelLayout, names: NameMap, tensors: dict[str, TensorIn
                 entries.append(Entry(key, there, box, tensors[there.name].dtype))
         files[rank_file_name(rank.rank, len(layout.ranks))] = entries
     if names.unused:
-        files[UNUSED_NAME] = [
-            Entry(name, Source(name, tensors[name].shape), full_box(tensors[name].shape), tensors[name].dtype)
-            for name in names.unused
-        ]
+        files[UNUSED_NAME] = [Entry.whole(name, tensors[name]) for name in names.unused]
     return ShardPlan(files)
 
 
 def shard(
-    source: ShardableSource,
+    source: ShardableSource | Artifact,
     out: Path,
     layout: ModelLayout,
     names: NameMap,
@@ -204,28 +140,31 @@ def shard(
 ) -> Manifest:
     """Writes `source`, a checkpoint or an artifact, as an artifact of `layout` in the folder `out`.
 
+    `progress` gets bytes of tensors as they are written, or found to be written already.
     CheckpointError if `out` holds anything but an interrupted run of the same job.
     """
-    plan = plan_shards(layout, names, dict(source.tensors))
-    sources, carried = _origin(source)
-    job = _fingerprint(plan, sources, carried)
-    _prepare_folder(out, source.folder, plan, [name for name, _ in carried])
-    stored, hashes = [], {}
+    plan, origin = plan_shards(layout, names, source.tensors), _Origin.of(source)
+    fingerprint = origin.fingerprint()
+    _prepare_folder(out, source.folder, plan, origin)
+    finished = []
     for name, entries in plan.files.items():
-        finished = _resume(out / name, job, progress) or _finish(out / name, job, entries, source, progress)
-        stored.append(finished.file)
-        hashes[name] = finished.hashes
+        job = _job(fingerprint, entries)
+        finished.append(
+            _resume(out / name, job, entries, progress)
+            or _finish(out / name, job, entries, source, progress)
+        )
+    carried = [_carry(path, name, out) for name, path in origin.carried]
+    if _Origin.of(source).fingerprint() != fingerprint:
+        raise CheckpointError(f"{source.folder} was changed while it was read; shard it again")
     manifest = Manifest(
-        format=FORMAT,
-        version=VERSION,
         layout=_stored_layout(layout),
-        files=stored,
-        tensors=_stored_tensors(plan, dict(source.tensors), hashes),
+        files=[done.file for done in finished],
+        tensors=_stored_tensors(plan, source.tensors, finished),
         unused=list(names.unused),
-        sources=sources,
-        carried=[_carry(path, name, out) for name, path in carried],
+        sources=origin.sources,
+        carried=carried,
     )
-    write_manifest(out, manifest)
+    manifest = write_manifest(out, manifest)
     for name in plan.files:
         _note_path(out / name).unlink()
     return manifest
@@ -237,162 +176,123 @@ def _stored_layout(layout: ModelLayout) -> StoredLayout:
 
 
 def _stored_tensors(
-    plan: ShardPlan, tensors: dict[str, TensorInfo], hashes: dict[str, dict[str, str]]
+    plan: ShardPlan, tensors: Mapping[str, TensorInfo], finished: list[_Finished]
 ) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
-    for file, entries in plan.files.items():
-        for entry in entries:
-            info, name = tensors[entry.source.name], entry.source.name
-            tensor = stored.setdefault(name, StoredTensor(info.dtype, info.shape, str(entry.source.view), []))
-            tensor.pieces.append(StoredPiece(file, entry.key, entry.box, hashes[file][entry.key]))
+    for entries, done in zip(plan.files.values(), finished, strict=True):
+        for entry, piece in zip(entries, done.pieces, strict=True):
+            name, info = entry.source.name, tensors[entry.source.name]
+            if name not in stored:
+                stored[name] = StoredTensor(info.dtype, info.shape, str(entry.source.view), [])
+            stored[name].pieces.append(piece)
     return stored
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+def _job(fingerprint: str, entries: list[Entry]) -> str:
+    """The identity of one file: the same source cut the same way."""
+    digest = xxhash.xxh3_64(fingerprint.encode())
+    for entry in entries:
+        digest.update(f"{entry.key} {entry.source.view} {entry.dtype}\n".encode())
+    return digest.hexdigest()
 
 
 def _note_path(path: Path) -> Path:
     return path.with_suffix(".finished.json")
 
 
-def _finish(path: Path, job: str, entries: list[Entry], source: ShardableSource, progress: Progress) -> _Finished:
-    stored, hashes = _write_file(path, entries, source, progress)
-    finished = _Finished(job, stored, hashes)
+def _finish(
+    path: Path, job: str, entries: list[Entry], source: TensorSource, progress: Progress
+) -> _Finished:
+    _note_path(path).unlink(missing_ok=True)
+    finished = _Finished(job, *write_entries(path, entries, source, progress))
     write_atomically(_note_path(path), msgspec.json.encode(finished))
     return finished
 
 
-def _resume(path: Path, job: str, progress: Progress) -> _Finished | None:
-    """The note of a file that an interrupted run of the same job finished, if its bytes still hold."""
+def _resume(path: Path, job: str, entries: list[Entry], progress: Progress) -> _Finished | None:
+    """The note of a file that an earlier run of the same job finished, if its bytes still hold."""
     try:
         finished = msgspec.json.decode(_note_path(path).read_bytes(), type=_Finished)
-        if finished.job != job or path.stat().st_size != finished.file.num_bytes:
+        if finished.job != job:
             return None
-    except (FileNotFoundError, msgspec.DecodeError):
+        expected = [
+            (entry.dtype, piece) for entry, piece in zip(entries, finished.pieces, strict=True)
+        ]
+        file = VerifiedFile(path.parent, finished.file, expected, ReadStats())
+    except (OSError, msgspec.MsgspecError, CheckpointError):
         return None
-    with path.open("rb") as file:
-        for (first, last), expected in zip(
-            chunk_ranges(finished.file.num_bytes), finished.file.chunks, strict=True
-        ):
-            if xxhash.xxh3_64_hexdigest(file.read(last - first)) != expected:
-                return None
-    progress(sum(last - first for first, last in chunk_ranges(finished.file.num_bytes)))
+    if any(file.check(lambda _: None)):
+        return None
+    progress(sum(entry.num_bytes for entry in entries))
     return finished
 
 
-def _origin(source: ShardableSource) -> tuple[list[SourceFile], list[tuple[str, Path]]]:
-    """What the source must be turned back into: its safetensors headers and its other files."""
-    if isinstance(source, Artifact):
-        manifest = source.manifest
-        return manifest.sources, [(file.name, source.folder / file.stored) for file in manifest.carried]
-    if isinstance(source, Checkpoint):
-        headers = [SourceFile(file.path.name, file.header.decode()) for file in source.files]
-    else:
-        headers = [_made_header(source)]
-    return headers, [(str(path.relative_to(source.folder)), path) for path in _other_files(source.folder)]
+# --- the source's other files -------------------------------------------------------------------
 
 
-def _made_header(source: ShardableSource) -> SourceFile:
-    """For a source that is not safetensors (`.bin`): it comes back as one safetensors file."""
-    entries = [
-        Entry(name, Source(name, info.shape), full_box(info.shape), info.dtype)
-        for name, info in source.tensors.items()
-    ]
-    return SourceFile("model.safetensors", _header(entries).decode())
-
-
-def _other_files(folder: Path) -> list[Path]:
-    """Files that are no weights (of any format), hidden folders left out."""
-    found = [
+def _files_below(folder: Path) -> list[Path]:
+    """All files, those in hidden folders (.git, .cache) left out."""
+    return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
-        and path.suffix not in _FOREIGN_WEIGHTS
         and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
     ]
-    return [path for path in found if path.name != "pytorch_model.bin.index.json"]
+
+
+def _file_identity(path: Path) -> str:
+    """Size and times of a file; ctime tells of a change after which mtime was set back."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+
+
+def _stored_name(name: str) -> str:
+    """Where a carried file goes: its own place, or aside if it would pass for one of ours."""
+    is_ours = name == MANIFEST_NAME or PurePosixPath(name).parts[0] == _ASIDE
+    is_ours |= name.endswith((".safetensors", ".index.json", ".finished.json", ".partial"))
+    return f"{_ASIDE}/{name}" if is_ours else name
 
 
 def _carry(path: Path, name: str, out: Path) -> CarriedFile:
-    """Copies a file; the index of a multi-file source goes aside, since it does not describe `out`."""
-    stored = f"source/{name}" if name.endswith(".index.json") or name == MANIFEST_NAME else name
-    target = out / stored
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, target)
-    return CarriedFile(name, stored, target.stat().st_size, hash_file(target))
+    target = out / _stored_name(name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be copied to {target}: {error.strerror}") from None
+    return CarriedFile(name, _stored_name(name), target.stat().st_size, hash_file(target))
 
 
-def _fingerprint(plan: ShardPlan, sources: list[SourceFile], carried: list[tuple[str, Path]]) -> str:
-    """The identity of a job: the same source cut the same way."""
-    digest = xxhash.xxh3_64()
-    for source in sources:
-        digest.update(source.name + source.header)
-    for name, entries in plan.files.items():
-        digest.update(name + ",".join(entry.key for entry in entries))
-    for name, path in carried:
-        stat = path.stat()
-        digest.update(f"{name}:{stat.st_size}")
-    return digest.hexdigest()
-
-
-def _prepare_folder(out: Path, source: Path, plan: ShardPlan, carried: list[str]) -> None:
-    if out.resolve() == source.resolve():
-        raise CheckpointError(f"{out} is the source itself; give another folder")
+def _prepare_folder(out: Path, source: Path, plan: ShardPlan, origin: _Origin) -> None:
+    check_target(out, source)
     if (out / MANIFEST_NAME).exists():
         raise CheckpointError(f"{out} already holds a finished artifact; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    ours = {name for name in plan.files} | {_note_path(Path(name)).name for name in plan.files}
-    ours |= {f"{name}.partial" for name in ours} | {f"{MANIFEST_NAME}.partial", "source"}
-    ours |= {Path(name).parts[0] for name in carried}
+    notes = {_note_path(Path(name)).name for name in plan.files}
+    ours = plan.files.keys() | notes | {MANIFEST_NAME}
+    ours |= {f"{name}.partial" for name in ours}
+    ours |= {PurePosixPath(_stored_name(name)).parts[0] for name, _ in origin.carried}
     if foreign := sorted(path.name for path in out.iterdir() if path.name not in ours):
-        raise CheckpointError(f"{out} is not empty ({foreign[0]} is there); give a new or an empty folder")
-    needed, free = plan.num_bytes, shutil.disk_usage(out).free
-    present = sum((out / name).stat().st_size for name in plan.files if (out / name).exists())
-    if needed - present > free:
-        raise CheckpointError(f"{out} has {free} bytes free; {needed - present} more are needed")
+        raise CheckpointError(
+            f"{out} is not empty, {foreign[0]} is there; give a new or an empty folder"
+        )
+    present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    needed = plan.num_bytes + sum(path.stat().st_size for _, path in origin.carried) - present
+    if needed > (free := shutil.disk_usage(out).free):
+        raise CheckpointError(f"{out} has {free} bytes free on its disk; {needed} are needed")
 
 
-def export(artifact: Artifact, out: Path, progress: Progress = lambda _: None) -> None:
-    """Writes the artifact's source back into the new folder `out`, every file byte for byte."""
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out} is not empty; give a new or an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for carried in artifact.manifest.carried:
-        target = out / carried.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(artifact.folder / carried.stored, target)
-        if hash_file(target) != carried.xxh3:
-            raise CheckpointError(f"{artifact.folder / carried.stored} is corrupt: its xxh3 is not {carried.xxh3}")
-    for source in artifact.manifest.sources:
-        _export_file(artifact, source, out / source.name, progress)
-
-
-def _export_file(artifact: Artifact, source: SourceFile, path: Path, progress: Progress) -> None:
-    entries = json.loads(source.header)
-    entries.pop("__metadata__", None)
-    header = source.header.encode()
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb", buffering=0) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name in sorted(entries, key=lambda name: tuple(entries[name]["data_offsets"])):
-            for data in _file_slabs(artifact, name):
-                file.write(data)
-                progress(len(data))
-            artifact.forget(name)
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _file_slabs(artifact: Artifact, name: str) -> Iterator[memoryview]:
-    """The bytes of a tensor as in its file; a view other than identity needs the tensor in memory."""
-    info, source = artifact.tensors[name], artifact.source(name)
-    dtype = bits_dtype(info.dtype)
-    whole = None if source.view.kind == "identity" else np.empty(info.shape, dtype=dtype)
-    for slab in slabs(full_box(source.shape), dtype.itemsize):
-        rows = np.empty(box_shape(slab), dtype=dtype)
-        artifact.read(source, slab, rows)
-        if whole is None:
-            yield memoryview(rows.reshape(-1).view(np.uint8))
-            continue
-        for file_box, inner in source.view.file_boxes(slab, source.shape):
-            part = rows[as_slices(inner)]
-            whole[as_slices(file_box)] = part.T if source.view.kind == "transpose" else part
-    if whole is not None:
-        yield memoryview(whole.reshape(-1).view(np.uint8))
+def check_target(out: Path, source: Path) -> None:
+    """CheckpointError if `out` is no place for what is made of the folder `source`."""
+    if out.resolve() == source.resolve():
+        raise CheckpointError(f"{out} is the source itself; give another folder")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise CheckpointError(f"{out} lies inside the source {source}; give another folder")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; give a new or an empty folder")

@@ -106,12 +106,16 @@ class WorkerExecutor:
 
     def collect(self) -> StepOutput:
         expected = self._waiting[0]
-        reply = self._world.next_reply(self._plan.config.step_timeout_s, f"executing step {expected[1]}")
+        reply = self._world.next_reply(
+            self._plan.config.step_timeout_s, f"executing step {expected[1]}"
+        )
         if not isinstance(reply, Output):
             raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")
         output = reply.output
         if (output.incarnation, output.step_id) != expected:
-            raise EngineError(f"step {output.step_id} was answered where {expected[1]} was expected")
+            raise EngineError(
+                f"step {output.step_id} was answered where {expected[1]} was expected"
+            )
         self._waiting.popleft()
         return output
 
@@ -123,7 +127,9 @@ class WorkerExecutor:
     def spans(self) -> dict[str, list[Span]]:
         """Every rank's spans, by the rank's name."""
         names: Sequence[str] = self._plan.rank_names
-        return {name: rank.spans.read() for name, rank in zip(names, self._world.ranks, strict=True)}
+        return {
+            name: rank.spans.read() for name, rank in zip(names, self._world.ranks, strict=True)
+        }
 
     def close(self) -> None:
         """Ranks drop the model and leave; their processes stay with the pool."""

@@ -18,7 +18,7 @@ from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
 from bireme.engine.prepare import PreparedModel, make_plan, prepare_model, resolve_auto_width
 from bireme.engine.scheduler import Scheduler
-from bireme.errors import CheckpointError, ConfigError, RequestError
+from bireme.errors import CheckpointError, ConfigError, EngineError, RequestError
 from bireme.request import (
     MAX_SEED,
     CompletionOutput,
@@ -51,7 +51,7 @@ class _Stream:
     prompt: str | None
     request: Request
     decoder: IncrementalDecoder | None
-    arrival_s: float
+    arrival_s: float = 0.0
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     first_token_s: float | None = None
@@ -60,9 +60,9 @@ class _Stream:
 class LLM:
     """A model cut over `tensor_parallel_size` x `pipeline_parallel_size` rank processes.
 
-    A context manager: leaving it ends the processes. `tensor_parallel_size` may be "auto" or one
-    width a stage. Further keywords are the fields of `EngineConfig`. Raises UserError for what
-    cannot work, before any process starts.
+    A context manager: entering it (or the first use) starts the processes, leaving it ends them.
+    `tensor_parallel_size` may be "auto" or one width a stage. Further keywords are the fields of
+    `EngineConfig`. Making one raises UserError for what cannot work, before any process starts.
 
         with LLM("demo", tensor_parallel_size=2) as llm:
             print(llm.generate("The with statement")[0].outputs[0].text)
@@ -80,7 +80,9 @@ class LLM:
     ) -> None:
         is_auto = tensor_parallel_size == "auto"
         if isinstance(tensor_parallel_size, str) and not is_auto:
-            raise ConfigError(f"tensor_parallel_size {tensor_parallel_size!r} is neither a number nor 'auto'")
+            raise ConfigError(
+                f"tensor_parallel_size {tensor_parallel_size!r} is neither a number nor 'auto'"
+            )
         widths = 1 if isinstance(tensor_parallel_size, str) else tensor_parallel_size
         parallel = ParallelConfig.of(
             widths if isinstance(widths, int) else tuple(widths),
@@ -88,21 +90,22 @@ class LLM:
             tuple(layers_per_stage) if layers_per_stage is not None else None,
         )
         config = EngineConfig(parallel=parallel, **settings)
-        self.model: PreparedModel = prepare_model(str(model), needs_weights=config.load_format != "dummy")
+        self.model: PreparedModel = prepare_model(
+            str(model), needs_weights=config.load_format != "dummy"
+        )
         self.config = resolve_auto_width(self.model, config) if is_auto else config
         self.plan = make_plan(self.model, self.config)
         self._tokenizer: Tokenizer | None = None
         self._own_pool = pool is None
         self._pool = pool or WorkerPool()
-        self._start()
+        self._executor: WorkerExecutor | None = None
+        self._engine: Engine | None = None
 
-    def _start(self) -> None:
-        try:
-            self._executor = WorkerExecutor(self.plan, self._pool)
-        except BaseException:
-            if self._own_pool:
-                self._pool.close()
-            raise
+    def start(self) -> Engine:
+        """Starts the ranks unless they run; RankError where one of them fails."""
+        if self._engine is not None:
+            return self._engine
+        self._executor = WorkerExecutor(self.plan, self._pool)
         scheduler = Scheduler(
             pp_size=self.config.parallel.pp_size,
             max_num_seqs=self.config.max_num_seqs,
@@ -111,8 +114,10 @@ class LLM:
             block_size=self.config.block_size,
         )
         self._engine = Engine(scheduler, self._executor)
+        return self._engine
 
     def __enter__(self) -> LLM:
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -120,10 +125,11 @@ class LLM:
 
     def close(self) -> None:
         """Ends the ranks (or gives them back to the pool that was passed in)."""
+        executor, self._executor, self._engine = self._executor, None, None
         if self._own_pool:
             self._pool.close()
-        else:
-            self._executor.close()
+        elif executor is not None:
+            executor.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -135,11 +141,11 @@ class LLM:
     @property
     def loaded(self) -> list[Loaded]:
         """What each rank holds and read, in bytes."""
-        return self._executor.loaded
+        return self.executor.loaded
 
     def spans(self) -> dict[str, list[Span]]:
         """The newest spans of every rank."""
-        return self._executor.spans()
+        return self.executor.spans()
 
     def write_trace(self, path: str | Path) -> None:
         """A Chrome/Perfetto trace of the newest spans, a track a rank."""
@@ -147,6 +153,9 @@ class LLM:
 
     @property
     def executor(self) -> WorkerExecutor:
+        """The running ranks; EngineError before they started or after they ended."""
+        if self._executor is None:
+            raise EngineError("no rank is running; start the model first")
         return self._executor
 
     def generate(
@@ -169,7 +178,9 @@ class LLM:
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """The prompt of a conversation; the template writes the special tokens itself."""
-        return self.tokenizer.encode(self.tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        return self.tokenizer.encode(
+            self.tokenizer.apply_chat_template(messages), add_special_tokens=False
+        )
 
     def stream(
         self,
@@ -186,7 +197,10 @@ class LLM:
         return self._run(streams)
 
     def _run(self, streams: dict[str, _Stream]) -> Iterator[Delta]:
-        for event in self._engine.run([stream.request for stream in streams.values()]):
+        engine, now = self.start(), time.monotonic()
+        for stream in streams.values():
+            stream.arrival_s = now
+        for event in engine.run([stream.request for stream in streams.values()]):
             yield _advance(streams[event.request_id], event)
 
     def _open_stream(self, index: int, prompt: Prompt, params: SamplingParams) -> _Stream:
@@ -201,7 +215,7 @@ class LLM:
             seed=seed,
             eos_token_ids=frozenset() if params.ignore_eos else self.model.eos_token_ids,
         )
-        return _Stream(index, text, request, self._decoder(), time.monotonic())
+        return _Stream(index, text, request, self._decoder())
 
     def _decoder(self) -> IncrementalDecoder | None:
         try:
@@ -215,7 +229,9 @@ class LLM:
         vocab, longest = self.model.config.vocab_size, self.plan.max_model_len
         bad = [id_ for id_ in ids if not isinstance(id_, int) or not 0 <= id_ < vocab]
         if bad:
-            raise RequestError(f"prompt {index} holds the token id {bad[0]}; ids go from 0 to {vocab - 1}")
+            raise RequestError(
+                f"prompt {index} holds the token id {bad[0]}; ids go from 0 to {vocab - 1}"
+            )
         if len(ids) + params.max_tokens > longest:
             raise RequestError(
                 f"prompt {index} has {len(ids)} tokens and asks for {params.max_tokens} more; "
@@ -237,7 +253,9 @@ def _as_params(
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
     if len(params) != count:
-        raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one, or one a prompt")
+        raise RequestError(
+            f"{len(params)} sampling_params for {count} prompts; give one, or one a prompt"
+        )
     return list(params)
 
 

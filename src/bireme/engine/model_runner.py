@@ -54,7 +54,12 @@ class ModelRunner:
         self.device, self.dtype, self.spans = device, dtype, spans
         self.caches = {
             module.layer: PagedCache(
-                cache.num_blocks, cache.block_size, module.cut.num_local_kv_heads, module.cut.head_dim, dtype, device
+                cache.num_blocks,
+                cache.block_size,
+                module.cut.num_local_kv_heads,
+                module.cut.head_dim,
+                dtype,
+                device,
             )
             for module in model.modules()
             if isinstance(module, PagedAttention)
@@ -67,7 +72,9 @@ class ModelRunner:
         self._rope = config.rope
         rows = cache.num_slots if self._rope and depends_on_length(self._rope) else 1
         self._frequencies = (
-            inverse_frequencies(self._rope, cache.max_model_len).repeat(rows, 1).to(device) if self._rope else None
+            inverse_frequencies(self._rope, cache.max_model_len).repeat(rows, 1).to(device)
+            if self._rope
+            else None
         )
         self._expected_ids: deque[tuple[tuple[int, int], list[int]]] = deque()
         self.capture: StepCapture | None = None
@@ -117,7 +124,9 @@ class ModelRunner:
         self._setups[setup.slot] = setup
         self._table_sizes[setup.slot] = 0
         if self._frequencies is not None and self._frequencies.shape[0] > 1 and self._rope:
-            self._frequencies[setup.slot] = inverse_frequencies(self._rope, setup.max_len).to(self.device)
+            self._frequencies[setup.slot] = inverse_frequencies(self._rope, setup.max_len).to(
+                self.device
+            )
 
     def _extend_table(self, piece: ScheduledPiece) -> None:
         new, size = piece.new_blocks[0], self._table_sizes[piece.slot]
@@ -158,7 +167,9 @@ class ModelRunner:
     def _context(self, batch: ScheduledBatch) -> StepContext:
         pieces = batch.pieces
         slots = np.repeat([piece.slot for piece in pieces], [piece.num_tokens for piece in pieces])
-        positions = np.concatenate([np.arange(piece.start, piece.start + piece.num_tokens) for piece in pieces])
+        positions = np.concatenate(
+            [np.arange(piece.start, piece.start + piece.num_tokens) for piece in pieces]
+        )
         on_device = torch.from_numpy(positions).to(self.device)
         cos, sin = self._rotation(slots, on_device)
         return StepContext(
@@ -178,14 +189,16 @@ class ModelRunner:
         """Single tokens together, padded to the longest context; longer pieces one by one."""
         starts = np.cumsum([0, *(piece.num_tokens for piece in pieces)])
         order = sorted(range(len(pieces)), key=lambda index: pieces[index].num_tokens)
-        groups = []
+        groups: list[SequenceGroup] = []
         for num_tokens, run in groupby(order, key=lambda index: pieces[index].num_tokens):
             members = list(run)
             together = [members] if num_tokens == 1 else [[member] for member in members]
             groups.extend(self._group(pieces, starts, indices) for indices in together)
         return groups
 
-    def _group(self, pieces: list[ScheduledPiece], starts: NDArray[np.int64], indices: list[int]) -> SequenceGroup:
+    def _group(
+        self, pieces: list[ScheduledPiece], starts: NDArray[np.int64], indices: list[int]
+    ) -> SequenceGroup:
         steps = np.arange(pieces[indices[0]].num_tokens)
         first = np.array([pieces[index].start for index in indices])
         lengths = first + len(steps)
@@ -213,7 +226,9 @@ class ModelRunner:
 
     # --- output --------------------------------------------------------------------------------
 
-    def _sample(self, batch: ScheduledBatch, x: torch.Tensor, header: tuple[int, int]) -> StepOutput | None:
+    def _sample(
+        self, batch: ScheduledBatch, x: torch.Tensor, header: tuple[int, int]
+    ) -> StepOutput | None:
         """Samples the last token of each piece that asks for it, on every rank of the stage."""
         mesh = self.comm.mesh
         slots = batch.sampling_slots
@@ -226,7 +241,9 @@ class ModelRunner:
         if slots:
             with self.spans.span(SpanKind.SAMPLE):
                 logits = self.model.logits(x[ends[sampled]]).float()
-                positions = [batch.pieces[index].start + batch.pieces[index].num_tokens for index in sampled]
+                positions = [
+                    batch.pieces[index].start + batch.pieces[index].num_tokens for index in sampled
+                ]
                 new = sample(logits, self._first_id, self._rows(slots, positions), mesh.tensor)
                 self._last_ids[slots] = new
                 self.comm.sampled_sender.send(header, new)
@@ -253,5 +270,7 @@ class ModelRunner:
             seeds=column([setup.seed for setup in setups], torch.int64),
             positions=column(positions, torch.int64),
             is_random=any(setup.temperature > 0 for setup in setups),
-            is_filtered=any(setup.temperature > 0 and (setup.top_k or setup.top_p < 1) for setup in setups),
+            is_filtered=any(
+                setup.temperature > 0 and (setup.top_k or setup.top_p < 1) for setup in setups
+            ),
         )

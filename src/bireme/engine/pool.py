@@ -18,7 +18,7 @@ from pathlib import Path
 
 import bireme
 from bireme.engine.messages import Command, Failed, Reply, receive_reply, send
-from bireme.errors import ConfigError, RankError
+from bireme.errors import RankError, UserError
 from bireme.trace import SpanRing
 
 _GRACE_S = 2.0  # for the first cause to arrive once a failure was seen
@@ -45,6 +45,7 @@ def _environment() -> dict[str, str]:
     return {
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
+        "OMP_WAIT_POLICY": "passive",  # a spinning thread starves the rank that it waits for
         **os.environ,
         "PYTHONPATH": package_root + (os.pathsep + path if path else ""),
         "OMP_NUM_THREADS": "1",  # torch is told its number of threads when a world is joined
@@ -58,7 +59,11 @@ def _start() -> RankProcess:
     command = [sys.executable, "-P", "-m", "bireme.engine.worker", *map(str, fds)]
     try:
         process = subprocess.Popen(
-            command, pass_fds=fds, stdin=subprocess.DEVNULL, start_new_session=True, env=_environment()
+            command,
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=_environment(),
         )
     finally:
         theirs.close()
@@ -146,11 +151,13 @@ class World:
     def _next(self, deadline: float, doing: str, awaited: set[int]) -> tuple[int, Reply]:
         events = self._selector.select(max(0.0, deadline - time.monotonic()))
         if not events:
-            late = ", ".join(self._names[index] for index in sorted(awaited)) or "the answering rank"
+            late = (
+                ", ".join(self._names[index] for index in sorted(awaited)) or "the answering rank"
+            )
             self._break()
             raise RankError(late, f"did not answer in time while {doing}")
         found = {key.data: receive_reply(self.ranks[key.data].sock) for key, _ in events[:1]}
-        (index, reply), = found.items()
+        ((index, reply),) = found.items()
         if reply is None or isinstance(reply, Failed):
             self._fail({index: reply})
         assert reply is not None
@@ -184,9 +191,14 @@ class World:
             end = self.ranks[index].describe_end()
         self._break()
         if reply is None:
-            raise RankError(name, f"its process was {end}" if end and end.startswith("killed") else f"its process {end}")
+            raise RankError(
+                name,
+                f"its process was {end}"
+                if end and end.startswith("killed")
+                else f"its process {end}",
+            )
         if reply.is_user_error:
-            raise ConfigError(f"{name}: {reply.cause.partition(': ')[2]}")
+            raise UserError(f"{name}: {reply.cause.partition(': ')[2]}")
         raise RankError(name, reply.cause, reply.traceback)
 
     def _break(self) -> None:

@@ -43,7 +43,9 @@ def prepare_model(model: str, *, needs_weights: bool = True) -> PreparedModel:
     config = from_hf(hf)
     family_of(config)
     generation = folder / "generation_config.json"
-    eos = (read_json(generation) if generation.exists() else {}).get("eos_token_id", hf.get("eos_token_id"))
+    eos = (read_json(generation) if generation.exists() else {}).get(
+        "eos_token_id", hf.get("eos_token_id")
+    )
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return PreparedModel(model, folder, config, frozenset(ids))
 
@@ -67,7 +69,9 @@ def resolve_devices(engine: EngineConfig) -> tuple[str, ...]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not count:
         if engine.device == "cuda" or engine.devices is not None:
-            raise ConfigError("device cuda was asked for, and torch sees no CUDA device; use device cpu")
+            raise ConfigError(
+                "device cuda was asked for, and torch sees no CUDA device; use device cpu"
+            )
         return ("cpu",) * world
     chosen = engine.devices or tuple(range(world))
     if max(chosen) >= count or len(set(chosen)) < world:
@@ -111,17 +115,25 @@ def resolve_max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
     return engine.max_model_len or longest
 
 
-def memory_of(config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str) -> list[RankMemory]:
-    tokens = min(engine.max_num_batched_tokens, resolve_max_model_len(config, engine) * engine.max_num_seqs)
+def memory_of(
+    config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str
+) -> list[RankMemory]:
+    tokens = min(
+        engine.max_num_batched_tokens, resolve_max_model_len(config, engine) * engine.max_num_seqs
+    )
     return model_memory(config, layout, DTYPE_BYTES[dtype], tokens, engine.max_num_seqs)
 
 
-def smallest_fit(config: ModelConfig, engine: EngineConfig, limit: int, max_ranks: int = 64) -> ParallelConfig | None:
+def smallest_fit(
+    config: ModelConfig, engine: EngineConfig, limit: int, max_ranks: int = 64
+) -> ParallelConfig | None:
     """The layout of fewest ranks that fits `limit` bytes a rank; the squarest of equals."""
     dtype = resolve_dtype(config, engine)
     for world in range(1, max_ranks + 1):
         shapes = [(tp, world // tp) for tp in range(1, world + 1) if world % tp == 0]
-        shapes = [(tp, pp) for tp, pp in shapes if tp <= config.num_heads and pp <= config.num_layers]
+        shapes = [
+            (tp, pp) for tp, pp in shapes if tp <= config.num_heads and pp <= config.num_layers
+        ]
         for tp, pp in sorted(shapes, key=max):
             parallel = ParallelConfig.of(tp, pp)
             layout = model_layout(config, parallel)
@@ -180,21 +192,31 @@ def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
 
 def _match(model: PreparedModel, layout: ModelLayout) -> NameMap:
     source = open_folder(model.folder)
-    names = match_source(source, layout.sources, family_of(model.config), model.config.tie_word_embeddings)
+    names = match_source(
+        source, layout.sources, family_of(model.config), model.config.tie_word_embeddings
+    )
     if isinstance(source, Artifact):
         source.check_files()
     return names
 
 
 def _num_blocks(
-    model: PreparedModel, layout: ModelLayout, engine: EngineConfig, dtype: str, devices: tuple[str, ...]
+    model: PreparedModel,
+    layout: ModelLayout,
+    engine: EngineConfig,
+    dtype: str,
+    devices: tuple[str, ...],
 ) -> int:
     """Cache blocks: all that can be used, or as many as fit the rank with least room."""
     limit = device_memory(engine, devices)
     needed = _needed(model.config, layout, engine, dtype)
     if needed > limit:
         fit = smallest_fit(model.config, engine, limit)
-        remedy = f"smallest fit {fit}" if fit else "no layout of up to 64 ranks fits; lower max_model_len"
+        remedy = (
+            f"smallest fit {fit}"
+            if fit
+            else "no layout of up to 64 ranks fits; lower max_model_len"
+        )
         raise CapacityError(
             f"{model.name} at {engine.parallel} needs {format_bytes(needed)} a rank, "
             f"has {format_bytes(limit)}; {remedy}"

@@ -35,7 +35,9 @@ class SamplingRows:
     is_filtered: bool
 
 
-def sample(logits: torch.Tensor, first_id: int, rows: SamplingRows, group: TensorGroup) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor, first_id: int, rows: SamplingRows, group: TensorGroup
+) -> torch.Tensor:
     """int64 [S], the same on every rank of the group. logits float32 [S, V], -inf on padding."""
     scores = logits
     if rows.is_random:
@@ -59,10 +61,14 @@ def _is_filtered_out(scaled: torch.Tensor, rows: SamplingRows, group: TensorGrou
     top = group.all_gather(scaled.max(dim=1).values).amax(dim=0)
     ones = torch.isfinite(scaled).long()
     k = torch.where(rows.top_k > 0, rows.top_k, torch.iinfo(torch.int32).max)
-    keys_kept = keys >= _threshold(keys, ones, lambda total: torch.minimum(k, total), group).unsqueeze(1)
+    keys_kept = keys >= _threshold(
+        keys, ones, lambda total: torch.minimum(k, total), group
+    ).unsqueeze(1)
     mass = (torch.exp(scaled - top.unsqueeze(1)).double() * _MASS_ONE).long() * keys_kept
     p = rows.top_p.double()
-    wanted = _threshold(keys, mass, lambda total: (total.double() * p).ceil().long().clamp(min=1), group)
+    wanted = _threshold(
+        keys, mass, lambda total: (total.double() * p).ceil().long().clamp(min=1), group
+    )
     return ~(keys_kept & (keys >= wanted.unsqueeze(1)))
 
 
@@ -73,7 +79,10 @@ def _sortable(x: torch.Tensor) -> torch.Tensor:
 
 
 def _threshold(
-    keys: torch.Tensor, weights: torch.Tensor, target_of: Callable[[torch.Tensor], torch.Tensor], group: TensorGroup
+    keys: torch.Tensor,
+    weights: torch.Tensor,
+    target_of: Callable[[torch.Tensor], torch.Tensor],
+    group: TensorGroup,
 ) -> torch.Tensor:
     """int64 [S]: the largest key such that the weights of keys at or above it reach the target.
 

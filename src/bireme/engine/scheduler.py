@@ -54,7 +54,13 @@ class Scheduler:
     """Waiting and running requests, and the batches in flight."""
 
     def __init__(
-        self, *, pp_size: int, max_num_seqs: int, max_num_batched_tokens: int, num_blocks: int, block_size: int
+        self,
+        *,
+        pp_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_blocks: int,
+        block_size: int,
     ) -> None:
         self.max_in_flight = pp_size + 1
         self._max_decodes_in_flight = 2 if pp_size == 1 else 1
@@ -133,7 +139,9 @@ class Scheduler:
 
     def _num_promised(self) -> int:
         """Tokens of free blocks that running requests may still ask for."""
-        missing = sum(self.blocks.num_missing(run.slot, run.request.max_len) for run in self._running.values())
+        missing = sum(
+            self.blocks.num_missing(run.slot, run.request.max_len) for run in self._running.values()
+        )
         return missing * self.blocks.block_size
 
     def _choose(self) -> list[ScheduledPiece]:

@@ -45,7 +45,7 @@ from bireme.errors import EngineError, PeerLost, UserError
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
 from bireme.parallel.collectives import Communicator, join
-from bireme.parallel.layers import named_layouts
+from bireme.parallel.layers import materialise, named_layouts
 from bireme.parallel.pipeline import stage_specs
 from bireme.trace import SpanKind, SpanRing
 
@@ -100,7 +100,12 @@ class Worker:
         torch.set_num_threads(command.num_threads)
         self._device = torch.device(command.device)
         self._comm = join(
-            command.widths, command.rank, Path(command.store_path), self._device, command.timeout_s, self._spans
+            command.widths,
+            command.rank,
+            Path(command.store_path),
+            self._device,
+            command.timeout_s,
+            self._spans,
         )
         return Done()
 
@@ -112,13 +117,17 @@ class Worker:
         spec = stage_specs(command.layers_per_stage, command.model.num_layers)[mesh.stage]
         with torch.device("meta"):
             model = build_stage(command.model, mesh, spec)
-        model = model.to(dtype).to_empty(device=self._device)
-        source = _open_source(command, model)
+        materialise(model, dtype, self._device)
+        source = _open_source(command, model, mesh.rank)
         with self._spans.span(SpanKind.LOAD):
             stats = load_parameters(model, source, command.names)
         config = command.config
-        cache = CacheShape(command.num_blocks, config.block_size, config.max_num_seqs, command.max_model_len)
-        self._runner = ModelRunner(command.model, model, self._comm, cache, self._device, dtype, self._spans)
+        cache = CacheShape(
+            command.num_blocks, config.block_size, config.max_num_seqs, command.max_model_len
+        )
+        self._runner = ModelRunner(
+            command.model, model, self._comm, cache, self._device, dtype, self._spans
+        )
         read = source.stats if isinstance(source, Artifact) else None
         return Loaded(
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -135,15 +144,21 @@ class Worker:
         if runner.capture is not None:
             runner.capture.close()
         runner.capture = (
-            StepCapture(Path(folder), comm.mesh.rank, runner.model, probes=probes) if folder else None
+            StepCapture(Path(folder), comm.mesh.rank, runner.model, probes=probes)
+            if folder
+            else None
         )
         return Done()
 
 
-def _open_source(command: Load, model: StageModel) -> TensorSource:
+def _open_source(command: Load, model: StageModel, rank: int) -> TensorSource:
     if command.folder is not None:
-        return open_folder(Path(command.folder))
-    sources = {piece.source.name: piece.source for *_, layout in named_layouts(model) for piece in layout.pieces}
+        return open_folder(Path(command.folder), rank)
+    sources = {
+        piece.source.name: piece.source
+        for *_, layout in named_layouts(model)
+        for piece in layout.pieces
+    }
     return DummySource(sources, command.config.seed)
 
 
@@ -163,6 +178,13 @@ def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) ->
     os._exit(0)
 
 
+def _answer(sock: socket.socket, reply: Reply) -> None:
+    try:
+        send(sock, reply)
+    except ConnectionError:
+        os._exit(0)  # the driver is gone, and with it everyone who could read this
+
+
 def main() -> None:
     """Serves commands until the driver closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
@@ -175,11 +197,10 @@ def main() -> None:
         try:
             reply = worker.handle(command)
         except Exception as error:  # every failure becomes a message to the driver
-            send(sock, _failure(error))
+            reply = _failure(error)
             worker.abandon()
-            continue
         if reply is not None:
-            send(sock, reply)
+            _answer(sock, reply)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ class BlockManager:
         """Gives `slot` blocks until it holds `num_tokens` tokens; returns the new ones."""
         missing = self.num_missing(slot, num_tokens)
         if missing > self.num_free:
-            raise CapacityError(f"slot {slot} needs {missing} more blocks, {self.num_free} are free")
+            raise CapacityError(
+                f"slot {slot} needs {missing} more blocks, {self.num_free} are free"
+            )
         new = [self._free.pop() for _ in range(missing)]
         self._tables.setdefault(slot, []).extend(new)
         return new

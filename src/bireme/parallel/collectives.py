@@ -57,7 +57,9 @@ class JoinedGroup:
 class Sender:
     """The sending side of a rank's edges of one kind; keeps buffers until they are delivered."""
 
-    def __init__(self, edges: list[tuple[Edge, dist.ProcessGroup]], depth: int, spans: SpanRing) -> None:
+    def __init__(
+        self, edges: list[tuple[Edge, dist.ProcessGroup]], depth: int, spans: SpanRing
+    ) -> None:
         self._edges, self._depth, self._spans = edges, depth, spans
         self._in_flight: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
@@ -68,7 +70,9 @@ class Sender:
         incarnation, step_id = header
         rows = rows.contiguous()
         payload = rows.view(torch.uint8).flatten()
-        message = torch.empty(_HEADER_BYTES + payload.numel(), dtype=torch.uint8, device=rows.device)
+        message = torch.empty(
+            _HEADER_BYTES + payload.numel(), dtype=torch.uint8, device=rows.device
+        )
         stated = (step_id, rows.shape[0], payload.numel() // max(1, rows.shape[0]), incarnation)
         message[:_HEADER_BYTES].view(torch.int64).copy_(torch.tensor(stated))
         message[_HEADER_BYTES:] = payload
@@ -96,12 +100,18 @@ class Receiver:
         self._unchecked: deque[tuple[torch.cuda.Event, torch.Tensor, tuple[int, ...]]] = deque()
 
     def receive(
-        self, header: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        self,
+        header: tuple[int, int],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> torch.Tensor:
         """Rows of `shape`; EngineError if the sender states another step or size."""
         incarnation, step_id = header
         row_bytes = math.prod(shape[1:]) * dtype.itemsize
-        message = torch.empty(_HEADER_BYTES + shape[0] * row_bytes, dtype=torch.uint8, device=device)
+        message = torch.empty(
+            _HEADER_BYTES + shape[0] * row_bytes, dtype=torch.uint8, device=device
+        )
         with self._spans.span(SpanKind.RECV, message.numel()), _peers():
             work = dist.irecv(message, self._edge.src, group=self._group)
             assert work is not None
@@ -148,7 +158,12 @@ class Communicator:
 
 
 def join(
-    widths: tuple[int, ...], rank: int, store_path: Path, device: torch.device, timeout_s: float, spans: SpanRing
+    widths: tuple[int, ...],
+    rank: int,
+    store_path: Path,
+    device: torch.device,
+    timeout_s: float,
+    spans: SpanRing,
 ) -> Communicator:
     """Joins the world of `sum(widths)` ranks that meet at the file `store_path`.
 
@@ -191,7 +206,11 @@ def _communicator(
         return Sender(mine, mesh.pp_size + 1, spans)
 
     def receiver(groups: dict[Edge, dist.ProcessGroup]) -> Receiver | None:
-        mine = [Receiver(edge, group, spans) for edge, group in groups.items() if edge.dst == mesh.rank]
+        mine = [
+            Receiver(edge, group, spans) for edge, group in groups.items() if edge.dst == mesh.rank
+        ]
         return mine[0] if mine else None
 
-    return Communicator(mesh, sender(forward), receiver(forward), sender(sampled), receiver(sampled))
+    return Communicator(
+        mesh, sender(forward), receiver(forward), sender(sampled), receiver(sampled)
+    )

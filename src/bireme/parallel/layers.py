@@ -41,14 +41,28 @@ def named_layouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Param
                 yield f"{prefix}.{attribute}".lstrip("."), module, attribute, param_layout
 
 
+def materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives the parameters of a model that was built on meta their memory, uninitialised."""
+    for _, module, attribute, param_layout in named_layouts(model):
+        storage = torch.empty(param_layout.shape, dtype=dtype, device=device)
+        setattr(module, attribute, nn.Parameter(storage, requires_grad=False))
+
+
 class ReplicatedParameter(ParallelModule):
     """A tensor that every rank holds whole: norms, routers, learned positions."""
 
-    def __init__(self, name: str, shape: Sequence[int], *, bias: bool = False, view: View = IDENTITY) -> None:
+    def __init__(
+        self, name: str, shape: Sequence[int], *, bias: bool = False, view: View = IDENTITY
+    ) -> None:
         super().__init__()
-        self.add("weight", layout.replicated(f"{name}.weight", Source(f"{name}.weight", tuple(shape), view)))
+        self.add(
+            "weight",
+            layout.replicated(f"{name}.weight", Source(f"{name}.weight", tuple(shape), view)),
+        )
         if bias:
-            self.add("bias", layout.replicated(f"{name}.bias", Source(f"{name}.bias", tuple(shape[:1]))))
+            self.add(
+                "bias", layout.replicated(f"{name}.bias", Source(f"{name}.bias", tuple(shape[:1])))
+            )
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -86,12 +100,21 @@ class QKVParallelLinear(ColumnParallelLinear):
     """
 
     def __init__(
-        self, name: str, names: Sequence[str], cut: HeadCut, in_features: int, *, bias: bool, view: View = IDENTITY
+        self,
+        name: str,
+        names: Sequence[str],
+        cut: HeadCut,
+        in_features: int,
+        *,
+        bias: bool,
+        view: View = IDENTITY,
     ) -> None:
         weight = self._rows([f"{source}.weight" for source in names], cut, (in_features,), view)
         biases = self._rows([f"{source}.bias" for source in names], cut, (), view) if bias else None
         super().__init__(name, weight, biases, "query head")
-        self.sizes = [cut.num_local_heads * cut.head_dim] + [cut.num_local_kv_heads * cut.head_dim] * 2
+        self.sizes = [cut.num_local_heads * cut.head_dim] + [
+            cut.num_local_kv_heads * cut.head_dim
+        ] * 2
 
     @staticmethod
     def _rows(names: list[str], cut: HeadCut, rest: tuple[int, ...], view: View) -> list[Rows]:
@@ -107,12 +130,15 @@ class QKVParallelLinear(ColumnParallelLinear):
             ]
         return [
             Rows(source, (start + first) * cut.head_dim, (start + last) * cut.head_dim)
-            for source, start, (first, last) in zip(sources, starts, (cut.queries, cut.kv, cut.kv), strict=True)
+            for source, start, (first, last) in zip(
+                sources, starts, (cut.queries, cut.kv, cut.kv), strict=True
+            )
         ]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
         """[T, D] -> q [T, local heads * head_dim], k and v [T, local KV heads * head_dim]."""
-        return super().forward(x).split(self.sizes, dim=-1)
+        parts: tuple[torch.Tensor, ...] = super().forward(x).split(self.sizes, dim=-1)
+        return parts
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -138,12 +164,19 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
 
         def rows(suffix: str, rest: tuple[int, ...]) -> list[Rows]:
             if len(names) == num_parts:
-                sources = [Source(f"{part}.{suffix}", (out_features, *rest), view) for part in names]
+                sources = [
+                    Source(f"{part}.{suffix}", (out_features, *rest), view) for part in names
+                ]
                 return [Rows(source, *cut) for source in sources]
             fused = Source(f"{names[0]}.{suffix}", (num_parts * out_features, *rest), view)
-            return [Rows(fused, part * out_features + cut[0], part * out_features + cut[1]) for part in range(num_parts)]
+            return [
+                Rows(fused, part * out_features + cut[0], part * out_features + cut[1])
+                for part in range(num_parts)
+            ]
 
-        super().__init__(name, rows("weight", (in_features,)), rows("bias", ()) if bias else None, "MLP column")
+        super().__init__(
+            name, rows("weight", (in_features,)), rows("bias", ()) if bias else None, "MLP column"
+        )
 
 
 class RowParallelLinear(ParallelModule):
@@ -153,14 +186,25 @@ class RowParallelLinear(ParallelModule):
     """
 
     def __init__(
-        self, name: str, mesh: Mesh, columns: tuple[int, int], in_features: int, out_features: int, *, unit: str, bias: bool, view: View = IDENTITY
+        self,
+        name: str,
+        mesh: Mesh,
+        columns: tuple[int, int],
+        in_features: int,
+        out_features: int,
+        *,
+        unit: str,
+        bias: bool,
+        view: View = IDENTITY,
     ) -> None:
         super().__init__()
         self.mesh = mesh
         source = Source(f"{name}.weight", (out_features, in_features), view)
         self.add("weight", layout.row_layout(f"{name}.weight", source, columns, unit))
         if bias:
-            self.add("bias", layout.replicated(f"{name}.bias", Source(f"{name}.bias", (out_features,))))
+            self.add(
+                "bias", layout.replicated(f"{name}.bias", Source(f"{name}.bias", (out_features,)))
+            )
 
     weight: nn.Parameter
     bias: nn.Parameter
@@ -181,7 +225,9 @@ class VocabParallelEmbedding(ParallelModule):
         super().__init__()
         self.mesh = mesh
         source = Source(f"{name}.weight", (vocab_size, dim))
-        self.add("weight", layout.vocabulary_layout(f"{name}.weight", source, mesh.tp_size, mesh.tp_rank))
+        self.add(
+            "weight", layout.vocabulary_layout(f"{name}.weight", source, mesh.tp_size, mesh.tp_rank)
+        )
         self.first, self.last = layout.vocabulary_range(vocab_size, mesh.tp_size, mesh.tp_rank)
 
     weight: nn.Parameter
@@ -221,7 +267,10 @@ class ParallelHead(ParallelModule):
         self._tied = [tied] if tied is not None else []  # a list: not registered a second time
         if tied is None:
             source = Source(f"{name}.weight", (vocab_size, dim))
-            self.add("weight", layout.vocabulary_layout(f"{name}.weight", source, mesh.tp_size, mesh.tp_rank))
+            self.add(
+                "weight",
+                layout.vocabulary_layout(f"{name}.weight", source, mesh.tp_size, mesh.tp_rank),
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits = F.linear(x, self._tied[0].weight if self._tied else self.weight)

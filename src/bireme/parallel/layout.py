@@ -97,7 +97,9 @@ class View:
             start = stop
 
     def __str__(self) -> str:
-        return self.kind if self.kind != "interleave" else f"interleave:{self.num_parts}:{self.unit}"
+        return (
+            self.kind if self.kind != "interleave" else f"interleave:{self.num_parts}:{self.unit}"
+        )
 
     @classmethod
     def parse(cls, text: str) -> View:
@@ -203,7 +205,9 @@ class HeadCut:
         return tuple(head // per_kv - self.kv[0] for head in range(*self.queries))
 
 
-def _pack_heads(num_heads: int, per_kv: int, tp_size: int, max_kv: int, max_q: int) -> list[int] | None:
+def _pack_heads(
+    num_heads: int, per_kv: int, tp_size: int, max_kv: int, max_q: int
+) -> list[int] | None:
     """Edges of `tp_size` runs of at most `max_q` query heads over at most `max_kv` KV heads."""
     edges = [0]
     for rank in range(tp_size):
@@ -231,10 +235,14 @@ def head_edges(num_heads: int, num_kv_heads: int, tp_size: int) -> tuple[int, ..
 def column_edges(size: int, tp_size: int) -> tuple[int, ...]:
     """Edges of `size` columns on multiples of the largest unit that keeps imbalance under 5%."""
     if tp_size > size:
-        raise ConfigError(f"tensor_parallel_size={tp_size} exceeds the {size} MLP columns; use at most {size}")
+        raise ConfigError(
+            f"tensor_parallel_size={tp_size} exceeds the {size} MLP columns; use at most {size}"
+        )
     for unit in MLP_UNITS:
         num_units = -(-size // unit)
-        edges = tuple(min(size, unit * (num_units * rank // tp_size)) for rank in range(tp_size + 1))
+        edges = tuple(
+            min(size, unit * (num_units * rank // tp_size)) for rank in range(tp_size + 1)
+        )
         widths = [stop - start for start, stop in pairwise(edges)]
         if max(widths) * tp_size / size - 1 < MAX_IMBALANCE and min(widths) > 0:
             return edges
@@ -296,7 +304,9 @@ def vocabulary_layout(name: str, source: Source, tp_size: int, tp_rank: int) -> 
     start, stop = vocabulary_range(source.shape[0], tp_size, tp_rank)
     rest = full_box(source.shape[1:])
     shape = (vocabulary_width(source.shape[0], tp_size), *source.shape[1:])
-    pieces = (Piece(source, ((start, stop), *rest), ((0, stop - start), *rest)),) if start < stop else ()
+    pieces = (
+        (Piece(source, ((start, stop), *rest), ((0, stop - start), *rest)),) if start < stop else ()
+    )
     return ParamLayout(name, shape, pieces, "vocabulary", "vocabulary row")
 
 
@@ -343,7 +353,9 @@ class RankLayout:
         for param in self.params:
             for piece in param.pieces:
                 found.setdefault(piece.source.name, {}).setdefault(piece.box, piece.source)
-        return {name: [(source, box) for box, source in boxes.items()] for name, boxes in found.items()}
+        return {
+            name: [(source, box) for box, source in boxes.items()] for name, boxes in found.items()
+        }
 
 
 @dataclass(frozen=True)

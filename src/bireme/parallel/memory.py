@@ -18,11 +18,20 @@ class RankMemory:
     activation_bytes: int
 
     def total(self, num_cached_tokens: int) -> int:
-        return self.weight_bytes + num_cached_tokens * self.cache_bytes_per_token + self.activation_bytes
+        return (
+            self.weight_bytes
+            + num_cached_tokens * self.cache_bytes_per_token
+            + self.activation_bytes
+        )
 
 
 def rank_memory(
-    config: ModelConfig, rank: RankLayout, width: int, item_bytes: int, num_step_tokens: int, num_seqs: int
+    config: ModelConfig,
+    rank: RankLayout,
+    width: int,
+    item_bytes: int,
+    num_step_tokens: int,
+    num_seqs: int,
 ) -> RankMemory:
     """`num_step_tokens` bounds a step's tokens, `num_seqs` the rows that are sampled.
 
@@ -30,7 +39,10 @@ def rank_memory(
     once; on the last stage also float32 logits of the sampled rows.
     """
     columns = config.moe.intermediate_size if config.moe else config.intermediate_size
-    widest = max(2 * -(-columns // width), (config.num_heads + 2 * config.num_kv_heads) * config.head_dim // width)
+    widest = max(
+        2 * -(-columns // width),
+        (config.num_heads + 2 * config.num_kv_heads) * config.head_dim // width,
+    )
     activations = num_step_tokens * (3 * config.hidden_size + 2 * widest) * item_bytes
     has_head = rank.layers[1] == config.num_layers
     logits = 2 * 4 * num_seqs * vocabulary_width(config.vocab_size, width) if has_head else 0

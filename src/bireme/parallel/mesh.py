@@ -56,7 +56,9 @@ class Mesh:
 
     @property
     def stage(self) -> int:
-        return next(stage for stage, ranks in enumerate(stage_ranks(self.widths)) if self.rank in ranks)
+        return next(
+            stage for stage, ranks in enumerate(stage_ranks(self.widths)) if self.rank in ranks
+        )
 
     @property
     def tensor_ranks(self) -> range:
@@ -92,7 +94,11 @@ class Mesh:
         return f"rank {self.rank} (stage {self.stage}, tp {self.tp_rank})"
 
     def forward_edges(self) -> tuple[Edge, ...]:
-        return tuple(edge for edge in forward_edges(self.widths) if self.rank in (edge.src, edge.dst))
+        return tuple(
+            edge for edge in forward_edges(self.widths) if self.rank in (edge.src, edge.dst)
+        )
 
     def sampled_edges(self) -> tuple[Edge, ...]:
-        return tuple(edge for edge in sampled_edges(self.widths) if self.rank in (edge.src, edge.dst))
+        return tuple(
+            edge for edge in sampled_edges(self.widths) if self.rank in (edge.src, edge.dst)
+        )

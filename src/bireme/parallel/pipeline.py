@@ -39,13 +39,16 @@ def edges_between(widths: Sequence[int], src: int, dst: int) -> tuple[Edge, ...]
     ranks = stage_ranks(widths)
     senders, receivers = ranks[src], ranks[dst]
     return tuple(
-        Edge(senders[j * len(senders) // len(receivers)], receiver) for j, receiver in enumerate(receivers)
+        Edge(senders[j * len(senders) // len(receivers)], receiver)
+        for j, receiver in enumerate(receivers)
     )
 
 
 def forward_edges(widths: Sequence[int]) -> tuple[Edge, ...]:
     """Hidden states: each stage to the next."""
-    return tuple(edge for stage in range(len(widths) - 1) for edge in edges_between(widths, stage, stage + 1))
+    return tuple(
+        edge for stage in range(len(widths) - 1) for edge in edges_between(widths, stage, stage + 1)
+    )
 
 
 def sampled_edges(widths: Sequence[int]) -> tuple[Edge, ...]:
@@ -80,7 +83,9 @@ def partition(
     for stage in range(1, num_stages):
         row, cut = [float("inf")] * (num_layers + 1), [0] * (num_layers + 1)
         for stop in range(stage + 1, num_layers + 1):
-            options = [(max(best[start], cost(stage, start, stop)), start) for start in range(stage, stop)]
+            options = [
+                (max(best[start], cost(stage, start, stop)), start) for start in range(stage, stop)
+            ]
             row[stop], cut[stop] = min(options)
         best, cuts = row, [*cuts, cut]
     stops = [num_layers]
@@ -93,7 +98,9 @@ def stage_specs(layers_per_stage: Sequence[int], num_layers: int) -> tuple[Stage
     """One spec a stage; ConfigError unless the counts are positive and sum to `num_layers`."""
     given = ",".join(map(str, layers_per_stage))
     if min(layers_per_stage) < 1:
-        raise ConfigError(f"layers_per_stage {given} leaves a stage empty; give each at least 1 layer")
+        raise ConfigError(
+            f"layers_per_stage {given} leaves a stage empty; give each at least 1 layer"
+        )
     if sum(layers_per_stage) != num_layers:
         raise ConfigError(
             f"layers_per_stage {given} sums to {sum(layers_per_stage)}, but the model has {num_layers} layers"

@@ -61,10 +61,14 @@ class Tokenizer:
             return path.read_text(encoding="utf-8")
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several named ones: transformers takes 'default'
-            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+            template = next(
+                (entry["template"] for entry in template if entry["name"] == "default"), None
+            )
         return template
 
-    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
+    ) -> str:
         """The prompt of a conversation, as transformers renders it.
 
         RequestError where there is no template or it refuses the messages.
@@ -89,7 +93,9 @@ def _compile(template: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+        value, ensure_ascii=False, indent=indent
+    )
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)

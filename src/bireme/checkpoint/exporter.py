@@ -1,0 +1,95 @@
+"""Turns an artifact back into the checkpoint that it was made from, every file byte for byte."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from bireme.checkpoint.artifact import Artifact
+from bireme.checkpoint.manifest import CarriedFile, SourceFile, hash_file
+from bireme.checkpoint.reader import Bits, parse_header
+from bireme.checkpoint.sharder import check_target
+from bireme.checkpoint.writer import (
+    Entry,
+    Progress,
+    read_slabs,
+    slab_bytes,
+    with_length,
+    write_file,
+)
+from bireme.errors import CheckpointError
+from bireme.parallel.layout import Box, Source, View, as_slices, box_shape
+
+
+def export(artifact: Artifact, out: Path, progress: Progress = lambda _: None) -> None:
+    """Writes the artifact's source into the new folder `out`; `progress` gets bytes of tensors.
+
+    What was a `.bin` checkpoint comes back as one `model.safetensors` with the same tensors in the
+    same order. CheckpointError names what is damaged.
+    """
+    check_target(out, artifact.folder)
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty; give a new or an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for carried in artifact.manifest.carried:
+        _restore(artifact.folder, carried, out)
+    for source in artifact.manifest.sources:
+        _export_file(artifact, source, out / source.name, progress)
+
+
+def _restore(folder: Path, carried: CarriedFile, out: Path) -> None:
+    stored, target = folder / carried.stored, out / carried.name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(stored, target)
+    except OSError as error:
+        raise CheckpointError(f"{stored} cannot be copied to {target}: {error.strerror}") from None
+    if (found := hash_file(target)) != carried.xxh3:
+        raise CheckpointError(
+            f"{stored} is corrupt: xxh3 {found}, the manifest says {carried.xxh3}"
+        )
+
+
+def _export_file(artifact: Artifact, source: SourceFile, path: Path, progress: Progress) -> None:
+    as_in_file = _AsInFile(artifact)
+
+    def write(file: BinaryIO) -> None:
+        header = source.header.encode()
+        file.write(with_length(header))
+        for name in parse_header(header):
+            size = slab_bytes(artifact.source(name).view)
+            for data in read_slabs(as_in_file, Entry.whole(name, artifact.tensors[name]), size):
+                file.write(data)
+                progress(len(data))
+            artifact.forget(name)
+
+    write_file(path, write)
+
+
+class _AsInFile:
+    """The tensors of an artifact as they lay in the source's files, before any view."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact, self.tensors, self.forget = artifact, artifact.tensors, artifact.forget
+
+    def read(self, source: Source, box: Box, out: Bits) -> None:
+        stored = self._artifact.source(source.name)
+        for logical_box, target in _inverse(stored).file_boxes(box, source.shape):
+            if stored.view.kind == "transpose":
+                rows = np.empty(box_shape(logical_box), dtype=out.dtype)
+                self._artifact.read(stored, logical_box, rows)
+                out[as_slices(target)] = rows.T
+            else:
+                part = out[(..., *as_slices(target))]  # a view for a scalar, too
+                self._artifact.read(stored, logical_box, part)
+
+
+def _inverse(source: Source) -> View:
+    """The view through which the logical tensor looks as it does in its file."""
+    view = source.view
+    if view.kind != "interleave":
+        return view  # identity and transpose undo themselves
+    return View("interleave", source.shape[0] // (view.num_parts * view.unit), view.unit)

@@ -1,0 +1,72 @@
+"""The `bireme` command: one short file a subcommand; each parses, builds a config, calls one function."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+
+from bireme import __version__
+from bireme.cli import export, generate, inspect, shard, verify
+from bireme.errors import EngineError, RankError, UserError
+
+UsageError: Any = typer.BadParameter.__bases__[
+    0
+]  # typer carries click's exceptions under its own name
+
+app = typer.Typer(
+    name="bireme",
+    help="Run one language model on many devices: cut it, shard it, generate, and prove it is the same model.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", is_eager=True
+    ),
+) -> None:
+    if version:
+        typer.echo(f"bireme {__version__}")
+        raise typer.Exit
+
+
+for module in (generate, inspect, shard, export, verify):
+    app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
+
+
+def main() -> None:
+    """Runs the command; exit status 2 for what the user can mend, 1 for what broke, 130 for Ctrl-C."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """The exit status of one command line."""
+    try:
+        status = typer.main.get_command(app).main(
+            arguments, prog_name="bireme", standalone_mode=False
+        )
+    except UsageError as error:
+        hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+        return _say(f"{error.format_message().rstrip('.')}{hint}", 2)
+    except UserError as error:
+        return _say(str(error), 2)
+    except RankError as error:
+        return _say(f"{error.traceback}{error}", 1)
+    except EngineError as error:
+        return _say(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", 130)
+    except BrokenPipeError:
+        return 141  # the reader of a pipe went away, as `head` does
+    return status if isinstance(status, int) else 0
+
+
+def _say(text: str, status: int) -> int:
+    print(f"bireme: {text}" if status != 1 else text, file=sys.stderr)
+    return status

@@ -1,0 +1,226 @@
+"""Continue prompts (or answer them with --chat), streaming, on one process a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bireme.cli import options
+from bireme.config import format_bytes
+from bireme.errors import RequestError
+from bireme.request import SamplingParams
+
+if TYPE_CHECKING:
+    from bireme.engine.llm import LLM, Delta, Prompt
+    from bireme.request import RequestOutput
+
+NAME = "generate"
+SHORT = "Continue or answer prompts, streaming."
+_DEFAULT_MAX_TOKENS = 128
+
+
+def run(
+    model: options.Model,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")
+    ] = None,
+    tp: options.TensorParallel = "1",
+    pp: options.PipelineParallel = None,
+    layers_per_stage: options.LayersPerStage = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts-file",
+            metavar="X.jsonl",
+            help='A line a prompt: {"prompt": ...} or {"prompt_token_ids": [...]}.',
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt through the model's chat template.")
+    ] = False,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            help=f"Tokens to add at most. [default: {_DEFAULT_MAX_TOKENS}, or what the context leaves]",
+        ),
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Draw from the k likeliest tokens; 0: from all.")
+    ] = 0,
+    top_p: Annotated[
+        float,
+        typer.Option("--top-p", help="Draw from the likeliest tokens of this total probability."),
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Makes sampling repeatable, at any layout.")
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+    ] = False,
+    dtype: options.DTypeOption = "auto",
+    device: options.Device = "auto",
+    devices: options.Devices = None,
+    memory_limit: options.MemoryLimit = None,
+    load_format: options.LoadFormat = "auto",
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            "--max-num-seqs", metavar="N", help="Requests that run at once. [default: 64]"
+        ),
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-num-batched-tokens",
+            metavar="N",
+            help="Tokens of a step at most. [default: 2048]",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line a prompt.")] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="OUT.json", help="Write a Chrome/Perfetto trace, a track a rank."
+        ),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing but the answer.")
+    ] = False,
+) -> None:
+    given = _read_prompts(prompts or [], prompts_file)
+    config = options.engine_config(
+        devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
+        load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )  # fmt: skip
+    sampling = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos,
+        max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+    )  # fmt: skip
+    from bireme.engine.llm import LLM
+
+    llm = LLM(model, **options.parallel_settings(tp, pp, layers_per_stage), **config)
+    ids = [_as_ids(llm, prompt, chat) for prompt in given]
+    params = [
+        sampling if max_tokens is not None else _fitting(sampling, llm, prompt) for prompt in ids
+    ]
+    deltas = llm.stream(ids, params)  # refuses a bad prompt before any process starts
+    with llm:
+        if not quiet and not as_json:
+            _print_ranks(llm)
+        _show(deltas, given, as_json=as_json, quiet=quiet)
+        if trace is not None:
+            llm.write_trace(trace)
+
+
+def _read_prompts(texts: list[str], path: Path | None) -> list[Prompt]:
+    given: list[Prompt] = list(texts)
+    if path is not None:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+        given += [
+            _read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
+        ]
+    if not given:
+        raise RequestError("no prompt was given; write it behind the model, or use --prompts-file")
+    return given
+
+
+def _read_line(path: Path, number: int, line: str) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise RequestError(f"{path}:{number} is no JSON: {error}") from None
+    ids = entry.get("prompt_token_ids") if isinstance(entry, dict) else None
+    text = entry.get("prompt") if isinstance(entry, dict) else None
+    if isinstance(ids, list) and all(isinstance(id_, int) for id_ in ids):
+        return ids
+    if isinstance(text, str):
+        return text
+    raise RequestError(
+        f"{path}:{number} has neither `prompt` (text) nor `prompt_token_ids` (a list of ids)"
+    )
+
+
+def _as_ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if not prompt:
+        return []
+    if chat:
+        return llm.chat_ids([{"role": "user", "content": prompt}])
+    return llm.tokenizer.encode(prompt)
+
+
+def _fitting(sampling: SamplingParams, llm: LLM, ids: list[int]) -> SamplingParams:
+    """Without --max-tokens: what the context leaves, up to the default."""
+    room = llm.plan.max_model_len - len(ids)
+    return dataclasses.replace(sampling, max_tokens=max(1, min(_DEFAULT_MAX_TOKENS, room)))
+
+
+def _print_ranks(llm: LLM) -> None:
+    plan = llm.plan
+    print(
+        f"{llm.model.name}: {plan.config.parallel}, {plan.dtype}, {plan.devices[0].partition(':')[0]}",
+        file=sys.stderr,
+    )
+    for name, loaded in zip(plan.rank_names, llm.loaded, strict=True):
+        print(
+            f"  {name}: weights {format_bytes(loaded.weight_bytes)}, cache {format_bytes(loaded.cache_bytes)}, "
+            f"read {format_bytes(loaded.fetched_bytes)} in {loaded.seconds:.2f} s",
+            file=sys.stderr,
+        )
+
+
+def _show(deltas: Iterator[Delta], given: list[Prompt], *, as_json: bool, quiet: bool) -> None:
+    """One prompt streams; several are printed whole, each when it ends."""
+    is_streaming = len(given) == 1 and not as_json
+    for delta in deltas:
+        if is_streaming:
+            print(delta.text, end="", flush=True)
+        if delta.output is None:
+            continue
+        if as_json:
+            print(json.dumps(_as_json(delta.index, delta.output)), flush=True)
+        elif is_streaming:
+            print(flush=True)
+        else:
+            print(f"--- prompt {delta.index}\n{delta.output.outputs[0].text}", flush=True)
+        if not quiet and not as_json:
+            _print_metrics(delta.output)
+
+
+def _print_metrics(output: RequestOutput) -> None:
+    metrics = output.metrics
+    assert metrics is not None
+    print(
+        f"  {metrics.num_tokens} tokens, {output.outputs[0].finish_reason}; first after "
+        f"{metrics.ttft_s * 1000:.0f} ms, {metrics.tokens_per_s:.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def _as_json(index: int, output: RequestOutput) -> dict[str, Any]:
+    completion, metrics = output.outputs[0], output.metrics
+    assert metrics is not None
+    return {
+        "index": index,
+        "prompt_token_ids": output.prompt_token_ids,
+        "token_ids": completion.token_ids,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "ttft_s": round(metrics.ttft_s, 6),
+        "tokens_per_s": round(metrics.tokens_per_s, 3),
+    }

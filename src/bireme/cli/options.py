@@ -1,0 +1,107 @@
+"""Options that several subcommands share, and what they become."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from bireme.config import ParallelConfig, parse_bytes, parse_ints
+from bireme.errors import ConfigError
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, `demo`, or a Hugging Face Hub id.")
+]
+TensorParallel = Annotated[
+    str,
+    typer.Option(
+        "--tensor-parallel-size",
+        "-tp",
+        metavar="N",
+        help="Ranks that share each layer; 3,2 gives one width a stage; auto takes the smallest fit.",
+    ),
+]
+PipelineParallel = Annotated[
+    int | None,
+    typer.Option(
+        "--pipeline-parallel-size",
+        "-pp",
+        metavar="N",
+        help="Stages of consecutive layers. [default: 1]",
+    ),
+]
+LayersPerStage = Annotated[
+    str | None,
+    typer.Option(
+        "--layers-per-stage",
+        metavar="3,3,2",
+        help="Layers of each stage; balanced by cost if not given.",
+    ),
+]
+DTypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto (the checkpoint's), float32, float16 or bfloat16.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Devices = Annotated[
+    str | None,
+    typer.Option("--devices", metavar="1,0", help="The GPU of each rank, in rank order."),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-limit",
+        metavar="SIZE",
+        help="What one rank's tensors may take, like 16MiB or 24GB.",
+    ),
+]
+LoadFormat = Annotated[
+    str,
+    typer.Option(
+        "--load-format", help="auto, or dummy: made-up weights, only config.json is needed."
+    ),
+]
+MaxModelLen = Annotated[
+    int | None,
+    typer.Option(
+        "--max-model-len",
+        metavar="N",
+        help="The longest context in tokens; the model's own if not given.",
+    ),
+]
+JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def parallel_config(tp: str, pp: int | None, layers: str | None) -> ParallelConfig:
+    """The layout that the three options ask for."""
+    return ParallelConfig.of(parse_ints(tp, "tensor_parallel_size"), pp, _layers(layers))
+
+
+def parallel_settings(tp: str, pp: int | None, layers: str | None) -> dict[str, Any]:
+    """The same as keywords of `LLM`, where the width may be `auto`."""
+    return {
+        "tensor_parallel_size": tp if tp == "auto" else parse_ints(tp, "tensor_parallel_size"),
+        "pipeline_parallel_size": pp,
+        "layers_per_stage": _layers(layers),
+    }
+
+
+def _layers(text: str | None) -> tuple[int, ...] | None:
+    return parse_ints(text, "layers_per_stage") if text else None
+
+
+def engine_config(
+    *, devices: str | None = None, memory_limit: str | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Fields of `EngineConfig` from options as they were typed; None keeps a field's default."""
+    for name, allowed in (
+        ("dtype", ("auto", "float32", "float16", "bfloat16")),
+        ("device", ("auto", "cpu", "cuda")),
+        ("load_format", ("auto", "dummy")),
+    ):
+        if settings.get(name, allowed[0]) not in allowed:
+            raise ConfigError(f"{name} {settings[name]!r} is not known; use {', '.join(allowed)}")
+    fields = settings | {
+        "devices": parse_ints(devices, "devices", least=0) if devices else None,
+        "memory_limit_bytes": parse_bytes(memory_limit) if memory_limit else None,
+    }
+    return {name: value for name, value in fields.items() if value is not None}

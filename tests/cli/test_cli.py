@@ -1,0 +1,298 @@
+"""The command line: what users type, right and wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bireme.cli import run
+
+FLAGS = ["--dtype", "float32"]
+
+
+def cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error)."""
+    status = run(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "demo"
+    assert run(["shard", "demo", str(out), "-tp", "2", "-pp", "2", "--quiet"]) == 0
+    return out
+
+
+def test_a_command_line_streams_an_answer() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "bireme",
+            "generate",
+            "demo",
+            "What does math.sqrt do?",
+            "--chat",
+            "-tp",
+            "2",
+            *FLAGS,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "Return the square root of x." in done.stdout
+    assert "rank 1 (stage 0, tp 1): weights" in done.stderr
+    assert "tokens/s" in done.stderr
+
+
+def test_json_lines_have_the_promised_keys(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "If the"}\n\n{"prompt_token_ids": [5, 6, 7]}\n')
+    status, out, _ = cli(
+        capsys,
+        "generate",
+        "demo",
+        "--prompts-file",
+        str(prompts),
+        "--max-tokens",
+        "5",
+        "--ignore-eos",
+        "--json",
+    )
+    lines = sorted((json.loads(line) for line in out.splitlines()), key=lambda line: line["index"])
+    assert status == 0
+    assert [line["index"] for line in lines] == [0, 1]
+    assert lines[1]["prompt_token_ids"] == [5, 6, 7]
+    for line in lines:
+        assert list(line) == [
+            "index", "prompt_token_ids", "token_ids", "text", "finish_reason", "ttft_s", "tokens_per_s",
+        ]  # fmt: skip
+        assert len(line["token_ids"]) == 5
+        assert line["finish_reason"] == "length"
+        assert line["ttft_s"] > 0
+
+
+def test_several_prompts_and_a_trace(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    status, out, _ = cli(
+        capsys,
+        "generate",
+        "demo",
+        "If the",
+        "Return",
+        "-pp",
+        "2",
+        "--max-tokens",
+        "4",
+        "--trace",
+        str(trace),
+        "-q",
+    )
+    assert status == 0
+    assert "--- prompt 0" in out
+    assert "--- prompt 1" in out
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 20
+
+
+def test_a_seed_repeats_a_draw(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [
+        "generate",
+        "demo",
+        "The",
+        "--temperature",
+        "1",
+        "--max-tokens",
+        "12",
+        "--ignore-eos",
+        "-q",
+        *FLAGS,
+    ]
+    first, again, other = (cli(capsys, *asked, "--seed", seed)[1] for seed in ("3", "3", "4"))
+    assert first == again
+    assert first != other
+
+
+def test_sharding_resharding_and_exporting_give_the_source_back(
+    capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path
+) -> None:
+    from bireme.checkpoint.hub import resolve_model
+
+    assert cli(capsys, "inspect", str(shards), "--check")[0] == 0
+    assert cli(capsys, "shard", str(shards), str(tmp_path / "re"), "-tp", "3,1", "-q")[0] == 0
+    assert cli(capsys, "export", str(tmp_path / "re"), str(tmp_path / "back"), "-q")[0] == 0
+    demo = resolve_model("demo")
+    names = sorted(path.name for path in demo.iterdir())
+    assert sorted(path.name for path in (tmp_path / "back").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "back" / name).read_bytes() == (demo / name).read_bytes()
+
+
+def test_an_artifact_runs_and_is_verified_and_keeps_its_certificate(
+    capsys: pytest.CaptureFixture[str], shards: Path
+) -> None:
+    status, out, _ = cli(
+        capsys,
+        "verify",
+        str(shards),
+        "-tp",
+        "3",
+        *FLAGS,
+        "--num-prompts",
+        "2",
+        "--num-decode",
+        "4",
+        "--json",
+    )
+    certificate = json.loads(out)
+    assert status == 0
+    assert certificate["is_same"] is True
+    assert certificate["relative_difference"] < 1e-4
+    assert json.loads((shards / "certificate-tp3-float32-cpu.json").read_text()) == certificate
+
+
+def test_verify_against_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = cli(
+        capsys, "verify", "demo", "-tp", "2", "-pp", "2", *FLAGS,
+        "--reference", "transformers", "--prompt", "The with statement", "--num-decode", "8",
+    )  # fmt: skip
+    assert status == 0
+    assert "against transformers: the same model" in out
+    assert "100.00% of decode" in out
+
+
+def test_a_damaged_artifact_names_rank_layer_and_tensor(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "damaged"
+    assert run(["shard", "demo", str(out), "-tp", "2", "--quiet"]) == 0
+    from bireme.checkpoint.reader import SafetensorsFile
+
+    name = "rank-00001-of-00002.safetensors"
+    tensors = SafetensorsFile(out / name).tensors
+    key = next(key for key in tensors if "layers.5.self_attn.o_proj" in key)
+    data = bytearray((out / name).read_bytes())
+    data[tensors[key].start + 7] ^= 4
+    (out / name).write_bytes(bytes(data))
+    status, found, _ = cli(capsys, "inspect", str(out), "--check")
+    assert status == 1
+    assert "rank 1, layer 5" in found
+    assert key in found
+    status, _, error = cli(capsys, "generate", str(out), "The", "-tp", "3")
+    assert status == 2
+    assert key in error
+
+
+def test_inspect_needs_only_a_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = {
+        "architectures": ["OPTForCausalLM"], "model_type": "opt", "hidden_size": 12288, "num_hidden_layers": 96,
+        "num_attention_heads": 96, "ffn_dim": 49152, "vocab_size": 50272, "max_position_embeddings": 2048,
+        "word_embed_proj_dim": 12288, "activation_function": "relu", "torch_dtype": "float16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, out, _ = cli(
+        capsys, "inspect", str(tmp_path / "config.json"), "-tp", "8", "-pp", "4", "--json"
+    )
+    report = json.loads(out)
+    assert status == 0
+    assert len(report["ranks"]) == 32
+    total = sum(rank["weight_bytes"] for rank in report["ranks"])
+    assert 2 * 174e9 < total < 2 * 178e9
+    status, out, _ = cli(capsys, "inspect", str(tmp_path), "-tp", "7", "-pp", "4")
+    assert status == 0
+    assert "query head (outputs)" in out
+
+
+BAD = [
+    (
+        ["generate", "demo", "x", "-tp", "9"],
+        "tensor_parallel_size=9 exceeds the 8 query heads; use at most 8",
+    ),
+    (
+        ["generate", "demo", "x", "-pp", "9"],
+        "pipeline_parallel_size=9 exceeds the 8 layers; use at most 8",
+    ),
+    (
+        ["generate", "demo", "x", "--layers-per-stage", "3,3"],
+        "sums to 6, but the model has 8 layers",
+    ),
+    (["generate", "demo", "x", "--layers-per-stage", "a,b"], "not a whole number"),
+    (["generate", "demo", "x", "-tp", "two"], "not a whole number"),
+    (["generate", "demo", "x", "-tp", "0"], "the smallest is 1"),
+    (["generate", "demo", ""], "prompt 0 is empty"),
+    (["generate", "demo"], "no prompt was given"),
+    (["generate", "demo", "x " * 2000], "the context holds 1024"),
+    (["generate", "demo", "x", "--max-tokens", "-3"], "max_tokens=-3 must be at least 1"),
+    (["generate", "demo", "x", "--max-tokens", "2000"], "the context holds 1024"),
+    (["generate", "demo", "x", "--temperature", "-1"], "temperature=-1.0 must be at least 0"),
+    (["generate", "demo", "x", "--dtype", "int3"], "dtype 'int3' is not known"),
+    (["generate", "demo", "x", "--memory-limit", "much"], "is not a size"),
+    (["generate", "demo", "x", "--memory-limit", "1MiB"], "needs"),
+    (["generate", "demo", "x", "--prompts-file", "/nonexistent.jsonl"], "cannot be read"),
+    (["generate", "/nonexistent", "x"], "is no folder"),
+    (["generate", "/tmp", "x"], "has no config.json"),
+    (["generate", "demo", "x", "--wrong"], "No such option: --wrong"),
+    (["inspect", "demo", "--check"], "manifest.json cannot be read"),
+    (["verify", "demo", "--num-prompts", "0"], "num_prompts=0 must be at least 1"),
+    (["verify", "demo", "--reference", "magic"], "reference 'magic' is not known"),
+    (["export", "/tmp", "/tmp/x"], "cannot be read"),
+    (["nonsense"], "No such command"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(bad[0])[:50] for bad in BAD])
+def test_bad_input_is_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    status, out, error = cli(capsys, *arguments)
+    assert status == 2
+    assert says in error
+    assert out == ""
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_with_a_missing_or_an_unknown_tensor_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from bireme.checkpoint.hub import resolve_model
+
+    demo = resolve_model("demo")
+    tensors = load_file(demo / "model.safetensors")
+    for change, says in (
+        ("missing", "lacks 1 of"),
+        ("extra", "holds surprise.weight, which the model does not know"),
+    ):
+        folder = tmp_path / change
+        folder.mkdir()
+        for name in ("config.json", "tokenizer.json"):
+            (folder / name).symlink_to(demo / name)
+        changed = dict(tensors)
+        if change == "missing":
+            del changed["model.layers.3.mlp.up_proj.weight"]
+        else:
+            changed["surprise.weight"] = tensors["model.norm.weight"].clone()
+        save_file(changed, folder / "model.safetensors")
+        status, _, error = cli(capsys, "generate", str(folder), "x")
+        assert status == 2
+        assert says in error
+        assert len(error.strip().splitlines()) == 1
+
+
+def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = cli(capsys, "--help")
+    assert status == 0
+    for name in ("generate", "inspect", "shard", "export", "verify"):
+        assert name in out
+        assert cli(capsys, name, "--help")[0] == 0
+    assert cli(capsys, "--version")[1].startswith("bireme ")

@@ -1,0 +1,177 @@
+"""Ranks that die, raise or hang end as one named error, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bireme import LLM, SamplingParams
+from bireme.engine.pool import WorkerPool
+from bireme.errors import RankError
+
+PARAMS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+@pytest.fixture
+def llm() -> Iterator[LLM]:
+    with LLM("demo", tensor_parallel_size=2, pipeline_parallel_size=2, dtype="float32") as model:
+        yield model
+
+
+def pids(llm: LLM) -> list[int]:
+    return [rank.process.pid for rank in llm.executor._world.ranks]
+
+
+def is_alive(pid: int) -> bool:
+    """Zombies do not count."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_killed_rank_is_named_and_takes_the_others_with_it(llm: LLM, victim: int) -> None:
+    stream = llm.stream([[5, 6, 7]], PARAMS)
+    next(stream)
+    processes = pids(llm)
+    os.kill(processes[victim], signal.SIGKILL)
+    with pytest.raises(RankError, match="killed by signal 9") as caught:
+        list(stream)
+    assert caught.value.rank_name == llm.plan.rank_names[victim]
+    assert not any(map(is_alive, processes))
+
+
+def test_a_stopped_rank_is_a_deadline_and_not_a_hang() -> None:
+    with LLM("demo", tensor_parallel_size=2, dtype="float32", step_timeout_s=3.0) as llm:
+        stream = llm.stream([[5, 6, 7]], PARAMS)
+        next(stream)
+        processes = pids(llm)
+        os.kill(processes[1], signal.SIGSTOP)
+        with pytest.raises(RankError):
+            list(stream)
+        assert not any(map(is_alive, processes))
+
+
+def test_a_rank_that_raises_shows_its_traceback_once(tmp_path: Path) -> None:
+    """A file that is cut after the driver looked at it fails in the rank."""
+    code = textwrap.dedent(
+        f"""
+        import shutil
+        from bireme import LLM
+        from bireme.checkpoint.hub import resolve_model
+        shutil.copytree(resolve_model("demo"), {str(tmp_path / "m")!r})
+        llm = LLM({str(tmp_path / "m")!r}, tensor_parallel_size=2)
+        (llm.model.folder / "model.safetensors").write_bytes(b"cut")
+        llm.start()
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert "model.safetensors is cut" in done.stderr
+    assert done.stderr.count("Traceback") == 1
+    assert "(stage 0, tp " in done.stderr
+
+
+def test_a_pool_starts_anew_after_a_failure() -> None:
+    with WorkerPool() as pool:
+        with pytest.raises(RankError), LLM("demo", dtype="float32", pool=pool) as llm:
+            stream = llm.stream([[5]], PARAMS)
+            next(stream)
+            os.kill(pids(llm)[0], signal.SIGKILL)
+            list(stream)
+        with LLM("demo", dtype="float32", pool=pool) as llm:
+            assert llm.generate([[5]], SamplingParams(temperature=0, max_tokens=3))
+
+
+DRIVER = """
+import sys
+from bireme import LLM, SamplingParams
+with LLM("demo", tensor_parallel_size=2, pipeline_parallel_size=2, dtype="float32") as llm:
+    for delta in llm.stream([[5, 6, 7]] * 4, SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)):
+        print(*[rank.process.pid for rank in llm.executor._world.ranks], flush=True)
+"""
+
+
+def start_driver() -> tuple[subprocess.Popen[str], list[int]]:
+    """A program that generates, once its first tokens are there; and its ranks."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert driver.stdout is not None
+    return driver, [int(pid) for pid in driver.stdout.readline().split()]
+
+
+def wait_for_end(processes: list[int]) -> None:
+    """Waits on the processes themselves: pidfds become readable at their end."""
+    import select
+
+    for pid in processes:
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        ready, _, _ = select.select([fd], [], [], 20)
+        os.close(fd)
+        assert ready, f"process {pid} outlived its driver"
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_end_with_their_driver(end: signal.Signals) -> None:
+    driver, ranks = start_driver()
+    driver.send_signal(end)
+    driver.communicate(timeout=30)
+    wait_for_end(ranks)
+
+
+def test_ctrl_c_ends_everything_cleanly() -> None:
+    driver, ranks = start_driver()
+    driver.send_signal(signal.SIGINT)
+    _, errors = driver.communicate(timeout=30)
+    assert "KeyboardInterrupt" in errors
+    assert errors.count("Traceback") == 1
+    wait_for_end(ranks)
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses (hexadecimal) that a process listens on, from its descriptors and the kernel's table."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            target = os.readlink(descriptor)
+        except FileNotFoundError:
+            continue
+        if target.startswith("socket:["):
+            inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+def test_every_listening_socket_is_on_loopback(llm: LLM) -> None:
+    loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
+    addresses = {rank: listening(rank) for rank in pids(llm)}
+    assert any(addresses.values()), (
+        "gloo listens somewhere; if it is not found, this test sees nothing"
+    )
+    assert set().union(*addresses.values()) <= loopback
+    assert listening(os.getpid()) <= loopback
+
+
+def test_the_socket_test_sees_a_socket_that_listens_everywhere() -> None:
+    with socket.create_server(("0.0.0.0", 0)):
+        assert "00000000" in listening(os.getpid())

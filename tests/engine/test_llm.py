@@ -1,0 +1,251 @@
+"""`LLM` end to end on real processes: the same tokens at every layout, one by one or together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bireme import LLM, SamplingParams
+from bireme.engine.pool import WorkerPool
+from bireme.errors import CapacityError, CheckpointError, ConfigError, RequestError
+
+PROMPTS = ["The with statement is", "Return a list of", "class collections.OrderedDict", "If the"]
+LAYOUTS = [
+    (1, 1),
+    (2, 1),
+    (3, 1),
+    (1, 2),
+    (2, 2),
+    (8, 1),
+    (1, 4),
+    ((3, 2), None),
+    ((1, 4), None),
+    ((2, 1, 3), None),
+]
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def texts(
+    pool: WorkerPool, params: SamplingParams, tp: int | tuple[int, ...], pp: int | None
+) -> list[list[int]]:
+    with LLM(
+        "demo", tensor_parallel_size=tp, pipeline_parallel_size=pp, dtype="float32", pool=pool
+    ) as llm:
+        return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
+
+
+@pytest.fixture(scope="module")
+def greedy(pool: WorkerPool) -> list[list[int]]:
+    return texts(pool, GREEDY, 1, 1)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS, ids=str)
+def test_greedy_tokens_do_not_depend_on_the_layout(
+    pool: WorkerPool, greedy: list[list[int]], tp: int | tuple[int, ...], pp: int | None
+) -> None:
+    assert texts(pool, GREEDY, tp, pp) == greedy
+    assert all(len(set(ids)) > 5 for ids in greedy)
+
+
+@pytest.mark.slow
+def test_sixteen_ranks_give_the_same_tokens(pool: WorkerPool, greedy: list[list[int]]) -> None:
+    assert texts(pool, GREEDY, 4, 4) == greedy
+
+
+def test_the_same_seed_gives_the_same_sampled_text_at_every_layout(pool: WorkerPool) -> None:
+    params = SamplingParams(
+        temperature=0.9, top_p=0.95, top_k=50, seed=11, max_tokens=24, ignore_eos=True
+    )
+    whole = texts(pool, params, 1, 1)
+    assert whole != texts(
+        pool, SamplingParams(temperature=0.9, seed=12, max_tokens=24, ignore_eos=True), 1, 1
+    )
+    for tp, pp in ((2, 2), (3, 1), (1, 4)):
+        assert texts(pool, params, tp, pp) == whole
+
+
+def test_a_request_alone_gets_the_tokens_that_it_gets_among_others(
+    pool: WorkerPool, greedy: list[list[int]]
+) -> None:
+    with LLM(
+        "demo", tensor_parallel_size=2, pipeline_parallel_size=2, dtype="float32", pool=pool
+    ) as llm:
+        assert llm.generate(PROMPTS[1], GREEDY)[0].outputs[0].token_ids == greedy[1]
+
+
+def test_small_steps_and_few_slots_change_no_token(
+    pool: WorkerPool, greedy: list[list[int]]
+) -> None:
+    with LLM(
+        "demo",
+        pipeline_parallel_size=2,
+        dtype="float32",
+        max_num_batched_tokens=3,
+        max_num_seqs=2,
+        pool=pool,
+    ) as llm:
+        outputs = llm.generate(PROMPTS, GREEDY)
+    assert [output.outputs[0].token_ids for output in outputs] == greedy
+
+
+def test_an_end_of_text_token_ends_a_request_and_is_not_in_its_text(pool: WorkerPool) -> None:
+    with LLM("demo", dtype="float32", pool=pool) as llm:
+        output = llm.chat(
+            [{"role": "user", "content": "What does math.sqrt do?"}],
+            SamplingParams(temperature=0, max_tokens=80),
+        )[0]
+    done = output.outputs[0]
+    assert done.finish_reason == "stop"
+    assert done.token_ids[-1] in llm.model.eos_token_ids
+    assert "<|" not in done.text
+    assert "square root" in done.text
+    assert output.finished
+    assert output.metrics is not None
+    assert output.metrics.num_tokens == len(done.token_ids)
+
+
+def test_stop_token_ids_end_a_request_and_are_its_reason(
+    pool: WorkerPool, greedy: list[list[int]]
+) -> None:
+    stop = greedy[0][5]
+    with LLM("demo", dtype="float32", pool=pool) as llm:
+        params = SamplingParams(
+            temperature=0, max_tokens=24, ignore_eos=True, stop_token_ids=(stop,)
+        )
+        done = llm.generate(PROMPTS[0], params)[0].outputs[0]
+    assert done.token_ids == greedy[0][: greedy[0].index(stop) + 1]
+    assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+
+
+def test_streamed_deltas_make_the_whole_output(pool: WorkerPool, greedy: list[list[int]]) -> None:
+    with LLM("demo", tensor_parallel_size=2, dtype="float32", pool=pool) as llm:
+        ids: dict[int, list[int]] = {}
+        text: dict[int, str] = {}
+        finals = {}
+        for delta in llm.stream(PROMPTS, GREEDY):
+            ids.setdefault(delta.index, []).extend(delta.token_ids)
+            text[delta.index] = text.get(delta.index, "") + delta.text
+            if delta.output is not None:
+                finals[delta.index] = delta.output
+    assert [ids[index] for index in range(4)] == greedy
+    for index, output in finals.items():
+        assert output.outputs[0].text == text[index]
+        assert output.prompt == PROMPTS[index]
+
+
+def test_a_stream_that_is_left_early_leaves_a_usable_engine(
+    pool: WorkerPool, greedy: list[list[int]]
+) -> None:
+    with LLM("demo", pipeline_parallel_size=2, dtype="float32", pool=pool) as llm:
+        stream = llm.stream(PROMPTS, GREEDY)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert llm.generate(PROMPTS[2], GREEDY)[0].outputs[0].token_ids == greedy[2]
+
+
+def test_token_ids_need_no_tokenizer_file(
+    pool: WorkerPool, tmp_path: Path, greedy: list[list[int]]
+) -> None:
+    from bireme.checkpoint.hub import resolve_model
+    from bireme.text.tokenizer import Tokenizer
+
+    demo = resolve_model("demo")
+    for name in ("config.json", "model.safetensors", "generation_config.json"):
+        (tmp_path / name).symlink_to(demo / name)
+    ids = Tokenizer(demo).encode(PROMPTS[0])
+    with LLM(tmp_path, dtype="float32", pool=pool) as llm:
+        output = llm.generate([ids], GREEDY)[0]
+        assert output.outputs[0].token_ids == greedy[0]
+        assert output.outputs[0].text == ""
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.json; give token ids"):
+            llm.generate("text", GREEDY)
+
+
+def test_dummy_weights_are_the_same_model_at_every_layout(pool: WorkerPool, tmp_path: Path) -> None:
+    from bireme.checkpoint.hub import resolve_model
+
+    config = json.loads((resolve_model("demo") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"dtype": "float32", "torch_dtype": "float32"})
+    )
+    found = []
+    for tp, pp in ((1, 1), (3, 2)):
+        with LLM(
+            tmp_path,
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            load_format="dummy",
+            pool=pool,
+        ) as llm:
+            found.append(llm.generate([[5, 6, 7, 8]], GREEDY)[0].outputs[0].token_ids)
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 5
+
+
+def test_every_rank_writes_spans_and_the_trace_has_a_track_for_each(
+    pool: WorkerPool, tmp_path: Path
+) -> None:
+    with LLM(
+        "demo", tensor_parallel_size=2, pipeline_parallel_size=2, dtype="float32", pool=pool
+    ) as llm:
+        llm.generate(PROMPTS[0], GREEDY)
+        llm.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {
+        event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"
+    }
+    assert names == dict(enumerate(llm.plan.rank_names))
+    for track in names:
+        kinds = {event["name"] for event in events if event["tid"] == track}
+        assert {"step", "compute", "all_reduce", "load"} <= kinds
+        assert ("send" in kinds) and ("recv" in kinds)
+
+
+def test_auto_takes_the_smallest_width_that_fits(pool: WorkerPool) -> None:
+    limits = {"dtype": "float32", "max_num_batched_tokens": 256, "pool": pool}
+    with LLM("demo", tensor_parallel_size="auto", memory_limit_bytes=20 << 20, **limits) as llm:
+        assert llm.config.parallel.widths == (2,)
+    with pytest.raises(CapacityError, match="does not fit"):
+        LLM("demo", tensor_parallel_size="auto", memory_limit_bytes=1 << 20, **limits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"tensor_parallel_size": 9}, ConfigError, "exceeds the 8 query heads; use at most 8"),
+        ({"pipeline_parallel_size": 9}, ConfigError, "exceeds the 8 layers; use at most 8"),
+        ({"layers_per_stage": (3, 3)}, ConfigError, "sums to 6, but the model has 8 layers"),
+        ({"max_model_len": 5000}, ConfigError, "exceeds the model's context of 1024"),
+        ({"memory_limit_bytes": 1000}, CapacityError, "needs .* a rank, has 1000 B"),
+        ({"device": "cuda"}, ConfigError, "torch sees no CUDA device"),
+        ({"devices": (0,), "device": "cpu"}, ConfigError, "goes with device cuda"),
+        ({"tensor_parallel_size": "wide"}, ConfigError, "neither a number nor 'auto'"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_process_starts(
+    settings: dict[str, object], error: type[Exception], says: str
+) -> None:
+    import torch
+
+    if settings.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(error, match=says):
+        LLM("demo", **settings)  # type: ignore[arg-type]
+
+
+def test_prompts_that_cannot_be_served_are_refused(pool: WorkerPool) -> None:
+    llm = LLM("demo", pool=pool)
+    for prompts, says in (
+        ([[]], "prompt 0 is empty"),
+        ([[5], [2048]], "prompt 1 holds the token id 2048; ids go from 0 to 2047"),
+        (
+            [[1] * 1020],
+            "has 1020 tokens and asks for 24 more; the context holds 1024, so ask for at most 4",
+        ),
+    ):
+        with pytest.raises(RequestError, match=says):
+            llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
+        llm.generate([[5]], [GREEDY, GREEDY])

@@ -1,0 +1,75 @@
+"""Settings say what was wrong, with both numbers and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+from bireme.config import EngineConfig, ParallelConfig, format_bytes, parse_bytes, parse_ints
+from bireme.errors import ConfigError, RequestError
+from bireme.request import SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("4096", 4096), ("16MiB", 16 << 20), ("24 GB", 24 * 10**9), ("1.5GiB", 3 << 29), ("2k", 2000)],
+)
+def test_sizes_are_read_with_si_and_binary_prefixes(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["", "lots", "-1", "3 parsecs", "1e3"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="write it like 16MiB"):
+        parse_bytes(text)
+
+
+def test_sizes_are_printed_with_binary_prefixes() -> None:
+    assert [format_bytes(n) for n in (12, 2048, 5 << 20, 3 << 30)] == [
+        "12 B",
+        "2.0 KiB",
+        "5.0 MiB",
+        "3.00 GiB",
+    ]
+
+
+def test_lists_of_numbers_are_read_and_bounded() -> None:
+    assert parse_ints("3,2", "widths") == (3, 2)
+    assert parse_ints("1,0", "devices", least=0) == (1, 0)
+    with pytest.raises(ConfigError, match="holds 0; the smallest is 1"):
+        parse_ints("3,0", "widths")
+    with pytest.raises(ConfigError, match="not a whole number"):
+        parse_ints("two", "widths")
+
+
+def test_a_width_and_a_number_of_stages_make_equal_stages() -> None:
+    assert ParallelConfig.of(2, 3).widths == (2, 2, 2)
+    assert ParallelConfig.of((3, 2)).widths == (3, 2)
+    assert ParallelConfig.of(2, layers_per_stage=(3, 5)).widths == (2, 2)
+    assert str(ParallelConfig.of(2, 2)) == "tp 2 x pp 2"
+    assert str(ParallelConfig.of((3, 2))) == "tp 3,2 (pp 2)"
+
+
+def test_contradicting_sizes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="names 2 stages, but pipeline_parallel_size is 3"):
+        ParallelConfig.of((3, 2), 3)
+    with pytest.raises(ConfigError, match="names 3 stages, but there are 2"):
+        ParallelConfig.of(1, 2, (1, 1, 1))
+    with pytest.raises(ConfigError, match="names 1 devices for 2 ranks"):
+        EngineConfig(parallel=ParallelConfig.of(2), devices=(0,))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"max_tokens": 0},
+        {"max_tokens": -5},
+        {"seed": -1},
+    ],
+)
+def test_impossible_sampling_is_refused_by_name(settings: dict[str, float]) -> None:
+    with pytest.raises(RequestError, match=next(iter(settings))):
+        SamplingParams(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,79 @@
+"""Span rings: what is written can be read, by others too, and the oldest make room."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bireme.trace import Span, SpanKind, SpanRing, chrome_trace
+
+
+def test_spans_come_back_in_order() -> None:
+    ring = SpanRing.create(8)
+    ring.set_step(7, 1)
+    ring.write(SpanKind.COMPUTE, 10, 20)
+    ring.write(SpanKind.ALL_REDUCE, 20, 25, num_bytes=4096)
+    assert ring.read() == [
+        Span(SpanKind.COMPUTE, 10, 20, 0, 7, 1),
+        Span(SpanKind.ALL_REDUCE, 20, 25, 4096, 7, 1),
+    ]
+    ring.close()
+
+
+@given(st.integers(1, 9), st.integers(0, 40))
+def test_a_full_ring_keeps_the_newest(capacity: int, count: int) -> None:
+    ring = SpanRing.create(capacity)
+    for index in range(count):
+        ring.write(SpanKind.STEP, index, index + 1)
+    starts = [span.start_ns for span in ring.read()]
+    assert starts == list(range(count))[-len(starts) :] if starts else count == 0 or capacity == 1
+    assert len(starts) >= min(count, capacity - 1)
+    ring.close()
+
+
+def test_spans_outlive_a_killed_writer() -> None:
+    ring = SpanRing.create()
+    code = (
+        "import os, signal, sys; from bireme.trace import SpanKind, SpanRing;"
+        "ring = SpanRing(int(sys.argv[1])); ring.write(SpanKind.COMPUTE, 1, 2, 3);"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ring.fd)], pass_fds=[ring.fd], check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert ring.read() == [Span(SpanKind.COMPUTE, 1, 2, 3, 0, 0)]
+    ring.close()
+
+
+def test_a_chrome_trace_has_a_track_a_rank_and_microseconds() -> None:
+    spans = [
+        Span(SpanKind.STEP, 5_000, 9_000, 0, 3, 0),
+        Span(SpanKind.SEND, 6_000, 7_000, 64, 3, 0),
+    ]
+    trace = chrome_trace({"rank 0": spans, "rank 1": spans[:1]})
+    names = {
+        event["args"]["name"]: event["tid"]
+        for event in trace["traceEvents"]
+        if event["name"] == "thread_name"
+    }
+    assert names == {"rank 0": 0, "rank 1": 1}
+    send = next(event for event in trace["traceEvents"] if event["name"] == "send")
+    assert (send["ts"], send["dur"], send["cat"], send["args"]["bytes"]) == (
+        1.0,
+        1.0,
+        "transfer",
+        64,
+    )
+
+
+def test_a_ring_leaves_no_file_behind() -> None:
+    before = set(os.listdir("/dev/shm"))
+    ring = SpanRing.create()
+    assert set(os.listdir("/dev/shm")) == before
+    ring.close()

@@ -1,0 +1,84 @@
+"""Text in and out: as transformers does it, and streamed text equals whole text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from bireme.checkpoint.hub import resolve_model
+from bireme.errors import CheckpointError, RequestError
+from bireme.text.tokenizer import Tokenizer
+
+DEMO = resolve_model("demo")
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What does json.dumps do?"},
+    {"role": "assistant", "content": "It writes JSON."},
+    {"role": "user", "content": "And loads?"},
+]
+
+
+@pytest.fixture(scope="module")
+def ours() -> Tokenizer:
+    return Tokenizer(DEMO)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> object:
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.mark.parametrize(
+    "text", ["The with statement", "def f(x):\n\treturn x", "naïve 日本 🚣", ""]
+)
+def test_ids_are_those_of_transformers(ours: Tokenizer, theirs: object, text: str) -> None:
+    assert ours.encode(text) == theirs(text)["input_ids"]  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_chat_prompts_are_those_of_transformers(
+    ours: Tokenizer, theirs: object, add_generation_prompt: bool
+) -> None:
+    expected = theirs.apply_chat_template(  # type: ignore[attr-defined]
+        CHAT, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    assert ours.apply_chat_template(CHAT, add_generation_prompt=add_generation_prompt) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=40), st.data())
+def test_streamed_text_equals_whole_text(text: str, data: st.DataObject) -> None:
+    tokenizer = Tokenizer(DEMO)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    decoder, got, at = tokenizer.decoder(), "", 0
+    while at < len(ids):
+        step = data.draw(st.integers(1, 4))
+        piece = decoder.add(ids[at : at + step])
+        assert "\ufffd" not in piece or "\ufffd" in text
+        got, at = got + piece, at + step
+    assert got + decoder.finish() == tokenizer.decode(ids)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(0, 2047), max_size=30))
+def test_any_ids_stream_to_their_whole_text(ids: list[int]) -> None:
+    tokenizer = Tokenizer(DEMO)
+    decoder = tokenizer.decoder()
+    assert "".join(decoder.add([id_]) for id_ in ids) + decoder.finish() == tokenizer.decode(ids)
+
+
+def test_a_template_that_refuses_says_so(ours: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="the roles are system, user and assistant"):
+        ours.apply_chat_template([{"role": "robot", "content": "hi"}])
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"has no tokenizer\.json; give token ids"):
+        Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is no tokenizer"):
+        Tokenizer(tmp_path)
