@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from checkpoint.making import Recipe, files_of, matched, shard_folder, write_safetensors
@@ -119,10 +120,16 @@ def test_a_killed_run_is_taken_up_where_it_ended(
     check_is_whole(source, out)
 
 
+def shard_but_the_manifest(source: Path, out: Path) -> None:
+    """All rank files are finished, the manifest is not there; quicker than a process that dies."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sharder, "write_manifest", Mock(side_effect=KeyboardInterrupt))
+        shard_folder(source, out, RECIPE.model, WIDTHS)
+
+
 @pytest.fixture
 def interrupted(source: Path, tmp_path: Path) -> Path:
-    """All rank files are finished, the manifest is not there."""
-    shard_and_die(source, tmp_path / "out", "manifest.json")
+    shard_but_the_manifest(source, tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -201,7 +208,7 @@ def test_finished_files_of_another_layout_are_not_taken_for_ours(
 def test_an_artifact_as_source_is_known_by_its_hashes(source: Path, tmp_path: Path) -> None:
     """Copied between the runs, with other times: the same bytes, so the finished files are kept."""
     shard_folder(source, tmp_path / "artifact", RECIPE.model, (1,))
-    shard_and_die(tmp_path / "artifact", tmp_path / "out", "manifest.json")
+    shard_but_the_manifest(tmp_path / "artifact", tmp_path / "out")
     before = finished_files(tmp_path / "out")
     for path in (tmp_path / "artifact").glob("rank-*"):
         path.write_bytes(path.read_bytes())

@@ -141,7 +141,7 @@ CASES: dict[str, Case] = {
     "gpt2": Case("GPT2Config", _GPT2),
     "gpt2-scaled": Case("GPT2Config", {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "n_inner": 72}),
     "opt": Case("OPTConfig", _OPT),
-    "opt-350m": Case("OPTConfig", {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}, 1, 1.5, 2.0),
+    "opt-350m": Case("OPTConfig", {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}, 14, 1.0, 2.0),
     "opt-plain": Case(
         "OPTConfig", {**_OPT, "enable_bias": False, "layer_norm_elementwise_affine": False}
     ),

@@ -23,13 +23,13 @@ def resolve_model(model: str, *, needs_weights: bool = True, reads_bin: bool = F
     if model == DEMO:
         return Path(__file__).parent.parent / "assets" / "demo"
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.is_file() and path.name == "config.json":
         return path.parent
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
-            f"{model} is no folder; "
+            f"{model!r} is no folder; "
             f"give a folder with a config.json, `{DEMO}`, or a Hub id like org/name"
         )
     return _cached(model, needs_weights, reads_bin) or _from_hub(model, needs_weights, reads_bin)
@@ -51,6 +51,7 @@ def _cached(model: str, needs_weights: bool, reads_bin: bool) -> Path | None:
 
 
 def _from_hub(model: str, needs_weights: bool, reads_bin: bool) -> Path:
+    from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
@@ -71,7 +72,8 @@ def _from_hub(model: str, needs_weights: bool, reads_bin: bool) -> Path:
     except Exception as error:  # of the HTTP library, which differs by huggingface_hub's version
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(
-            f"{model} is not whole in the local Hub cache, and fetching it failed: {reason}"
+            f"{model} is not whole in the local Hub cache, "
+            f"and fetching it from {constants.ENDPOINT} failed: {reason}"
         ) from None
 
 

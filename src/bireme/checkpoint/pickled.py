@@ -81,12 +81,13 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except Exception as error:  # torch raises many kinds, UnpicklingError among them
-        unsafe = re.search(r"Unsupported (?:global|operand)[^\n]*?(?= was not|\n|$)", str(error))
-        if unsafe:
+        if needed := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
-                f"{path} would run code when it is loaded ({unsafe[0]}); only tensors are read"
+                f"{path} calls {needed[1]} when it is unpickled; only plain tensors are read"
             ) from None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        told = [line for line in lines if "Unpickler error" in line] or lines
+        reason = told[0] if told else type(error).__name__
         raise CheckpointError(f"{path} is cut, or no checkpoint: {reason}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; named tensors are needed")

@@ -28,7 +28,7 @@ def run(
     from bireme.engine.prepare import prepare_model
     from bireme.models.registry import family_of, model_layout
 
-    prepared = prepare_model(model)
+    prepared = prepare_model(model, reads_bin=True)
     layout = model_layout(prepared.config, parallel)
     layout.check()
     source = open_for_sharding(prepared.folder)

@@ -50,6 +50,8 @@ class WorkerExecutor:
     def __init__(self, plan: WorkerPlan, pool: WorkerPool) -> None:
         self._plan = plan
         self._waiting: deque[tuple[int, int]] = deque()
+        # NCCL meets here again whenever it makes a communicator: it stays as long as the world
+        self._meeting = tempfile.TemporaryDirectory(prefix="bireme-")
         self._world = World(pool, plan.rank_names)
         try:
             self._join()
@@ -59,24 +61,24 @@ class WorkerExecutor:
             raise
 
     def _abandon(self, pool: WorkerPool) -> None:
+        self._meeting.cleanup()
         if not self._world.is_broken:
             self._world.close()
             pool.close()
 
     def _join(self) -> None:
-        plan, world = self._plan, len(self._plan.devices)
-        with tempfile.TemporaryDirectory(prefix="bireme-") as folder:
-            for rank, device in enumerate(plan.devices):
-                command = Join(
-                    widths=plan.config.parallel.widths,
-                    rank=rank,
-                    store_path=str(Path(folder) / "store"),
-                    device=device,
-                    num_threads=threads_per_rank(world),
-                    timeout_s=plan.config.step_timeout_s,
-                )
-                self._world.send(rank, command)
-            self._world.gather(plan.config.start_timeout_s, "joining the other ranks")
+        plan = self._plan
+        for rank, device in enumerate(plan.devices):
+            command = Join(
+                widths=plan.config.parallel.widths,
+                rank=rank,
+                store_path=str(Path(self._meeting.name) / "store"),
+                device=device,
+                num_threads=threads_per_rank(len(plan.devices)),
+                timeout_s=plan.config.step_timeout_s,
+            )
+            self._world.send(rank, command)
+        self._world.gather(plan.config.start_timeout_s, "joining the other ranks")
 
     def _load(self) -> list[Loaded]:
         plan = self._plan
@@ -133,8 +135,16 @@ class WorkerExecutor:
 
     def close(self) -> None:
         """Ranks drop the model and leave; their processes stay with the pool."""
-        if self._world.is_broken:
-            return
-        self._world.send_all(Leave())
-        self._world.gather(self._plan.config.step_timeout_s, "leaving")
-        self._world.close()
+        try:
+            if not self._world.is_broken:
+                self._world.send_all(Leave())
+                self._world.gather(self._plan.config.step_timeout_s, "leaving")
+                self._world.close()
+        finally:
+            self._meeting.cleanup()
+
+    def forget(self) -> None:
+        """Lets go of ranks that are about to be ended with their pool."""
+        self._meeting.cleanup()
+        if not self._world.is_broken:
+            self._world.close()

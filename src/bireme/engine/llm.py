@@ -126,10 +126,12 @@ class LLM:
     def close(self) -> None:
         """Ends the ranks (or gives them back to the pool that was passed in)."""
         executor, self._executor, self._engine = self._executor, None, None
-        if self._own_pool:
-            self._pool.close()
+        if executor is not None and self._own_pool:
+            executor.forget()
         elif executor is not None:
             executor.close()
+        if self._own_pool:
+            self._pool.close()
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -36,9 +36,11 @@ class PreparedModel:
     eos_token_ids: frozenset[int]
 
 
-def prepare_model(model: str, *, needs_weights: bool = True) -> PreparedModel:
+def prepare_model(
+    model: str, *, needs_weights: bool = True, reads_bin: bool = False
+) -> PreparedModel:
     """Finds the model and reads its configs."""
-    folder = resolve_model(model, needs_weights=needs_weights)
+    folder = resolve_model(model, needs_weights=needs_weights, reads_bin=reads_bin)
     hf = read_json(folder / "config.json")
     config = from_hf(hf)
     family_of(config)

@@ -188,6 +188,7 @@ def _answer(sock: socket.socket, reply: Reply) -> None:
 def main() -> None:
     """Serves commands until the driver closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
     sock = socket.socket(fileno=int(sys.argv[1]))
     worker = Worker(sock, SpanRing(int(sys.argv[2])))
     commands: queue.SimpleQueue[Command] = queue.SimpleQueue()

@@ -1,0 +1,212 @@
+"""How fast a checkpoint is sharded, beside `cp` of the same bytes, and how fast a rank loads.
+
+    python benchmarks/shard.py --folder DIR [--model 1.1b] [--rounds 5]
+
+Makes a bfloat16 Llama checkpoint of random bits in DIR, then does in turn, `--rounds` times, each
+from page cache and after the disk has caught up: `cp`, sharding to tp 4, and loading each rank of
+tp 4 from the artifact of tp 4, from one of tp 3, and from the checkpoint itself. Prints medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import record
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bireme.checkpoint.artifact import Artifact
+from bireme.checkpoint.loader import load_parameters, torch_dtype
+from bireme.checkpoint.opener import match_source, open_folder
+from bireme.checkpoint.sharder import shard
+from bireme.config import ParallelConfig
+from bireme.model_config import ModelConfig, from_hf
+from bireme.models.registry import build_stage, family_of, model_layout, partition_layers
+from bireme.parallel.mesh import Mesh
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+TP = 4
+OTHER_TP = 3
+
+
+def make_checkpoint(folder: Path, config: dict[str, Any]) -> int:
+    """One safetensors file of random bits; returns its tensors' bytes."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    sources = model_layout(from_hf(config), ParallelConfig()).sources
+    table: dict[str, Any] = {}
+    at = 0
+    for name, source in sources.items():
+        stop = at + 2 * math.prod(source.shape)
+        table[name] = {"dtype": "BF16", "shape": source.shape, "data_offsets": [at, stop]}
+        at = stop
+    header = json.dumps(table).encode()
+    random = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(0, at, 1 << 26):
+            file.write(random.bytes(min(1 << 26, at - start)))
+    return at
+
+
+def timed(action: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of the action, and then until its bytes are on the disk."""
+    os.sync()
+    start = time.perf_counter()
+    action()
+    done = time.perf_counter()
+    os.sync()
+    return done - start, time.perf_counter() - start
+
+
+def shard_to(source: Path, out: Path, model: ModelConfig, tp: int) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    opened = open_folder(source)
+    layout = model_layout(model, ParallelConfig.of(tp))
+    names = match_source(opened, layout.sources, family_of(model), model.tie_word_embeddings)
+    shard(opened, out, layout, names)
+
+
+def load_rank(folder: Path, model: ModelConfig, rank: int) -> tuple[float, dict[str, int]]:
+    """Seconds to fill one rank's parameters, whose memory is there, and the bytes read for it."""
+    parallel = ParallelConfig.of(TP)
+    mesh, (spec,) = Mesh(parallel.widths, rank), partition_layers(model, parallel)
+    with torch.device("meta"):
+        stage = build_stage(model, mesh, spec)
+    stage = stage.to(torch_dtype(model.dtype)).to_empty(device="cpu")
+    for parameter in stage.parameters():
+        parameter.zero_()
+    source = open_folder(folder, rank)
+    layout = model_layout(model, parallel)
+    names = match_source(source, layout.sources, family_of(model), model.tie_word_embeddings)
+    start = time.perf_counter()
+    needed = load_parameters(stage, source, names).num_source_bytes
+    seconds = time.perf_counter() - start
+    read = source.stats if isinstance(source, Artifact) else None
+    fetched, verified = (read.fetched, read.verified) if read else (needed, 0)
+    return seconds, {"needed": needed, "fetched": fetched, "verified": verified}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--folder", type=Path, required=True, help="where to write, on the disk")
+    parser.add_argument("--model", choices=SHAPES, default="1.1b")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+
+    work = args.folder / "bireme-shard-benchmark"
+    shutil.rmtree(work, ignore_errors=True)
+    config = {**LLAMA, **SHAPES[args.model]}
+    model = from_hf(config)
+    source, copy, artifact, other = (work / name for name in ("source", "copy", "tp4", "tp3"))
+    try:
+        num_bytes = make_checkpoint(source, config)
+        shard_to(source, other, model, OTHER_TP)
+        writes: dict[str, list[tuple[float, float]]] = {"cp": [], f"shard to tp {TP}": []}
+        loads: dict[str, list[float]] = {}
+        read: dict[str, dict[str, int]] = {}
+        for _ in range(args.rounds):
+            shutil.rmtree(copy, ignore_errors=True)
+            writes["cp"].append(timed(lambda: subprocess.run(["cp", "-r", source, copy], check=True)))
+            shutil.rmtree(artifact, ignore_errors=True)
+            writes[f"shard to tp {TP}"].append(
+                timed(lambda: shard_to(source, artifact, model, TP))
+            )
+            for name, folder in (
+                (f"artifact of tp {TP}", artifact),
+                (f"artifact of tp {OTHER_TP}", other),
+                ("checkpoint", source),
+            ):
+                for rank in range(TP):
+                    seconds, read[name] = load_rank(folder, model, rank)
+                    loads.setdefault(name, []).append(seconds)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    report(args.model, num_bytes, writes, loads, read)
+
+
+def report(
+    shape: str,
+    num_bytes: int,
+    writes: dict[str, list[tuple[float, float]]],
+    loads: dict[str, list[float]],
+    read: dict[str, dict[str, int]],
+) -> None:
+    console = Console(width=110)
+    table = Table(title=f"{num_bytes / 1e9:.2f} GB of bfloat16 in the shape of Llama {shape}")
+    for name in ("written by", "s", "GB/s", "of cp", "s with sync", "GB/s with sync", "of cp "):
+        table.add_column(name, justify="left" if name == "written by" else "right")
+    medians = {
+        name: tuple(statistics.median(times) for times in zip(*runs, strict=True))
+        for name, runs in writes.items()
+    }
+    for name, (cached, synced) in medians.items():
+        table.add_row(
+            name,
+            f"{cached:.2f}",
+            f"{num_bytes / cached / 1e9:.2f}",
+            f"{medians['cp'][0] / cached:.2f}",
+            f"{synced:.2f}",
+            f"{num_bytes / synced / 1e9:.2f}",
+            f"{medians['cp'][1] / synced:.2f}",
+        )
+    console.print(table)
+    table = Table(title=f"one rank of tp {TP} loads (float parameters in memory, one thread)")
+    for name in ("from", "MB needed", "MB fetched", "MB verified", "s", "GB/s needed"):
+        table.add_column(name, justify="left" if name == "from" else "right")
+    for name, times in loads.items():
+        seconds, count = statistics.median(times), read[name]
+        megabytes = [f"{count[kind] / 1e6:.0f}" for kind in ("needed", "fetched", "verified")]
+        rate = f"{count['needed'] / seconds / 1e9:.2f}"
+        table.add_row(name, *megabytes, f"{seconds:.2f}", rate)
+    console.print(table)
+    result = {
+        "what": "seconds from page cache; each write also with the sync that follows",
+        "num_bytes": num_bytes,
+        "write_s": {name: [run[0] for run in runs] for name, runs in writes.items()},
+        "write_and_sync_s": {name: [run[1] for run in runs] for name, runs in writes.items()},
+        "shard_rate_over_cp": medians["cp"][0] / medians[f"shard to tp {TP}"][0],
+        "load_s_per_rank": loads,
+        "load_bytes_of_the_last_rank": read,
+    }
+    packages = ("bireme", "torch", "numpy", "xxhash", "safetensors")
+    console.print(f"kept in {record.write(f'shard-{shape}', packages, result)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""All ranks of a layout as threads of one process: the worker's own loader, layers and runner, with
+collectives on a barrier and edges on queues.
+
+Cheap enough for hundreds of small models, and a place to plant faults without touching the code
+under test. `LocalExecutor` has the interface of `WorkerExecutor`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bireme.checkpoint.loader import load_parameters, torch_dtype
+from bireme.checkpoint.opener import open_folder
+from bireme.engine.capture import StepCapture
+from bireme.engine.executor import WorkerPlan
+from bireme.engine.model_runner import CacheShape, ModelRunner
+from bireme.errors import PeerLost
+from bireme.models.registry import build_stage
+from bireme.parallel.collectives import Communicator
+from bireme.parallel.layers import materialise
+from bireme.parallel.mesh import Alone, Mesh, TensorGroup
+from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_specs
+from bireme.request import ScheduledBatch, StepOutput
+from bireme.trace import SpanRing
+
+_PATIENCE_S = 60.0  # a rank that failed lets the others go at once; this only bounds our own bugs
+_RING_CAPACITY = 16
+
+
+class Meeting:
+    """Where the ranks of one tensor group exchange tensors."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size, timeout=_PATIENCE_S)
+        self.given: list[torch.Tensor] = [torch.empty(0)] * size
+
+    def exchange(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+        """What every rank gave, in rank order."""
+        self.given[rank] = x.clone()
+        self.barrier.wait()
+        everyone = list(self.given)
+        self.barrier.wait()
+        return everyone
+
+
+class LocalGroup:
+    """One rank's end of a meeting."""
+
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self.meeting, self.rank = meeting, rank
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(torch.stack(self.meeting.exchange(self.rank, x)).sum(dim=0))
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.meeting.exchange(self.rank, x))
+
+
+Wire = queue.SimpleQueue[tuple[tuple[int, int], torch.Tensor] | None]
+
+
+class LocalSender:
+    def __init__(self, wires: list[Wire]) -> None:
+        self._wires = wires
+
+    def send(self, header: tuple[int, int], rows: torch.Tensor) -> None:
+        for wire in self._wires:
+            wire.put((header, rows.clone()))
+
+    def drain(self) -> None:
+        pass
+
+
+class LocalReceiver:
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+
+    def receive(
+        self, header: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, _device: torch.device
+    ) -> torch.Tensor:
+        message = self._wire.get(timeout=_PATIENCE_S)
+        if message is None:
+            raise PeerLost("another rank failed")
+        assert (message[0], message[1].shape, message[1].dtype) == (header, shape, dtype)
+        return message[1]
+
+
+class LocalExecutor:
+    """Ranks of one model in threads; the pool is not used."""
+
+    is_broken = False
+
+    def __init__(self, plan: WorkerPlan, _pool: object = None) -> None:
+        self.plan = plan
+        widths = plan.config.parallel.widths
+        self._meetings = [Meeting(width) for width in widths]
+        self._forward: dict[Edge, Wire] = {edge: queue.SimpleQueue() for edge in forward_edges(widths)}
+        self._sampled: dict[Edge, Wire] = {edge: queue.SimpleQueue() for edge in sampled_edges(widths)}
+        self._rings = [SpanRing.create(_RING_CAPACITY) for _ in range(sum(widths))]
+        self.runners = [self._runner(rank) for rank in range(sum(widths))]
+        self._threads = ThreadPoolExecutor(len(self.runners))
+        self._outputs: deque[StepOutput] = deque()
+
+    def _mesh(self, rank: int) -> Mesh:
+        mesh = Mesh(self.plan.config.parallel.widths, rank)
+        group: TensorGroup = Alone()
+        if mesh.tp_size > 1:
+            group = LocalGroup(self._meetings[mesh.stage], mesh.tp_rank)
+        return Mesh(mesh.widths, rank, group)
+
+    def _runner(self, rank: int) -> ModelRunner:
+        plan, mesh = self.plan, self._mesh(rank)
+        spec = stage_specs(plan.layers_per_stage, plan.model.num_layers)[mesh.stage]
+        with torch.device("meta"):
+            model = build_stage(plan.model, mesh, spec)
+        dtype = torch_dtype(plan.dtype)
+        materialise(model, dtype, torch.device("cpu"))
+        assert plan.folder is not None
+        load_parameters(model, open_folder(plan.folder), plan.names)
+        comm: Any = Communicator(
+            mesh,
+            LocalSender([wire for edge, wire in self._forward.items() if edge.src == rank]),  # type: ignore[arg-type]
+            next((LocalReceiver(wire) for edge, wire in self._forward.items() if edge.dst == rank), None),  # type: ignore[arg-type]
+            LocalSender([wire for edge, wire in self._sampled.items() if edge.src == rank]),  # type: ignore[arg-type]
+            next((LocalReceiver(wire) for edge, wire in self._sampled.items() if edge.dst == rank), None),  # type: ignore[arg-type]
+        )
+        shape = CacheShape(
+            plan.num_blocks, plan.config.block_size, plan.config.max_num_seqs, plan.max_model_len
+        )
+        return ModelRunner(plan.model, model, comm, shape, torch.device("cpu"), dtype, self._rings[rank])
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        outputs = list(self._threads.map(lambda runner: self._execute(runner, batch), self.runners))
+        self._outputs.extend(output for output in outputs if output is not None)
+
+    def _execute(self, runner: ModelRunner, batch: ScheduledBatch) -> StepOutput | None:
+        try:
+            return runner.execute(batch)
+        except BaseException:
+            for meeting in self._meetings:
+                meeting.barrier.abort()
+            for wire in (*self._forward.values(), *self._sampled.values()):
+                wire.put(None)
+            raise
+
+    def collect(self) -> StepOutput:
+        return self._outputs.popleft()
+
+    def capture(self, folder: Path | None, *, probes: bool = False) -> None:
+        for rank, runner in enumerate(self.runners):
+            if runner.capture is not None:
+                runner.capture.close()
+            runner.capture = StepCapture(folder, rank, runner.model, probes=probes) if folder else None
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        for ring in self._rings:
+            ring.close()

@@ -1,0 +1,88 @@
+"""Every family, cut every way, is transformers' model: prefill and 32 decode steps in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import zoo
+from harness import Checkpoints, engine_config
+from safetensors import safe_open
+
+from bireme.engine.pool import WorkerPool
+from bireme.verify import verify
+
+LAYOUTS = [
+    (1,), (2,), (3,), (4,), (1, 1), (2, 2), (3, 3), (1, 1, 1, 1), (3, 2), (1, 4), (2, 1, 3),
+]  # fmt: skip
+# details of a family that no cut touches run their ranks as threads; the rest as processes
+IN_THREADS = ["llama-linear", "llama-biases", "gpt2-scaled", "opt-plain", "bloom-residual", "gpt-neox-serial"]
+IN_PROCESSES = [name for name in zoo.CASES if name not in IN_THREADS]
+
+
+def _name(value: object) -> str:
+    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _assert_parity(
+    checkpoints: Checkpoints,
+    case: str,
+    widths: tuple[int, ...],
+    record: Callable[[str, object], None],
+    pool: WorkerPool | None,
+) -> None:
+    model, reference = checkpoints.model(case), checkpoints.reference(case)
+    found = verify(model, engine_config(*widths), zoo.prompts(), reference=reference, pool=pool)
+    record("relative_difference", found.relative_difference)
+    assert found.num_decode_positions == zoo.NUM_DECODE * len(zoo.PROMPT_LENGTHS)
+    assert found.is_same, found
+
+
+@pytest.mark.parametrize("case", IN_PROCESSES)
+@pytest.mark.parametrize("widths", LAYOUTS, ids=_name)
+def test_ranks_in_processes_compute_what_transformers_does(
+    checkpoints: Checkpoints,
+    pool: WorkerPool,
+    record_property: Callable[[str, object], None],
+    case: str,
+    widths: tuple[int, ...],
+) -> None:
+    _assert_parity(checkpoints, case, widths, record_property, pool)
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("case", IN_THREADS)
+@pytest.mark.parametrize("widths", LAYOUTS, ids=_name)
+def test_ranks_in_threads_compute_what_transformers_does(
+    checkpoints: Checkpoints,
+    record_property: Callable[[str, object], None],
+    case: str,
+    widths: tuple[int, ...],
+) -> None:
+    _assert_parity(checkpoints, case, widths, record_property, None)
+
+
+@pytest.mark.parametrize("case", zoo.CASES)
+def test_a_test_models_logits_spread_and_its_greedy_output_varies(
+    checkpoints: Checkpoints, case: str
+) -> None:
+    reference = checkpoints.reference(case)
+    for ids, num_prompt, logits in zip(
+        reference.sequences.ids, reference.sequences.num_prompt, reference.logits, strict=True
+    ):
+        assert logits.std() >= 1
+        assert len(set(ids[num_prompt:])) >= 3
+
+
+@pytest.mark.parametrize(
+    ("case", "names"),
+    [
+        ("mixtral", ["block_sparse_moe.gate", "block_sparse_moe.experts.4.w1", "block_sparse_moe.experts.0.w2"]),
+        ("qwen3-moe", ["mlp.gate", "mlp.experts.5.gate_proj", "mlp.experts.0.down_proj"]),
+    ],
+)
+def test_the_files_spell_experts_as_on_the_hub(
+    checkpoints: Checkpoints, case: str, names: list[str]
+) -> None:
+    with safe_open(checkpoints.model(case).folder / "model.safetensors", "pt") as file:
+        assert {f"model.layers.1.{name}.weight" for name in names} <= set(file.keys())
