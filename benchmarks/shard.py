@@ -142,11 +142,11 @@ def main() -> None:
         read: dict[str, dict[str, int]] = {}
         for _ in range(args.rounds):
             shutil.rmtree(copy, ignore_errors=True)
-            writes["cp"].append(timed(lambda: subprocess.run(["cp", "-r", source, copy], check=True)))
-            shutil.rmtree(artifact, ignore_errors=True)
-            writes[f"shard to tp {TP}"].append(
-                timed(lambda: shard_to(source, artifact, model, TP))
+            writes["cp"].append(
+                timed(lambda: subprocess.run(["cp", "-r", source, copy], check=True))
             )
+            shutil.rmtree(artifact, ignore_errors=True)
+            writes[f"shard to tp {TP}"].append(timed(lambda: shard_to(source, artifact, model, TP)))
             for name, folder in (
                 (f"artifact of tp {TP}", artifact),
                 (f"artifact of tp {OTHER_TP}", other),

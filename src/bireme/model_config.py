@@ -15,7 +15,131 @@ from typing import Any
 
 from bireme.errors import CheckpointError, ConfigError
 
-_TIED_BY_DEFAULT = {"gpt2", "opt", "bloom", "gemma2"}
+_MODEL_TYPES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Phi3ForCausalLM": "phi3",
+    "GPT2LMHeadModel": "gpt2",
+    "OPTForCausalLM": "opt",
+    "BloomForCausalLM": "bloom",
+    "GPTNeoXForCausalLM": "gpt_neox",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+ARCHITECTURES = tuple(_MODEL_TYPES)
+
+_LLAMA: dict[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 1.0,
+    "original_max_position_embeddings": None,
+}
+_QWEN: dict[str, Any] = {
+    **_LLAMA,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+}
+_QWEN_DENSE: dict[str, Any] = {
+    **_QWEN,
+    "num_key_value_heads": 32,
+    "max_window_layers": 28,
+    "layer_types": None,
+}
+# The fields, beside sizes and rope scaling, that each model type reads; and what one means that its
+# config.json leaves out, as transformers has it. No other field is read: it would mean nothing.
+_OPTIONAL: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "attention_bias": False, "mlp_bias": False},
+    "mistral": {
+        **_LLAMA,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "qwen2": _QWEN_DENSE,
+    "qwen3": {**_QWEN_DENSE, "head_dim": 128, "attention_bias": False},
+    "gemma2": {
+        **{name: value for name, value in _LLAMA.items() if name != "hidden_act"},
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "use_bidirectional_attention": None,
+    },
+    "phi3": {
+        **_LLAMA,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": None,
+    },
+    "gpt2": {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "n_positions": 1024,
+        "n_inner": None,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    },
+    "opt": {
+        "activation_function": "relu",
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "do_layer_norm_before": True,
+        "_remove_final_layer_norm": False,
+        "word_embed_proj_dim": None,
+    },
+    "bloom": {
+        "layer_norm_epsilon": 1e-5,
+        "seq_length": 2048,
+        "tie_word_embeddings": True,
+        "apply_residual_connection_post_layernorm": False,
+    },
+    "gpt_neox": {
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "use_parallel_residual": True,
+        "rotary_emb_base": 10000.0,
+        "rotary_pct": 0.25,
+    },
+    "mixtral": {
+        **_LLAMA,
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": None,
+        "rope_theta": 1000000.0,
+    },
+    "qwen3_moe": {
+        **_QWEN,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": (),
+        "norm_topk_prob": False,
+    },
+}
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -145,7 +269,9 @@ def _need(hf: Mapping[str, Any], *names: str) -> Any:
     return value
 
 
-def _rope(hf: Mapping[str, Any], head_dim: int, max_len: int) -> RopeConfig:
+def _rope(
+    hf: Mapping[str, Any], read: Mapping[str, Any], head_dim: int, max_len: int
+) -> RopeConfig:
     """From `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before it)."""
     given = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
     kind = _first(given, "rope_type", "type", default="default")
@@ -154,23 +280,24 @@ def _rope(hf: Mapping[str, Any], head_dim: int, max_len: int) -> RopeConfig:
         raise ConfigError(
             f"rope scaling {kind!r} is not supported; supported are {', '.join(_ROPE_KINDS)}"
         )
-    share = _first(given, "partial_rotary_factor", default=None)
-    if share is None:
-        share = _first(hf, "partial_rotary_factor", "rotary_pct", default=1.0)
+    share = _first(
+        given, "partial_rotary_factor", default=_first(read, "partial_rotary_factor", "rotary_pct")
+    )
     original = int(
-        _first(given, "original_max_position_embeddings", default=None)
-        or _first(hf, "original_max_position_embeddings", default=max_len)
+        _first(read, "original_max_position_embeddings")
+        or _first(given, "original_max_position_embeddings", default=max_len)
     )
     factor = _first(given, "factor")
     if factor is None:
+        if kind in ("linear", "dynamic", "llama3"):
+            raise ConfigError(f"config.json gives rope scaling {kind!r} no factor; it is needed")
         factor = max_len / original if kind in ("yarn", "longrope") else 1.0
     attention_factor = _first(given, "attention_factor")
     if attention_factor is None:
         attention_factor = _attention_factor(kind, float(factor), original, given)
-    return RopeConfig(
+    rope = RopeConfig(
         theta=float(
-            _first(given, "rope_theta", default=None)
-            or _first(hf, "rope_theta", "rotary_emb_base", default=10000.0)
+            _first(given, "rope_theta", default=_first(read, "rope_theta", "rotary_emb_base"))
         ),
         rotary_dim=int(head_dim * share),
         kind=kind,
@@ -185,6 +312,13 @@ def _rope(hf: Mapping[str, Any], head_dim: int, max_len: int) -> RopeConfig:
         short_factor=tuple(given.get("short_factor") or ()),
         long_factor=tuple(given.get("long_factor") or ()),
     )
+    for name in ("short_factor", "long_factor"):
+        found, needed = len(getattr(rope, name)), -(-rope.rotary_dim // 2)
+        if kind == "longrope" and found != needed:
+            raise ConfigError(
+                f"rope scaling 'longrope' has {found} values in {name}; {needed} are needed"
+            )
+    return rope
 
 
 def _attention_factor(kind: str, factor: float, original: int, given: Mapping[str, Any]) -> float:
@@ -199,37 +333,47 @@ def _attention_factor(kind: str, factor: float, original: int, given: Mapping[st
     return 0.1 * math.log(factor) + 1
 
 
-def _windows(hf: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window")
-    if model_type.startswith("qwen") and not hf.get("use_sliding_window", False):
-        window = None
+def _windows(read: Mapping[str, Any], kind: str, num_layers: int) -> tuple[int | None, ...]:
+    window = read.get("sliding_window") if read.get("use_sliding_window", True) else None
     if window is None:
         return (None,) * num_layers
-    if kinds := hf.get("layer_types"):
+    if kinds := read.get("layer_types"):
+        if len(kinds) != num_layers:
+            raise ConfigError(
+                f"config.json has {len(kinds)} layer_types for {num_layers} layers; give one a layer"
+            )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    if model_type == "gemma2":
+    if kind == "gemma2":
         return tuple(window if layer % 2 == 0 else None for layer in range(num_layers))
-    if model_type in ("qwen2", "qwen3"):
-        first = hf.get("max_window_layers", 28)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    return (window,) * num_layers
+    first = read.get("max_window_layers", 0)
+    return tuple(window if layer >= first else None for layer in range(num_layers))
 
 
-def _moe(hf: Mapping[str, Any], num_layers: int, intermediate_size: int) -> MoeConfig | None:
-    num_experts = _first(hf, "num_local_experts", "num_experts")
-    if num_experts is None:
-        return None
-    step = hf.get("decoder_sparse_step", 1)
-    dense = set(hf.get("mlp_only_layers") or ())
+def _moe(hf: Mapping[str, Any], read: Mapping[str, Any], kind: str, num_layers: int) -> MoeConfig:
+    step, dense = read.get("decoder_sparse_step", 1), set(read.get("mlp_only_layers") or ())
     return MoeConfig(
-        num_experts=num_experts,
+        num_experts=_need(hf, "num_local_experts", "num_experts"),
         num_experts_per_tok=_need(hf, "num_experts_per_tok"),
-        intermediate_size=_first(hf, "moe_intermediate_size", default=intermediate_size),
-        norm_topk_prob=hf.get("norm_topk_prob", hf.get("model_type") == "mixtral"),
+        intermediate_size=_need(
+            hf, "intermediate_size" if kind == "mixtral" else "moe_intermediate_size"
+        ),
+        norm_topk_prob=bool(read.get("norm_topk_prob", True)),
         is_sparse=tuple(
             layer not in dense and (layer + 1) % step == 0 for layer in range(num_layers)
         ),
     )
+
+
+def _model_type(hf: Mapping[str, Any]) -> str:
+    """By the architecture, which also chooses the family."""
+    architectures = hf.get("architectures") or []
+    if not architectures:
+        raise ConfigError("config.json names no architecture; `architectures` is needed")
+    if architectures[0] not in _MODEL_TYPES:
+        raise ConfigError(
+            f"architecture {architectures[0]} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    return _MODEL_TYPES[architectures[0]]
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -237,33 +381,35 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
     Raises ConfigError for a field that is missing or not supported.
     """
-    architectures = hf.get("architectures") or []
-    if not architectures:
-        raise ConfigError("config.json names no architecture; `architectures` is needed")
-    kind = str(hf.get("model_type", ""))
-    hidden = _need(hf, "hidden_size", "n_embd")
+    kind = _model_type(hf)
+    read = {name: hf.get(name, default) for name, default in _OPTIONAL[kind].items()}
+    hidden = _need(hf, "hidden_size", "n_embd", "n_embed")
     layers = _need(hf, "num_hidden_layers", "n_layer", "num_layers")
     heads = _need(hf, "num_attention_heads", "n_head")
-    kv_heads = _first(hf, "num_key_value_heads", default=heads)
-    head_dim = _first(hf, "head_dim", default=hidden // heads)
+    kv_heads = _first(read, "num_key_value_heads", default=heads)
+    head_dim = _first(read, "head_dim", default=hidden // heads)
     if heads % kv_heads:
         raise ConfigError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
-    intermediate = _first(hf, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
-    max_len = _first(hf, "max_position_embeddings", "n_positions", "seq_length", default=2048)
-    has_rope = kind not in ("gpt2", "opt", "bloom")
+    if kind in ("gpt2", "bloom"):
+        intermediate = _first(read, "n_inner", default=4 * hidden)
+    else:
+        intermediate = _need(hf, "intermediate_size", "ffn_dim")
+    max_len = _first(read, "max_position_embeddings", "n_positions", "seq_length", default=2048)
     activation = _first(
-        hf, "hidden_activation", "hidden_act", "activation_function", default="gelu_new"
+        read, "hidden_act", "hidden_activation", "activation_function", default="gelu_new"
     )
     if activation not in _ACTIVATIONS:
         raise ConfigError(
             f"activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
         )
-    scale = _first(hf, "query_pre_attn_scalar", default=head_dim) ** -0.5
-    opt_bias = bool(hf.get("enable_bias", True))
-    classic_bias = {"gpt2": True, "bloom": True, "opt": opt_bias}.get(kind, False)
-    attention_bias = bool(hf.get("attention_bias", kind == "gpt_neox"))
+    if read.get("use_bidirectional_attention"):
+        raise ConfigError("use_bidirectional_attention is set; only causal models are supported")
+    scale = _first(read, "query_pre_attn_scalar", default=head_dim) ** -0.5
+    has_bias = bool(read.get("enable_bias", kind in ("gpt2", "bloom")))
+    attention_bias = has_bias or bool(read.get("attention_bias", False))
+    is_norm_first = bool(read.get("do_layer_norm_before", True))
     return ModelConfig(
-        architecture=architectures[0],
+        architecture=hf["architectures"][0],
         model_type=kind,
         dtype=str(_first(hf, "dtype", "torch_dtype", default="float32")).removeprefix("torch."),
         vocab_size=_need(hf, "vocab_size"),
@@ -276,25 +422,24 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         max_position_embeddings=max_len,
         activation=_ACTIVATIONS[activation],
         norm_eps=float(
-            _first(hf, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", default=1e-5)
+            _first(read, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", default=1e-5)
         ),
-        tie_word_embeddings=bool(hf.get("tie_word_embeddings", kind in _TIED_BY_DEFAULT)),
-        windows=_windows(hf, kind, layers),
-        attention_scale=1.0 if hf.get("scale_attn_weights") is False else scale,
-        rope=_rope(hf, head_dim, max_len) if has_rope else None,
-        moe=_moe(hf, layers, intermediate),
-        has_qkv_bias=classic_bias or attention_bias or kind == "qwen2",
-        has_out_bias=classic_bias or attention_bias,
-        has_mlp_bias=classic_bias or kind == "gpt_neox" or bool(hf.get("mlp_bias", False)),
-        has_norm_params=bool(hf.get("layer_norm_elementwise_affine", True)),
-        attention_softcap=hf.get("attn_logit_softcapping"),
-        final_softcap=hf.get("final_logit_softcapping"),
-        embedding_dim=_first(hf, "word_embed_proj_dim", default=hidden),
+        tie_word_embeddings=bool(read["tie_word_embeddings"]),
+        windows=_windows(read, kind, layers),
+        attention_scale=scale if read.get("scale_attn_weights", True) else 1.0,
+        rope=_rope(hf, read, head_dim, max_len) if kind not in ("gpt2", "opt", "bloom") else None,
+        moe=_moe(hf, read, kind, layers) if kind in ("mixtral", "qwen3_moe") else None,
+        has_qkv_bias=attention_bias or kind == "qwen2",
+        has_out_bias=attention_bias,
+        has_mlp_bias=has_bias or kind == "gpt_neox" or bool(read.get("mlp_bias", False)),
+        has_norm_params=bool(read.get("layer_norm_elementwise_affine", True)),
+        attention_softcap=read.get("attn_logit_softcapping"),
+        final_softcap=read.get("final_logit_softcapping"),
+        embedding_dim=_first(read, "word_embed_proj_dim", default=hidden),
         position_offset=2 if kind == "opt" else 0,
-        is_norm_first=bool(hf.get("do_layer_norm_before", True)),
-        has_final_norm=bool(hf.get("do_layer_norm_before", True))
-        and not hf.get("_remove_final_layer_norm", False),
-        has_parallel_residual=kind == "gpt_neox" and bool(hf.get("use_parallel_residual", True)),
-        has_residual_after_norm=bool(hf.get("apply_residual_connection_post_layernorm", False)),
-        has_scale_by_layer=bool(hf.get("scale_attn_by_inverse_layer_idx", False)),
+        is_norm_first=is_norm_first,
+        has_final_norm=is_norm_first and not read.get("_remove_final_layer_norm", False),
+        has_parallel_residual=bool(read.get("use_parallel_residual", False)),
+        has_residual_after_norm=bool(read.get("apply_residual_connection_post_layernorm", False)),
+        has_scale_by_layer=bool(read.get("scale_attn_by_inverse_layer_idx", False)),
     )

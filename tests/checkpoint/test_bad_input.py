@@ -13,15 +13,6 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from checkpoint.making import (
-    LLAMA,
-    Recipe,
-    check_every_rank,
-    load_rank,
-    matched,
-    shard_folder,
-    write_safetensors,
-)
 
 from bireme.checkpoint import artifact as artifact_module
 from bireme.checkpoint import manifest as manifest_module
@@ -32,6 +23,15 @@ from bireme.checkpoint.manifest import read_manifest, write_manifest
 from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import Checkpoint, SafetensorsFile
 from bireme.errors import CheckpointError
+from checkpoint.making import (
+    LLAMA,
+    Recipe,
+    check_every_rank,
+    load_rank,
+    matched,
+    shard_folder,
+    write_safetensors,
+)
 
 RECIPE = Recipe(others={"tokenizer.json": b'{"model": {}}'})
 WIDTHS = (2, 1)
@@ -209,13 +209,7 @@ def test_any_flipped_byte_of_the_manifest_is_found(artifact: Path) -> None:
         if original[at : at + 1].isspace():
             continue
         flip(path, at)
-        try:
-            manifest = read_manifest(artifact)
-        except CheckpointError as error:
-            assert "\n" not in str(error)
-            assert str(path) in str(error)
-        else:
-            raise AssertionError(f"byte {at} of {manifest.format} was flipped unnoticed")
+        assert str(path) in complaint(lambda: read_manifest(artifact))
         path.write_bytes(original)
 
 

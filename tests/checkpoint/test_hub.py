@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoint.fake_hub import FakeHub, serving
 
 import bireme
 from bireme.checkpoint.hub import resolve_model
 from bireme.errors import CheckpointError
+from checkpoint.fake_hub import FakeHub, serving
 
 CALL = """
 import json, sys

@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from checkpoint.making import Recipe, files_of, matched, shard_folder, write_safetensors
 
 from bireme.checkpoint import sharder
 from bireme.checkpoint.artifact import Artifact
@@ -22,6 +21,7 @@ from bireme.checkpoint.opener import open_for_sharding
 from bireme.checkpoint.reader import SafetensorsFile
 from bireme.checkpoint.sharder import plan_shards, shard
 from bireme.errors import CheckpointError
+from checkpoint.making import Recipe, files_of, matched, shard_folder, write_safetensors
 
 RECIPE = Recipe(num_files=2, others={"tokenizer.json": b"{}"})
 WIDTHS = (2, 1)
@@ -122,9 +122,10 @@ def test_a_killed_run_is_taken_up_where_it_ended(
 
 def shard_but_the_manifest(source: Path, out: Path) -> None:
     """All rank files are finished, the manifest is not there; quicker than a process that dies."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharder, "write_manifest", Mock(side_effect=KeyboardInterrupt))
-        shard_folder(source, out, RECIPE.model, WIDTHS)
+        with pytest.raises(KeyboardInterrupt):
+            shard_folder(source, out, RECIPE.model, WIDTHS)
 
 
 @pytest.fixture

@@ -12,6 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from bireme.checkpoint import pickled
+from bireme.checkpoint.exporter import export
+from bireme.checkpoint.opener import open_folder, open_for_sharding
+from bireme.checkpoint.pickled import PickledCheckpoint
+from bireme.checkpoint.reader import Checkpoint, SafetensorsFile
+from bireme.errors import CheckpointError
 from checkpoint.making import (
     BLOOM,
     GPT2,
@@ -23,13 +30,6 @@ from checkpoint.making import (
     shard_folder,
     write_safetensors,
 )
-
-from bireme.checkpoint import pickled
-from bireme.checkpoint.exporter import export
-from bireme.checkpoint.opener import open_folder, open_for_sharding
-from bireme.checkpoint.pickled import PickledCheckpoint
-from bireme.checkpoint.reader import Checkpoint, SafetensorsFile
-from bireme.errors import CheckpointError
 
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 
@@ -100,7 +100,9 @@ def test_other_files_are_carried_and_the_bin_files_are_not(tmp_path: Path) -> No
 
 def test_to_run_one_says_to_shard_it_first(tmp_path: Path) -> None:
     make(Recipe(), tmp_path / "source")
-    with pytest.raises(CheckpointError, match=r"holds \.bin files only; `bireme shard .*source OUT`"):
+    with pytest.raises(
+        CheckpointError, match=r"holds \.bin files only; `bireme shard .*source OUT`"
+    ):
         open_folder(tmp_path / "source")
 
 

@@ -7,6 +7,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bireme.checkpoint.exporter import export
+from bireme.checkpoint.opener import open_folder
 from checkpoint.making import (
     BLOOM,
     GPT2,
@@ -22,11 +27,6 @@ from checkpoint.making import (
     matched,
     shard_folder,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from bireme.checkpoint.exporter import export
-from bireme.checkpoint.opener import open_folder
 
 TIED = {"tie_word_embeddings": True}
 EXTRA_FILES = {
@@ -110,7 +110,7 @@ def test_at_its_own_layout_each_rank_reads_its_own_file(
 ) -> None:
     recipe = RECIPES[name]
     tensors = recipe.write(tmp_path / "source")
-    artifact = shard_folder(tmp_path / "source", tmp_path / "artifact", recipe.model, widths)
+    shard_folder(tmp_path / "source", tmp_path / "artifact", recipe.model, widths)
     world = sum(widths)
     for rank in range(world):
         own = tmp_path / "artifact" / f"rank-{rank:05d}-of-{world:05d}.safetensors"

@@ -28,7 +28,9 @@ class Checkpoints:
     def reference(self, name: str) -> Reference:
         if name not in self._references:
             model = self.model(name)
-            self._references[name] = transformers_reference(model, zoo.prompts(), zoo.NUM_DECODE, "float32")
+            self._references[name] = transformers_reference(
+                model, zoo.prompts(), zoo.NUM_DECODE, "float32"
+            )
         return self._references[name]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from thread_group import ThreadGroup
 
 from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import open_folder
@@ -32,35 +33,6 @@ from bireme.trace import SpanRing
 
 _PATIENCE_S = 60.0  # a rank that failed lets the others go at once; this only bounds our own bugs
 _RING_CAPACITY = 16
-
-
-class Meeting:
-    """Where the ranks of one tensor group exchange tensors."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=_PATIENCE_S)
-        self.given: list[torch.Tensor] = [torch.empty(0)] * size
-
-    def exchange(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
-        """What every rank gave, in rank order."""
-        self.given[rank] = x.clone()
-        self.barrier.wait()
-        everyone = list(self.given)
-        self.barrier.wait()
-        return everyone
-
-
-class LocalGroup:
-    """One rank's end of a meeting."""
-
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.meeting, self.rank = meeting, rank
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return x.copy_(torch.stack(self.meeting.exchange(self.rank, x)).sum(dim=0))
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(self.meeting.exchange(self.rank, x))
 
 
 Wire = queue.SimpleQueue[tuple[tuple[int, int], torch.Tensor] | None]
@@ -83,7 +55,11 @@ class LocalReceiver:
         self._wire = wire
 
     def receive(
-        self, header: tuple[int, int], shape: tuple[int, ...], dtype: torch.dtype, _device: torch.device
+        self,
+        header: tuple[int, int],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        _device: torch.device,
     ) -> torch.Tensor:
         message = self._wire.get(timeout=_PATIENCE_S)
         if message is None:
@@ -100,9 +76,14 @@ class LocalExecutor:
     def __init__(self, plan: WorkerPlan, _pool: object = None) -> None:
         self.plan = plan
         widths = plan.config.parallel.widths
-        self._meetings = [Meeting(width) for width in widths]
-        self._forward: dict[Edge, Wire] = {edge: queue.SimpleQueue() for edge in forward_edges(widths)}
-        self._sampled: dict[Edge, Wire] = {edge: queue.SimpleQueue() for edge in sampled_edges(widths)}
+        self._barriers = [threading.Barrier(width, timeout=_PATIENCE_S) for width in widths]
+        self._shared: list[list[torch.Tensor | None]] = [[None] * width for width in widths]
+        self._forward: dict[Edge, Wire] = {
+            edge: queue.SimpleQueue() for edge in forward_edges(widths)
+        }
+        self._sampled: dict[Edge, Wire] = {
+            edge: queue.SimpleQueue() for edge in sampled_edges(widths)
+        }
         self._rings = [SpanRing.create(_RING_CAPACITY) for _ in range(sum(widths))]
         self.runners = [self._runner(rank) for rank in range(sum(widths))]
         self._threads = ThreadPoolExecutor(len(self.runners))
@@ -112,7 +93,7 @@ class LocalExecutor:
         mesh = Mesh(self.plan.config.parallel.widths, rank)
         group: TensorGroup = Alone()
         if mesh.tp_size > 1:
-            group = LocalGroup(self._meetings[mesh.stage], mesh.tp_rank)
+            group = ThreadGroup(mesh.tp_rank, self._shared[mesh.stage], self._barriers[mesh.stage])
         return Mesh(mesh.widths, rank, group)
 
     def _runner(self, rank: int) -> ModelRunner:
@@ -127,14 +108,22 @@ class LocalExecutor:
         comm: Any = Communicator(
             mesh,
             LocalSender([wire for edge, wire in self._forward.items() if edge.src == rank]),  # type: ignore[arg-type]
-            next((LocalReceiver(wire) for edge, wire in self._forward.items() if edge.dst == rank), None),  # type: ignore[arg-type]
+            next(
+                (LocalReceiver(wire) for edge, wire in self._forward.items() if edge.dst == rank),
+                None,
+            ),  # type: ignore[arg-type]
             LocalSender([wire for edge, wire in self._sampled.items() if edge.src == rank]),  # type: ignore[arg-type]
-            next((LocalReceiver(wire) for edge, wire in self._sampled.items() if edge.dst == rank), None),  # type: ignore[arg-type]
+            next(
+                (LocalReceiver(wire) for edge, wire in self._sampled.items() if edge.dst == rank),
+                None,
+            ),  # type: ignore[arg-type]
         )
         shape = CacheShape(
             plan.num_blocks, plan.config.block_size, plan.config.max_num_seqs, plan.max_model_len
         )
-        return ModelRunner(plan.model, model, comm, shape, torch.device("cpu"), dtype, self._rings[rank])
+        return ModelRunner(
+            plan.model, model, comm, shape, torch.device("cpu"), dtype, self._rings[rank]
+        )
 
     def submit(self, batch: ScheduledBatch) -> None:
         outputs = list(self._threads.map(lambda runner: self._execute(runner, batch), self.runners))
@@ -144,8 +133,8 @@ class LocalExecutor:
         try:
             return runner.execute(batch)
         except BaseException:
-            for meeting in self._meetings:
-                meeting.barrier.abort()
+            for barrier in self._barriers:
+                barrier.abort()
             for wire in (*self._forward.values(), *self._sampled.values()):
                 wire.put(None)
             raise
@@ -157,7 +146,9 @@ class LocalExecutor:
         for rank, runner in enumerate(self.runners):
             if runner.capture is not None:
                 runner.capture.close()
-            runner.capture = StepCapture(folder, rank, runner.model, probes=probes) if folder else None
+            runner.capture = (
+                StepCapture(folder, rank, runner.model, probes=probes) if folder else None
+            )
 
     def close(self) -> None:
         self._threads.shutdown()

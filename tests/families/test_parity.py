@@ -15,9 +15,15 @@ from bireme.verify import verify
 LAYOUTS = [
     (1,), (2,), (3,), (4,), (1, 1), (2, 2), (3, 3), (1, 1, 1, 1), (3, 2), (1, 4), (2, 1, 3),
 ]  # fmt: skip
-# details of a family that no cut touches run their ranks as threads; the rest as processes
-IN_THREADS = ["llama-linear", "llama-biases", "gpt2-scaled", "opt-plain", "bloom-residual", "gpt-neox-serial"]
-IN_PROCESSES = [name for name in zoo.CASES if name not in IN_THREADS]
+# What no cut touches (a way to scale rope, a bias) is tried at every layout on threads, and at one
+# on processes; one model of every family at every layout on processes.
+VARIANTS = [
+    "llama-biases", "llama-linear", "llama-yarn", "llama-dynamic", "phi3-longrope", "gpt2-scaled",
+    "opt-350m", "opt-plain", "bloom-residual", "gpt-neox-serial",
+]  # fmt: skip
+FAMILIES = [name for name in zoo.CASES if name not in VARIANTS]
+IN_PROCESSES = [(case, widths) for widths in LAYOUTS for case in FAMILIES]
+IN_PROCESSES += [(case, (3, 2)) for case in VARIANTS]
 
 
 def _name(value: object) -> str:
@@ -38,8 +44,7 @@ def _assert_parity(
     assert found.is_same, found
 
 
-@pytest.mark.parametrize("case", IN_PROCESSES)
-@pytest.mark.parametrize("widths", LAYOUTS, ids=_name)
+@pytest.mark.parametrize(("case", "widths"), IN_PROCESSES, ids=_name)
 def test_ranks_in_processes_compute_what_transformers_does(
     checkpoints: Checkpoints,
     pool: WorkerPool,
@@ -51,7 +56,7 @@ def test_ranks_in_processes_compute_what_transformers_does(
 
 
 @pytest.mark.usefixtures("local_ranks")
-@pytest.mark.parametrize("case", IN_THREADS)
+@pytest.mark.parametrize("case", VARIANTS)
 @pytest.mark.parametrize("widths", LAYOUTS, ids=_name)
 def test_ranks_in_threads_compute_what_transformers_does(
     checkpoints: Checkpoints,
@@ -77,7 +82,14 @@ def test_a_test_models_logits_spread_and_its_greedy_output_varies(
 @pytest.mark.parametrize(
     ("case", "names"),
     [
-        ("mixtral", ["block_sparse_moe.gate", "block_sparse_moe.experts.4.w1", "block_sparse_moe.experts.0.w2"]),
+        (
+            "mixtral",
+            [
+                "block_sparse_moe.gate",
+                "block_sparse_moe.experts.4.w1",
+                "block_sparse_moe.experts.0.w2",
+            ],
+        ),
         ("qwen3-moe", ["mlp.gate", "mlp.experts.5.gate_proj", "mlp.experts.0.down_proj"]),
     ],
 )

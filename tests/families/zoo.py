@@ -70,13 +70,17 @@ _LONGROPE = {
 _NEOX = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
-    "intermediate_size": 100,
+    "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 96,
     "layer_norm_eps": 3e-3,
     "hidden_act": "gelu",
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.375},
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+        "partial_rotary_factor": 0.375,
+    },
 }
 _OPT = {
     "vocab_size": VOCAB,
@@ -94,7 +98,13 @@ _GPT2 = {
     "n_positions": 96,
     "layer_norm_epsilon": 3e-3,
 }
-_BLOOM = {"vocab_size": VOCAB, "hidden_size": 60, "n_layer": 4, "n_head": 6, "layer_norm_epsilon": 3e-3}
+_BLOOM = {
+    "vocab_size": VOCAB,
+    "hidden_size": 60,
+    "n_layer": 4,
+    "n_head": 6,
+    "layer_norm_epsilon": 3e-3,
+}
 
 CASES: dict[str, Case] = {
     "llama2": Case("LlamaConfig", _shape(6, 6, layers=5, **_rope("default"))),
@@ -107,7 +117,9 @@ CASES: dict[str, Case] = {
         ),
     ),  # fmt: skip
     "llama-biases": Case(
-        "LlamaConfig", _shape(6, 2, attention_bias=True, mlp_bias=True, head_dim=12, **_rope("default"))
+        "LlamaConfig",
+        _shape(8, 4, attention_bias=True, mlp_bias=True, head_dim=12, **_rope("default"))
+        | {"intermediate_size": 96},
     ),
     "llama-linear": Case("LlamaConfig", _shape(4, 2, **_rope("linear", factor=4.0))),
     "llama-yarn": Case(
@@ -153,7 +165,8 @@ CASES: dict[str, Case] = {
     ),
     "mixtral": Case(
         "MixtralConfig",
-        _shape(6, 2, sliding_window=_WINDOW, num_local_experts=5, num_experts_per_tok=2, **_rope("default")),
+        _shape(6, 2, sliding_window=_WINDOW, num_local_experts=5, num_experts_per_tok=2, **_rope("default"))
+        | {"intermediate_size": 96},
     ),
     "qwen3-moe": Case(
         "Qwen3MoeConfig",
@@ -189,7 +202,15 @@ def _randomise(model: nn.Module, case: Case) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() > 1:
             fan_in = parameter.shape[-2 if _is_conv1d(model, name) else -1]
-            value = noise * _gain(name.removesuffix(".weight"), parameter.shape[0] == model.config.vocab_size, case) / fan_in**0.5
+            value = (
+                noise
+                * _gain(
+                    name.removesuffix(".weight"),
+                    parameter.shape[0] == model.config.vocab_size,
+                    case,
+                )
+                / fan_in**0.5
+            )
         elif name.endswith("bias"):
             value = 0.1 * noise
         elif is_gemma:
@@ -204,9 +225,18 @@ def _is_conv1d(model: nn.Module, name: str) -> bool:
     return type(owner).__name__ == "Conv1D"
 
 
+def hf_config(case: Case) -> dict[str, Any]:
+    """The case's config.json, every field written out."""
+    head = "LMHeadModel" if case.config_class == "GPT2Config" else "ForCausalLM"
+    fields: dict[str, Any] = json.loads(case.config().to_json_string(use_diff=False))
+    return {**fields, "architectures": [case.config_class.replace("Config", head)]}
+
+
 def make_model(case: Case) -> Any:
     """The case's random transformers model, in float32."""
-    model = transformers.AutoModelForCausalLM.from_config(case.config(), attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        case.config(), attn_implementation="eager"
+    )
     _randomise(model, case)
     return model.eval()
 
@@ -215,13 +245,6 @@ def write(case: Case, folder: Path) -> Path:
     """Saves the model of `case` under `folder`."""
     make_model(case).save_pretrained(folder)
     return folder
-
-
-def edit_config(folder: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
-    """Rewrites config.json with other or fewer fields."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({key: value for key, value in config.items() if key not in drop}))
 
 
 def prompts(vocab: int = VOCAB, lengths: tuple[int, ...] = PROMPT_LENGTHS) -> list[list[int]]:

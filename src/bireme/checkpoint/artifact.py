@@ -16,12 +16,11 @@ from bireme.checkpoint.manifest import (
     Manifest,
     StoredFile,
     StoredPiece,
-    StoredTensor,
     hash_file,
     rank_file_name,
     read_manifest,
 )
-from bireme.checkpoint.reader import Bits, SafetensorsFile, TensorInfo, bits_dtype
+from bireme.checkpoint.reader import Bits, SafetensorsFile, TensorInfo, bits_dtype, part_of
 from bireme.errors import CheckpointError
 from bireme.parallel.layout import (
     Box,
@@ -150,7 +149,7 @@ class VerifiedFile:
         row_bytes = bits_dtype(info.dtype).itemsize * volume(piece.box[1:])
         first, last = inner[0] if inner else (0, 1)
         self._verify(piece.key, first * row_bytes, last * row_bytes)
-        return self.file.bits(piece.key)[as_slices(inner)]
+        return part_of(self.file.bits(piece.key), inner)
 
     def check(self, progress: Callable[[int], None]) -> Iterator[str]:
         """Verifies every tensor; yields what is wrong, a line a chunk."""
@@ -206,18 +205,28 @@ class Artifact:
         return self._open[name]
 
     def read(self, source: Source, box: Box, out: Bits) -> None:
+        self.stats.needed += volume(box) * out.itemsize
+        for piece, part in self._cover(source, box):
+            out[as_slices(relative(part, box))] = self._file(piece.file).bits(piece, part)
+
+    def mapped(self, source: Source, box: Box) -> Bits | None:
+        cover = self._cover(source, box)
+        if len(cover) != 1:
+            return None
+        bits = self._file(cover[0][0].file).bits(*cover[0])
+        if not bits.flags.c_contiguous:
+            return None
+        self.stats.needed += bits.nbytes
+        return bits
+
+    def _cover(self, source: Source, box: Box) -> list[tuple[StoredPiece, Box]]:
+        """Stored pieces that hold the box together, and what to take of each: large parts first."""
         tensor = self.manifest.tensors[source.name]
         if View.parse(tensor.view) != source.view or tensor.logical_shape != source.shape:
             raise CheckpointError(
                 f"{self.folder}: {source.name} is stored as {tensor.view} {tensor.logical_shape}, "
                 f"the model reads it as {source.view} {source.shape}"
             )
-        self.stats.needed += volume(box) * out.itemsize
-        for piece, part in self._cover(source.name, tensor, box):
-            out[as_slices(relative(part, box))] = self._file(piece.file).bits(piece, part)
-
-    def _cover(self, name: str, tensor: StoredTensor, box: Box) -> list[tuple[StoredPiece, Box]]:
-        """Stored pieces that hold the box together, and what to take of each: large parts first."""
         parts = [
             (piece, part)
             for piece in tensor.pieces
@@ -236,7 +245,7 @@ class Artifact:
                 covered = more
         if covered != whole:
             raise CheckpointError(
-                f"{self.folder}: {whole - covered} of {whole} elements of {name} are in no file"
+                f"{self.folder}: {whole - covered} elements of {source.name} are in no file"
             )
         return chosen
 

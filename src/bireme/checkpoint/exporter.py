@@ -10,7 +10,7 @@ import numpy as np
 
 from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.manifest import CarriedFile, SourceFile, hash_file
-from bireme.checkpoint.reader import Bits, parse_header
+from bireme.checkpoint.reader import Bits, parse_header, part_of
 from bireme.checkpoint.sharder import check_target
 from bireme.checkpoint.writer import (
     Entry,
@@ -83,8 +83,11 @@ class _AsInFile:
                 self._artifact.read(stored, logical_box, rows)
                 out[as_slices(target)] = rows.T
             else:
-                part = out[(..., *as_slices(target))]  # a view for a scalar, too
-                self._artifact.read(stored, logical_box, part)
+                self._artifact.read(stored, logical_box, part_of(out, target))
+
+    def mapped(self, source: Source, box: Box) -> Bits | None:
+        stored = self._artifact.source(source.name)
+        return self._artifact.mapped(stored, box) if stored.view.kind == "identity" else None
 
 
 def _inverse(source: Source) -> View:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bireme.checkpoint.files import PICKLED
-from bireme.checkpoint.reader import Bits, TensorInfo, bits_dtype, copy_view
+from bireme.checkpoint.reader import Bits, TensorInfo, bits_dtype, copy_view, mapped_part
 from bireme.errors import CheckpointError
 from bireme.parallel.layout import Box, Source
 
@@ -61,10 +61,16 @@ class PickledCheckpoint:
             self._loaded[path] = _load(path)
         return self._loaded[path]
 
-    def read(self, source: Source, box: Box, out: Bits) -> None:
-        tensor = self._load(self._home[source.name])[source.name]
+    def _bits(self, name: str) -> Bits:
+        tensor = self._load(self._home[name])[name]
         bits = tensor.detach().view(_INTEGERS[tensor.element_size()]).numpy()
-        copy_view(bits.view(bits_dtype(_DTYPES[tensor.dtype])), source, box, out)
+        return bits.view(bits_dtype(_DTYPES[tensor.dtype]))
+
+    def read(self, source: Source, box: Box, out: Bits) -> None:
+        copy_view(self._bits(source.name), source, box, out)
+
+    def mapped(self, source: Source, box: Box) -> Bits | None:
+        return mapped_part(self._bits(source.name), source, box)
 
     def forget(self, name: str) -> None:
         tensor = self._load(self._home[name])[name]

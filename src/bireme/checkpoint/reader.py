@@ -65,6 +65,14 @@ class TensorSource(Protocol):
         ...
 
 
+class MappedSource(TensorSource, Protocol):
+    """A source whose tensors lie in mapped files."""
+
+    def mapped(self, source: Source, box: Box) -> Bits | None:
+        """The logical `box` where it lies; None unless it lies there in one run of bytes."""
+        ...
+
+
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -176,12 +184,27 @@ class SafetensorsFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, info.stop - first)
 
 
+def part_of(bits: Bits, box: Box) -> Bits:
+    """The view of a box; of a scalar, too."""
+    index: tuple[Any, ...] = (..., *as_slices(box))
+    part: Bits = bits[index]
+    return part
+
+
 def copy_view(bits: Bits, source: Source, box: Box, out: Bits) -> None:
     """Copies the logical `box` of a tensor whose bits are as in its file into `out`."""
     assert out.shape == box_shape(box)
     for file_box, target in source.view.file_boxes(box, source.shape):
         part = bits[as_slices(file_box)]
         out[as_slices(target)] = part.T if source.view.kind == "transpose" else part
+
+
+def mapped_part(bits: Bits, source: Source, box: Box) -> Bits | None:
+    """The logical `box` within a tensor's bits as in its file, if it is one run of them."""
+    if source.view.kind != "identity":
+        return None
+    part = part_of(bits, box)
+    return part if part.flags.c_contiguous else None
 
 
 class Checkpoint:
@@ -211,6 +234,9 @@ class Checkpoint:
 
     def read(self, source: Source, box: Box, out: Bits) -> None:
         copy_view(self._home[source.name].bits(source.name), source, box, out)
+
+    def mapped(self, source: Source, box: Box) -> Bits | None:
+        return mapped_part(self._home[source.name].bits(source.name), source, box)
 
     def forget(self, name: str) -> None:
         self._home[name].forget(name)

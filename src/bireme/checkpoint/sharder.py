@@ -35,7 +35,7 @@ from bireme.checkpoint.manifest import (
     write_manifest,
 )
 from bireme.checkpoint.names import NameMap
-from bireme.checkpoint.reader import Checkpoint, TensorInfo, TensorSource
+from bireme.checkpoint.reader import Checkpoint, MappedSource, TensorInfo
 from bireme.checkpoint.writer import Entry, Progress, make_header, write_entries
 from bireme.errors import CheckpointError
 from bireme.parallel.layout import ModelLayout
@@ -43,7 +43,7 @@ from bireme.parallel.layout import ModelLayout
 _ASIDE = "source"  # the artifact's folder for files that would be mistaken for its own
 
 
-class ShardableSource(TensorSource, Protocol):
+class ShardableSource(MappedSource, Protocol):
     """A source that lies in a folder, with other files that go along."""
 
     folder: Path
@@ -204,7 +204,7 @@ def _note_path(path: Path) -> Path:
 
 
 def _finish(
-    path: Path, job: str, entries: list[Entry], source: TensorSource, progress: Progress
+    path: Path, job: str, entries: list[Entry], source: MappedSource, progress: Progress
 ) -> _Finished:
     _note_path(path).unlink(missing_ok=True)
     finished = _Finished(job, *write_entries(path, entries, source, progress))

@@ -1,7 +1,7 @@
 """Streams safetensors files: the header, then every tensor's bytes by slabs, hashed by chunks.
 
-A slab is small enough to stay in a core's cache between reading, hashing and writing, which is what
-makes this as fast as a plain copy.
+A slab is small enough to stay in the processor's cache between hashing and writing, and is written
+from where it is mapped if it lies there in one run: that keeps this close to a plain copy.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 import xxhash
 
 from bireme.checkpoint.manifest import CHUNK_BYTES, StoredFile, StoredPiece
-from bireme.checkpoint.reader import TensorInfo, TensorSource, bits_dtype
+from bireme.checkpoint.reader import MappedSource, TensorInfo, bits_dtype
 from bireme.errors import CheckpointError
 from bireme.parallel.layout import Box, Source, View, box_shape, full_box, volume
 
-SLAB_BYTES = 512 * 1024
+SLAB_BYTES = 1024 * 1024
 TRANSPOSED_SLAB_BYTES = 8 * 1024 * 1024  # wider, or each cache line of the file is read many times
 
 Progress = Callable[[int], None]
@@ -59,16 +59,18 @@ def slab_bytes(view: View) -> int:
     return TRANSPOSED_SLAB_BYTES if view.kind == "transpose" else SLAB_BYTES
 
 
-def read_slabs(source: TensorSource, entry: Entry, size: int) -> Iterator[memoryview]:
+def read_slabs(source: MappedSource, entry: Entry, size: int) -> Iterator[memoryview]:
     """The entry's bytes, in slabs of about `size`; each is valid until the next is asked for."""
     dtype = bits_dtype(entry.dtype)
     buffer = np.empty(0, dtype=dtype)
     for slab in slabs(entry.box, dtype.itemsize, size):
-        if buffer.size < volume(slab):
-            buffer = np.empty(volume(slab), dtype=dtype)
-        flat = buffer[: volume(slab)]
-        source.read(entry.source, slab, flat.reshape(box_shape(slab)))
-        yield flat.view(np.uint8).data
+        bits = source.mapped(entry.source, slab)
+        if bits is None:
+            if buffer.size < volume(slab):
+                buffer = np.empty(volume(slab), dtype=dtype)
+            bits = buffer[: volume(slab)].reshape(box_shape(slab))
+            source.read(entry.source, slab, bits)
+        yield bits.reshape(-1).view(np.uint8).data
 
 
 class _ChunkHasher:
@@ -130,7 +132,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_entries(
-    path: Path, entries: Sequence[Entry], source: TensorSource, progress: Progress
+    path: Path, entries: Sequence[Entry], source: MappedSource, progress: Progress
 ) -> tuple[StoredFile, list[StoredPiece]]:
     """Streams one safetensors file; returns what the manifest says of it."""
     header = with_length(make_header(entries))

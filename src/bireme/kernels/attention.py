@@ -23,7 +23,9 @@ def attention_bias(
     is_hidden = distance < 0
     if window is not None:
         is_hidden = is_hidden | (distance >= window)
-    bias = torch.zeros(distance.shape, device=distance.device).masked_fill_(is_hidden, float("-inf"))
+    bias = torch.zeros(distance.shape, device=distance.device).masked_fill_(
+        is_hidden, float("-inf")
+    )
     if slopes is None:
         return bias.unsqueeze(1)
     return bias.unsqueeze(1) - slopes.view(1, -1, 1, 1) * distance.unsqueeze(1)

@@ -36,7 +36,9 @@ class SequenceGroup:
     def bias(self, window: int | None, slopes: torch.Tensor | None) -> torch.Tensor:
         """[B, 1 or H, t, C], made once a step and window."""
         if window not in self._biases:
-            self._biases[window] = attention_bias(self.positions, self.context.shape[1], window, slopes)
+            self._biases[window] = attention_bias(
+                self.positions, self.context.shape[1], window, slopes
+            )
         return self._biases[window]
 
 
@@ -71,7 +73,9 @@ class PagedAttention(nn.Module):
     be the same on every rank or for every head.
     """
 
-    def __init__(self, config: ModelConfig, cut: HeadCut, layer: int, *, has_alibi: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, cut: HeadCut, layer: int, *, has_alibi: bool = False
+    ) -> None:
         super().__init__()
         self.layer, self.cut = layer, cut
         self.window = config.windows[layer]
@@ -87,9 +91,15 @@ class PagedAttention(nn.Module):
         return KVShare(2 * self.cut.num_local_kv_heads * self.cut.head_dim, self.window)
 
     def _slopes(self, device: torch.device) -> torch.Tensor | None:
-        return alibi_slopes(self.num_heads)[slice(*self.cut.queries)].to(device) if self.has_alibi else None
+        return (
+            alibi_slopes(self.num_heads)[slice(*self.cut.queries)].to(device)
+            if self.has_alibi
+            else None
+        )
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: StepContext
+    ) -> torch.Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H * D]."""
         cache = step.caches[self.layer]
         cache.write(step.places, k, v)
@@ -100,7 +110,9 @@ class PagedAttention(nn.Module):
             if self.head_map is not None:
                 keys, values = keys[:, self.head_map], values[:, self.head_map]
             bias = group.bias(self.window, slopes)
-            attended = attention(q[group.rows].transpose(1, 2), keys, values, bias, self.scale, self.cap)
+            attended = attention(
+                q[group.rows].transpose(1, 2), keys, values, bias, self.scale, self.cap
+            )
             out[group.rows] = attended.transpose(1, 2)
         return out.flatten(1)
 
@@ -140,7 +152,10 @@ class Attention(nn.Module):
             bias=config.has_out_bias,
             view=out_view,
         )
-        self.head_dim, self.rotary_scale = config.head_dim, config.rope and config.rope.attention_factor
+        self.head_dim, self.rotary_scale = (
+            config.head_dim,
+            config.rope and config.rope.attention_factor,
+        )
         self.q_norm, self.k_norm = q_norm, k_norm
         self.paged = PagedAttention(config, cut, layer, has_alibi=has_alibi)
 

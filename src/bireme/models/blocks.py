@@ -52,7 +52,9 @@ class LayerNorm(ParallelModule):
             self.add(attribute, layout.replicated(full_name, Source(full_name, self.size)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, self.size, self._parameters.get("weight"), self._parameters.get("bias"), self.eps)
+        return F.layer_norm(
+            x, self.size, self._parameters.get("weight"), self._parameters.get("bias"), self.eps
+        )
 
 
 class MLP(nn.Module):
@@ -104,7 +106,11 @@ class MoE(ParallelModule):
     """
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, name: str, experts: Callable[[int], tuple[str, str, str]]
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        name: str,
+        experts: Callable[[int], tuple[str, str, str]],
     ) -> None:
         super().__init__()
         assert config.moe is not None
@@ -120,7 +126,9 @@ class MoE(ParallelModule):
             gate, up, down = experts(index)
             rows = [Rows(Source(f"{part}.weight", up_shape), *cut) for part in (gate, up)]
             ups.append(layout.column_layout(name, rows, "MLP column"))
-            downs.append(layout.row_layout(name, Source(f"{down}.weight", down_shape), cut, "MLP column"))
+            downs.append(
+                layout.row_layout(name, Source(f"{down}.weight", down_shape), cut, "MLP column")
+            )
         self.add("gate_up", layout.stack_experts(f"{name}.experts.gate_up", ups))
         self.add("down", layout.stack_experts(f"{name}.experts.down", downs))
 
@@ -153,7 +161,9 @@ class MoE(ParallelModule):
 class TokenEmbedding(nn.Module):
     """Looks ids up, times `scale`. ids [T], positions [T] -> [T, D]"""
 
-    def __init__(self, config: ModelConfig, mesh: Mesh, name: str, scale: float | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, mesh: Mesh, name: str, scale: float | None = None
+    ) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(name, mesh, config.vocab_size, config.embedding_dim)
         self.scale = scale
@@ -161,7 +171,11 @@ class TokenEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = self.tokens(ids)
         # the scale is rounded to the activations' type first, as the models were trained
-        return x if self.scale is None else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        return (
+            x
+            if self.scale is None
+            else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
+        )
 
 
 class Head(nn.Module):
@@ -228,7 +242,10 @@ class StageModel(nn.Module):
         super().__init__()
         self.embedding = family.embedding(config, mesh) if spec.has_embedding else None
         self.layers = nn.ModuleDict(
-            {str(index): family.layer(config, mesh, index) for index in range(spec.first_layer, spec.last_layer)}
+            {
+                str(index): family.layer(config, mesh, index)
+                for index in range(spec.first_layer, spec.last_layer)
+            }
         )
         embedding = self.embedding.tokens if self.embedding is not None else None
         assert embedding is None or isinstance(embedding, VocabParallelEmbedding)

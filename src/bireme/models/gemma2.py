@@ -31,7 +31,9 @@ class Gemma2Layer(Layer):
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), step))
-        out: torch.Tensor = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        out: torch.Tensor = x + self.post_feedforward_layernorm(
+            self.mlp(self.pre_feedforward_layernorm(x))
+        )
         return out
 
 

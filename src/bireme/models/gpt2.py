@@ -35,7 +35,13 @@ class GPT2Layer(Layer):
         name = f"transformer.h.{layer}"
         self.ln_1 = LayerNorm(f"{name}.ln_1", config)
         self.attn = Attention(
-            config, mesh, layer, [f"{name}.attn.c_attn"], f"{name}.attn.c_proj", view=TRANSPOSE, out_view=TRANSPOSE
+            config,
+            mesh,
+            layer,
+            [f"{name}.attn.c_attn"],
+            f"{name}.attn.c_proj",
+            view=TRANSPOSE,
+            out_view=TRANSPOSE,
         )
         self.ln_2 = LayerNorm(f"{name}.ln_2", config)
         self.mlp = MLP(
@@ -53,9 +59,15 @@ def _embedding(config: ModelConfig, mesh: Mesh) -> nn.Module:
 
 
 def _head(config: ModelConfig, mesh: Mesh, tied: VocabParallelEmbedding | None) -> Head:
-    return Head(config, mesh, LayerNorm("transformer.ln_f", config), "lm_head", "transformer.wte", tied)
+    return Head(
+        config, mesh, LayerNorm("transformer.ln_f", config), "lm_head", "transformer.wte", tied
+    )
 
 
 GPT2 = Family(
-    _embedding, GPT2Layer, _head, prefixes=("transformer.", ""), ignorable=(r"\.attn\.(masked_)?bias$",)
+    _embedding,
+    GPT2Layer,
+    _head,
+    prefixes=("transformer.", ""),
+    ignorable=(r"\.attn\.(masked_)?bias$",),
 )

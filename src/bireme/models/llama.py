@@ -22,7 +22,9 @@ def head(config: ModelConfig, mesh: Mesh, tied: VocabParallelEmbedding | None) -
     return Head(config, mesh, norm, "lm_head", "model.embed_tokens", tied)
 
 
-def attention(config: ModelConfig, mesh: Mesh, layer: int, *, has_qk_norm: bool = False) -> Attention:
+def attention(
+    config: ModelConfig, mesh: Mesh, layer: int, *, has_qk_norm: bool = False
+) -> Attention:
     name = f"model.layers.{layer}.self_attn"
     norms = {
         part: RMSNorm(f"{name}.{part}", config.head_dim, config.norm_eps)
@@ -34,16 +36,22 @@ def attention(config: ModelConfig, mesh: Mesh, layer: int, *, has_qk_norm: bool 
 
 def mlp(config: ModelConfig, mesh: Mesh, layer: int) -> nn.Module:
     name = f"model.layers.{layer}.mlp"
-    return MLP(config, mesh, [f"{name}.gate_proj", f"{name}.up_proj"], f"{name}.down_proj", is_gated=True)
+    return MLP(
+        config, mesh, [f"{name}.gate_proj", f"{name}.up_proj"], f"{name}.down_proj", is_gated=True
+    )
 
 
 class PreNormLayer(Layer):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, layer: int, self_attn: Attention, feed_forward: nn.Module) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, self_attn: Attention, feed_forward: nn.Module
+    ) -> None:
         super().__init__()
         name = f"model.layers.{layer}"
-        self.input_layernorm = RMSNorm(f"{name}.input_layernorm", config.hidden_size, config.norm_eps)
+        self.input_layernorm = RMSNorm(
+            f"{name}.input_layernorm", config.hidden_size, config.norm_eps
+        )
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(
             f"{name}.post_attention_layernorm", config.hidden_size, config.norm_eps

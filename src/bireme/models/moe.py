@@ -12,7 +12,11 @@ def _mixtral_layer(config: ModelConfig, mesh: Mesh, layer: int) -> Layer:
     name = f"model.layers.{layer}.block_sparse_moe"
 
     def expert(index: int) -> tuple[str, str, str]:
-        return f"{name}.experts.{index}.w1", f"{name}.experts.{index}.w3", f"{name}.experts.{index}.w2"
+        return (
+            f"{name}.experts.{index}.w1",
+            f"{name}.experts.{index}.w3",
+            f"{name}.experts.{index}.w2",
+        )
 
     attn = llama.attention(config, mesh, layer)
     return llama.PreNormLayer(config, layer, attn, MoE(config, mesh, name, expert))

@@ -38,7 +38,9 @@ class OPTLayer(Layer):
 
 class OPTEmbedding(LearnedPositions):
     def __init__(self, config: ModelConfig, mesh: Mesh) -> None:
-        super().__init__(config, mesh, "model.decoder.embed_tokens", "model.decoder.embed_positions")
+        super().__init__(
+            config, mesh, "model.decoder.embed_tokens", "model.decoder.embed_positions"
+        )
         shape = (config.hidden_size, config.embedding_dim)
         is_narrow = config.embedding_dim != config.hidden_size
         self.project_in = ReplicatedLinear("model.decoder.project_in", shape) if is_narrow else None
@@ -56,7 +58,11 @@ def _head(config: ModelConfig, mesh: Mesh, tied: VocabParallelEmbedding | None) 
     if config.has_final_norm:
         parts.append(LayerNorm("model.decoder.final_layer_norm", config))
     if config.embedding_dim != config.hidden_size:
-        parts.append(ReplicatedLinear("model.decoder.project_out", (config.embedding_dim, config.hidden_size)))
+        parts.append(
+            ReplicatedLinear(
+                "model.decoder.project_out", (config.embedding_dim, config.hidden_size)
+            )
+        )
     return Head(config, mesh, nn.Sequential(*parts), "lm_head", "model.decoder.embed_tokens", tied)
 
 

@@ -11,7 +11,9 @@ from bireme.parallel.mesh import Mesh
 
 def _layer(config: ModelConfig, mesh: Mesh, layer: int) -> Layer:
     name = f"model.layers.{layer}"
-    attn = Attention(config, mesh, layer, [f"{name}.self_attn.qkv_proj"], f"{name}.self_attn.o_proj")
+    attn = Attention(
+        config, mesh, layer, [f"{name}.self_attn.qkv_proj"], f"{name}.self_attn.o_proj"
+    )
     mlp = MLP(config, mesh, [f"{name}.mlp.gate_up_proj"], f"{name}.mlp.down_proj", is_gated=True)
     return llama.PreNormLayer(config, layer, attn, mlp)
 

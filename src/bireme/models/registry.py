@@ -75,7 +75,9 @@ def partition_layers(config: ModelConfig, parallel: ParallelConfig) -> tuple[Sta
     if config.tie_word_embeddings and model.embedding is not None:
         last += model.embedding.tokens.weight.numel()  # type: ignore[union-attr,operator]
     costs = [size(layer) for layer in model.layers.values()]
-    return stage_specs(partition(costs, parallel.widths, size(model.embedding), last), config.num_layers)
+    return stage_specs(
+        partition(costs, parallel.widths, size(model.embedding), last), config.num_layers
+    )
 
 
 def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:
@@ -88,7 +90,9 @@ def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:
         tp_rank=mesh.tp_rank,
         layers=(spec.first_layer, spec.last_layer),
         params=tuple(layout for _, _, _, layout in named_layouts(model)),
-        kv=tuple(module.kv_share for module in model.modules() if isinstance(module, PagedAttention)),
+        kv=tuple(
+            module.kv_share for module in model.modules() if isinstance(module, PagedAttention)
+        ),
     )
 
 

@@ -30,7 +30,9 @@ def inverse_frequencies(rope: RopeConfig, max_len: int) -> torch.Tensor:
         return _yarn(rope, plain)
     if rope.kind == "longrope":
         is_long = max_len > rope.original_max_len
-        return 1.0 / (torch.tensor(rope.long_factor if is_long else rope.short_factor) * rope.theta**exponent)
+        return 1.0 / (
+            torch.tensor(rope.long_factor if is_long else rope.short_factor) * rope.theta**exponent
+        )
     return plain
 
 

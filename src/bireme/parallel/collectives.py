@@ -186,7 +186,21 @@ def join(
                 tensor = JoinedGroup(group, len(ranks), spans)
         forward = {edge: _group((edge.src, edge.dst), timeout) for edge in forward_edges(widths)}
         sampled = {edge: _group((edge.src, edge.dst), timeout) for edge in sampled_edges(widths)}
+        _connect(rank, {**forward, **sampled}, device)
+        if tensor is not None:
+            tensor.all_reduce(torch.zeros(1, device=device))
     return _communicator(Mesh(widths, rank, tensor or Alone()), forward, sampled, spans)
+
+
+def _connect(rank: int, edges: dict[Edge, dist.ProcessGroup], device: torch.device) -> None:
+    """One byte over every edge, in one order everywhere: NCCL connects at the first message, and its
+    sender would wait for a receiver that is not there yet."""
+    for edge, group in edges.items():
+        byte = torch.zeros(1, dtype=torch.uint8, device=device)
+        if rank == edge.src:
+            dist.send(byte, edge.dst, group=group)
+        elif rank == edge.dst:
+            dist.recv(byte, edge.src, group=group)
 
 
 def _group(ranks: Iterable[int], timeout: timedelta) -> dist.ProcessGroup:
