@@ -263,9 +263,8 @@ def _first(hf: Mapping[str, Any], *names: str, default: Any = None) -> Any:
 def _need(hf: Mapping[str, Any], *names: str) -> Any:
     value = _first(hf, *names)
     if value is None:
-        raise ConfigError(
-            f"config.json has no {' or '.join(names)}; it is needed for a {hf.get('model_type')} model"
-        )
+        wanted, kind = " or ".join(names), hf.get("model_type")
+        raise ConfigError(f"config.json has no {wanted}; it is needed for a {kind} model")
     return value
 
 
@@ -327,10 +326,12 @@ def _attention_factor(kind: str, factor: float, original: int, given: Mapping[st
         return 1.0
     if kind == "longrope":
         return math.sqrt(1 + math.log(factor) / math.log(original))
+
+    def grown(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1
+
     mscale, mscale_all_dim = given.get("mscale"), given.get("mscale_all_dim")
-    if mscale and mscale_all_dim:
-        return (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all_dim * math.log(factor) + 1)
-    return 0.1 * math.log(factor) + 1
+    return grown(mscale) / grown(mscale_all_dim) if mscale and mscale_all_dim else grown(1)
 
 
 def _windows(read: Mapping[str, Any], kind: str, num_layers: int) -> tuple[int | None, ...]:
@@ -339,9 +340,7 @@ def _windows(read: Mapping[str, Any], kind: str, num_layers: int) -> tuple[int |
         return (None,) * num_layers
     if kinds := read.get("layer_types"):
         if len(kinds) != num_layers:
-            raise ConfigError(
-                f"config.json has {len(kinds)} layer_types for {num_layers} layers; give one a layer"
-            )
+            raise ConfigError(f"{len(kinds)} layer_types are given for {num_layers} layers")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if kind == "gemma2":
         return tuple(window if layer % 2 == 0 else None for layer in range(num_layers))
@@ -371,7 +370,8 @@ def _model_type(hf: Mapping[str, Any]) -> str:
         raise ConfigError("config.json names no architecture; `architectures` is needed")
     if architectures[0] not in _MODEL_TYPES:
         raise ConfigError(
-            f"architecture {architectures[0]} is not supported; supported are {', '.join(ARCHITECTURES)}"
+            f"architecture {architectures[0]} is not supported; "
+            f"supported are {', '.join(ARCHITECTURES)}"
         )
     return _MODEL_TYPES[architectures[0]]
 

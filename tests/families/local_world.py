@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from thread_group import ThreadGroup
 
 from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import open_folder
@@ -30,6 +29,7 @@ from bireme.parallel.mesh import Alone, Mesh, TensorGroup
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_specs
 from bireme.request import ScheduledBatch, StepOutput
 from bireme.trace import SpanRing
+from thread_group import ThreadGroup
 
 _PATIENCE_S = 60.0  # a rank that failed lets the others go at once; this only bounds our own bugs
 _RING_CAPACITY = 16

@@ -174,8 +174,7 @@ def test_with_another_value_in_any_field_that_is_read_parity_fails(
         assert changed.config != model.config
         try:
             off = _run(changed, reference, tmp_path / field)
-        except (BiremeError, RuntimeError) as error:
-            assert isinstance(error, BiremeError), f"{field}: {error!r} says nothing to a user"
+        except BiremeError:
             continue
         assert field not in SIZES, f"{field} is no mere size: another one runs"
         assert not off < 3 * tolerance, f"{field} makes no difference ({off:.1e})"

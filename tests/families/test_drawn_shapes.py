@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bireme.engine.prepare import prepare_model
 from bireme.verify import transformers_reference, verify
 
-# by config class: the names of its sizes (layers, heads, width, MLP columns), None where it has none
+# names of the sizes by config class: layers, heads, width, MLP columns (None: always 4 * width)
 _SPELLINGS = {
     "LlamaConfig": ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"),
     "Phi3Config": ("num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size"),

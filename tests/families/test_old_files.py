@@ -23,7 +23,11 @@ from bireme.verify import verify
 
 Tensors = dict[str, torch.Tensor]
 
-_REQUIRED = "config.json has no"
+SIZES = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "n_embd", "n_layer", "n_head", "ffn_dim", "num_local_experts",
+    "num_experts_per_tok", "moe_intermediate_size",
+}  # fmt: skip
 
 
 def _old(case: str, drop: tuple[str, ...] = ("rope_parameters",), **fields: Any) -> dict[str, Any]:
@@ -32,37 +36,39 @@ def _old(case: str, drop: tuple[str, ...] = ("rope_parameters",), **fields: Any)
     } | fields
 
 
+def _old_rope(case: str, **scaling: Any) -> dict[str, Any]:
+    return _old(case, rope_theta=500.0, rope_scaling=scaling or None)
+
+
 OLD_CONFIGS = {
-    "llama2": _old("llama2", rope_theta=500.0, rope_scaling=None),
-    "llama3": _old(
+    "llama2": _old_rope("llama2"),
+    "llama3": _old_rope(
         "llama3",
-        rope_theta=500.0,
-        rope_scaling={
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 24,
-        },
-    ),
-    "llama-linear": _old("llama-linear", rope_theta=500.0, rope_scaling={"type": "linear", "factor": 4.0}),
-    "llama-dynamic": _old("llama-dynamic", rope_theta=500.0, rope_scaling={"type": "dynamic", "factor": 4.0}),
-    "llama-yarn": _old(
-        "llama-yarn",
-        rope_theta=500.0,
-        rope_scaling={
-            "type": "yarn", "factor": 4.0, "beta_fast": 3.0, "beta_slow": 0.25, "truncate": False,
-            "original_max_position_embeddings": 24,
-        },
-    ),
-    "phi3-longrope": _old(
-        "phi3-longrope",
-        rope_theta=500.0,
-        partial_rotary_factor=0.75,
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
         original_max_position_embeddings=24,
-        rope_scaling={"type": "su", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.5, 2.5, 4.0]},
     ),
+    "llama-linear": _old_rope("llama-linear", type="linear", factor=4.0),
+    "llama-dynamic": _old_rope("llama-dynamic", type="dynamic", factor=4.0),
+    "llama-yarn": _old_rope(
+        "llama-yarn",
+        type="yarn",
+        factor=4.0,
+        beta_fast=3.0,
+        beta_slow=0.25,
+        truncate=False,
+        original_max_position_embeddings=24,
+    ),
+    "phi3-longrope": _old_rope(
+        "phi3-longrope", type="su", short_factor=[1.0, 1.1, 1.2], long_factor=[1.5, 2.5, 4.0]
+    )
+    | {"partial_rotary_factor": 0.75, "original_max_position_embeddings": 24},
     "gpt-neox": _old("gpt-neox", rotary_emb_base=500.0, rotary_pct=0.375),
     "bloom": _old("bloom", ("hidden_size", "n_head"), n_embed=60, num_attention_heads=6),
     "qwen3-moe": _old("qwen3-moe", ("num_local_experts",), num_experts=6),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", OLD_CONFIGS)
@@ -78,17 +84,14 @@ def test_an_old_spelling_of_a_config_means_the_same_as_todays(case: str) -> None
 def test_a_field_left_out_means_what_transformers_takes_it_to_mean(case: str) -> None:
     """Or it is a size, and its absence an error."""
     whole = zoo.hf_config(zoo.CASES[case])
-    for name in whole.keys() - {"architectures", "model_type"}:
+    config_class = getattr(transformers, zoo.CASES[case].config_class)
+    for name in whole.keys() - {"architectures", "model_type", *SIZES}:
         cut = {key: value for key, value in whole.items() if key != name}
-        try:
-            found = from_hf(cut)
-        except ConfigError as error:
-            assert str(error).startswith(_REQUIRED) or name == "num_key_value_heads", name
-            continue
-        filled = getattr(transformers, zoo.CASES[case].config_class).from_dict(
-            json.loads(json.dumps(cut))
-        )
-        assert found == from_hf({**filled.to_dict(), "architectures": whole["architectures"]}), name
+        filled = config_class.from_dict(json.loads(json.dumps(cut))).to_dict()
+        assert from_hf(cut) == from_hf(filled | {"architectures": whole["architectures"]}), name
+    for name in SIZES & whole.keys() - {"num_key_value_heads"}:
+        with pytest.raises(ConfigError, match=r"config\.json has no"):
+            from_hf({key: value for key, value in whole.items() if key != name})
 
 
 def test_every_architecture_has_a_family() -> None:
@@ -157,29 +160,26 @@ def _with_head(embedding: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {"lm_head.weight": tensors[embedding].clone()}
 
 
+_ROPE_BUFFERS = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(5)]
+_NEOX_BUFFERS = [
+    f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
+]
+OLD_FILES = {
+    "gpt2-without-prefix": ("gpt2", _renamed("transformer.", "")),
+    "bloom-without-prefix": ("bloom", _renamed("transformer.", "")),
+    "opt-old-prefix": ("opt", _renamed("model.decoder.", "decoder.")),
+    "llama-rope-buffers": ("llama2", _with(*_ROPE_BUFFERS)),
+    "gpt2-masks": ("gpt2", _with("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias")),
+    "gpt-neox-buffers": ("gpt-neox", _with(*_NEOX_BUFFERS)),
+    "llama-tied-head": ("llama3", _with_head("model.embed_tokens.weight")),
+    "gpt2-tied-head": ("gpt2", _with_head("transformer.wte.weight")),
+    "opt-tied-head": ("opt", _with_head("model.decoder.embed_tokens.weight")),
+    "bloom-tied-head": ("bloom", _with_head("transformer.word_embeddings.weight")),
+}
+
+
 @pytest.mark.usefixtures("local_ranks")
-@pytest.mark.parametrize(
-    ("case", "change"),
-    [
-        ("gpt2", _renamed("transformer.", "")),
-        ("bloom", _renamed("transformer.", "")),
-        ("opt", _renamed("model.decoder.", "decoder.")),
-        ("llama2", _with("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.rotary_emb.inv_freq")),
-        ("gpt2", _with("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias")),
-        (
-            "gpt-neox",
-            _with(*(f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq"))),
-        ),
-        ("llama3", _with_head("model.embed_tokens.weight")),
-        ("gpt2", _with_head("transformer.wte.weight")),
-        ("opt", _with_head("model.decoder.embed_tokens.weight")),
-        ("bloom", _with_head("transformer.word_embeddings.weight")),
-    ],
-    ids=[
-        "gpt2-without-prefix", "bloom-without-prefix", "opt-old-prefix", "llama-rope-buffer", "gpt2-masks",
-        "gpt-neox-buffers", "llama-tied-head", "gpt2-tied-head", "opt-tied-head", "bloom-tied-head",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("case", "change"), OLD_FILES.values(), ids=OLD_FILES)
 def test_an_old_file_is_the_same_model(
     checkpoints: Checkpoints, tmp_path: Path, case: str, change: Callable[[Tensors], Tensors]
 ) -> None:

@@ -16,7 +16,6 @@ import torch
 import zoo
 from harness import Checkpoints, engine_config
 from local_world import LocalExecutor
-from thread_group import ThreadGroup
 
 import bireme.verify
 from bireme.engine.executor import WorkerPlan
@@ -24,6 +23,7 @@ from bireme.parallel.layers import RowParallelLinear, named_layouts
 from bireme.parallel.layout import HeadCut
 from bireme.parallel.pipeline import StageSpec
 from bireme.verify import Certificate, verify
+from thread_group import ThreadGroup
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 ATTENTION_OUT = r"self_attn\.o_proj|attn\.c_proj|attention\.dense"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,32 +41,97 @@ class Case:
         return getattr(transformers, self.config_class)(**{**_NO_SPECIAL_IDS, **self.settings})
 
 
-def _shape(heads: int, kv_heads: int, *, layers: int = 4, **more: Any) -> dict[str, Any]:
+def _rope(kind: str = "default", **more: Any) -> dict[str, Any]:
+    """The base is small, so that every frequency turns within the short sequences of a test."""
+    return {"rope_type": kind, "rope_theta": 500.0, **more}
+
+
+def _shape(heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
     return {
         "vocab_size": VOCAB,
         "hidden_size": 8 * heads,
         "intermediate_size": 100,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 4,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": 96,
         "rms_norm_eps": 3e-3,
+        "rope_parameters": _rope(),
         **more,
     }
 
 
-def _rope(kind: str, *, theta: float = 500.0, **more: Any) -> dict[str, Any]:
-    """rope_theta is small, so that every frequency turns within the short sequences of a test."""
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
-
-
-_LONGROPE = {
-    "factor": 4.0,
-    "short_factor": [1.0, 1.1, 1.2],
-    "long_factor": [1.5, 2.5, 4.0],
-    "original_max_position_embeddings": _TRAINED_LENGTH,
-    "partial_rotary_factor": 0.75,
+_LLAMA3 = _rope(
+    "llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=_TRAINED_LENGTH,
+)
+_YARN = _rope(
+    "yarn",
+    factor=4.0,
+    beta_fast=3.0,
+    beta_slow=0.25,
+    truncate=False,
+    original_max_position_embeddings=_TRAINED_LENGTH,
+)
+_LONGROPE = _rope(
+    "longrope",
+    factor=4.0,
+    short_factor=[1.0, 1.1, 1.2],
+    long_factor=[1.5, 2.5, 4.0],
+    original_max_position_embeddings=_TRAINED_LENGTH,
+    partial_rotary_factor=0.75,
+)
+_LLAMA = {
+    "llama2": _shape(6, 6, num_hidden_layers=5),
+    "llama3": _shape(8, 2, rope_parameters=_LLAMA3, tie_word_embeddings=True),
+    "llama-biases": _shape(
+        8, 4, head_dim=12, intermediate_size=96, attention_bias=True, mlp_bias=True
+    ),
+    "llama-linear": _shape(4, 2, rope_parameters=_rope("linear", factor=4.0)),
+    "llama-yarn": _shape(4, 4, rope_parameters=_YARN),
+    "llama-dynamic": _shape(
+        4,
+        2,
+        rope_parameters=_rope("dynamic", factor=4.0),
+        max_position_embeddings=_TRAINED_LENGTH,
+    ),
 }
+_QWEN2 = _shape(6, 2, use_sliding_window=True, sliding_window=_WINDOW, max_window_layers=2)
+_QWEN3_MOE = _shape(
+    4,
+    2,
+    num_hidden_layers=6,
+    head_dim=12,
+    moe_intermediate_size=40,
+    num_experts=6,
+    num_experts_per_tok=3,
+    norm_topk_prob=True,
+    decoder_sparse_step=2,
+    mlp_only_layers=[3],
+)
+_MIXTRAL = _shape(
+    6,
+    2,
+    intermediate_size=96,
+    sliding_window=_WINDOW,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+)
+_GEMMA2 = _shape(
+    4,
+    2,
+    head_dim=12,
+    sliding_window=_WINDOW,
+    query_pre_attn_scalar=7,
+    attn_logit_softcapping=2.7,
+    final_logit_softcapping=4.1,
+)
+_PHI3_LONG = _shape(
+    4, 4, rope_parameters=_LONGROPE, original_max_position_embeddings=_TRAINED_LENGTH
+)
 _NEOX = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -76,11 +141,7 @@ _NEOX = {
     "max_position_embeddings": 96,
     "layer_norm_eps": 3e-3,
     "hidden_act": "gelu",
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 500.0,
-        "partial_rotary_factor": 0.375,
-    },
+    "rope_parameters": _rope(partial_rotary_factor=0.375),
 }
 _OPT = {
     "vocab_size": VOCAB,
@@ -90,6 +151,8 @@ _OPT = {
     "num_attention_heads": 8,
     "max_position_embeddings": 96,
 }
+_OPT_350M = {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
+_OPT_PLAIN = {**_OPT, "enable_bias": False, "layer_norm_elementwise_affine": False}
 _GPT2 = {
     "vocab_size": VOCAB,
     "n_embd": 60,
@@ -98,6 +161,7 @@ _GPT2 = {
     "n_positions": 96,
     "layer_norm_epsilon": 3e-3,
 }
+_GPT2_SCALED = {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "n_inner": 72}
 _BLOOM = {
     "vocab_size": VOCAB,
     "hidden_size": 60,
@@ -105,77 +169,29 @@ _BLOOM = {
     "n_head": 6,
     "layer_norm_epsilon": 3e-3,
 }
+_BLOOM_RESIDUAL = {**_BLOOM, "apply_residual_connection_post_layernorm": True}
 
-CASES: dict[str, Case] = {
-    "llama2": Case("LlamaConfig", _shape(6, 6, layers=5, **_rope("default"))),
-    "llama3": Case(
-        "LlamaConfig",
-        _shape(
-            8, 2, tie_word_embeddings=True,
-            **_rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                    original_max_position_embeddings=_TRAINED_LENGTH),
-        ),
-    ),  # fmt: skip
-    "llama-biases": Case(
-        "LlamaConfig",
-        _shape(8, 4, attention_bias=True, mlp_bias=True, head_dim=12, **_rope("default"))
-        | {"intermediate_size": 96},
-    ),
-    "llama-linear": Case("LlamaConfig", _shape(4, 2, **_rope("linear", factor=4.0))),
-    "llama-yarn": Case(
-        "LlamaConfig",
-        _shape(4, 4, **_rope("yarn", factor=4.0, beta_fast=3.0, beta_slow=0.25, truncate=False,
-                             original_max_position_embeddings=_TRAINED_LENGTH)),
-    ),  # fmt: skip
-    "llama-dynamic": Case(
-        "LlamaConfig",
-        _shape(4, 2, **{**_rope("dynamic", factor=4.0), "max_position_embeddings": _TRAINED_LENGTH}),
-    ),
-    "mistral": Case("MistralConfig", _shape(6, 3, sliding_window=_WINDOW, **_rope("default"))),
-    "qwen2": Case(
-        "Qwen2Config",
-        _shape(6, 2, use_sliding_window=True, sliding_window=_WINDOW, max_window_layers=2, **_rope("default")),
-    ),
-    "qwen3": Case("Qwen3Config", _shape(4, 2, head_dim=24, **_rope("default"))),
-    "gemma2": Case(
-        "Gemma2Config",
-        _shape(
-            4, 2, head_dim=12, sliding_window=_WINDOW, query_pre_attn_scalar=7,
-            attn_logit_softcapping=2.7, final_logit_softcapping=4.1, **_rope("default"),
-        ),
-        seed=1,
-    ),  # fmt: skip
-    "phi3": Case("Phi3Config", _shape(6, 2, sliding_window=_WINDOW, **_rope("default"))),
-    "phi3-longrope": Case(
-        "Phi3Config",
-        _shape(4, 4, original_max_position_embeddings=_TRAINED_LENGTH, **_rope("longrope", **_LONGROPE)),
-    ),
+CASES: dict[str, Case] = {name: Case("LlamaConfig", fields) for name, fields in _LLAMA.items()} | {
+    "mistral": Case("MistralConfig", _shape(6, 3, sliding_window=_WINDOW)),
+    "qwen2": Case("Qwen2Config", _QWEN2),
+    "qwen3": Case("Qwen3Config", _shape(4, 2, head_dim=24)),
+    "gemma2": Case("Gemma2Config", _GEMMA2, seed=1),
+    "phi3": Case("Phi3Config", _shape(6, 2, sliding_window=_WINDOW)),
+    "phi3-longrope": Case("Phi3Config", _PHI3_LONG),
     "gpt2": Case("GPT2Config", _GPT2),
-    "gpt2-scaled": Case("GPT2Config", {**_GPT2, "scale_attn_by_inverse_layer_idx": True, "n_inner": 72}),
+    "gpt2-scaled": Case("GPT2Config", _GPT2_SCALED),
     "opt": Case("OPTConfig", _OPT),
-    "opt-350m": Case("OPTConfig", {**_OPT, "word_embed_proj_dim": 32, "do_layer_norm_before": False}, 14, 1.0, 2.0),
-    "opt-plain": Case(
-        "OPTConfig", {**_OPT, "enable_bias": False, "layer_norm_elementwise_affine": False}
-    ),
+    "opt-350m": Case("OPTConfig", _OPT_350M, seed=14, out_gain=1.0, score_gain=2.0),
+    "opt-plain": Case("OPTConfig", _OPT_PLAIN),
     "bloom": Case("BloomConfig", _BLOOM, score_gain=2.0),
-    "bloom-residual": Case("BloomConfig", {**_BLOOM, "apply_residual_connection_post_layernorm": True}, 2, 1.5),
+    "bloom-residual": Case("BloomConfig", _BLOOM_RESIDUAL, seed=2, out_gain=1.5),
     "gpt-neox": Case("GPTNeoXConfig", _NEOX),
     "gpt-neox-serial": Case(
         "GPTNeoXConfig", {**_NEOX, "use_parallel_residual": False, "attention_bias": False}
     ),
-    "mixtral": Case(
-        "MixtralConfig",
-        _shape(6, 2, sliding_window=_WINDOW, num_local_experts=5, num_experts_per_tok=2, **_rope("default"))
-        | {"intermediate_size": 96},
-    ),
-    "qwen3-moe": Case(
-        "Qwen3MoeConfig",
-        _shape(
-            4, 2, layers=6, head_dim=12, moe_intermediate_size=40, num_experts=6, num_experts_per_tok=3,
-            decoder_sparse_step=2, mlp_only_layers=[3], norm_topk_prob=True, **_rope("default"),
-        ),
-    ),  # fmt: skip
-}  # fmt: skip
+    "mixtral": Case("MixtralConfig", _MIXTRAL),
+    "qwen3-moe": Case("Qwen3MoeConfig", _QWEN3_MOE),
+}
 
 
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc2")

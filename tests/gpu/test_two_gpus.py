@@ -103,11 +103,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_family_on_two_gpus_is_that_on_one(
-    certificates: list[dict[str, Any]], pool: WorkerPool, case: tuple[str, Path], tp: int, pp: int, dtype: str
+    certificates: list[dict[str, Any]], pool: WorkerPool, case: tuple[str, Path], tp: int, pp: int
 ) -> None:
-    check(certificates, str(case[1]), case[0], pool, tp, pp, dtype, num_decode=16)
+    """In float32: these models are scaled to amplify errors, rounding to bfloat16 included."""
+    check(certificates, str(case[1]), case[0], pool, tp, pp, "float32", num_decode=16)
 
 
 def test_the_demo_model_on_two_gpus_is_that_of_transformers(

@@ -26,12 +26,15 @@ def attention(
     config: ModelConfig, mesh: Mesh, layer: int, *, has_qk_norm: bool = False
 ) -> Attention:
     name = f"model.layers.{layer}.self_attn"
-    norms = {
-        part: RMSNorm(f"{name}.{part}", config.head_dim, config.norm_eps)
-        for part in (("q_norm", "k_norm") if has_qk_norm else ())
-    }
+
+    def norm(part: str) -> RMSNorm | None:
+        if not has_qk_norm:
+            return None
+        return RMSNorm(f"{name}.{part}", config.head_dim, config.norm_eps)
+
     names = [f"{name}.{part}_proj" for part in "qkv"]
-    return Attention(config, mesh, layer, names, f"{name}.o_proj", **norms)
+    q_norm, k_norm = norm("q_norm"), norm("k_norm")
+    return Attention(config, mesh, layer, names, f"{name}.o_proj", q_norm=q_norm, k_norm=k_norm)
 
 
 def mlp(config: ModelConfig, mesh: Mesh, layer: int) -> nn.Module:

@@ -48,7 +48,8 @@ def family_of(config: ModelConfig) -> Family:
     family = FAMILIES.get(config.architecture)
     if family is None:
         raise ConfigError(
-            f"architecture {config.architecture} is not supported; supported are {', '.join(FAMILIES)}"
+            f"architecture {config.architecture} is not supported; "
+            f"supported are {', '.join(FAMILIES)}"
         )
     return family
 

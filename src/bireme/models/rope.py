@@ -40,7 +40,7 @@ def _dynamic_base(rope: RopeConfig, max_len: int) -> float:
     """NTK-aware scaling that grows with the context."""
     length = max(max_len, rope.original_max_len)
     growth = rope.factor * length / rope.original_max_len - (rope.factor - 1)
-    return rope.theta * growth ** (rope.rotary_dim / (rope.rotary_dim - 2))
+    return float(rope.theta * growth ** (rope.rotary_dim / (rope.rotary_dim - 2)))
 
 
 def _llama3(rope: RopeConfig, plain: torch.Tensor) -> torch.Tensor:
