@@ -69,7 +69,11 @@ def main() -> None:
                 measured = {"transformers": oracle(batch)}
                 for tp, pp in LAYOUTS:
                     with LLM(
-                        "demo", tensor_parallel_size=tp, pipeline_parallel_size=pp, dtype="float32", pool=pool
+                        "demo",
+                        tensor_parallel_size=tp,
+                        pipeline_parallel_size=pp,
+                        dtype="float32",
+                        pool=pool,
                     ) as llm:
                         run = of_bireme(llm, arguments.tokens)
                         run(batch)

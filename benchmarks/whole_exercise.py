@@ -60,7 +60,9 @@ def main() -> None:
     ranks = resident(shards, arguments.max_model_len)
     model = prepare_model(str(shards))
     layout = model_layout(model.config, LAYOUT)
-    whole = 2 * sum(rank.num_elements for rank in model_layout(model.config, ParallelConfig()).ranks)
+    whole = 2 * sum(
+        rank.num_elements for rank in model_layout(model.config, ParallelConfig()).ranks
+    )
     extra = {name: 2 * count for name, count in layout.replicated_elements.items()}
     config = EngineConfig(parallel=LAYOUT, max_model_len=arguments.max_model_len, max_num_seqs=4)
     prompts = [list(range(start, start + 16)) for start in (100, 9000)]
@@ -69,8 +71,13 @@ def main() -> None:
         certificate = verify(model, config, prompts, num_decode=8, pool=pool)
     print(certificate_text(certificate))
     for index, rank in enumerate(ranks):
-        print(f"rank {index}: {format_bytes(rank['weight_bytes'])} of weights, {rank['weight_bytes'] / whole:.4f} of the whole")
-    print(f"replicated beyond the first copy: {format_bytes(sum(extra.values()))} in {len(extra)} tensors")
+        print(
+            f"rank {index}: {format_bytes(rank['weight_bytes'])} of weights, "
+            f"{rank['weight_bytes'] / whole:.4f} of the whole"
+        )
+    print(
+        f"replicated beyond the first copy: {format_bytes(sum(extra.values()))} in {len(extra)} tensors"
+    )
     result = {
         "model": arguments.config.name,
         "whole_bytes": whole,

@@ -17,6 +17,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory.mktemp("zoo"))
 
 
+_WORST = pytest.StashKey[dict[str, float]]()
+
+
+@pytest.fixture(scope="session")
+def worst(pytestconfig: pytest.Config) -> dict[str, float]:
+    """The largest difference of logits that any layout of a case showed; printed at the end."""
+    return pytestconfig.stash.setdefault(_WORST, {})
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    worst = config.stash.get(_WORST, {})
+    if worst:
+        terminalreporter.section("largest |logit difference| over all layouts, in deviations")
+    for case, difference in worst.items():
+        terminalreporter.line(f"{case:16} {difference:.1e}")
+
+
 @pytest.fixture
 def local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`verify` runs its ranks as threads of this process."""

@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from families import zoo
 
 from bireme import LLM, SamplingParams, __version__
 from bireme.config import EngineConfig, ParallelConfig
@@ -25,6 +24,7 @@ from bireme.engine.pool import WorkerPool
 from bireme.engine.prepare import prepare_model
 from bireme.errors import CapacityError
 from bireme.verify import verify
+from families import zoo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +54,9 @@ def certificates() -> Iterator[list[dict[str, Any]]]:
     path = os.environ.get("BIREME_GPU_RESULTS")
     if path:
         environment = {
-            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "gpus": [
+                torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+            ],
             "bireme": __version__,
             "commit": _commit(),
             "torch": torch.__version__,
@@ -63,14 +65,25 @@ def certificates() -> Iterator[list[dict[str, Any]]]:
             "python": platform.python_version(),
             "command": "scripts/test -m gpu",
         }
-        Path(path).write_text(json.dumps({"environment": environment, "certificates": found}, indent=1) + "\n")
+        Path(path).write_text(
+            json.dumps({"environment": environment, "certificates": found}, indent=1) + "\n"
+        )
 
 
 def check(
-    certificates: list[dict[str, Any]], model: str, name: str, pool: WorkerPool, tp: int, pp: int, dtype: str, **more: Any
+    certificates: list[dict[str, Any]],
+    model: str,
+    name: str,
+    pool: WorkerPool,
+    tp: int,
+    pp: int,
+    dtype: str,
+    **more: Any,
 ) -> None:
     settings = {key: more.pop(key) for key in ("load_format",) if key in more}
-    config = EngineConfig(parallel=ParallelConfig.of(tp, pp), device="cuda", dtype=dtype, **settings)
+    config = EngineConfig(
+        parallel=ParallelConfig.of(tp, pp), device="cuda", dtype=dtype, **settings
+    )
     prepared = prepare_model(model, needs_weights=not settings)
     prompts = more.pop("prompts", zoo.prompts(prepared.config.vocab_size))
     certificate = verify(prepared, config, prompts, pool=pool, **more)
@@ -90,14 +103,21 @@ def test_the_demo_model_on_two_gpus_is_that_on_one(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 def test_a_1b_shape_on_two_gpus_is_that_on_one(
-    certificates: list[dict[str, Any]], pool: WorkerPool, tmp_path: Path, tp: int, pp: int, dtype: str
+    certificates: list[dict[str, Any]],
+    pool: WorkerPool,
+    tmp_path: Path,
+    tp: int,
+    pp: int,
+    dtype: str,
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B))
     check(certificates, str(tmp_path), "llama-1.1b-shape", pool, tp, pp, dtype, load_format="dummy")
 
 
 @pytest.fixture(scope="module", params=list(zoo.CASES))
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp("zoo") / request.param
     return request.param, zoo.write(zoo.CASES[request.param], folder)
 

@@ -206,7 +206,6 @@ def _note_path(path: Path) -> Path:
 def _finish(
     path: Path, job: str, entries: list[Entry], source: MappedSource, progress: Progress
 ) -> _Finished:
-    _note_path(path).unlink(missing_ok=True)
     finished = _Finished(job, *write_entries(path, entries, source, progress))
     write_atomically(_note_path(path), msgspec.json.encode(finished))
     return finished

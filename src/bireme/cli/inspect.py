@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,7 +129,7 @@ def _param_table(rows: list[ParamRow], item_bytes: int) -> Table:
             "" if first == last else f" - {'x'.join(map(str, last))}"
         )
         table.add_row(
-            row.name.partition(".")[2].removesuffix(".weight"),
+            re.sub(r"^(model|transformer|gpt_neox)\.", "", row.name).removesuffix(".weight"),
             row.stages,
             _cut(row),
             shape,

@@ -112,7 +112,8 @@ def resolve_max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
     longest = config.max_model_len
     if engine.max_model_len is not None and engine.max_model_len > longest:
         raise ConfigError(
-            f"max_model_len={engine.max_model_len} exceeds the model's context of {longest} tokens; use at most {longest}"
+            f"max_model_len={engine.max_model_len} exceeds the model's context of {longest} tokens; "
+            f"use at most {longest}"
         )
     return engine.max_model_len or longest
 
