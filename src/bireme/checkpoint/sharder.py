@@ -31,12 +31,11 @@ from bireme.checkpoint.manifest import (
     hash_file,
     piece_key,
     rank_file_name,
-    write_atomically,
     write_manifest,
 )
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.reader import Checkpoint, MappedSource, TensorInfo
-from bireme.checkpoint.writer import Entry, Progress, make_header, write_entries
+from bireme.checkpoint.writer import Entry, Progress, make_header, write_entries, write_file
 from bireme.errors import CheckpointError
 from bireme.parallel.layout import ModelLayout
 
@@ -207,7 +206,7 @@ def _finish(
     path: Path, job: str, entries: list[Entry], source: MappedSource, progress: Progress
 ) -> _Finished:
     finished = _Finished(job, *write_entries(path, entries, source, progress))
-    write_atomically(_note_path(path), msgspec.json.encode(finished))
+    write_file(_note_path(path), lambda file: file.write(msgspec.json.encode(finished)))
     return finished
 
 

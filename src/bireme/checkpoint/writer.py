@@ -119,7 +119,7 @@ def with_length(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """`path` appears when `write` has written it whole; CheckpointError where the disk cannot."""
     partial = path.with_name(path.name + ".partial")
     try:

@@ -23,8 +23,6 @@ from bireme.models.registry import family_of, model_layout
 from bireme.parallel.layout import ModelLayout
 from bireme.parallel.memory import RankMemory, model_memory
 
-_CPU_SHARE = 0.5  # of the free memory that the ranks' tensors may take together
-
 
 @dataclass(frozen=True)
 class PreparedModel:
@@ -91,7 +89,7 @@ def device_memory(engine: EngineConfig, devices: tuple[str, ...]) -> int:
     if devices[0] == "cpu":
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         available = _available_bytes() or free
-        return int(available * _CPU_SHARE / len(devices))
+        return int(available * engine.gpu_memory_utilization / len(devices))
     import torch
 
     least = min(torch.cuda.mem_get_info(int(device.partition(":")[2]))[0] for device in devices)
