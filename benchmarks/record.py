@@ -27,8 +27,8 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
             "cpu": _first_value("/proc/cpuinfo", "model name") or platform.machine(),
             "num_cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "load_average_at_the_end": os.getloadavg()[0],
         },
-        "kernel": platform.release(),
         "versions": {"python": platform.python_version(), **_versions(packages)},
     }
 

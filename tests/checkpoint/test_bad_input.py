@@ -196,6 +196,9 @@ def test_a_carried_file_that_was_damaged_is_named(name: str, artifact: Path) -> 
     assert f"{artifact / name} is corrupt" in finding
     said = complaint(lambda: export(Artifact(artifact), artifact.parent / "out"))
     assert f"{artifact / name} is corrupt" in said
+    reshard = artifact.parent / "resharded"
+    said = complaint(lambda: shard_folder(artifact, reshard, RECIPE.model, (1,)))
+    assert f"{artifact / name} is corrupt" in said
     (artifact / name).unlink()
     assert Artifact(artifact).check() == [f"{artifact / name} is missing"]
     said = complaint(lambda: export(Artifact(artifact), artifact.parent / "out2"))
@@ -298,6 +301,7 @@ def entry(**changes: Any) -> dict[str, Any]:
         (b'{"a": 1}', "broken header"),
         (b"[1, 2, 3]", "broken header"),
         (b'{"a": "\xff\xfe"}', "broken header"),
+        (b'{"__metadata__": {"a": "\xff\xfe"}}', "broken header"),
         (json.dumps({"a": entry(shape=[-2])}).encode(), "broken header"),
         (json.dumps({"a": entry(dtype="F12")}).encode(), "a has the unknown dtype F12"),
         (json.dumps({"a": entry(shape=[3])}).encode(), "a of shape [3] and dtype F32 needs 12"),

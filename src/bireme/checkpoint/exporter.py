@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from bireme.checkpoint.artifact import Artifact
-from bireme.checkpoint.manifest import CarriedFile, SourceFile, hash_file
+from bireme.checkpoint.manifest import SourceFile
 from bireme.checkpoint.reader import Bits, parse_header, part_of
-from bireme.checkpoint.sharder import check_target
+from bireme.checkpoint.sharder import check_target, copy_file
 from bireme.checkpoint.writer import (
     Entry,
     Progress,
@@ -35,22 +34,9 @@ def export(artifact: Artifact, out: Path, progress: Progress = lambda _: None) -
         raise CheckpointError(f"{out} is not empty; give a new or an empty folder")
     out.mkdir(parents=True, exist_ok=True)
     for carried in artifact.manifest.carried:
-        _restore(artifact.folder, carried, out)
+        copy_file(artifact.folder / carried.stored, out / carried.name, carried.xxh3)
     for source in artifact.manifest.sources:
         _export_file(artifact, source, out / source.name, progress)
-
-
-def _restore(folder: Path, carried: CarriedFile, out: Path) -> None:
-    stored, target = folder / carried.stored, out / carried.name
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(stored, target)
-    except OSError as error:
-        raise CheckpointError(f"{stored} cannot be copied to {target}: {error.strerror}") from None
-    if (found := hash_file(target)) != carried.xxh3:
-        raise CheckpointError(
-            f"{stored} is corrupt: xxh3 {found}, the manifest says {carried.xxh3}"
-        )
 
 
 def _export_file(artifact: Artifact, source: SourceFile, path: Path, progress: Progress) -> None:

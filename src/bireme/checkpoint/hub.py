@@ -72,7 +72,7 @@ def _from_hub(model: str, needs_weights: bool, reads_bin: bool) -> Path:
     except Exception as error:  # of the HTTP library, which differs by huggingface_hub's version
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise CheckpointError(
-            f"{model} is not whole in the local Hub cache, "
+            f"{model} is no folder here and not whole in the local Hub cache, "
             f"and fetching it from {constants.ENDPOINT} failed: {reason}"
         ) from None
 

@@ -84,7 +84,7 @@ class HeaderEntry(msgspec.Struct):
 
 def parse_header(header: bytes) -> dict[str, HeaderEntry]:
     """The tensors of a file in the order of their bytes."""
-    table = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+    table = msgspec.json.decode(header.decode(), type=dict[str, msgspec.Raw])
     table.pop("__metadata__", None)
     entries = [
         (name, msgspec.json.decode(entry, type=HeaderEntry)) for name, entry in table.items()

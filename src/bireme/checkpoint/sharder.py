@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 import msgspec
 import xxhash
@@ -23,7 +22,6 @@ from bireme.checkpoint.manifest import (
     UNUSED_NAME,
     CarriedFile,
     Manifest,
-    SourceFile,
     StoredFile,
     StoredLayout,
     StoredPiece,
@@ -34,23 +32,13 @@ from bireme.checkpoint.manifest import (
     write_manifest,
 )
 from bireme.checkpoint.names import NameMap
-from bireme.checkpoint.reader import Checkpoint, MappedSource, TensorInfo
-from bireme.checkpoint.writer import Entry, Progress, make_header, write_entries, write_file
+from bireme.checkpoint.origin import Origin, ShardableSource
+from bireme.checkpoint.reader import MappedSource, TensorInfo
+from bireme.checkpoint.writer import Entry, Progress, write_entries, write_file
 from bireme.errors import CheckpointError
 from bireme.parallel.layout import ModelLayout
 
 _ASIDE = "source"  # the artifact's folder for files that would be mistaken for its own
-
-
-class ShardableSource(MappedSource, Protocol):
-    """A source that lies in a folder, with other files that go along."""
-
-    folder: Path
-
-    @property
-    def weight_files(self) -> list[Path]:
-        """The files that hold its tensors; all others are carried."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,46 +50,6 @@ class ShardPlan:
     @property
     def num_bytes(self) -> int:
         return sum(entry.num_bytes for entries in self.files.values() for entry in entries)
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What an artifact keeps of its source beside the tensors: headers, other files, identity."""
-
-    sources: list[SourceFile]
-    carried: list[tuple[str, Path]]
-    identity: str
-
-    @classmethod
-    def of(cls, source: ShardableSource | Artifact) -> _Origin:
-        """Of an artifact, the source's source; CheckpointError where a file went away."""
-        if isinstance(source, Artifact):
-            manifest = source.manifest
-            carried = [(file.name, source.folder / file.stored) for file in manifest.carried]
-            return cls(manifest.sources, carried, manifest.xxh3)
-        folder = source.folder
-        if isinstance(source, Checkpoint):
-            sources = [
-                SourceFile(file.path.relative_to(folder).as_posix(), file.header.decode())
-                for file in source.files
-            ]
-        else:
-            entries = [Entry.whole(name, info) for name, info in source.tensors.items()]
-            header = make_header(entries, {"format": "pt"}).decode()
-            sources = [SourceFile("model.safetensors", header)]
-        weights = set(source.weight_files)
-        others = [path for path in _files_below(folder) if path not in weights]
-        carried = [(path.relative_to(folder).as_posix(), path) for path in others]
-        return cls(sources, carried, "\n".join(_file_identity(path) for path in sorted(weights)))
-
-    def fingerprint(self) -> str:
-        """Changes when a byte of the source is written, as far as the file system tells."""
-        digest = xxhash.xxh3_64(self.identity.encode())
-        for source in self.sources:
-            digest.update(f"{source.name}\n{source.header}\n".encode())
-        for name, path in self.carried:
-            digest.update(f"{name}\n{_file_identity(path)}\n".encode())
-        return digest.hexdigest()
 
 
 class _Finished(msgspec.Struct, frozen=True):
@@ -142,18 +90,17 @@ def shard(
     `progress` gets bytes of tensors as they are written, or found to be written already.
     CheckpointError if `out` holds anything but an interrupted run of the same job.
     """
-    plan, origin = plan_shards(layout, names, source.tensors), _Origin.of(source)
-    fingerprint = origin.fingerprint()
+    plan, origin = plan_shards(layout, names, source.tensors), Origin.of(source)
     _prepare_folder(out, source.folder, plan, origin)
     finished = []
     for name, entries in plan.files.items():
-        job = _job(fingerprint, entries)
+        job = _job(origin.identity, entries)
         finished.append(
             _resume(out / name, job, entries, progress)
             or _finish(out / name, job, entries, source, progress)
         )
-    carried = [_carry(path, name, out) for name, path in origin.carried]
-    if _Origin.of(source).fingerprint() != fingerprint:
+    carried = [_carry(name, path, out, xxh3) for name, path, xxh3 in origin.carried]
+    if Origin.of(source).identity != origin.identity:
         raise CheckpointError(f"{source.folder} was changed while it was read; shard it again")
     manifest = Manifest(
         layout=_stored_layout(layout),
@@ -190,9 +137,9 @@ def _stored_tensors(
 # --- resuming -----------------------------------------------------------------------------------
 
 
-def _job(fingerprint: str, entries: list[Entry]) -> str:
+def _job(source: str, entries: list[Entry]) -> str:
     """The identity of one file: the same source cut the same way."""
-    digest = xxhash.xxh3_64(fingerprint.encode())
+    digest = xxhash.xxh3_64(source.encode())
     for entry in entries:
         digest.update(f"{entry.key} {entry.source.view} {entry.dtype}\n".encode())
     return digest.hexdigest()
@@ -231,25 +178,6 @@ def _resume(path: Path, job: str, entries: list[Entry], progress: Progress) -> _
 # --- the source's other files -------------------------------------------------------------------
 
 
-def _files_below(folder: Path) -> list[Path]:
-    """All files, those in hidden folders (.git, .cache) left out."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
-    ]
-
-
-def _file_identity(path: Path) -> str:
-    """Size and times of a file; ctime tells of a change after which mtime was set back."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-
-
 def _stored_name(name: str) -> str:
     """Where a carried file goes: its own place, or aside if it would pass for one of ours."""
     is_ours = name == MANIFEST_NAME or PurePosixPath(name).parts[0] == _ASIDE
@@ -257,17 +185,26 @@ def _stored_name(name: str) -> str:
     return f"{_ASIDE}/{name}" if is_ours else name
 
 
-def _carry(path: Path, name: str, out: Path) -> CarriedFile:
+def _carry(name: str, path: Path, out: Path, expected: str | None) -> CarriedFile:
     target = out / _stored_name(name)
+    found = copy_file(path, target, expected)
+    return CarriedFile(name, _stored_name(name), target.stat().st_size, found)
+
+
+def copy_file(path: Path, target: Path, expected: str | None) -> str:
+    """Copies and returns the copy's xxh3; CheckpointError if it is not the `expected` one."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be copied to {target}: {error.strerror}") from None
-    return CarriedFile(name, _stored_name(name), target.stat().st_size, hash_file(target))
+    found = hash_file(target)
+    if expected not in (None, found):
+        raise CheckpointError(f"{path} is corrupt: xxh3 {found}, not {expected}")
+    return found
 
 
-def _prepare_folder(out: Path, source: Path, plan: ShardPlan, origin: _Origin) -> None:
+def _prepare_folder(out: Path, source: Path, plan: ShardPlan, origin: Origin) -> None:
     check_target(out, source)
     if (out / MANIFEST_NAME).exists():
         raise CheckpointError(f"{out} already holds a finished artifact; give another folder")
@@ -275,13 +212,13 @@ def _prepare_folder(out: Path, source: Path, plan: ShardPlan, origin: _Origin) -
     notes = {_note_path(Path(name)).name for name in plan.files}
     ours = plan.files.keys() | notes | {MANIFEST_NAME}
     ours |= {f"{name}.partial" for name in ours}
-    ours |= {PurePosixPath(_stored_name(name)).parts[0] for name, _ in origin.carried}
+    ours |= {PurePosixPath(_stored_name(name)).parts[0] for name, _, _ in origin.carried}
     if foreign := sorted(path.name for path in out.iterdir() if path.name not in ours):
         raise CheckpointError(
             f"{out} is not empty, {foreign[0]} is there; give a new or an empty folder"
         )
     present = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    needed = plan.num_bytes + sum(path.stat().st_size for _, path in origin.carried) - present
+    needed = plan.num_bytes + sum(path.stat().st_size for _, path, _ in origin.carried) - present
     if needed > (free := shutil.disk_usage(out).free):
         raise CheckpointError(f"{out} has {free} bytes free on its disk; {needed} are needed")
 

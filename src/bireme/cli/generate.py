@@ -118,7 +118,10 @@ def run(
     with llm:
         if not quiet and not as_json:
             _print_ranks(llm)
-        _show(deltas, given, as_json=as_json, quiet=quiet)
+        if as_json:
+            _print_json(deltas)
+        else:
+            _print_text(deltas, len(given), has_text=llm.has_tokenizer, quiet=quiet)
         if trace is not None:
             llm.write_trace(trace)
 
@@ -184,22 +187,28 @@ def _print_ranks(llm: LLM) -> None:
         )
 
 
-def _show(deltas: Iterator[Delta], given: list[Prompt], *, as_json: bool, quiet: bool) -> None:
-    """One prompt streams; several are printed whole, each when it ends."""
-    is_streaming = len(given) == 1 and not as_json
+def _print_text(deltas: Iterator[Delta], num_prompts: int, *, has_text: bool, quiet: bool) -> None:
+    """One prompt streams; several are printed whole, each when it ends. Without a tokenizer: ids."""
     for delta in deltas:
-        if is_streaming:
-            print(delta.text, end="", flush=True)
+        new = delta.text if has_text else "".join(f"{id_} " for id_ in delta.token_ids)
+        if num_prompts == 1:
+            print(new, end="", flush=True)
         if delta.output is None:
             continue
-        if as_json:
-            print(json.dumps(_as_json(delta.index, delta.output)), flush=True)
-        elif is_streaming:
+        if num_prompts == 1:
             print(flush=True)
         else:
-            print(f"--- prompt {delta.index}\n{delta.output.outputs[0].text}", flush=True)
-        if not quiet and not as_json:
+            done = delta.output.outputs[0]
+            text = done.text if has_text else " ".join(map(str, done.token_ids))
+            print(f"--- prompt {delta.index}\n{text}", flush=True)
+        if not quiet:
             _print_metrics(delta.output)
+
+
+def _print_json(deltas: Iterator[Delta]) -> None:
+    for delta in deltas:
+        if delta.output is not None:
+            print(json.dumps(_as_json(delta.index, delta.output)), flush=True)
 
 
 def _print_metrics(output: RequestOutput) -> None:

@@ -18,7 +18,7 @@ from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
 from bireme.engine.prepare import PreparedModel, make_plan, prepare_model, resolve_auto_width
 from bireme.engine.scheduler import Scheduler
-from bireme.errors import CheckpointError, ConfigError, EngineError, RequestError
+from bireme.errors import ConfigError, EngineError, RequestError
 from bireme.request import (
     MAX_SEED,
     CompletionOutput,
@@ -217,13 +217,14 @@ class LLM:
             seed=seed,
             eos_token_ids=frozenset() if params.ignore_eos else self.model.eos_token_ids,
         )
-        return _Stream(index, text, request, self._decoder())
+        return _Stream(
+            index, text, request, self.tokenizer.decoder() if self.has_tokenizer else None
+        )
 
-    def _decoder(self) -> IncrementalDecoder | None:
-        try:
-            return self.tokenizer.decoder()
-        except CheckpointError:
-            return None  # token ids work without any tokenizer file; the text stays empty
+    @property
+    def has_tokenizer(self) -> bool:
+        """Token ids work without any tokenizer file; texts of outputs are empty then."""
+        return (self.model.folder / "tokenizer.json").exists()
 
     def _check_prompt(self, index: int, ids: list[int], params: SamplingParams) -> None:
         if not ids:
