@@ -17,7 +17,7 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._models: dict[str, PreparedModel] = {}
-        self._references: dict[str, Reference] = {}
+        self._references: dict[tuple[str, int], Reference] = {}
 
     def model(self, name: str) -> PreparedModel:
         if name not in self._models:
@@ -25,13 +25,12 @@ class Checkpoints:
             self._models[name] = prepare_model(str(folder))
         return self._models[name]
 
-    def reference(self, name: str) -> Reference:
-        if name not in self._references:
-            model = self.model(name)
-            self._references[name] = transformers_reference(
-                model, zoo.prompts(), zoo.NUM_DECODE, "float32"
-            )
-        return self._references[name]
+    def reference(self, name: str, num_decode: int = zoo.NUM_DECODE) -> Reference:
+        key = (name, num_decode)
+        if key not in self._references:
+            model, prompts = self.model(name), zoo.prompts()
+            self._references[key] = transformers_reference(model, prompts, num_decode, "float32")
+        return self._references[key]
 
 
 def engine_config(*widths: int) -> EngineConfig:

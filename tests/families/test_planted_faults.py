@@ -106,12 +106,8 @@ def _change_the_stage_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def _verify(checkpoints: Checkpoints, case: str, *widths: int) -> Certificate:
-    return verify(
-        checkpoints.model(case),
-        engine_config(*widths),
-        zoo.prompts(),
-        reference=checkpoints.reference(case),
-    )
+    model, reference = checkpoints.model(case), checkpoints.reference(case, num_decode=2)
+    return verify(model, engine_config(*widths), zoo.prompts(), reference=reference)
 
 
 # fault, widths, and the departure that it makes: layer, rank, what, module
