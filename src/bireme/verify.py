@@ -28,7 +28,7 @@ from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.capture import capture_path
 from bireme.engine.executor import WorkerExecutor, WorkerPlan
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import PreparedModel, make_plan
+from bireme.engine.prepare import PreparedModel, check_prompt, make_plan
 from bireme.errors import ConfigError
 from bireme.kvcache.block_manager import BlockManager
 from bireme.models.registry import model_layout
@@ -110,7 +110,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a whole model computed: its greedy continuations, and logits float32 [T, V] along them."""
+    """What a whole model computed: greedy continuations, and logits float32 [T, V] along them."""
 
     name: str
     sequences: Sequences
@@ -188,6 +188,10 @@ def verify(
         raise ConfigError(
             f"{len(prompts)} prompts exceed max_num_seqs={config.max_num_seqs}; give fewer"
         )
+    if num_decode < 0:
+        raise ConfigError(f"num_decode={num_decode} must be at least 0")
+    for index, prompt in enumerate(prompts):
+        check_prompt(plan, index, prompt, num_decode)
     with tempfile.TemporaryDirectory(prefix="bireme-verify-") as folder:
         own_pool = pool or WorkerPool()
         try:

@@ -243,7 +243,11 @@ BAD = [
     (["inspect", "demo", "--check"], "manifest.json cannot be read"),
     (["verify", "demo", "--num-prompts", "0"], "num_prompts=0 must be at least 1"),
     (["verify", "demo", "--reference", "magic"], "reference 'magic' is not known"),
+    (["verify", "demo", "--num-decode", "2000"], "the context holds 1024"),
+    (["verify", "demo", "--num-decode", "-1"], "num_decode=-1 must be at least 0"),
     (["export", "/tmp", "/tmp/x"], "cannot be read"),
+    (["shard", "demo", "/proc/x"], "/proc/x: No such file or directory"),
+    (["generate", "demo", "x", "--trace", "/nonexistent/x.json"], "/nonexistent is no folder"),
     (["nonsense"], "No such command"),
 ]
 

@@ -60,10 +60,14 @@ def run(arguments: list[str]) -> int:
         return _say(f"{error.traceback}{error}", 1)
     except EngineError as error:
         return _say(str(error), 1)
-    except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted", 130)
     except BrokenPipeError:
         return 141  # the reader of a pipe went away, as `head` does
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _say(f"{error.filename}: {error.strerror}", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", 130)
     return status if isinstance(status, int) else 0
 
 

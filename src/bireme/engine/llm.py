@@ -16,7 +16,13 @@ from bireme.engine.engine import Engine, TokenEvent
 from bireme.engine.executor import WorkerExecutor
 from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import PreparedModel, make_plan, prepare_model, resolve_auto_width
+from bireme.engine.prepare import (
+    PreparedModel,
+    check_prompt,
+    make_plan,
+    prepare_model,
+    resolve_auto_width,
+)
 from bireme.engine.scheduler import Scheduler
 from bireme.errors import ConfigError, EngineError, RequestError
 from bireme.request import (
@@ -208,7 +214,7 @@ class LLM:
     def _open_stream(self, index: int, prompt: Prompt, params: SamplingParams) -> _Stream:
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_prompt(index, ids, params)
+        check_prompt(self.plan, index, ids, params.max_tokens)
         seed = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED)
         request = Request(
             request_id=str(index),
@@ -225,21 +231,6 @@ class LLM:
     def has_tokenizer(self) -> bool:
         """Token ids work without any tokenizer file; texts of outputs are empty then."""
         return (self.model.folder / "tokenizer.json").exists()
-
-    def _check_prompt(self, index: int, ids: list[int], params: SamplingParams) -> None:
-        if not ids:
-            raise RequestError(f"prompt {index} is empty; give at least one token")
-        vocab, longest = self.model.config.vocab_size, self.plan.max_model_len
-        bad = [id_ for id_ in ids if not isinstance(id_, int) or not 0 <= id_ < vocab]
-        if bad:
-            raise RequestError(
-                f"prompt {index} holds the token id {bad[0]}; ids go from 0 to {vocab - 1}"
-            )
-        if len(ids) + params.max_tokens > longest:
-            raise RequestError(
-                f"prompt {index} has {len(ids)} tokens and asks for {params.max_tokens} more; "
-                f"the context holds {longest}, so ask for at most {max(0, longest - len(ids))}"
-            )
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.opener import match_source, open_folder
 from bireme.config import DTYPE_BYTES, EngineConfig, ParallelConfig, format_bytes
 from bireme.engine.executor import WorkerPlan
-from bireme.errors import CapacityError, ConfigError
+from bireme.errors import CapacityError, ConfigError, RequestError
 from bireme.model_config import ModelConfig, from_hf, read_json
 from bireme.models.registry import family_of, model_layout
 from bireme.parallel.layout import ModelLayout
@@ -229,3 +230,21 @@ def _num_blocks(
     )
     per_request = -(-resolve_max_model_len(model.config, engine) // block)
     return int(min(fits, per_request * engine.max_num_seqs + 1))
+
+
+def check_prompt(plan: WorkerPlan, index: int, ids: Sequence[int], num_new: int) -> None:
+    """RequestError unless prompt `index` is there, is of the vocabulary, and leaves room for
+    `num_new` tokens."""
+    vocab, longest = plan.model.vocab_size, plan.max_model_len
+    if not ids:
+        raise RequestError(f"prompt {index} is empty; give at least one token")
+    bad = [id_ for id_ in ids if not isinstance(id_, int) or not 0 <= id_ < vocab]
+    if bad:
+        raise RequestError(
+            f"prompt {index} holds the token id {bad[0]}; ids go from 0 to {vocab - 1}"
+        )
+    if len(ids) + num_new > longest:
+        raise RequestError(
+            f"prompt {index} has {len(ids)} tokens and asks for {num_new} more; the context holds "
+            f"{longest}, so ask for at most {max(0, longest - len(ids))}"
+        )
