@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
+from bireme.checkpoint.dummy import DummySource
 from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import open_folder
+from bireme.checkpoint.reader import TensorSource
 from bireme.engine.capture import StepCapture
 from bireme.engine.executor import WorkerPlan
 from bireme.engine.model_runner import CacheShape, ModelRunner
 from bireme.errors import PeerLost
+from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
 from bireme.parallel.collectives import Communicator
-from bireme.parallel.layers import materialise
+from bireme.parallel.layers import materialise, named_layouts
 from bireme.parallel.mesh import Alone, Mesh, TensorGroup
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_specs
 from bireme.request import ScheduledBatch, StepOutput
@@ -103,8 +106,7 @@ class LocalExecutor:
             model = build_stage(plan.model, mesh, spec)
         dtype = torch_dtype(plan.dtype)
         materialise(model, dtype, torch.device("cpu"))
-        assert plan.folder is not None
-        load_parameters(model, open_folder(plan.folder), plan.names)
+        load_parameters(model, self._source(model), plan.names)
         comm: Any = Communicator(
             mesh,
             LocalSender([wire for edge, wire in self._forward.items() if edge.src == rank]),  # type: ignore[arg-type]
@@ -124,6 +126,13 @@ class LocalExecutor:
         return ModelRunner(
             plan.model, model, comm, shape, torch.device("cpu"), dtype, self._rings[rank]
         )
+
+    def _source(self, model: StageModel) -> TensorSource:
+        if self.plan.folder is not None:
+            return open_folder(self.plan.folder)
+        pieces = [piece for *_, layout in named_layouts(model) for piece in layout.pieces]
+        sources = {piece.source.name: piece.source for piece in pieces}
+        return DummySource(sources, self.plan.config.seed)
 
     def submit(self, batch: ScheduledBatch) -> None:
         outputs = list(self._threads.map(lambda runner: self._execute(runner, batch), self.runners))

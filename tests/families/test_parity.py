@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import zoo
 from harness import Checkpoints, engine_config
@@ -63,6 +65,17 @@ def test_ranks_in_threads_compute_what_transformers_does(
     widths: tuple[int, ...],
 ) -> None:
     _assert_parity(checkpoints, case, widths, worst, None)
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("case", zoo.CASES)
+def test_made_up_weights_are_the_same_model_at_every_layout(
+    checkpoints: Checkpoints, case: str
+) -> None:
+    settings = dataclasses.replace(engine_config(2, 1), load_format="dummy")
+    found = verify(checkpoints.model(case), settings, zoo.prompts(), num_decode=2)
+    assert found.spread > 0
+    assert found.is_same, found
 
 
 @pytest.mark.parametrize("case", zoo.CASES)

@@ -174,7 +174,7 @@ _BLOOM_RESIDUAL = {**_BLOOM, "apply_residual_connection_post_layernorm": True}
 CASES: dict[str, Case] = {name: Case("LlamaConfig", fields) for name, fields in _LLAMA.items()} | {
     "mistral": Case("MistralConfig", _shape(6, 3, sliding_window=_WINDOW)),
     "qwen2": Case("Qwen2Config", _QWEN2),
-    "qwen3": Case("Qwen3Config", _shape(4, 2, head_dim=24)),
+    "qwen3": Case("Qwen3Config", _shape(8, 4, head_dim=24, intermediate_size=96)),
     "gemma2": Case("Gemma2Config", _GEMMA2, seed=1),
     "phi3": Case("Phi3Config", _shape(6, 2, sliding_window=_WINDOW)),
     "phi3-longrope": Case("Phi3Config", _PHI3_LONG),
