@@ -45,7 +45,7 @@ def _environment() -> dict[str, str]:
     return {
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
-        "OMP_WAIT_POLICY": "passive",  # a spinning thread starves the rank that it waits for
+        "GOMP_SPINCOUNT": "10000",  # about 30 us: a thread that spins longer starves other ranks
         **os.environ,
         "PYTHONPATH": package_root + (os.pathsep + path if path else ""),
         "OMP_NUM_THREADS": "1",  # torch is told its number of threads when a world is joined
