@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ def resolve_dtype(config: ModelConfig, engine: EngineConfig) -> str:
 
 
 def resolve_devices(engine: EngineConfig) -> tuple[str, ...]:
-    """One device a rank; ConfigError for CUDA where there is none, or more ranks than GPUs."""
+    """One device a rank; ConfigError for CUDA where there is none, CapacityError for more ranks than
+    GPUs."""
     world = engine.parallel.world_size
     if engine.device == "cpu":
         if engine.devices is not None:
@@ -75,12 +77,18 @@ def resolve_devices(engine: EngineConfig) -> tuple[str, ...]:
             )
         return ("cpu",) * world
     chosen = engine.devices or tuple(range(world))
-    if max(chosen) >= count or len(set(chosen)) < world:
+    num_needed = len(set(chosen)) if _may_share_gpus() else world
+    if max(chosen) >= count or len(set(chosen)) < num_needed:
         raise CapacityError(
             f"{world} ranks on devices {','.join(map(str, chosen))} need as many GPUs; "
             f"{count} are here, numbered from 0; use fewer ranks or device cpu"
         )
     return tuple(f"cuda:{index}" for index in chosen)
+
+
+def _may_share_gpus() -> bool:
+    """NCCL's own switch (2.30 and later): several ranks on one GPU, to try a layout out."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
 def device_memory(engine: EngineConfig, devices: tuple[str, ...]) -> int:
@@ -93,8 +101,11 @@ def device_memory(engine: EngineConfig, devices: tuple[str, ...]) -> int:
         return int(available * engine.gpu_memory_utilization / len(devices))
     import torch
 
-    least = min(torch.cuda.mem_get_info(int(device.partition(":")[2]))[0] for device in devices)
-    return int(least * engine.gpu_memory_utilization)
+    shares = [
+        torch.cuda.mem_get_info(int(device.partition(":")[2]))[0] // num_ranks
+        for device, num_ranks in Counter(devices).items()
+    ]
+    return int(min(shares) * engine.gpu_memory_utilization)
 
 
 def _available_bytes() -> int | None:
