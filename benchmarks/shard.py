@@ -34,7 +34,8 @@ from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import match_source, open_folder
 from bireme.checkpoint.sharder import shard
 from bireme.config import ParallelConfig
-from bireme.model_config import ModelConfig, from_hf
+from bireme.hf_config import from_hf
+from bireme.model_config import ModelConfig
 from bireme.models.registry import build_stage, family_of, model_layout, partition_layers
 from bireme.parallel.mesh import Mesh
 

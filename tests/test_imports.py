@@ -46,6 +46,7 @@ OBJECT_COLLECTIVES = {
 # These import in milliseconds, without torch; those not written yet are left out below.
 PLAIN_MODULES = [
     "bireme.config",
+    "bireme.hf_config",
     "bireme.model_config",
     "bireme.errors",
     "bireme.request",

@@ -24,7 +24,8 @@ from bireme.checkpoint.pickled import PickledCheckpoint
 from bireme.checkpoint.reader import ITEM_BYTES, Checkpoint, TensorSource, bits_dtype
 from bireme.checkpoint.sharder import shard
 from bireme.config import ParallelConfig
-from bireme.model_config import ModelConfig, from_hf
+from bireme.hf_config import from_hf
+from bireme.model_config import ModelConfig
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage, family_of, model_layout, partition_layers
 from bireme.parallel.layers import named_layouts

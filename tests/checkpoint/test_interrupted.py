@@ -33,7 +33,7 @@ from pathlib import Path
 from checkpoint.making import matched
 from bireme.checkpoint.opener import open_for_sharding
 from bireme.checkpoint.sharder import shard
-from bireme.model_config import from_hf, read_json
+from bireme.hf_config import from_hf, read_json
 
 folder, out, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 done = 0

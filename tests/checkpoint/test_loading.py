@@ -16,7 +16,7 @@ from bireme.checkpoint.dummy import DummySource
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import TensorInfo
-from bireme.model_config import from_hf
+from bireme.hf_config import from_hf
 from bireme.parallel.layers import named_layouts
 from bireme.parallel.layout import Source, as_slices, full_box
 from checkpoint.making import LLAMA, Recipe, layout_of, load_rank, matched, shard_folder

@@ -20,7 +20,7 @@ import torch
 
 from bireme.checkpoint.reader import SafetensorsFile
 from bireme.config import ParallelConfig
-from bireme.model_config import from_hf
+from bireme.hf_config import from_hf
 from bireme.models.registry import model_layout
 from checkpoint.making import GPT2, LLAMA
 
@@ -35,7 +35,7 @@ from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.exporter import export
 from bireme.checkpoint.opener import open_for_sharding
 from bireme.checkpoint.sharder import shard
-from bireme.model_config import from_hf, read_json
+from bireme.hf_config import from_hf, read_json
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -10,7 +10,7 @@ import transformers
 from harness import Checkpoints
 from local_world import LocalExecutor
 
-import bireme.verify
+import bireme.verify.comparison
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -51,4 +51,4 @@ def pytest_terminal_summary(
 @pytest.fixture
 def local_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`verify` runs its ranks as threads of this process."""
-    monkeypatch.setattr(bireme.verify, "WorkerExecutor", LocalExecutor)
+    monkeypatch.setattr(bireme.verify.comparison, "WorkerExecutor", LocalExecutor)

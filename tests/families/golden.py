@@ -11,7 +11,7 @@ from pathlib import Path
 import zoo
 
 from bireme.config import ParallelConfig
-from bireme.model_config import from_hf
+from bireme.hf_config import from_hf
 from bireme.models.registry import model_layout
 from bireme.parallel.layout import ParamLayout, Piece
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from bireme.engine.prepare import prepare_model
 from bireme.errors import CheckpointError, ConfigError
-from bireme.model_config import ARCHITECTURES, from_hf
+from bireme.hf_config import ARCHITECTURES, from_hf
 from bireme.models.registry import FAMILIES
 from bireme.verify import verify
 

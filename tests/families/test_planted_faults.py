@@ -17,7 +17,7 @@ import zoo
 from harness import Checkpoints, engine_config
 from local_world import LocalExecutor
 
-import bireme.verify
+import bireme.verify.comparison
 from bireme.engine.executor import WorkerPlan
 from bireme.parallel.layers import RowParallelLinear, named_layouts
 from bireme.parallel.layout import HeadCut
@@ -67,7 +67,7 @@ class _Swapped(LocalExecutor):
 
 
 def _swap_two_ranks_slices(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(bireme.verify, "WorkerExecutor", _Swapped)
+    patch.setattr(bireme.verify.comparison, "WorkerExecutor", _Swapped)
 
 
 def _shift_the_kv_head(patch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from bireme.model_config import from_hf
+from bireme.hf_config import from_hf
 from bireme.models.rope import inverse_frequencies
 
 factors = st.floats(1.0, 64.0)

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 from bireme.errors import CheckpointError
-from bireme.model_config import read_json
+from bireme.hf_config import read_json
 
 
 def is_inside(name: str) -> bool:

@@ -20,7 +20,8 @@ from bireme.checkpoint.opener import match_source, open_folder
 from bireme.config import DTYPE_BYTES, EngineConfig, ParallelConfig, format_bytes
 from bireme.engine.executor import WorkerPlan
 from bireme.errors import CapacityError, ConfigError, RequestError
-from bireme.model_config import ModelConfig, from_hf, read_json
+from bireme.hf_config import from_hf, read_json
+from bireme.model_config import ModelConfig
 from bireme.models.registry import family_of, model_layout
 from bireme.parallel.layout import ModelLayout
 from bireme.parallel.memory import RankMemory, model_memory

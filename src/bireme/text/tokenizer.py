@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers.decoders import DecodeStream
 
 from bireme.errors import CheckpointError, RequestError
-from bireme.model_config import read_json
+from bireme.hf_config import read_json
 
 Message = dict[str, Any]
 

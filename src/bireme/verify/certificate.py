@@ -1,0 +1,76 @@
+"""What a comparison found, for programs and for people."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+# largest logit difference, in standard deviations of the reference's logits
+TOLERANCES = {"float32": 1e-4, "float16": 3e-2, "bfloat16": 2e-1}
+
+
+@dataclass(frozen=True)
+class Departure:
+    """The first place where a rank computed something else than the whole model did."""
+
+    step: int
+    layer: int | None
+    rank: int
+    what: str
+    relative_difference: float
+
+    def __str__(self) -> str:
+        place = f"layer {self.layer}, " if self.layer is not None else ""
+        return f"step {self.step}, {place}rank {self.rank}: {self.what} (off by {self.relative_difference:.1e})"
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was compared, and how far the two models were apart.
+
+    Differences are of logits; `relative_difference` is the largest one over `spread`, the
+    reference's standard deviation. Agreement is the share of positions with the same greedy token;
+    `num_excused` positions differ where the reference's two best are closer than the tolerance.
+    """
+
+    model: str
+    layout: str
+    layers_per_stage: tuple[int, ...]
+    dtype: str
+    device: str
+    reference: str
+    num_prompts: int
+    num_prefill_positions: int
+    num_decode_positions: int
+    max_difference: float
+    mean_difference: float
+    spread: float
+    relative_difference: float
+    tolerance: float
+    prefill_agreement: float
+    decode_agreement: float
+    num_excused: int
+    departure: Departure | None
+    is_same: bool
+
+
+def certificate_json(certificate: Certificate) -> str:
+    return json.dumps(asdict(certificate), indent=1)
+
+
+def certificate_text(found: Certificate) -> str:
+    """A certificate for people, in a few lines."""
+    verdict = "the same model" if found.is_same else "NOT the same model"
+    lines = [
+        f"{found.model} at {found.layout} ({found.dtype}, {found.device}) against {found.reference}: {verdict}",
+        f"  compared       {found.num_prefill_positions} prefill and {found.num_decode_positions} decode positions "
+        f"of {found.num_prompts} prompts",
+        f"  logits         max |difference| {found.max_difference:.2e}, mean {found.mean_difference:.2e}, "
+        f"spread {found.spread:.2f}",
+        f"  relative       {found.relative_difference:.1e} of the spread; {found.tolerance:.0e} is allowed",
+        f"  greedy tokens  {found.prefill_agreement:.2%} of prefill, {found.decode_agreement:.2%} of decode"
+        + (f"; {found.num_excused} near ties" if found.num_excused else ""),
+    ]
+    if found.departure is not None:
+        lines.append(f"  departs first at {found.departure}")
+    return "\n".join(lines)

@@ -1,0 +1,213 @@
+"""Compares a cut model with the whole one, logit by logit.
+
+The uncut model (or transformers) continues some prompts greedily. Then both models are led through
+the same tokens, prompt in one step and the rest one by one, and every logit is compared. Where they
+depart, a second pass compares what every layer of every rank computed, and names the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bireme.checkpoint.dummy import DummySource
+from bireme.checkpoint.opener import open_folder
+from bireme.checkpoint.reader import TensorSource
+from bireme.config import EngineConfig, ParallelConfig
+from bireme.engine.capture import capture_path
+from bireme.engine.executor import WorkerExecutor, WorkerPlan
+from bireme.engine.pool import WorkerPool
+from bireme.engine.prepare import PreparedModel, check_prompt, make_plan
+from bireme.errors import ConfigError
+from bireme.models.registry import model_layout
+from bireme.parallel.layout import ModelLayout
+from bireme.verify.certificate import TOLERANCES, Certificate, Departure
+from bireme.verify.departure import Localiser, read_capture
+from bireme.verify.oracle import transformers_reference
+from bireme.verify.sequences import Reference, Sequences, batches_of, continue_greedily, lead
+
+
+def verify(
+    model: PreparedModel,
+    config: EngineConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_decode: int = 32,
+    reference: str | Reference = "uncut",
+    pool: WorkerPool | None = None,
+) -> Certificate:
+    """Compares the model cut as `config` says with the whole model.
+
+    `reference` is "uncut" (this engine on one rank), "transformers", or what either gave before for
+    the same prompts. Raises UserError for what cannot run, EngineError when a rank fails.
+    """
+    plan = make_plan(model, config)
+    if len(prompts) > config.max_num_seqs:
+        raise ConfigError(
+            f"{len(prompts)} prompts exceed max_num_seqs={config.max_num_seqs}; give fewer"
+        )
+    if num_decode < 0:
+        raise ConfigError(f"num_decode={num_decode} must be at least 0")
+    for index, prompt in enumerate(prompts):
+        check_prompt(plan, index, prompt, num_decode)
+    with tempfile.TemporaryDirectory(prefix="bireme-verify-") as folder:
+        own_pool = pool or WorkerPool()
+        try:
+            comparison = _Comparison(model, config, plan, own_pool, Path(folder))
+            return comparison.run([list(prompt) for prompt in prompts], num_decode, reference)
+        finally:
+            if pool is None:
+                own_pool.close()
+
+
+class _Comparison:
+    """Runs both sides; `folder` holds what they computed."""
+
+    def __init__(
+        self,
+        model: PreparedModel,
+        config: EngineConfig,
+        plan: WorkerPlan,
+        pool: WorkerPool,
+        folder: Path,
+    ) -> None:
+        self._model, self._config, self._plan, self._pool, self._folder = (
+            model,
+            config,
+            plan,
+            pool,
+            folder,
+        )
+        uncut = dataclasses.replace(
+            config,
+            parallel=ParallelConfig(),
+            devices=None,
+            device="cpu" if plan.devices[0] == "cpu" else "cuda",
+            memory_limit_bytes=None,
+        )
+        self._uncut_plan = make_plan(model, uncut)
+
+    def run(
+        self, prompts: list[list[int]], num_decode: int, reference: str | Reference
+    ) -> Certificate:
+        if isinstance(reference, str):
+            reference = self._reference(prompts, num_decode, reference)
+        found = self._lead(self._plan, reference.sequences, "cut", probes=False)
+        certificate = self._compare(reference, found)
+        if certificate.is_same:
+            return certificate
+        return dataclasses.replace(
+            certificate, departure=self._first_departure(reference.sequences)
+        )
+
+    def _reference(self, prompts: list[list[int]], num_decode: int, name: str) -> Reference:
+        if name == "transformers":
+            device = self._plan.devices[0]
+            return transformers_reference(
+                self._model, prompts, num_decode, self._plan.dtype, device
+            )
+        if name == "uncut":
+            return self._uncut(prompts, num_decode)
+        raise ConfigError(f"reference {name!r} is not known; use uncut or transformers")
+
+    def _lead(
+        self, plan: WorkerPlan, sequences: Sequences, name: str, *, probes: bool
+    ) -> list[torch.Tensor]:
+        folder = self._folder / name
+        folder.mkdir()
+        executor = WorkerExecutor(plan, self._pool)
+        logits = lead(executor, plan, sequences, folder, probes=probes)
+        executor.close()
+        return logits
+
+    def _uncut(self, prompts: list[list[int]], num_decode: int) -> Reference:
+        """Greedy continuations by one rank, and its logits along them."""
+        executor = WorkerExecutor(self._uncut_plan, self._pool)
+        sequences = Sequences(
+            [
+                continue_greedily(executor, self._uncut_plan, prompt, num_decode)
+                for prompt in prompts
+            ],
+            [len(p) for p in prompts],
+        )
+        folder = self._folder / "uncut"
+        folder.mkdir()
+        expected = lead(executor, self._uncut_plan, sequences, folder, probes=False)
+        executor.close()
+        return Reference("uncut", sequences, expected)
+
+    def _compare(self, reference: Reference, found: list[torch.Tensor]) -> Certificate:
+        plan, sequences, expected = self._plan, reference.sequences, reference.logits
+        spread = float(torch.cat(expected).std())
+        difference = torch.cat([(a - b).abs() for a, b in zip(expected, found, strict=True)])
+        tolerance = TOLERANCES[plan.dtype]
+        agreement = [
+            _agreement(a, b, tolerance * spread) for a, b in zip(expected, found, strict=True)
+        ]
+        same, excused = (torch.cat([part[index] for part in agreement]) for index in (0, 1))
+        is_prefill = torch.cat(
+            [
+                torch.arange(len(ids)) < prompt
+                for ids, prompt in zip(sequences.ids, sequences.num_prompt, strict=True)
+            ]
+        )
+        worst = float(difference.max()) / spread
+        return Certificate(
+            model=self._model.name,
+            layout=str(plan.config.parallel),
+            layers_per_stage=plan.layers_per_stage,
+            dtype=plan.dtype,
+            device=plan.devices[0].partition(":")[0],
+            reference=reference.name,
+            num_prompts=len(sequences.ids),
+            num_prefill_positions=int(is_prefill.sum()),
+            num_decode_positions=int((~is_prefill).sum()),
+            max_difference=float(difference.max()),
+            mean_difference=float(difference.mean()),
+            spread=spread,
+            relative_difference=worst,
+            tolerance=tolerance,
+            prefill_agreement=float(same[is_prefill].float().mean()),
+            decode_agreement=float(same[~is_prefill].float().mean())
+            if (~is_prefill).any()
+            else 1.0,
+            num_excused=int((~same & excused).sum()),
+            departure=None,
+            is_same=worst <= tolerance and bool((same | excused).all()),
+        )
+
+    def _first_departure(self, sequences: Sequences) -> Departure | None:
+        """A second pass that keeps every layer's results of both sides."""
+        self._lead(self._uncut_plan, sequences, "uncut-probes", probes=True)
+        self._lead(self._plan, sequences, "cut-probes", probes=True)
+        whole = model_layout(self._model.config, ParallelConfig())
+        cut = model_layout(self._model.config, self._config.parallel)
+        localiser = Localiser(
+            self._source(whole), self._plan, whole, cut, TOLERANCES[self._plan.dtype]
+        )
+        for batch in batches_of(sequences, self._plan):
+            reference = read_capture(capture_path(self._folder / "uncut-probes", batch.step_id, 0))
+            ids = torch.tensor([id_ for piece in batch.pieces for id_ in piece.token_ids or []])
+            for rank in range(self._config.parallel.world_size):
+                path = capture_path(self._folder / "cut-probes", batch.step_id, rank)
+                localiser.add(batch.step_id, rank, reference, read_capture(path), ids)
+            if localiser.found:
+                return min(localiser.found)[2]
+        return None
+
+    def _source(self, whole: ModelLayout) -> TensorSource:
+        if self._plan.folder is None:
+            return DummySource(whole.sources, self._config.seed)
+        return open_folder(self._plan.folder)
+
+
+def _agreement(
+    expected: torch.Tensor, found: torch.Tensor, margin: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """bool [T] each: same greedy token; and the reference's two best closer than `margin`."""
+    best = expected.topk(2, dim=-1).values
+    return expected.argmax(-1) == found.argmax(-1), best[:, 0] - best[:, 1] < 2 * margin
