@@ -6,6 +6,7 @@ commit; the last ones are kept under benchmarks/results/.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -34,6 +35,14 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def _nccl_version() -> str:
+    """Of the library that is loaded; torch.cuda.nccl.version() is that of its headers."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
+    major, rest = divmod(number.value, 10000)
+    return f"{major}.{rest // 100}.{rest % 100}"
+
+
 def _environment() -> dict[str, Any]:
     count = torch.cuda.device_count()
     return {
@@ -42,7 +51,7 @@ def _environment() -> dict[str, Any]:
         "commit": _commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "nccl": _nccl_version(),
         "python": platform.python_version(),
         "command": "scripts/test -m gpu",
     }
