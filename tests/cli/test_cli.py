@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,18 @@ def test_an_artifact_runs_and_is_verified_and_keeps_its_certificate(
     assert certificate["is_same"] is True
     assert certificate["relative_difference"] < 1e-4
     assert json.loads((shards / "certificate-tp3-float32-cpu.json").read_text()) == certificate
+
+
+def test_an_artifact_at_another_layout_says_what_was_read_of_it(
+    capsys: pytest.CaptureFixture[str], shards: Path
+) -> None:
+    """Ranks of tp 3 need parts of what ranks of tp 2 hold: chunks are fetched and verified whole."""
+    status, _, error = cli(capsys, "generate", str(shards), "The", "-tp", "3", "--max-tokens", "1")
+    assert status == 0
+    found = re.findall(r"read (\S+) MiB \(fetched (\S+) MiB, verified (\S+) MiB\) in \S+ s", error)
+    assert len(found) == 3
+    for needed, fetched, verified in found:
+        assert float(needed) < float(fetched) == float(verified)
 
 
 def test_verify_against_transformers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ from bireme.request import SamplingParams
 
 if TYPE_CHECKING:
     from bireme.engine.llm import LLM, Delta, Prompt
+    from bireme.engine.messages import Loaded
     from bireme.request import RequestOutput
 
 NAME = "generate"
@@ -184,9 +185,19 @@ def _print_ranks(llm: LLM) -> None:
     for name, loaded in zip(plan.rank_names, llm.loaded, strict=True):
         print(
             f"  {name}: weights {format_bytes(loaded.weight_bytes)}, cache {format_bytes(loaded.cache_bytes)}, "
-            f"read {format_bytes(loaded.fetched_bytes)} in {loaded.seconds:.2f} s",
+            f"{_read(loaded)} in {loaded.seconds:.2f} s",
             file=sys.stderr,
         )
+
+
+def _read(loaded: Loaded) -> str:
+    """What the rank needed of the files; of an artifact also what it fetched, in whole chunks, and
+    verified."""
+    needed = f"read {format_bytes(loaded.needed_bytes)}"
+    if not loaded.verified_bytes:
+        return needed
+    fetched, verified = (format_bytes(n) for n in (loaded.fetched_bytes, loaded.verified_bytes))
+    return f"{needed} (fetched {fetched}, verified {verified})"
 
 
 def _print_text(deltas: Iterator[Delta], num_prompts: int, *, has_text: bool, quiet: bool) -> None:
