@@ -136,6 +136,8 @@ def _read_prompts(texts: list[str], path: Path | None) -> list[Prompt]:
             lines = path.read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path} is no UTF-8 text: {error}") from None
         given += [
             _read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
         ]
@@ -147,11 +149,11 @@ def _read_prompts(texts: list[str], path: Path | None) -> list[Prompt]:
 def _read_line(path: Path, number: int, line: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}:{number} is no JSON: {error}") from None
     ids = entry.get("prompt_token_ids") if isinstance(entry, dict) else None
     text = entry.get("prompt") if isinstance(entry, dict) else None
-    if isinstance(ids, list) and all(isinstance(id_, int) for id_ in ids):
+    if isinstance(ids, list) and all(type(id_) is int for id_ in ids):
         return ids
     if isinstance(text, str):
         return text

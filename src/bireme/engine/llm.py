@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,9 +108,13 @@ class LLM:
         self._pool = pool or WorkerPool()
         self._executor: WorkerExecutor | None = None
         self._engine: Engine | None = None
+        self._is_running = threading.Lock()
+        self._request_ids = itertools.count()
 
     def start(self) -> Engine:
         """Starts the ranks unless they run; RankError where one of them fails."""
+        if self._executor is not None and self._executor.is_broken:
+            raise EngineError("a rank of this model failed before; close it and make a new LLM")
         if self._engine is not None:
             return self._engine
         self._executor = WorkerExecutor(self.plan, self._pool)
@@ -198,18 +204,26 @@ class LLM:
         """Like `generate`, in pieces as they come. RequestError before anything runs."""
         listed = _as_prompts(prompts)
         params = _as_params(sampling_params, len(listed))
-        streams = {
-            str(index): self._open_stream(index, prompt, param)
+        opened = [
+            self._open_stream(index, prompt, param)
             for index, (prompt, param) in enumerate(zip(listed, params, strict=True))
-        }
-        return self._run(streams)
+        ]
+        return self._run({stream.request.request_id: stream for stream in opened})
 
     def _run(self, streams: dict[str, _Stream]) -> Iterator[Delta]:
-        engine, now = self.start(), time.monotonic()
-        for stream in streams.values():
-            stream.arrival_s = now
-        for event in engine.run([stream.request for stream in streams.values()]):
-            yield _advance(streams[event.request_id], event)
+        """EngineError while another call's outputs are still being taken, by whatever thread."""
+        if not self._is_running.acquire(blocking=False):
+            raise EngineError(
+                "another generate or stream of this LLM has not ended; take or close it first"
+            )
+        try:
+            engine, now = self.start(), time.monotonic()
+            for stream in streams.values():
+                stream.arrival_s = now
+            for event in engine.run([stream.request for stream in streams.values()]):
+                yield _advance(streams[event.request_id], event)
+        finally:
+            self._is_running.release()
 
     def _open_stream(self, index: int, prompt: Prompt, params: SamplingParams) -> _Stream:
         text = prompt if isinstance(prompt, str) else None
@@ -217,7 +231,7 @@ class LLM:
         check_prompt(self.plan, index, ids, params.max_tokens)
         seed = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED)
         request = Request(
-            request_id=str(index),
+            request_id=str(next(self._request_ids)),
             prompt_token_ids=tuple(ids),
             params=params,
             seed=seed,

@@ -250,7 +250,7 @@ def check_prompt(plan: WorkerPlan, index: int, ids: Sequence[int], num_new: int)
     vocab, longest = plan.model.vocab_size, plan.max_model_len
     if not ids:
         raise RequestError(f"prompt {index} is empty; give at least one token")
-    bad = [id_ for id_ in ids if not isinstance(id_, int) or not 0 <= id_ < vocab]
+    bad = [id_ for id_ in ids if type(id_) is not int or not 0 <= id_ < vocab]
     if bad:
         raise RequestError(
             f"prompt {index} holds the token id {bad[0]}; ids go from 0 to {vocab - 1}"

@@ -171,11 +171,15 @@ def _failure(error: BaseException) -> Failed:
     )
 
 
-def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command]) -> None:
+def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command | Exception]) -> None:
     """The lifeline: when the driver's end closes, this process ends at once."""
-    while (command := receive_command(sock)) is not None:
-        commands.put(command)
-    os._exit(0)
+    try:
+        while (command := receive_command(sock)) is not None:
+            commands.put(command)
+    except Exception as error:  # what cannot be read: the main thread says so and ends
+        commands.put(error)
+    else:
+        os._exit(0)
 
 
 def _answer(sock: socket.socket, reply: Reply) -> None:
@@ -191,10 +195,13 @@ def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
     sock = socket.socket(fileno=int(sys.argv[1]))
     worker = Worker(sock, SpanRing(int(sys.argv[2])))
-    commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+    commands: queue.SimpleQueue[Command | Exception] = queue.SimpleQueue()
     threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
     while True:
         command = commands.get()
+        if isinstance(command, Exception):
+            _answer(sock, _failure(command))
+            os._exit(1)
         try:
             reply = worker.handle(command)
         except Exception as error:  # every failure becomes a message to the driver

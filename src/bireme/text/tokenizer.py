@@ -13,7 +13,6 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers.decoders import DecodeStream
 
 from bireme.errors import CheckpointError, RequestError
 from bireme.hf_config import read_json
@@ -105,23 +104,34 @@ def _refuse(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
 class IncrementalDecoder:
     """Text of a stream of ids, given out once it can no longer change (whole characters)."""
 
     def __init__(self, fast: FastTokenizer) -> None:
         self._fast = fast
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._given = 0
+        self._ids: list[int] = []  # from the last settled text on, which gives the next its context
+        self._num_settled = 0
 
     def add(self, ids: Sequence[int]) -> str:
         """The text that these ids settle; may be empty."""
-        self._ids.extend(ids)
-        text = "".join(self._stream.step(self._fast, id_) or "" for id_ in ids)
-        self._given += len(text)
-        return text
+        return "".join(self._add(id_) for id_ in ids)
 
     def finish(self) -> str:
         """What was held back: an unfinished character at the very end."""
-        whole: str = self._fast.decode(self._ids, skip_special_tokens=True)
-        return whole[self._given :]
+        return self._decode(self._ids)[len(self._decode(self._ids[: self._num_settled])) :]
+
+    def _add(self, id_: int) -> str:
+        self._ids.append(id_)
+        settled, text = self._decode(self._ids[: self._num_settled]), self._decode(self._ids)
+        if len(text) <= len(settled) or text.endswith(_UNFINISHED):
+            return ""
+        self._ids = self._ids[self._num_settled :]
+        self._num_settled = len(self._ids)
+        return text[len(settled) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._fast.decode(ids, skip_special_tokens=True)
+        return text
