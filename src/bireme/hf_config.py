@@ -149,6 +149,7 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_LARGEST_SIZE, _MOST_LAYERS, _MOST_HEADS = 10**8, 10_000, 65_536
 _ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -175,6 +176,15 @@ def _need(hf: Mapping[str, Any], *names: str) -> Any:
     if value is None:
         wanted, kind = " or ".join(names), hf.get("model_type")
         raise ConfigError(f"config.json has no {wanted}; it is needed for a {kind} model")
+    return value
+
+
+def _size(name: str, value: Any, most: int = _LARGEST_SIZE) -> int:
+    """A whole number from 1 to `most`."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(
+            f"config.json gives {name} {value!r}; a whole number from 1 to {most} is needed"
+        )
     return value
 
 
@@ -278,6 +288,10 @@ def _model_type(hf: Mapping[str, Any]) -> str:
     architectures = hf.get("architectures") or []
     if not architectures:
         raise ConfigError("config.json names no architecture; `architectures` is needed")
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ConfigError(
+            f"config.json gives architectures {architectures!r}; a list of names is needed"
+        )
     if architectures[0] not in _MODEL_TYPES:
         raise ConfigError(
             f"architecture {architectures[0]} is not supported; "
@@ -293,18 +307,23 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     kind = _model_type(hf)
     read = {name: hf.get(name, default) for name, default in _OPTIONAL[kind].items()}
-    hidden = _need(hf, "hidden_size", "n_embd", "n_embed")
-    layers = _need(hf, "num_hidden_layers", "n_layer", "num_layers")
-    heads = _need(hf, "num_attention_heads", "n_head")
-    kv_heads = _first(read, "num_key_value_heads", default=heads)
-    head_dim = _first(read, "head_dim", default=hidden // heads)
+    hidden = _size("hidden_size", _need(hf, "hidden_size", "n_embd", "n_embed"))
+    layers = _size(
+        "num_hidden_layers", _need(hf, "num_hidden_layers", "n_layer", "num_layers"), _MOST_LAYERS
+    )
+    heads = _size("num_attention_heads", _need(hf, "num_attention_heads", "n_head"), _MOST_HEADS)
+    kv_heads = _size("num_key_value_heads", _first(read, "num_key_value_heads", default=heads))
+    head_dim = _size("head_dim", _first(read, "head_dim", default=hidden // heads))
     if heads % kv_heads:
         raise ConfigError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
     if kind in ("gpt2", "bloom"):
-        intermediate = _first(read, "n_inner", default=4 * hidden)
+        intermediate = _size("n_inner", _first(read, "n_inner", default=4 * hidden))
     else:
-        intermediate = _need(hf, "intermediate_size", "ffn_dim")
-    max_len = _first(read, "max_position_embeddings", "n_positions", "seq_length", default=2048)
+        intermediate = _size("intermediate_size", _need(hf, "intermediate_size", "ffn_dim"))
+    max_len = _size(
+        "max_position_embeddings",
+        _first(read, "max_position_embeddings", "n_positions", "seq_length", default=2048),
+    )
     activation = _first(
         read, "hidden_act", "hidden_activation", "activation_function", default="gelu_new"
     )
@@ -322,7 +341,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         architecture=hf["architectures"][0],
         model_type=kind,
         dtype=str(_first(hf, "dtype", "torch_dtype", default="float32")).removeprefix("torch."),
-        vocab_size=_need(hf, "vocab_size"),
+        vocab_size=_size("vocab_size", _need(hf, "vocab_size")),
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,

@@ -9,7 +9,13 @@ import pytest
 
 from bireme import LLM, SamplingParams
 from bireme.engine.pool import WorkerPool
-from bireme.errors import CapacityError, CheckpointError, ConfigError, RequestError
+from bireme.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    RequestError,
+)
 
 PROMPTS = ["The with statement is", "Return a list of", "class collections.OrderedDict", "If the"]
 LAYOUTS = [
@@ -248,3 +254,20 @@ def test_prompts_that_cannot_be_served_are_refused(pool: WorkerPool) -> None:
             llm.generate(prompts, GREEDY)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
         llm.generate([[5]], [GREEDY, GREEDY])
+
+
+def test_a_second_stream_is_refused_while_the_first_has_not_ended(pool: WorkerPool) -> None:
+    """Their tokens would mix; a stream that is closed or dropped makes room."""
+    with LLM("demo", dtype="float32", pool=pool) as llm:
+        alone = llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids
+        first = llm.stream([[8, 9]], GREEDY)
+        next(first)
+        with pytest.raises(EngineError, match="has not ended; take or close it first"):
+            llm.generate([[5, 6, 7]], GREEDY)
+        first.close()
+        assert llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids == alone
+
+
+def test_ids_that_are_no_integers_are_refused(pool: WorkerPool) -> None:
+    with pytest.raises(RequestError, match="holds the token id True"):
+        LLM("demo", pool=pool).generate([[True, 1]], GREEDY)

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from bireme.checkpoint.hub import resolve_model
 from bireme.errors import CheckpointError, RequestError
-from bireme.text.tokenizer import Tokenizer
+from bireme.text.tokenizer import IncrementalDecoder, Tokenizer
 
 DEMO = resolve_model("demo")
 CHAT = [
@@ -82,3 +84,19 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="is no tokenizer"):
         Tokenizer(tmp_path)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(0, 259), max_size=30))
+def test_invalid_bytes_of_a_byte_fallback_tokenizer_stream(ids: list[int]) -> None:
+    """Llama 2's kind: 256 byte tokens, and words that start with a mark for the space."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    words = {word: 256 + index for index, word in enumerate(["<unk>", "▁The", "▁end", "s"])}
+    fast = FastTokenizer(models.BPE(vocab | words, [], byte_fallback=True, unk_token="<unk>"))
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    decoder = IncrementalDecoder(fast)
+    text = "".join(decoder.add([id_]) for id_ in ids) + decoder.finish()
+    if all(id_ < 128 or id_ >= 256 for id_ in ids):
+        assert text == fast.decode(ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Any
 
@@ -42,7 +43,14 @@ for module in (generate, inspect, shard, export, verify):
 
 def main() -> None:
     """Runs the command; exit status 2 for what the user can mend, 1 for what broke, 130 for Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     sys.exit(run(sys.argv[1:]))
+
+
+def _end(number: int, _frame: object) -> None:
+    """What is open is closed on the way out: ranks, temporary folders."""
+    raise SystemExit(128 + number)
 
 
 def run(arguments: list[str]) -> int:

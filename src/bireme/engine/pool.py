@@ -43,10 +43,10 @@ def _environment() -> dict[str, str]:
     package_root = str(Path(bireme.__file__).parent.parent)
     path = os.environ.get("PYTHONPATH")
     return {
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
         "GOMP_SPINCOUNT": "10000",  # about 30 us: a thread that spins longer starves other ranks
         **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         "PYTHONPATH": package_root + (os.pathsep + path if path else ""),
         "OMP_NUM_THREADS": "1",  # torch is told its number of threads when a world is joined
     }
