@@ -224,6 +224,16 @@ def test_auto_takes_the_smallest_width_that_fits(pool: WorkerPool) -> None:
         ({"layers_per_stage": (3, 3)}, ConfigError, "sums to 6, but the model has 8 layers"),
         ({"max_model_len": 5000}, ConfigError, "exceeds the model's context of 1024"),
         ({"memory_limit_bytes": 1000}, CapacityError, "needs .* a rank, has 1000 B"),
+        (
+            {"memory_limit_bytes": 1000},
+            CapacityError,
+            "weights alone are 13.0 MiB, more than 64 ranks",
+        ),
+        (
+            {"max_num_seqs": 10**8, "memory_limit_bytes": 10**9},
+            CapacityError,
+            "lower .* max_num_seqs",
+        ),
         ({"device": "cuda"}, ConfigError, "torch sees no CUDA device"),
         ({"devices": (0,), "device": "cpu"}, ConfigError, "goes with device cuda"),
         ({"tensor_parallel_size": "wide"}, ConfigError, "neither a number nor 'auto'"),

@@ -143,7 +143,8 @@ def smallest_fit(
 ) -> ParallelConfig | None:
     """The layout of fewest ranks that fits `limit` bytes a rank; the squarest of equals."""
     dtype = resolve_dtype(config, engine)
-    for world in range(1, max_ranks + 1):
+    fewest = -(-_weight_bytes(config, dtype) // max(1, limit))
+    for world in range(max(1, fewest), max_ranks + 1):
         shapes = [(tp, world // tp) for tp in range(1, world + 1) if world % tp == 0]
         shapes = [
             (tp, pp) for tp, pp in shapes if tp <= config.num_heads and pp <= config.num_layers
@@ -154,6 +155,12 @@ def smallest_fit(
             if _needed(config, layout, engine, dtype) <= limit:
                 return parallel
     return None
+
+
+def _weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """Of the whole model: no layout holds less in sum."""
+    (whole,) = model_layout(config, ParallelConfig()).ranks
+    return whole.num_elements * DTYPE_BYTES[dtype]
 
 
 def _needed(config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str) -> int:
@@ -226,11 +233,13 @@ def _num_blocks(
     needed = _needed(model.config, layout, engine, dtype)
     if needed > limit:
         fit = smallest_fit(model.config, engine, limit)
-        remedy = (
-            f"smallest fit {fit}"
-            if fit
-            else "no layout of up to 64 ranks fits; lower max_model_len"
-        )
+        weights = _weight_bytes(model.config, dtype)
+        if fit:
+            remedy = f"smallest fit {fit}"
+        elif weights > 64 * limit:
+            remedy = f"its weights alone are {format_bytes(weights)}, more than 64 ranks hold; use larger devices"
+        else:
+            remedy = "no layout of up to 64 ranks fits; lower max_model_len, max_num_seqs or max_num_batched_tokens"
         raise CapacityError(
             f"{model.name} at {engine.parallel} needs {format_bytes(needed)} a rank, "
             f"has {format_bytes(limit)}; {remedy}"
