@@ -306,6 +306,11 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     Raises ConfigError for a field that is missing or not supported.
     """
     kind = _model_type(hf)
+    if quantized := hf.get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        raise ConfigError(
+            f"config.json gives quantization_config {method!r}; quantised checkpoints are not supported yet"
+        )
     read = {name: hf.get(name, default) for name, default in _OPTIONAL[kind].items()}
     hidden = _size("hidden_size", _need(hf, "hidden_size", "n_embd", "n_embed"))
     layers = _size(
@@ -336,6 +341,10 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     scale = _first(read, "query_pre_attn_scalar", default=head_dim) ** -0.5
     has_bias = bool(read.get("enable_bias", kind in ("gpt2", "bloom")))
     attention_bias = has_bias or bool(read.get("attention_bias", False))
+    if type(read["tie_word_embeddings"]) is not bool:
+        raise ConfigError(
+            f"config.json gives tie_word_embeddings {read['tie_word_embeddings']!r}; true or false is needed"
+        )
     is_norm_first = bool(read.get("do_layer_norm_before", True))
     return ModelConfig(
         architecture=hf["architectures"][0],

@@ -24,6 +24,21 @@ def test_a_size_that_is_no_size_is_refused_by_name(name: str, value: object) -> 
         from_hf({**LLAMA, name: value})
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "'gptq'; quantised checkpoints are not",
+        ),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false'; true or false is needed"),
+    ],
+)
+def test_what_would_be_another_model_is_refused(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        from_hf({**LLAMA, **fields})
+
+
 def test_architectures_must_be_a_list() -> None:
     with pytest.raises(ConfigError, match="a list of names is needed"):
         from_hf({**LLAMA, "architectures": "LlamaForCausalLM"})
