@@ -278,6 +278,12 @@ def test_a_second_stream_is_refused_while_the_first_has_not_ended(pool: WorkerPo
         assert llm.generate([[5, 6, 7]], GREEDY)[0].outputs[0].token_ids == alone
 
 
+@pytest.mark.parametrize("prompts", [{"prompt": "x"}, [{"prompt": "x"}], None, 5])
+def test_prompts_that_are_neither_texts_nor_ids_are_refused(prompts: object) -> None:
+    with pytest.raises(RequestError, match="texts or lists of token ids"):
+        LLM("demo").generate(prompts)  # type: ignore[arg-type]
+
+
 def test_ids_that_are_no_integers_are_refused(pool: WorkerPool) -> None:
     with pytest.raises(RequestError, match="holds the token id True"):
         LLM("demo", pool=pool).generate([[True, 1]], GREEDY)
