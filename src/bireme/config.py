@@ -112,6 +112,8 @@ class EngineConfig:
     """Everything that a run needs beside the model: limits, device and formats.
 
     `memory_limit_bytes` bounds the tensors of one rank; None means what the device has.
+    `workspace_bytes` bounds what attention and sampling hold for a moment (one sequence's context
+    in one layer apart).
     `devices` maps rank i to CUDA device devices[i]; None means rank i on device i.
     """
 
@@ -127,11 +129,12 @@ class EngineConfig:
     max_num_batched_tokens: int = 2048
     gpu_memory_utilization: float = 0.9
     memory_limit_bytes: int | None = None
+    workspace_bytes: int = 32 * 1024 * 1024
     step_timeout_s: float = 300.0
     start_timeout_s: float = 900.0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "workspace_bytes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_model_len is not None and self.max_model_len < 1:

@@ -15,6 +15,8 @@ from bireme.parallel.layout import vocabulary_range, vocabulary_width
 from bireme.parallel.mesh import Alone
 from thread_group import ThreadGroup, run_group
 
+WORKSPACE = 64 * 1000  # a row of 1,000 logits
+
 
 def rows(
     num: int, temperature: float, top_k: int = 0, top_p: float = 1.0, seed: int = 0
@@ -40,7 +42,7 @@ def shard(logits: torch.Tensor, size: int, rank: int) -> torch.Tensor:
 
 def test_greedy_is_the_first_best_id() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 3.0, 3.0, 1.0]])
-    assert sample(logits, 0, rows(2, 0.0), Alone()).tolist() == [1, 0]
+    assert sample(logits, 0, rows(2, 0.0), Alone(), WORKSPACE).tolist() == [1, 0]
 
 
 @settings(deadline=None, max_examples=30)
@@ -57,11 +59,11 @@ def test_the_draw_does_not_depend_on_how_the_vocabulary_is_cut(
 ) -> None:
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(seed)) * 3
     asked = rows(3, temperature, top_k, top_p, seed)
-    whole = sample(shard(logits, 1, 0), 0, asked, Alone())
+    whole = sample(shard(logits, 1, 0), 0, asked, Alone(), WORKSPACE)
 
     def work(rank: int, group: ThreadGroup) -> torch.Tensor:
         first, _ = vocabulary_range(vocab, size, rank)
-        return sample(shard(logits, size, rank), first, asked, group)
+        return sample(shard(logits, size, rank), first, asked, group, WORKSPACE)
 
     for part in run_group(size, work):
         assert part.tolist() == whole.tolist()
@@ -71,7 +73,9 @@ def test_the_draw_does_not_depend_on_how_the_vocabulary_is_cut(
 def test_draws_follow_the_filtered_distribution(top_k: int, top_p: float) -> None:
     logits = torch.tensor([1.0, 2.5, 0.3, 2.0, -1.0, 1.5])
     num = 20_000
-    drawn = sample(logits.expand(num, -1).contiguous(), 0, rows(num, 0.8, top_k, top_p), Alone())
+    drawn = sample(
+        logits.expand(num, -1).contiguous(), 0, rows(num, 0.8, top_k, top_p), Alone(), WORKSPACE
+    )
     scaled = logits / 0.8
     if top_k:
         scaled = scaled.masked_fill(scaled < scaled.topk(top_k).values[-1], -math.inf)
@@ -96,7 +100,7 @@ def test_rows_of_one_batch_may_ask_for_different_things() -> None:
         is_random=True,
         is_filtered=True,
     )
-    assert sample(logits, 0, mixed, Alone()).tolist() == logits.argmax(1).tolist()
+    assert sample(logits, 0, mixed, Alone(), WORKSPACE).tolist() == logits.argmax(1).tolist()
 
 
 def test_noise_is_gumbel_and_a_function_of_its_counters() -> None:

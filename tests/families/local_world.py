@@ -22,7 +22,8 @@ from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import TensorSource
 from bireme.engine.capture import StepCapture
 from bireme.engine.executor import WorkerPlan
-from bireme.engine.model_runner import CacheShape, ModelRunner
+from bireme.engine.model_runner import ModelRunner
+from bireme.engine.slots import CacheShape
 from bireme.errors import PeerLost
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
@@ -124,8 +125,9 @@ class LocalExecutor:
             plan.num_blocks, plan.config.block_size, plan.config.max_num_seqs, plan.max_model_len
         )
         return ModelRunner(
-            plan.model, model, comm, shape, torch.device("cpu"), dtype, self._rings[rank]
-        )
+            plan.model, model, comm, shape, plan.config.workspace_bytes, torch.device("cpu"), dtype,
+            self._rings[rank],
+        )  # fmt: skip
 
     def _source(self, model: StageModel) -> TensorSource:
         if self.plan.folder is not None:

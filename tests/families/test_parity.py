@@ -109,3 +109,13 @@ def test_the_files_spell_experts_as_on_the_hub(
 ) -> None:
     with safe_open(checkpoints.model(case).folder / "model.safetensors", "pt") as file:
         assert {f"model.layers.1.{name}.weight" for name in names} <= set(file.keys())
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("case", zoo.CASES)
+def test_a_workspace_of_a_few_places_changes_nothing(checkpoints: Checkpoints, case: str) -> None:
+    """So small that every prompt is split and hardly two sequences are attended to together."""
+    settings = dataclasses.replace(engine_config(3, 2), workspace_bytes=2048)
+    reference = checkpoints.reference(case)
+    found = verify(checkpoints.model(case), settings, zoo.prompts(), reference=reference)
+    assert found.is_same, found

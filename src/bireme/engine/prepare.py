@@ -22,9 +22,9 @@ from bireme.engine.executor import WorkerPlan
 from bireme.errors import CapacityError, ConfigError, RequestError
 from bireme.hf_config import from_hf, read_json
 from bireme.model_config import ModelConfig
-from bireme.models.registry import family_of, model_layout
+from bireme.models.registry import family_of, model_layout, rank_layouts
 from bireme.parallel.layout import ModelLayout
-from bireme.parallel.memory import RankMemory, model_memory
+from bireme.parallel.memory import RankMemory, StepLimits, rank_memory
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,22 @@ def resolve_max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
 def memory_of(
     config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str
 ) -> list[RankMemory]:
-    tokens = min(
-        engine.max_num_batched_tokens, resolve_max_model_len(config, engine) * engine.max_num_seqs
+    """What each rank of the layout needs."""
+    limits = _step_limits(config, engine)
+    return [
+        rank_memory(config, layout.widths, rank, DTYPE_BYTES[dtype], limits)
+        for rank in layout.ranks
+    ]
+
+
+def _step_limits(config: ModelConfig, engine: EngineConfig) -> StepLimits:
+    longest = resolve_max_model_len(config, engine)
+    return StepLimits(
+        num_tokens=min(engine.max_num_batched_tokens, longest * engine.max_num_seqs),
+        num_seqs=engine.max_num_seqs,
+        max_model_len=longest,
+        workspace_bytes=engine.workspace_bytes,
     )
-    return model_memory(config, layout, DTYPE_BYTES[dtype], tokens, engine.max_num_seqs)
 
 
 def smallest_fit(
@@ -151,22 +163,32 @@ def smallest_fit(
         ]
         for tp, pp in sorted(shapes, key=max):
             parallel = ParallelConfig.of(tp, pp)
-            layout = model_layout(config, parallel)
-            if _needed(config, layout, engine, dtype) <= limit:
+            if _fits(config, engine, parallel, dtype, limit):
                 return parallel
     return None
 
 
 def _weight_bytes(config: ModelConfig, dtype: str) -> int:
     """Of the whole model: no layout holds less in sum."""
-    (whole,) = model_layout(config, ParallelConfig()).ranks
+    (whole,) = rank_layouts(config, ParallelConfig())
     return whole.num_elements * DTYPE_BYTES[dtype]
 
 
-def _needed(config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str) -> int:
-    """Bytes of the rank that needs most, with a cache for one request of the longest length."""
-    longest = resolve_max_model_len(config, engine) + 2 * engine.block_size
-    return max(rank.total(longest) for rank in memory_of(config, layout, engine, dtype))
+def _fits(
+    config: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, dtype: str, limit: int
+) -> bool:
+    """True if every rank fits; ranks behind the first that does not are never laid out."""
+    limits, tokens = _step_limits(config, engine), _least_cache_tokens(config, engine)
+    return all(
+        rank_memory(config, parallel.widths, rank, DTYPE_BYTES[dtype], limits).total(tokens)
+        <= limit
+        for rank in rank_layouts(config, parallel)
+    )
+
+
+def _least_cache_tokens(config: ModelConfig, engine: EngineConfig) -> int:
+    """One request of the longest length, the null block and the last block's rest."""
+    return resolve_max_model_len(config, engine) + 2 * engine.block_size
 
 
 def resolve_auto_width(model: PreparedModel, engine: EngineConfig) -> EngineConfig:
@@ -176,8 +198,7 @@ def resolve_auto_width(model: PreparedModel, engine: EngineConfig) -> EngineConf
     dtype, stages = resolve_dtype(model.config, engine), engine.parallel.pp_size
     for width in range(1, model.config.num_heads + 1):
         parallel = ParallelConfig.of(width, stages, engine.parallel.layers_per_stage)
-        layout = model_layout(model.config, parallel)
-        if _needed(model.config, layout, engine, dtype) <= limit:
+        if _fits(model.config, engine, parallel, dtype, limit):
             return dataclasses.replace(engine, parallel=parallel)
     raise CapacityError(
         f"{model.name} does not fit {format_bytes(limit)} a rank at any width up to its "
@@ -230,7 +251,9 @@ def _num_blocks(
 ) -> int:
     """Cache blocks: all that can be used, or as many as fit the rank with least room."""
     limit = device_memory(engine, devices)
-    needed = _needed(model.config, layout, engine, dtype)
+    ranks = memory_of(model.config, layout, engine, dtype)
+    least = _least_cache_tokens(model.config, engine)
+    needed = max(rank.total(least) for rank in ranks)
     if needed > limit:
         fit = smallest_fit(model.config, engine, limit)
         weights = _weight_bytes(model.config, dtype)
@@ -244,7 +267,6 @@ def _num_blocks(
             f"{model.name} at {engine.parallel} needs {format_bytes(needed)} a rank, "
             f"has {format_bytes(limit)}; {remedy}"
         )
-    ranks = memory_of(model.config, layout, engine, dtype)
     block = engine.block_size
     fits = min(
         (limit - rank.total(0)) // max(1, rank.cache_bytes_per_token * block) for rank in ranks

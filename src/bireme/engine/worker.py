@@ -40,7 +40,8 @@ from bireme.engine.messages import (
     receive_command,
     send,
 )
-from bireme.engine.model_runner import CacheShape, ModelRunner
+from bireme.engine.model_runner import ModelRunner
+from bireme.engine.slots import CacheShape
 from bireme.errors import EngineError, PeerLost, UserError
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
@@ -126,8 +127,9 @@ class Worker:
             command.num_blocks, config.block_size, config.max_num_seqs, command.max_model_len
         )
         self._runner = ModelRunner(
-            command.model, model, self._comm, cache, self._device, dtype, self._spans
-        )
+            command.model, model, self._comm, cache, config.workspace_bytes, self._device, dtype,
+            self._spans,
+        )  # fmt: skip
         read = source.stats if isinstance(source, Artifact) else None
         return Loaded(
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),

@@ -12,23 +12,27 @@ from bireme.kernels.functional import softcap
 
 
 def attention_bias(
-    query_positions: torch.Tensor, num_context: int, window: int | None, slopes: torch.Tensor | None
+    query_positions: torch.Tensor,
+    context: tuple[int, int],
+    window: int | None,
+    slopes: torch.Tensor | None,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """What is added to the scores: -inf where a query may not look, ALiBi elsewhere.
 
-    query_positions [B, T] -> [B, 1 or H, T, C]; slopes [H] (ALiBi, arXiv:2108.12409).
+    query_positions [B, T], keys at positions [context[0], context[1]) -> [B, 1 or H, T, C];
+    slopes [H] (ALiBi, arXiv:2108.12409).
     """
-    keys = torch.arange(num_context, device=query_positions.device)
-    distance = query_positions.unsqueeze(-1) - keys  # [B, T, C]
+    keys = torch.arange(*context, device=query_positions.device, dtype=torch.int32)
+    distance = query_positions.int().unsqueeze(-1) - keys  # [B, T, C]
     is_hidden = distance < 0
     if window is not None:
-        is_hidden = is_hidden | (distance >= window)
-    bias = torch.zeros(distance.shape, device=distance.device).masked_fill_(
-        is_hidden, float("-inf")
-    )
+        is_hidden |= distance >= window
     if slopes is None:
-        return bias.unsqueeze(1)
-    return bias.unsqueeze(1) - slopes.view(1, -1, 1, 1) * distance.unsqueeze(1)
+        bias = torch.zeros(distance.shape, dtype=dtype, device=distance.device)
+        return bias.masked_fill_(is_hidden, float("-inf")).unsqueeze(1)
+    alibi = distance.unsqueeze(1) * -slopes.view(1, -1, 1, 1)
+    return alibi.masked_fill_(is_hidden.unsqueeze(1), float("-inf")).to(dtype)
 
 
 def attention(
@@ -44,6 +48,28 @@ def attention(
     `cap` caps the scores softly before the bias, which SDPA cannot; then it is spelled out.
     """
     if cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
-    scores = softcap(q @ k.transpose(-1, -2) * scale, cap) + bias.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = softcap(q @ k.transpose(-1, -2) * scale, cap) + bias
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def grouped_query_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    scale: float,
+    cap: float | None = None,
+) -> torch.Tensor:
+    """`attention` where each KV head serves H / K consecutive query heads, without a copy of it.
+
+    q [B, H, T, D], k and v [B, K, C, D], bias [B, 1, T, C]; B or T is 1 -> [B, H, T, D].
+    """
+    q = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, T, D]
+    if q.shape[3] == 1:  # the heads that share a KV head are its queries
+        out = attention(q.squeeze(3), k, v, bias, scale, cap)
+        return out.flatten(1, 2).unsqueeze(2)
+    num_shared = q.shape[2]
+    k, v = k.expand(num_shared, -1, -1, -1), v.expand(num_shared, -1, -1, -1)
+    out = attention(q.squeeze(0).transpose(0, 1), k, v, bias, scale, cap)
+    return out.transpose(0, 1).flatten(0, 1).unsqueeze(0)

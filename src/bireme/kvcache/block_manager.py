@@ -6,20 +6,9 @@ is the null block: padding reads it and nobody writes it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from bireme.errors import CapacityError
 
 NULL_BLOCK = 0
-
-
-@dataclass(frozen=True)
-class KVSpec:
-    """What an attention layer keeps of a token: `bytes_per_token` on one rank, and for how long."""
-
-    kind: str
-    bytes_per_token: int
-    window: int | None = None
 
 
 class BlockManager:

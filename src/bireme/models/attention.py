@@ -12,34 +12,46 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from bireme.kernels.attention import attention, attention_bias
+from bireme.kernels.attention import attention, attention_bias, grouped_query_attention
 from bireme.kernels.functional import apply_rope
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
-from bireme.parallel.layout import IDENTITY, HeadCut, KVShare, View, head_edges
+from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
 from bireme.parallel.mesh import Mesh
 
 
 @dataclass
 class SequenceGroup:
-    """Sequences of a step with equal numbers of new tokens, attended to in one call.
+    """Sequences of a step with equal numbers of new tokens, attended to in one call: several with
+    one new token, or one.
 
-    rows [B, t] of the step's tokens; context [B, C] places of the cache, padded with place 0.
+    rows [B, t] of the step's tokens; positions [B, t], none below `lowest`; context [B, C] places
+    of the cache, padded with place 0. `keeps_bias`: layers share the bias of the scores.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
     context: torch.Tensor
+    lowest: int
+    keeps_bias: bool = True
     _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def bias(self, window: int | None, slopes: torch.Tensor | None) -> torch.Tensor:
-        """[B, 1 or H, t, C], made once a step and window."""
-        if window not in self._biases:
-            self._biases[window] = attention_bias(
-                self.positions, self.context.shape[1], window, slopes
-            )
-        return self._biases[window]
+    def first_seen(self, window: int | None) -> int:
+        """The first position that any of the queries looks at."""
+        return 0 if window is None else max(0, self.lowest - window + 1)
+
+    def bias(
+        self, window: int | None, slopes: torch.Tensor | None, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """[B, 1 or H, t, C] over the positions from `first_seen` on."""
+        if window in self._biases:
+            return self._biases[window]
+        context = (self.first_seen(window), self.context.shape[1])
+        bias = attention_bias(self.positions, context, window, slopes, dtype)
+        if self.keeps_bias:
+            self._biases[window] = bias
+        return bias
 
 
 @dataclass
@@ -83,19 +95,34 @@ class PagedAttention(nn.Module):
         self.cap = config.attention_softcap
         self.num_heads = config.num_heads
         self.has_alibi = has_alibi
-        is_plain = cut.head_map == tuple(range(cut.num_local_kv_heads))
-        self.head_map = None if is_plain else list(cut.head_map)
+        self._head_index: torch.Tensor | None = None
+        self._slopes: torch.Tensor | None = None
 
     @property
-    def kv_share(self) -> KVShare:
-        return KVShare(2 * self.cut.num_local_kv_heads * self.cut.head_dim, self.window)
+    def kv_spec(self) -> KVSpec:
+        return KVSpec(2 * self.cut.num_local_kv_heads * self.cut.head_dim, self.window)
 
-    def _slopes(self, device: torch.device) -> torch.Tensor | None:
-        return (
-            alibi_slopes(self.num_heads)[slice(*self.cut.queries)].to(device)
-            if self.has_alibi
-            else None
+    @property
+    def work(self) -> StepWork:
+        cut, has_scores = self.cut, self.has_alibi or self.cap is not None
+        copied = 2 * cut.num_local_heads * cut.head_dim if self._is_copied else 0
+        return StepWork(
+            place_elements=self.kv_spec.elements_per_token + copied,
+            score_elements=4 + 3 * (cut.num_local_heads if has_scores else 0),
         )
+
+    @property
+    def _is_copied(self) -> bool:
+        """True where KV heads are copied to their query heads: those share them unevenly."""
+        return self.cut.num_shared is None or (self.has_alibi and self.cut.num_shared > 1)
+
+    def place_on(self, device: torch.device) -> None:
+        """Puts the constants of this rank's heads on the device, once."""
+        if self._is_copied:
+            self._head_index = torch.tensor(self.cut.head_map, device=device)
+        if self.has_alibi:
+            slopes = alibi_slopes(self.num_heads)[slice(*self.cut.queries)]
+            self._slopes = slopes.to(device)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: StepContext
@@ -104,17 +131,20 @@ class PagedAttention(nn.Module):
         cache = step.caches[self.layer]
         cache.write(step.places, k, v)
         out = torch.empty_like(q)
-        slopes = self._slopes(q.device)
         for group in step.groups:
-            keys, values = (x.transpose(1, 2) for x in cache.read(group.context))  # [B, K, C, D]
-            if self.head_map is not None:
-                keys, values = keys[:, self.head_map], values[:, self.head_map]
-            bias = group.bias(self.window, slopes)
-            attended = attention(
-                q[group.rows].transpose(1, 2), keys, values, bias, self.scale, self.cap
-            )
+            attended = self._attend(q[group.rows].transpose(1, 2), group, cache)
             out[group.rows] = attended.transpose(1, 2)
         return out.flatten(1)
+
+    def _attend(self, q: torch.Tensor, group: SequenceGroup, cache: PagedCache) -> torch.Tensor:
+        """[B, H, t, D] -> [B, H, t, D]"""
+        seen = group.context[:, group.first_seen(self.window) :]
+        keys, values = (x.transpose(1, 2) for x in cache.read(seen))  # [B, K, C, D]
+        bias = group.bias(self.window, self._slopes, q.dtype)
+        if self._head_index is not None:
+            keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
+        attend = attention if keys.shape[1] == q.shape[1] else grouped_query_attention
+        return attend(q, keys, values, bias, self.scale, self.cap)
 
 
 class Attention(nn.Module):
@@ -158,6 +188,12 @@ class Attention(nn.Module):
         )
         self.q_norm, self.k_norm = q_norm, k_norm
         self.paged = PagedAttention(config, cut, layer, has_alibi=has_alibi)
+
+    @property
+    def work(self) -> StepWork:
+        """Projections and their rotated copies live at once, beside temporaries of the rotation."""
+        rotation = 2 * self.qkv.sizes[0] if self.rotary_scale is not None else 0
+        return StepWork(token_elements=2 * sum(self.qkv.sizes) + rotation)
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]"""

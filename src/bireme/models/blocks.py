@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bireme.kernels.functional import ACTIVATIONS, rms_norm
+from bireme.kernels.functional import ACTIVATIONS, grouped_linear, rms_norm
 from bireme.model_config import ModelConfig
 from bireme.models.attention import StepContext
 from bireme.parallel import layout
@@ -25,7 +25,7 @@ from bireme.parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from bireme.parallel.layout import IDENTITY, Rows, Source, View
+from bireme.parallel.layout import IDENTITY, Rows, Source, StepWork, View
 from bireme.parallel.mesh import Mesh
 from bireme.parallel.pipeline import StageSpec
 
@@ -83,10 +83,17 @@ class MLP(nn.Module):
             num_parts=2 if is_gated else 1, bias=config.has_mlp_bias, view=view,
         )  # fmt: skip
         edges = layout.column_edges(size, mesh.tp_size)
+        cut = (edges[mesh.tp_rank], edges[mesh.tp_rank + 1])
+        self.num_columns = cut[1] - cut[0]
         self.down = RowParallelLinear(
-            down, mesh, (edges[mesh.tp_rank], edges[mesh.tp_rank + 1]), size, config.hidden_size,
+            down, mesh, cut, size, config.hidden_size,
             unit="MLP column", bias=config.has_mlp_bias, view=view,
         )  # fmt: skip
+
+    @property
+    def work(self) -> StepWork:
+        """What goes up, activated, and their product."""
+        return StepWork(token_elements=(4 if self.is_gated else 2) * self.num_columns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.up(x)
@@ -143,16 +150,23 @@ class MoE(ParallelModule):
             weights = weights / weights.sum(dim=-1, keepdim=True)
         return weights.to(x.dtype), ids
 
+    @property
+    def work(self) -> StepWork:
+        """Each token's rows for its experts, in and out and in the order of both."""
+        hidden, columns = self.down.shape[1], self.down.shape[2]
+        return StepWork(token_elements=self.moe.num_experts_per_tok * (3 * hidden + 4 * columns))
+
     def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's addend [T, D]."""
+        """This rank's addend [T, D]: rows sorted by expert, one product a projection for all."""
         weights, ids = self.route(x)
-        out = torch.zeros_like(x)
-        for expert in ids.unique().tolist():
-            token, choice = (ids == expert).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], self.gate_up[expert]).chunk(2, dim=-1)
-            y = F.linear(self.activation(gate) * up, self.down[expert])
-            out.index_add_(0, token, y * weights[token, choice].unsqueeze(-1))
-        return out
+        order = ids.flatten().argsort(stable=True)
+        experts = torch.arange(self.moe.num_experts, device=x.device)
+        ends = torch.searchsorted(ids.flatten()[order], experts, right=True)  # [E]
+        rows = x[order // self.moe.num_experts_per_tok]
+        gate, up = grouped_linear(rows, self.gate_up, ends).chunk(2, dim=-1)
+        rows = grouped_linear(self.activation(gate) * up, self.down, ends)
+        unsorted = torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, ids.shape)
+        return torch.einsum("tkd,tk->td", unsorted, weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.mesh.tensor.all_reduce(self.partial(x))

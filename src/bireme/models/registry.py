@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from types import MappingProxyType
 
 import torch
@@ -10,8 +11,8 @@ import torch
 from bireme.config import ParallelConfig
 from bireme.errors import ConfigError
 from bireme.model_config import ModelConfig
-from bireme.models.attention import PagedAttention
-from bireme.models.blocks import Family, StageModel
+from bireme.models.attention import Attention, PagedAttention
+from bireme.models.blocks import MLP, Family, MoE, StageModel
 from bireme.models.bloom import BLOOM
 from bireme.models.gemma2 import GEMMA2
 from bireme.models.gpt2 import GPT2
@@ -21,7 +22,7 @@ from bireme.models.moe import MIXTRAL, QWEN3_MOE
 from bireme.models.opt import OPT
 from bireme.models.phi3 import PHI3
 from bireme.parallel.layers import named_layouts
-from bireme.parallel.layout import ModelLayout, RankLayout
+from bireme.parallel.layout import ModelLayout, RankLayout, StepWork
 from bireme.parallel.mesh import Mesh
 from bireme.parallel.pipeline import StageSpec, partition, stage_specs
 
@@ -65,26 +66,40 @@ def partition_layers(config: ModelConfig, parallel: ParallelConfig) -> tuple[Sta
         return stage_specs(parallel.layers_per_stage, config.num_layers)
     if parallel.pp_size == 1:
         return stage_specs((config.num_layers,), config.num_layers)
-    whole = StageSpec(0, 0, config.num_layers, has_embedding=True, has_head=True)
-    with torch.device("meta"):
-        model = build_stage(config, Mesh((1,), 0), whole)
+    costs, first, last = _weight_elements(config)
+    return stage_specs(partition(costs, parallel.widths, first, last), config.num_layers)
 
-    def size(part: torch.nn.Module | None) -> int:
-        return sum(parameter.numel() for parameter in part.parameters()) if part else 0
 
-    last = size(model.head)
-    if config.tie_word_embeddings and model.embedding is not None:
-        last += model.embedding.tokens.weight.numel()  # type: ignore[union-attr,operator]
-    costs = [size(layer) for layer in model.layers.values()]
-    return stage_specs(
-        partition(costs, parallel.widths, size(model.embedding), last), config.num_layers
-    )
+def _weight_elements(config: ModelConfig) -> tuple[list[int], int, int]:
+    """Of every layer, of the embedding, and of the head. Layers that route alike are equal."""
+    is_sparse = config.moe.is_sparse if config.moe else (False,) * config.num_layers
+
+    def part(first: int, last: int, *, is_whole: bool) -> StageModel:
+        with torch.device("meta"):
+            spec = StageSpec(0, first, last, has_embedding=is_whole, has_head=is_whole)
+            return build_stage(config, Mesh((1,), 0), spec)
+
+    def size(module: torch.nn.Module | None) -> int:
+        return sum(parameter.numel() for parameter in module.parameters()) if module else 0
+
+    ends = part(0, 0, is_whole=True)
+    last = size(ends.head)
+    if config.tie_word_embeddings and ends.embedding is not None:
+        last += ends.embedding.tokens.weight.numel()  # type: ignore[union-attr,operator]
+    samples = {kind: is_sparse.index(kind) for kind in set(is_sparse)}
+    sizes = {kind: size(part(layer, layer + 1, is_whole=False)) for kind, layer in samples.items()}
+    return [sizes[kind] for kind in is_sparse], size(ends.embedding), last
 
 
 def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:
     """What one rank holds, from its modules made without memory."""
     with torch.device("meta"):
         model = build_stage(config, mesh, spec)
+    works = [
+        module.work
+        for module in model.modules()
+        if isinstance(module, PagedAttention | Attention | MLP | MoE)
+    ]
     return RankLayout(
         rank=mesh.rank,
         stage=mesh.stage,
@@ -92,13 +107,19 @@ def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:
         layers=(spec.first_layer, spec.last_layer),
         params=tuple(layout for _, _, _, layout in named_layouts(model)),
         kv=tuple(
-            module.kv_share for module in model.modules() if isinstance(module, PagedAttention)
+            module.kv_spec for module in model.modules() if isinstance(module, PagedAttention)
         ),
+        work=reduce(StepWork.largest, works, StepWork()),
     )
 
 
 def model_layout(config: ModelConfig, parallel: ParallelConfig) -> ModelLayout:
     """The whole cut: ConfigError where a width or a number of stages cannot work."""
+    return ModelLayout(parallel.widths, tuple(rank_layouts(config, parallel)))
+
+
+def rank_layouts(config: ModelConfig, parallel: ParallelConfig) -> Iterator[RankLayout]:
+    """The ranks of `model_layout`, each made when it is asked for."""
     family_of(config)
     for width in parallel.widths:
         if width > config.num_heads:
@@ -107,7 +128,6 @@ def model_layout(config: ModelConfig, parallel: ParallelConfig) -> ModelLayout:
                 f"use at most {config.num_heads}"
             )
     stages = partition_layers(config, parallel)
-    meshes = [Mesh(parallel.widths, rank) for rank in range(parallel.world_size)]
-    return ModelLayout(
-        parallel.widths, tuple(rank_layout(config, mesh, stages[mesh.stage]) for mesh in meshes)
-    )
+    for rank in range(parallel.world_size):
+        mesh = Mesh(parallel.widths, rank)
+        yield rank_layout(config, mesh, stages[mesh.stage])

@@ -9,6 +9,7 @@ replication. The sharder, the loader, the memory model and `inspect` read these 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,6 +201,12 @@ class HeadCut:
         return self.kv[1] - self.kv[0]
 
     @property
+    def num_shared(self) -> int | None:
+        """Query heads that read each local KV head; None where their number differs."""
+        counts = Counter(self.head_map).values()
+        return min(counts) if min(counts) == max(counts) else None
+
+    @property
     def head_map(self) -> tuple[int, ...]:
         per_kv = self.num_heads // self.num_kv_heads
         return tuple(head // per_kv - self.kv[0] for head in range(*self.queries))
@@ -325,11 +332,32 @@ def stack_experts(name: str, experts: list[ParamLayout]) -> ParamLayout:
 
 
 @dataclass(frozen=True, slots=True)
-class KVShare:
+class KVSpec:
     """What one attention layer caches of a token on one rank (elements), and for how long."""
 
     elements_per_token: int
     window: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """What a module holds while it runs, beside its input and its output.
+
+    Elements for each token of a step; elements gathered for each place of a context; float32
+    elements for each pair of a query and a place.
+    """
+
+    token_elements: int = 0
+    place_elements: int = 0
+    score_elements: int = 0
+
+    def largest(self, other: StepWork) -> StepWork:
+        """The work of a rank that runs one after the other."""
+        return StepWork(
+            max(self.token_elements, other.token_elements),
+            max(self.place_elements, other.place_elements),
+            max(self.score_elements, other.score_elements),
+        )
 
 
 @dataclass(frozen=True)
@@ -341,7 +369,8 @@ class RankLayout:
     tp_rank: int
     layers: tuple[int, int]
     params: tuple[ParamLayout, ...]
-    kv: tuple[KVShare, ...]
+    kv: tuple[KVSpec, ...]
+    work: StepWork
 
     @property
     def num_elements(self) -> int:

@@ -5,12 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bireme.model_config import ModelConfig
-from bireme.parallel.layout import ModelLayout, RankLayout, vocabulary_width
+from bireme.parallel.layout import RankLayout, vocabulary_width
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLimits:
+    """The largest step: its tokens, the rows that are sampled, the longest context (tokens), and
+    the bytes that attention and sampling may hold for a moment."""
+
+    num_tokens: int
+    num_seqs: int
+    max_model_len: int
+    workspace_bytes: int
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank: weights, the cache of one token, and the largest step's activations."""
+    """Bytes of one rank: weights, the cache of one token, and what the largest step holds."""
 
     rank: int
     weight_bytes: int
@@ -27,38 +38,42 @@ class RankMemory:
 
 def rank_memory(
     config: ModelConfig,
+    widths: tuple[int, ...],
     rank: RankLayout,
-    width: int,
     item_bytes: int,
-    num_step_tokens: int,
-    num_seqs: int,
+    limits: StepLimits,
 ) -> RankMemory:
-    """`num_step_tokens` bounds a step's tokens, `num_seqs` the rows that are sampled.
-
-    Activations: the residual, its norm, an addend and the local halves of the widest block live at
-    once; on the last stage also float32 logits of the sampled rows.
-    """
-    columns = config.moe.intermediate_size if config.moe else config.intermediate_size
-    widest = max(
-        2 * -(-columns // width),
-        (config.num_heads + 2 * config.num_kv_heads) * config.head_dim // width,
-    )
-    activations = num_step_tokens * (3 * config.hidden_size + 2 * widest) * item_bytes
-    has_head = rank.layers[1] == config.num_layers
-    logits = 2 * 4 * num_seqs * vocabulary_width(config.vocab_size, width) if has_head else 0
+    """What one rank needs at most; `item_bytes` is the size of an element of its dtype."""
+    step = _token_bytes(config, widths, rank, item_bytes) * limits.num_tokens
+    logits = 0
+    if rank.stage == len(widths) - 1:
+        width = vocabulary_width(config.vocab_size, widths[-1])
+        logits = limits.num_seqs * width * (4 + 2 * item_bytes)
     return RankMemory(
         rank=rank.rank,
         weight_bytes=rank.num_elements * item_bytes,
-        cache_bytes_per_token=sum(share.elements_per_token for share in rank.kv) * item_bytes,
-        activation_bytes=activations + logits,
+        cache_bytes_per_token=sum(spec.elements_per_token for spec in rank.kv) * item_bytes,
+        activation_bytes=step + logits + _workspace(rank, item_bytes, limits),
     )
 
 
-def model_memory(
-    config: ModelConfig, layout: ModelLayout, item_bytes: int, num_step_tokens: int, num_seqs: int
-) -> list[RankMemory]:
-    """One `RankMemory` a rank."""
-    return [
-        rank_memory(config, rank, layout.widths[rank.stage], item_bytes, num_step_tokens, num_seqs)
-        for rank in layout.ranks
-    ]
+def _token_bytes(
+    config: ModelConfig, widths: tuple[int, ...], rank: RankLayout, item_bytes: int
+) -> int:
+    """Of each token: the residual, a block's input and output, what the widest block or a norm in
+    float32 holds, and messages to the next stage that were not taken yet."""
+    hidden = config.hidden_size * item_bytes
+    block = max(rank.work.token_elements * item_bytes, 2 * 4 * config.hidden_size)
+    has_next = rank.stage < len(widths) - 1
+    return 3 * hidden + block + ((len(widths) + 2) * hidden if has_next else 0)
+
+
+def _workspace(rank: RankLayout, item_bytes: int, limits: StepLimits) -> int:
+    """What attention gathers and scores (`engine/slots.py`), as far as contexts can be that long."""
+    place_bytes = rank.work.place_elements * item_bytes
+    score_bytes = rank.work.score_elements * 4
+    longest, budget = limits.max_model_len, limits.workspace_bytes
+    gathered = max(min(budget // 2, limits.num_seqs * longest * place_bytes), longest * place_bytes)
+    pairs = max(limits.num_tokens, limits.num_seqs) * longest
+    scores = max(min(budget // 4, pairs * score_bytes), longest * score_bytes)
+    return gathered + scores + min(budget // 4, pairs * score_bytes)

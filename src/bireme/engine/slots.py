@@ -1,0 +1,211 @@
+"""What a rank knows of the requests in its slots, and what a step's layers must know of them.
+
+Sequences are attended to in groups, so that what attention gathers stays within the workspace: one
+half for keys and values, a quarter for scores, a quarter for biases that layers share. One
+sequence's whole context is gathered at once, however long it is.
+Shapes: T tokens, B sequences, t tokens a sequence, C context tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bireme.kvcache.paged_cache import PagedCache
+from bireme.model_config import RopeConfig
+from bireme.models.attention import PagedAttention, SequenceGroup, StepContext
+from bireme.models.rope import depends_on_length, inverse_frequencies
+from bireme.parallel.layout import StepWork
+from bireme.request import ScheduledBatch, ScheduledPiece, SlotSetup
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """How much cache a rank has: blocks of `block_size` places, for `num_slots` requests."""
+
+    num_blocks: int
+    block_size: int
+    num_slots: int
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What attention may gather at once, and what it takes: bytes for each place of a context, and
+    for each pair of a query and a place."""
+
+    num_bytes: int
+    place_bytes: int
+    score_bytes: int
+
+    @classmethod
+    def of(
+        cls, attentions: Sequence[PagedAttention], num_bytes: int, dtype: torch.dtype
+    ) -> Workspace:
+        work = reduce(StepWork.largest, (module.work for module in attentions), StepWork())
+        return cls(num_bytes, work.place_elements * dtype.itemsize, work.score_elements * 4)
+
+    def max_queries(self, num_context: int) -> int:
+        """New tokens of one sequence whose scores fit."""
+        return max(1, self.num_bytes // 4 // max(1, num_context * self.score_bytes))
+
+    def holds(self, num_sequences: int, num_context: int) -> bool:
+        """True if so many sequences with one new token each fit together."""
+        places = num_sequences * num_context
+        return (
+            places * self.place_bytes <= self.num_bytes // 2
+            and places * self.score_bytes <= self.num_bytes // 4
+        )
+
+    def keeps_biases(self, groups: list[SequenceGroup], num_windows: int) -> bool:
+        """True if the biases of all groups fit, one for each length of window."""
+        pairs = sum(group.rows.numel() * group.context.shape[1] for group in groups)
+        return pairs * self.score_bytes * num_windows <= self.num_bytes // 4
+
+
+@dataclass(frozen=True)
+class _Run:
+    """New tokens [start, start + num_tokens) of a slot, from row `first_row` of the step on."""
+
+    slot: int
+    start: int
+    num_tokens: int
+    first_row: int
+
+    @property
+    def num_context(self) -> int:
+        return self.start + self.num_tokens
+
+
+class Slots:
+    """Block tables and setups of the slots, kept on the host, and steps made of them."""
+
+    def __init__(
+        self,
+        shape: CacheShape,
+        rope: RopeConfig | None,
+        workspace: Workspace,
+        caches: dict[int, PagedCache],
+        windows: set[int | None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._shape, self._rope, self._workspace = shape, rope, workspace
+        self._caches, self._num_windows = caches, len(windows)
+        self._dtype, self._device = dtype, device
+        max_blocks = -(-shape.max_model_len // shape.block_size)
+        self._tables: NDArray[np.int64] = np.zeros((shape.num_slots, max_blocks), dtype=np.int64)
+        self._table_sizes = [0] * shape.num_slots
+        self._setups: dict[int, SlotSetup] = {}
+        self._has_own_frequencies = rope is not None and depends_on_length(rope)
+        self._frequencies: torch.Tensor | None = None
+        if rope is not None:
+            rows = shape.num_slots if self._has_own_frequencies else 1
+            frequencies = inverse_frequencies(rope, shape.max_model_len)
+            self._frequencies = frequencies.repeat(rows, 1).to(device)
+
+    def apply(self, batch: ScheduledBatch) -> None:
+        """Takes new requests in, and the blocks that the batch's pieces got."""
+        for setup in batch.setups:
+            self._set_up(setup)
+        for piece in batch.pieces:
+            new, size = piece.new_blocks[0], self._table_sizes[piece.slot]
+            self._tables[piece.slot, size : size + len(new)] = new
+            self._table_sizes[piece.slot] = size + len(new)
+
+    def setups(self, slots: list[int]) -> list[SlotSetup]:
+        return [self._setups[slot] for slot in slots]
+
+    def _set_up(self, setup: SlotSetup) -> None:
+        self._setups[setup.slot] = setup
+        self._table_sizes[setup.slot] = 0
+        if self._has_own_frequencies and self._frequencies is not None and self._rope is not None:
+            frequencies = inverse_frequencies(self._rope, setup.max_len)
+            self._frequencies[setup.slot] = frequencies.to(self._device)
+
+    # --- a step's context ----------------------------------------------------------------------
+
+    def context(self, pieces: list[ScheduledPiece]) -> StepContext:
+        slots = np.repeat([piece.slot for piece in pieces], [piece.num_tokens for piece in pieces])
+        positions = np.concatenate(
+            [np.arange(piece.start, piece.start + piece.num_tokens) for piece in pieces]
+        )
+        on_device = torch.from_numpy(positions).to(self._device)
+        cos, sin = self._rotation(slots, on_device)
+        return StepContext(
+            positions=on_device,
+            places=torch.from_numpy(self._places(slots, positions)).to(self._device),
+            groups=self._groups(pieces),
+            caches=self._caches,
+            cos=cos,
+            sin=sin,
+        )
+
+    def _places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        size = self._shape.block_size
+        return self._tables[slots, positions // size] * size + positions % size
+
+    def _rotation(
+        self, slots: NDArray[np.int64], positions: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self._frequencies is None or self._rope is None:
+            return None, None
+        frequencies = self._frequencies[slots] if self._has_own_frequencies else self._frequencies
+        angles = positions.float().unsqueeze(1) * frequencies
+        scale = self._rope.attention_factor
+        return (angles.cos() * scale).to(self._dtype), (angles.sin() * scale).to(self._dtype)
+
+    def _groups(self, pieces: list[ScheduledPiece]) -> list[SequenceGroup]:
+        starts = np.cumsum([0, *(piece.num_tokens for piece in pieces)])
+        runs = [
+            _Run(piece.slot, piece.start, piece.num_tokens, int(row))
+            for piece, row in zip(pieces, starts, strict=False)
+        ]
+        groups = [self._group(members) for members in self._together(runs)]
+        keeps = self._workspace.keeps_biases(groups, self._num_windows)
+        for group in groups:
+            group.keeps_bias = keeps
+        return groups
+
+    def _together(self, runs: list[_Run]) -> Iterator[list[_Run]]:
+        """Single tokens by context length, as many as fit; longer runs alone, split if need be."""
+        singles = sorted((run for run in runs if run.num_tokens == 1), key=lambda r: r.num_context)
+        members: list[_Run] = []
+        for run in singles:
+            if members and not self._workspace.holds(len(members) + 1, run.num_context):
+                yield members
+                members = []
+            members.append(run)
+        if members:
+            yield members
+        for run in runs:
+            if run.num_tokens > 1:
+                yield from self._split(run)
+
+    def _split(self, run: _Run) -> Iterator[list[_Run]]:
+        size = self._workspace.max_queries(run.num_context)
+        for at in range(0, run.num_tokens, size):
+            num_tokens = min(size, run.num_tokens - at)
+            yield [_Run(run.slot, run.start + at, num_tokens, run.first_row + at)]
+
+    def _group(self, runs: list[_Run]) -> SequenceGroup:
+        steps = np.arange(runs[0].num_tokens)
+        first = np.array([run.start for run in runs])
+        lengths = first + len(steps)
+        context = np.arange(lengths.max())
+        size = self._shape.block_size
+        slots = np.array([run.slot for run in runs])
+        places = self._tables[slots][:, context // size] * size + context % size
+        places[context >= lengths[:, None]] = 0
+        rows = np.array([run.first_row for run in runs])
+        return SequenceGroup(
+            rows=torch.from_numpy(rows[:, None] + steps).to(self._device),
+            positions=torch.from_numpy(first[:, None] + steps).to(self._device),
+            context=torch.from_numpy(places).to(self._device),
+            lowest=int(first.min()),
+        )
