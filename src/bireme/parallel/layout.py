@@ -9,7 +9,6 @@ replication. The sharder, the loader, the memory model and `inspect` read these 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -202,9 +201,10 @@ class HeadCut:
 
     @property
     def num_shared(self) -> int | None:
-        """Query heads that read each local KV head; None where their number differs."""
-        counts = Counter(self.head_map).values()
-        return min(counts) if min(counts) == max(counts) else None
+        """Consecutive query heads that read each local KV head; None where they differ."""
+        num = self.num_local_heads // self.num_local_kv_heads
+        is_even = self.head_map == tuple(head // num for head in range(self.num_local_heads))
+        return num if is_even else None
 
     @property
     def head_map(self) -> tuple[int, ...]:
