@@ -19,7 +19,6 @@ UsageError: Any = typer.BadParameter.__bases__[
 app = typer.Typer(
     name="bireme",
     help="Run one language model on many devices: cut it, shard it, generate, and prove it is the same model.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -28,13 +27,18 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", help="Print the version and exit.", is_eager=True
     ),
 ) -> None:
     if version:
         typer.echo(f"bireme {__version__}")
-        raise typer.Exit
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    else:
+        return
+    raise typer.Exit
 
 
 for module in (generate, inspect, shard, export, verify):
