@@ -129,6 +129,7 @@ class Worker:
             command.model, model, self._comm, cache, self._device, dtype, self._spans
         )
         read = source.stats if isinstance(source, Artifact) else None
+        self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             cache_bytes=self._runner.cache_bytes,
