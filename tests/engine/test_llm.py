@@ -151,6 +151,18 @@ def test_a_stream_that_is_left_early_leaves_a_usable_engine(
         assert llm.generate(PROMPTS[2], GREEDY)[0].outputs[0].token_ids == greedy[2]
 
 
+def test_a_model_may_be_closed_while_a_stream_is_held(
+    pool: WorkerPool, greedy: list[list[int]]
+) -> None:
+    llm = LLM("demo", pipeline_parallel_size=2, dtype="float32", pool=pool)
+    stream = llm.stream(PROMPTS, GREEDY)
+    next(stream)
+    llm.close()
+    stream.close()  # type: ignore[attr-defined]
+    with LLM("demo", dtype="float32", pool=pool) as other:
+        assert other.generate(PROMPTS[2], GREEDY)[0].outputs[0].token_ids == greedy[2]
+
+
 def test_token_ids_need_no_tokenizer_file(
     pool: WorkerPool, tmp_path: Path, greedy: list[list[int]]
 ) -> None:

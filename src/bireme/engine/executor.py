@@ -99,7 +99,7 @@ class WorkerExecutor:
 
     @property
     def is_broken(self) -> bool:
-        """True once a rank failed: its world is gone."""
+        """True once a rank failed or the world was left."""
         return self._world.is_broken
 
     def submit(self, batch: ScheduledBatch) -> None:
@@ -135,6 +135,8 @@ class WorkerExecutor:
         """Ranks drop the model and leave; their processes stay with the pool."""
         try:
             if not self._world.is_broken:
+                while self._waiting:  # of a stream that nobody took to its end
+                    self.collect()
                 self._world.send_all(Leave())
                 self._world.gather(self._plan.config.step_timeout_s, "leaving")
                 self._world.close()

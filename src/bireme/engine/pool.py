@@ -130,6 +130,8 @@ class World:
         self.is_broken = False
 
     def close(self) -> None:
+        """Lets go of the ranks; nothing can be sent or received from here on."""
+        self.is_broken = True
         self._selector.close()
 
     def send(self, index: int, command: Command) -> None:
