@@ -249,6 +249,8 @@ def test_auto_takes_the_smallest_width_that_fits(pool: WorkerPool) -> None:
         ({"device": "cuda"}, ConfigError, "torch sees no CUDA device"),
         ({"devices": (0,), "device": "cpu"}, ConfigError, "goes with device cuda"),
         ({"tensor_parallel_size": "wide"}, ConfigError, "neither a number nor 'auto'"),
+        ({"max_num_seqs": "8"}, ConfigError, "max_num_seqs='8' must be a whole number"),
+        ({"tensor_paralel_size": 2}, ConfigError, "the closest one is tensor_parallel_size"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_process_starts(

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from bireme.config import ParallelConfig, parse_bytes, parse_ints
-from bireme.errors import ConfigError
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, `demo`, or a Hugging Face Hub id.")
@@ -93,13 +92,6 @@ def engine_config(
     *, devices: str | None = None, memory_limit: str | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Fields of `EngineConfig` from options as they were typed; None keeps a field's default."""
-    for name, allowed in (
-        ("dtype", ("auto", "float32", "float16", "bfloat16")),
-        ("device", ("auto", "cpu", "cuda")),
-        ("load_format", ("auto", "dummy")),
-    ):
-        if settings.get(name, allowed[0]) not in allowed:
-            raise ConfigError(f"{name} {settings[name]!r} is not known; use {', '.join(allowed)}")
     fields = settings | {
         "devices": parse_ints(devices, "devices", least=0) if devices else None,
         "memory_limit_bytes": parse_bytes(memory_limit) if memory_limit else None,
