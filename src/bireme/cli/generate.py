@@ -99,8 +99,8 @@ def run(
     ] = False,
 ) -> None:
     given = _read_prompts(prompts or [], prompts_file)
-    if trace is not None and not trace.absolute().parent.is_dir():
-        raise RequestError(f"{trace} cannot be written: {trace.parent} is no folder")
+    if trace is not None:
+        options.check_writable(trace)
     config = options.engine_config(
         devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
         load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bireme.config import ParallelConfig, parse_bytes, parse_ints
+from bireme.errors import RequestError
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, `demo`, or a Hugging Face Hub id.")
@@ -97,3 +100,16 @@ def engine_config(
         "memory_limit_bytes": parse_bytes(memory_limit) if memory_limit else None,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_writable(path: Path) -> None:
+    """RequestError unless a file can be made at `path`: to be told before the work, not after."""
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"{path} cannot be written: {path.parent} is no folder")
+    if path.is_dir():
+        raise RequestError(f"{path} cannot be written: it is a folder; name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None
