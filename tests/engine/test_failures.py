@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bireme import LLM, SamplingParams
+from bireme.engine.messages import Leave, receive_reply, send
 from bireme.engine.pool import WorkerPool
 from bireme.errors import RankError
 
@@ -207,6 +208,18 @@ def test_every_listening_socket_is_on_loopback(llm: LLM) -> None:
     )
     assert set().union(*addresses.values()) <= loopback
     assert listening(os.getpid()) <= loopback
+
+
+def test_ranks_stay_on_loopback_whatever_the_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it gloo listens at the address of the host's name, which is loopback on some hosts."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth0")
+    with WorkerPool() as own:
+        (rank,) = own.take(1)
+        send(rank.sock, Leave())
+        receive_reply(rank.sock)  # it runs: before that its environment is not yet in place
+        given = Path(f"/proc/{rank.process.pid}/environ").read_bytes().split(b"\0")
+    assert {b"GLOO_SOCKET_IFNAME=lo", b"NCCL_SOCKET_IFNAME=lo"} <= set(given)
 
 
 def test_the_socket_test_sees_a_socket_that_listens_everywhere() -> None:
