@@ -50,7 +50,8 @@ def run(
         typer.Option(
             "--max-tokens",
             metavar="N",
-            help=f"Tokens to add at most. [default: {_DEFAULT_MAX_TOKENS}, or what the context leaves]",
+            help="Tokens to add at most. Models whose rope scaling depends on length (dynamic, longrope) "
+            f"may say something else with another N. [default: {_DEFAULT_MAX_TOKENS}, or what the context leaves]",
         ),
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
