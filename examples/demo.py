@@ -1,130 +1,99 @@
 """A real (small) language model on four processes, with proof that it is the whole model.
 
-Run by `scripts/demo`. Everything happens in this program and its rank processes; each step shows
-the command that does the same.
+Run by `scripts/demo`. Each step prints a command line, runs exactly that line through the
+command's own entry point (in this process: importing torch once saves seconds) and checks its exit
+status. All of it happens in a temporary folder.
 """
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import io
+import json
+import re
+import shlex
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
-from bireme import LLM, SamplingParams
-from bireme.checkpoint.artifact import Artifact
-from bireme.checkpoint.opener import match_source, open_folder
-from bireme.checkpoint.reader import SafetensorsFile
-from bireme.checkpoint.sharder import shard
-from bireme.config import EngineConfig, ParallelConfig, format_bytes
-from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import PreparedModel, prepare_model
-from bireme.errors import CapacityError
-from bireme.models.registry import family_of, model_layout
-from bireme.verify import certificate_text, verify
+from bireme.cli import run
 
-QUESTION = "What does textwrap.dedent do?"
-LIMITS: dict[str, Any] = {
-    "dtype": "float32",
-    "memory_limit_bytes": 12 * 1024 * 1024,
-    "max_num_batched_tokens": 256,
-}
-FLAGS = "--dtype float32 --memory-limit 12MiB --max-num-batched-tokens 256"
-LAYOUT = ParallelConfig.of(2, 2)
+LIMITED = "--dtype float32 --memory-limit 24MiB --max-num-batched-tokens 256 --max-num-seqs 4"
+ASK = f'bireme generate demo --chat "What does textwrap.dedent do?" {LIMITED}'
+INDENT = "    "
 
 
-def heading(number: int, text: str, command: str) -> None:
-    print(f"\n[{number}] {text}\n    $ {command}", flush=True)
+class Indented(io.TextIOBase):
+    """Passes text on as it comes, every line indented, and keeps it."""
+
+    encoding, errors = "utf-8", "strict"  # typer asks for them before it writes
+
+    def __init__(self, out: TextIO) -> None:
+        self._out, self.text = out, ""
+
+    def write(self, text: str) -> int:
+        shown = re.sub(r"\n(?=[^\n])", "\n" + INDENT, text)
+        is_line_start = not self.text or self.text.endswith("\n")
+        self._out.write(INDENT + shown if is_line_start and text[:1] not in ("", "\n") else shown)
+        self._out.flush()
+        self.text += text
+        return len(text)
 
 
-def refuse_on_one_rank() -> None:
-    heading(
-        1,
-        "One rank with 12 MiB is too small for it",
-        f'bireme generate demo --chat "{QUESTION}" {FLAGS}',
-    )
-    try:
-        LLM("demo", **LIMITS)
-    except CapacityError as refusal:
-        print(f"    bireme: {refusal}")
-    else:
-        sys.exit("the model was not refused on one rank")
+def heading(number: int, text: str) -> None:
+    print(f"\n[{number}] {text}", flush=True)
 
 
-def answer_on_four_ranks(pool: WorkerPool) -> None:
-    heading(
-        2,
-        f"The same limit on four ranks, {LAYOUT}",
-        f'bireme generate demo --chat "{QUESTION}" {FLAGS} -tp 2 -pp 2',
-    )
-    with LLM("demo", tensor_parallel_size=2, pipeline_parallel_size=2, pool=pool, **LIMITS) as llm:
-        ids = llm.chat_ids([{"role": "user", "content": QUESTION}])
-        print("    ", end="")
-        for delta in llm.stream([ids], SamplingParams(temperature=0, max_tokens=128)):
-            print(delta.text.replace("\n", "\n    "), end="", flush=True)
-        print()
-        for name, loaded in zip(llm.plan.rank_names, llm.loaded, strict=True):
-            weights, cache = format_bytes(loaded.weight_bytes), format_bytes(loaded.cache_bytes)
-            print(f"    {name}: weights {weights}, cache {cache}")
+def run_line(line: str, status: int = 0) -> str:
+    """Shows a command line, runs it and gives back what it printed; ends unless at `status`."""
+    print(f"{INDENT}$ {line}", flush=True)
+    out = Indented(sys.stdout)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        found = run(shlex.split(line)[1:])
+    if found != status:
+        sys.exit(f"`{line}` ended with status {found}, not {status}")
+    return out.text
 
 
-def prove(model: PreparedModel, pool: WorkerPool) -> None:
-    heading(
-        3, "Proof that the four are the whole", "bireme verify demo -tp 2 -pp 2 --dtype float32"
-    )
-    config = EngineConfig(parallel=LAYOUT, dtype="float32")
-    prompts = [list(range(start, start + 24)) for start in (100, 700)]
-    certificate = verify(model, config, prompts, num_decode=16, pool=pool)
-    print("    " + certificate_text(certificate).replace("\n", "\n    "))
-    if not certificate.is_same:
-        sys.exit("the cut model is not the whole model")
-
-
-def catch_damage(model: PreparedModel, folder: Path) -> None:
-    heading(
-        4,
-        "A sharded copy, damaged in one place, and the check that finds it",
-        "bireme shard demo shards -tp 2 -pp 2 && bireme inspect shards --check",
-    )
-    layout, source = model_layout(model.config, LAYOUT), open_folder(model.folder)
-    names = match_source(
-        source, layout.sources, family_of(model.config), model.config.tie_word_embeddings
-    )
-    shard(source, folder, layout, names)
-    damaged = next(folder.glob("rank-00003-*.safetensors"))
-    tensors = SafetensorsFile(damaged).tensors
-    key = next(key for key in tensors if ".6.mlp.down_proj" in key)
-    at = tensors[key].start + 1000
-    with damaged.open("r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
+def flip_bit(path: Path, part_of_name: str) -> str:
+    """Damages the middle of one tensor's bytes in a safetensors file; returns the tensor's key."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        key = next(key for key in header if part_of_name in key)
+        middle = 8 + size + sum(header[key]["data_offsets"]) // 2
+        file.seek(middle)
+        (byte,) = file.read(1)
+        file.seek(middle)
         file.write(bytes([byte ^ 1]))
-    findings = Artifact(folder).check()
-    print(f"    one bit of {damaged.name} flipped:")
-    for finding in findings:
-        print("    " + finding.replace(f"{folder}/", ""))
-    if len(findings) != 1 or key not in findings[0]:
-        sys.exit("the damage was not found")
+    return key
 
 
 def main() -> None:
-    folder = Path(tempfile.mkdtemp(prefix="bireme-demo-"))
-    try:
-        refuse_on_one_rank()
-        model = prepare_model("demo")
-        with WorkerPool() as pool:
-            answer_on_four_ranks(pool)
-            prove(model, pool)
-        catch_damage(model, folder / "shards")
-    finally:
-        shutil.rmtree(folder)
+    heading(1, "Too large for one rank under this memory limit")
+    run_line(ASK, status=2)
+
+    heading(2, "The same limit, on four ranks")
+    run_line(f"{ASK} -tp 2 -pp 2")
+
+    heading(3, "Proof that the four are the whole")
+    run_line("bireme verify demo -tp 2 -pp 2 --dtype float32 --num-prompts 2 --num-decode 16")
+
+    heading(4, "A sharded copy, damaged in one place, and the check that finds it")
+    run_line("bireme shard demo shards -tp 2 -pp 2")
+    damaged = Path("shards", "rank-00003-of-00004.safetensors")
+    key = flip_bit(damaged, ".6.mlp.down_proj")
+    print(f"{INDENT}(this program now flips one bit of {damaged})")
+    if key not in run_line("bireme inspect shards --check", status=1):
+        sys.exit(f"the check did not name {key}")
+
     print("\nTry next (the command is .venv/bin/bireme):")
-    print('    bireme generate demo --chat "What does os.path.join do?" -tp 3 --trace trace.json')
-    print("    bireme inspect demo -tp 3,2")
-    print("    bireme verify demo -tp 8 --dtype float32")
+    print(f'{INDENT}bireme generate demo --chat "What does os.path.join do?" -tp 3 --trace t.json')
+    print(f"{INDENT}bireme inspect demo -tp 3,2")
+    print(f"{INDENT}bireme verify demo -tp 8 --dtype float32")
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory(prefix="bireme-demo-") as folder, contextlib.chdir(folder):
+        main()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Literal, get_args
 
 from bireme.errors import ConfigError
 
 DType = Literal["auto", "float32", "float16", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -47,6 +50,20 @@ def parse_ints(text: str, what: str, least: int = 1) -> tuple[int, ...]:
     return values
 
 
+def _check_whole(name: str, value: object, least: int) -> None:
+    if type(value) is not int:
+        raise ConfigError(f"{name}={value!r} must be a whole number")
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
+
+
+def _check_list(name: str, values: object, least: int) -> None:
+    if not isinstance(values, list | tuple):
+        raise ConfigError(f"{name}={values!r} must be a tuple of whole numbers")
+    for value in values:
+        _check_whole(name, value, least)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the model is cut: one tensor-parallel width a stage, and which layers a stage holds.
@@ -58,12 +75,14 @@ class ParallelConfig:
     layers_per_stage: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.widths or min(self.widths) < 1:
-            raise ConfigError(
-                f"tensor_parallel_size {self.widths} must be at least 1 in every stage"
-            )
+        _check_list("tensor_parallel_size", self.widths, 1)
+        if not self.widths:
+            raise ConfigError("tensor_parallel_size names no stage; give at least one width")
         given = self.layers_per_stage
-        if given is not None and len(given) != len(self.widths):
+        if given is None:
+            return
+        _check_list("layers_per_stage", given, 1)
+        if len(given) != len(self.widths):
             raise ConfigError(
                 f"layers_per_stage {','.join(map(str, given))} names {len(given)} stages, "
                 f"but there are {len(self.widths)}; give one number a stage"
@@ -78,13 +97,12 @@ class ParallelConfig:
     ) -> ParallelConfig:
         """From the two sizes; a tuple of widths is one a stage and implies the number of stages."""
         widths = tensor_parallel_size
-        if isinstance(widths, int) or len(widths) == 1:
-            width = widths if isinstance(widths, int) else widths[0]
+        if not isinstance(widths, tuple) or len(widths) == 1:
+            width = widths[0] if isinstance(widths, tuple) else widths
             stages = pipeline_parallel_size
             if stages is None:
                 stages = len(layers_per_stage) if layers_per_stage else 1
-            if stages < 1:
-                raise ConfigError(f"pipeline_parallel_size={stages} must be at least 1")
+            _check_whole("pipeline_parallel_size", stages, 1)
             widths = (width,) * stages
         elif pipeline_parallel_size not in (None, len(widths)):
             raise ConfigError(
@@ -107,6 +125,19 @@ class ParallelConfig:
         return f"tp {','.join(map(str, self.widths))} (pp {self.pp_size})"
 
 
+_CHOICES = {"dtype": DType, "device": Device, "load_format": LoadFormat}
+_LEAST = {
+    "seed": 0,
+    "block_size": 1,
+    "max_model_len": 1,
+    "max_num_seqs": 1,
+    "max_num_batched_tokens": 1,
+    "memory_limit_bytes": 1,
+    "workspace_bytes": 1,
+}
+_MOST = {"gpu_memory_utilization": 1.0, "step_timeout_s": 1e6, "start_timeout_s": 1e6}
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Everything that a run needs beside the model: limits, device and formats.
@@ -119,7 +150,7 @@ class EngineConfig:
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     dtype: DType = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     devices: tuple[int, ...] | None = None
     load_format: LoadFormat = "auto"
     seed: int = 0
@@ -134,18 +165,35 @@ class EngineConfig:
     start_timeout_s: float = 900.0
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "max_num_seqs", "max_num_batched_tokens", "workspace_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ConfigError(f"max_model_len={self.max_model_len} must be at least 1")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1"
-            )
+        for name, literal in _CHOICES.items():
+            value, known = getattr(self, name), get_args(literal)
+            if value not in known:
+                raise ConfigError(f"{name} {value!r} is not known; use {', '.join(known)}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None or getattr(type(self), name) is not None:
+                _check_whole(name, value, least)
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value <= most:
+                raise ConfigError(f"{name}={value!r} must be a number above 0, at most {most:g}")
+        if self.devices is not None:
+            self._check_devices(self.devices)
+
+    def _check_devices(self, devices: Sequence[int]) -> None:
+        _check_list("devices", devices, 0)
         world = self.parallel.world_size
-        if self.devices is not None and len(self.devices) != world:
+        if len(devices) != world:
             raise ConfigError(
-                f"devices {','.join(map(str, self.devices))} names {len(self.devices)} devices "
+                f"devices {','.join(map(str, devices))} names {len(devices)} devices "
                 f"for {world} ranks; give one a rank"
             )
+
+
+def check_settings(given: Iterable[str], own: Iterable[str]) -> None:
+    """ConfigError for the first name that is neither one of `own` nor a field of `EngineConfig`."""
+    known = [*own, *(item.name for item in fields(EngineConfig) if item.name != "parallel")]
+    for name in given:
+        if name not in known:
+            closest = get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"there is no setting {name}; the closest one is {closest}")

@@ -2,7 +2,8 @@
 
 Each rank writes its own ring (one writer, no lock); the parent holds the same pages, so that the
 spans are readable after the rank's death, kill -9 included. The ring keeps the newest `capacity`
-records. Times are CLOCK_MONOTONIC nanoseconds, the same clock for all processes of a host.
+records; its header says what the rank is in the middle of. Times are CLOCK_MONOTONIC nanoseconds,
+the same clock for all processes of a host.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from enum import IntEnum
 from typing import Any
 
 _HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever written
+_NOW = struct.Struct("<III4x")  # step id, spans begun in it, innermost open kind (0: none)
 _RECORD = struct.Struct("<QQQIHH")  # start ns, end ns, bytes, step id, kind, incarnation
-_MAGIC = b"BIREME01"
+_MAGIC = b"BIREME02"
 _COUNT_AT = struct.calcsize("<8sII")
+_RECORDS_AT = _HEADER.size + _NOW.size
 DEFAULT_CAPACITY = 1 << 16
 
 
@@ -63,6 +66,20 @@ class Span:
         return _CATEGORY.get(self.kind, "compute")
 
 
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What a rank is in the middle of: its step, the spans begun in it, and the innermost open one."""
+
+    step_id: int
+    num_begun: int
+    kind: SpanKind | None
+
+    @property
+    def is_waiting(self) -> bool:
+        """True inside a collective or a transfer, which ends when a peer comes."""
+        return self.kind is not None and _CATEGORY.get(self.kind) in ("collective", "transfer")
+
+
 class SpanRing:
     """A ring of span records in shared memory, known by its file descriptor."""
 
@@ -74,12 +91,14 @@ class SpanRing:
             raise ValueError(f"descriptor {fd} holds no span ring of this version")
         self._step_id = 0
         self._incarnation = 0
+        self._num_begun = 0
+        self._open = 0
 
     @classmethod
     def create(cls, capacity: int = DEFAULT_CAPACITY) -> SpanRing:
         """A new ring in anonymous shared memory; pass `fd` to the rank that writes it."""
         fd = os.memfd_create("bireme-spans", os.MFD_CLOEXEC)
-        os.ftruncate(fd, _HEADER.size + capacity * _RECORD.size)
+        os.ftruncate(fd, _RECORDS_AT + capacity * _RECORD.size)
         os.pwrite(fd, _HEADER.pack(_MAGIC, _RECORD.size, capacity, 0), 0)
         return cls(fd)
 
@@ -90,9 +109,14 @@ class SpanRing:
     def set_step(self, step_id: int, incarnation: int) -> None:
         """The step that the following records belong to."""
         self._step_id, self._incarnation = step_id, incarnation & 0xFFFF
+        self._num_begun = self._open = 0
+        self._mark()
+
+    def _mark(self) -> None:
+        _NOW.pack_into(self._map, _HEADER.size, self._step_id, self._num_begun, self._open)
 
     def write(self, kind: SpanKind, start_ns: int, end_ns: int, num_bytes: int = 0) -> None:
-        at = _HEADER.size + self._count % self.capacity * _RECORD.size
+        at = _RECORDS_AT + self._count % self.capacity * _RECORD.size
         _RECORD.pack_into(
             self._map, at, start_ns, end_ns, num_bytes, self._step_id, kind, self._incarnation
         )
@@ -101,11 +125,21 @@ class SpanRing:
 
     @contextmanager
     def span(self, kind: SpanKind, num_bytes: int = 0) -> Iterator[None]:
+        outer, self._open = self._open, int(kind)
+        self._num_begun += 1
+        self._mark()
         start = time.monotonic_ns()
         try:
             yield
         finally:
             self.write(kind, start, time.monotonic_ns(), num_bytes)
+            self._open = outer
+            self._mark()
+
+    def now(self) -> Now:
+        """What the writer was in the middle of when it last began or ended a span."""
+        step_id, num_begun, kind = _NOW.unpack_from(self._map, _HEADER.size)
+        return Now(step_id, num_begun, SpanKind(kind) if kind else None)
 
     def read(self) -> list[Span]:
         """The newest records, oldest first. The record under the writer's hand is left out."""
@@ -113,7 +147,7 @@ class SpanRing:
         first = max(0, count - self.capacity + 1) if count >= self.capacity else 0
         spans = []
         for index in range(first, count):
-            at = _HEADER.size + index % self.capacity * _RECORD.size
+            at = _RECORDS_AT + index % self.capacity * _RECORD.size
             start, end, num_bytes, step, kind, incarnation = _RECORD.unpack_from(self._map, at)
             spans.append(Span(SpanKind(kind), start, end, num_bytes, step, incarnation))
         return spans

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from bireme.cli import run
+from bireme.engine.pool import WorkerPool
 
 FLAGS = ["--dtype", "float32"]
 
@@ -157,7 +158,8 @@ def test_an_artifact_runs_and_is_verified_and_keeps_its_certificate(
     assert status == 0
     assert certificate["is_same"] is True
     assert certificate["relative_difference"] < 1e-4
-    assert json.loads((shards / "certificate-tp3-float32-cpu.json").read_text()) == certificate
+    kept = shards / "certificate-uncut-tp3-layers8-float32-cpu.json"
+    assert json.loads(kept.read_text()) == certificate
 
 
 def test_an_artifact_at_another_layout_says_what_was_read_of_it(
@@ -261,14 +263,21 @@ BAD = [
     (["export", "/tmp", "/tmp/x"], "cannot be read"),
     (["shard", "demo", "/proc/x"], "/proc/x: No such file or directory"),
     (["generate", "demo", "x", "--trace", "/nonexistent/x.json"], "/nonexistent is no folder"),
+    (["verify", "demo", "--out", "/nonexistent/x.json"], "/nonexistent is no folder"),
+    (["verify", "demo", "--out", "/tmp"], "it is a folder; name a file in it"),
+    (["verify", "demo", "--out", "/proc/x.json"], "/proc/x.json cannot be written"),
     (["nonsense"], "No such command"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "says"), BAD, ids=[" ".join(bad[0])[:50] for bad in BAD])
-def test_bad_input_is_one_line_and_status_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+def test_bad_input_is_one_line_and_status_2_before_any_process_starts(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    says: str,
 ) -> None:
+    monkeypatch.setattr(WorkerPool, "take", None)
     status, out, error = cli(capsys, *arguments)
     assert status == 2
     assert says in error

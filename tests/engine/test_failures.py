@@ -10,10 +10,12 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bireme import LLM, SamplingParams
+from bireme.engine.messages import Leave, receive_reply, send
 from bireme.engine.pool import WorkerPool
 from bireme.errors import RankError
 
@@ -50,15 +52,50 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(llm: LLM, victim: i
     assert not any(map(is_alive, processes))
 
 
-def test_a_stopped_rank_is_a_deadline_and_not_a_hang() -> None:
-    with LLM("demo", tensor_parallel_size=2, dtype="float32", step_timeout_s=3.0) as llm:
-        stream = llm.stream([[5, 6, 7]], PARAMS)
-        next(stream)
-        processes = pids(llm)
-        os.kill(processes[1], signal.SIGSTOP)
-        with pytest.raises(RankError):
-            list(stream)
-        assert not any(map(is_alive, processes))
+@pytest.fixture
+def impatient() -> Iterator[LLM]:
+    """Waits three seconds for a step; its processes were started by a model that waits for longer."""
+    settings: dict[str, Any] = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+    with WorkerPool() as own:
+        with LLM("demo", load_format="dummy", pool=own, **settings) as model:
+            model.start()
+        with LLM("demo", step_timeout_s=3.0, pool=own, **settings) as model:
+            yield model
+
+
+def check_named(llm: LLM, number: signal.Signals, victim: int) -> str:
+    """Sends a signal to one rank amid a stream; that rank is named, and all end. What was said."""
+    stream = llm.stream([[5, 6, 7]] * 4, PARAMS)
+    next(stream)
+    processes = pids(llm)
+    os.kill(processes[victim], number)
+    with pytest.raises(RankError, match=r"did not finish step \d+ in time") as caught:
+        list(stream)
+    assert caught.value.rank_name == llm.plan.rank_names[victim]
+    assert not any(map(is_alive, processes))
+    return caught.value.cause
+
+
+@pytest.mark.parametrize("victim", range(4))
+def test_a_stopped_rank_is_named_at_a_deadline(impatient: LLM, victim: int) -> None:
+    assert "its process is stopped" in check_named(impatient, signal.SIGSTOP, victim)
+
+
+@pytest.fixture
+def can_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks hang at SIGUSR1, in their main thread, and go on living."""
+    hang = "import signal, threading\nsignal.signal(signal.SIGUSR1, lambda *_: threading.Event().wait())"
+    (tmp_path / "sitecustomize.py").write_text(hang)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("can_hang")
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(
+    request: pytest.FixtureRequest, victim: int
+) -> None:
+    said = check_named(request.getfixturevalue("impatient"), signal.SIGUSR1, victim)
+    assert "stopped" not in said
 
 
 def test_a_rank_that_raises_shows_its_traceback_once(tmp_path: Path) -> None:
@@ -171,6 +208,18 @@ def test_every_listening_socket_is_on_loopback(llm: LLM) -> None:
     )
     assert set().union(*addresses.values()) <= loopback
     assert listening(os.getpid()) <= loopback
+
+
+def test_ranks_stay_on_loopback_whatever_the_shell_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it gloo listens at the address of the host's name, which is loopback on some hosts."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth0")
+    with WorkerPool() as own:
+        (rank,) = own.take(1)
+        send(rank.sock, Leave())
+        receive_reply(rank.sock)  # it runs: before that its environment is not yet in place
+        given = Path(f"/proc/{rank.process.pid}/environ").read_bytes().split(b"\0")
+    assert {b"GLOO_SOCKET_IFNAME=lo", b"NCCL_SOCKET_IFNAME=lo"} <= set(given)
 
 
 def test_the_socket_test_sees_a_socket_that_listens_everywhere() -> None:

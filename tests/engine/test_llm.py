@@ -151,6 +151,18 @@ def test_a_stream_that_is_left_early_leaves_a_usable_engine(
         assert llm.generate(PROMPTS[2], GREEDY)[0].outputs[0].token_ids == greedy[2]
 
 
+def test_a_model_may_be_closed_while_a_stream_is_held(
+    pool: WorkerPool, greedy: list[list[int]]
+) -> None:
+    llm = LLM("demo", pipeline_parallel_size=2, dtype="float32", pool=pool)
+    stream = llm.stream(PROMPTS, GREEDY)
+    next(stream)
+    llm.close()
+    stream.close()  # type: ignore[attr-defined]
+    with LLM("demo", dtype="float32", pool=pool) as other:
+        assert other.generate(PROMPTS[2], GREEDY)[0].outputs[0].token_ids == greedy[2]
+
+
 def test_token_ids_need_no_tokenizer_file(
     pool: WorkerPool, tmp_path: Path, greedy: list[list[int]]
 ) -> None:
@@ -237,6 +249,8 @@ def test_auto_takes_the_smallest_width_that_fits(pool: WorkerPool) -> None:
         ({"device": "cuda"}, ConfigError, "torch sees no CUDA device"),
         ({"devices": (0,), "device": "cpu"}, ConfigError, "goes with device cuda"),
         ({"tensor_parallel_size": "wide"}, ConfigError, "neither a number nor 'auto'"),
+        ({"max_num_seqs": "8"}, ConfigError, "max_num_seqs='8' must be a whole number"),
+        ({"tensor_paralel_size": 2}, ConfigError, "the closest one is tensor_parallel_size"),
     ],
 )
 def test_what_cannot_work_is_refused_before_any_process_starts(

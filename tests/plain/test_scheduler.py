@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,6 +108,20 @@ def test_with_stages_a_request_has_one_decode_in_flight_and_others_fill_the_pipe
     assert batches[3] is None
     slots = [piece.slot for batch in batches[:3] if batch for piece in batch.pieces]
     assert sorted(slots) == sorted(set(slots))
+
+
+@pytest.mark.parametrize("pp_size", [2, 3])
+def test_running_requests_are_spread_evenly_over_the_batches_in_flight(pp_size: int) -> None:
+    """From the first step on and ever after, so that no stage waits for one full batch."""
+    plan = scheduler(pp_size, max_tokens=64, max_num_seqs=12)
+    for index in range(2 * (pp_size + 1)):
+        plan.add(request(index, 2, 8))
+    replay = Replay()
+    for _ in range(4):
+        batches = list(iter(plan.schedule, None))
+        assert [len(batch.pieces) for batch in batches] == [2] * (pp_size + 1)
+        for batch in batches:
+            plan.update(replay.run(batch))
 
 
 def test_a_request_waits_until_all_its_blocks_are_free() -> None:

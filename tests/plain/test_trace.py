@@ -10,7 +10,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bireme.trace import Span, SpanKind, SpanRing, chrome_trace
+from bireme.trace import Now, Span, SpanKind, SpanRing, chrome_trace
 
 
 def test_spans_come_back_in_order() -> None:
@@ -76,4 +76,30 @@ def test_a_ring_leaves_no_file_behind() -> None:
     before = set(os.listdir("/dev/shm"))
     ring = SpanRing.create()
     assert set(os.listdir("/dev/shm")) == before
+    ring.close()
+
+
+def test_what_a_writer_is_in_the_middle_of_is_seen_from_outside() -> None:
+    ring = SpanRing.create()
+    code = (
+        "import os, signal, sys; from bireme.trace import SpanKind, SpanRing\n"
+        "ring = SpanRing(int(sys.argv[1])); ring.set_step(7, 0)\n"
+        "with ring.span(SpanKind.STEP):\n"
+        "    with ring.span(SpanKind.COMPUTE):\n"
+        "        with ring.span(SpanKind.ALL_REDUCE): pass\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert ring.now() == Now(0, 0, None)
+    subprocess.run([sys.executable, "-c", code, str(ring.fd)], pass_fds=[ring.fd], check=False)
+    assert ring.now() == Now(7, 3, SpanKind.COMPUTE)
+    ring.close()
+
+
+def test_a_new_step_has_begun_nothing() -> None:
+    ring = SpanRing.create()
+    with ring.span(SpanKind.STEP), ring.span(SpanKind.SEND):
+        assert ring.now().is_waiting
+    assert ring.now() == Now(0, 2, None)
+    ring.set_step(1, 0)
+    assert ring.now() == Now(1, 0, None)
     ring.close()

@@ -50,7 +50,8 @@ def run(
         typer.Option(
             "--max-tokens",
             metavar="N",
-            help=f"Tokens to add at most. [default: {_DEFAULT_MAX_TOKENS}, or what the context leaves]",
+            help="Tokens to add at most. Models whose rope scaling depends on length (dynamic, longrope) "
+            f"may say something else with another N. [default: {_DEFAULT_MAX_TOKENS}, or what the context leaves]",
         ),
     ] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
@@ -99,8 +100,8 @@ def run(
     ] = False,
 ) -> None:
     given = _read_prompts(prompts or [], prompts_file)
-    if trace is not None and not trace.absolute().parent.is_dir():
-        raise RequestError(f"{trace} cannot be written: {trace.parent} is no folder")
+    if trace is not None:
+        options.check_writable(trace)
     config = options.engine_config(
         devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
         load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,

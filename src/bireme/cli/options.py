@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bireme.config import ParallelConfig, parse_bytes, parse_ints
-from bireme.errors import ConfigError
+from bireme.errors import RequestError
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, `demo`, or a Hugging Face Hub id.")
@@ -93,15 +95,21 @@ def engine_config(
     *, devices: str | None = None, memory_limit: str | None = None, **settings: Any
 ) -> dict[str, Any]:
     """Fields of `EngineConfig` from options as they were typed; None keeps a field's default."""
-    for name, allowed in (
-        ("dtype", ("auto", "float32", "float16", "bfloat16")),
-        ("device", ("auto", "cpu", "cuda")),
-        ("load_format", ("auto", "dummy")),
-    ):
-        if settings.get(name, allowed[0]) not in allowed:
-            raise ConfigError(f"{name} {settings[name]!r} is not known; use {', '.join(allowed)}")
     fields = settings | {
         "devices": parse_ints(devices, "devices", least=0) if devices else None,
         "memory_limit_bytes": parse_bytes(memory_limit) if memory_limit else None,
     }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def check_writable(path: Path) -> None:
+    """RequestError unless a file can be made at `path`: to be told before the work, not after."""
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"{path} cannot be written: {path.parent} is no folder")
+    if path.is_dir():
+        raise RequestError(f"{path} cannot be written: it is a folder; name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from None

@@ -58,22 +58,23 @@ def run(
         max_model_len=max_model_len,
     )
     parallel = options.parallel_config(tp, pp, layers_per_stage)
+    if out is not None:
+        options.check_writable(out)
     from bireme.checkpoint.manifest import is_artifact, write_atomically
     from bireme.config import EngineConfig
     from bireme.engine.prepare import prepare_model
-    from bireme.verify import certificate_json, certificate_text, verify
+    from bireme.verify import certificate_json, certificate_name, certificate_text, verify
 
     config = EngineConfig(parallel=parallel, **settings)
     prepared = prepare_model(model, needs_weights=config.load_format != "dummy")
     prompts = _prompts(prepared, prompt or [], num_prompts)
+    is_beside = out is None and is_artifact(prepared.folder)
+    if is_beside:
+        options.check_writable(prepared.folder / "certificate.json")
     certificate = verify(prepared, config, prompts, num_decode=num_decode, reference=reference)
     typer.echo(certificate_json(certificate) if as_json else certificate_text(certificate))
-    if out is None and is_artifact(prepared.folder):
-        widths = ",".join(map(str, parallel.widths))
-        out = (
-            prepared.folder
-            / f"certificate-tp{widths}-{certificate.dtype}-{certificate.device}.json"
-        )
+    if is_beside:
+        out = prepared.folder / certificate_name(certificate)
     if out is not None:
         write_atomically(out, certificate_json(certificate).encode() + b"\n")
     return 0 if certificate.is_same else 1

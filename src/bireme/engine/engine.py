@@ -31,16 +31,18 @@ class Engine:
     def run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         """Yields tokens as they come, until all requests have ended.
 
-        If the caller stops early, what is in flight is collected and the engine stays usable.
+        If the caller stops early, what is in flight is collected and the engine stays usable. Ctrl-C
+        waits for the end of a step, never for the caller's code between two.
         """
         for request in requests:
             self.scheduler.add(request)
-        with deferred_interrupts() as interrupts:
-            try:
-                while self.scheduler.has_unfinished:
-                    yield from self._step()
-                    interrupts.check()
-            finally:
+        try:
+            while self.scheduler.has_unfinished:
+                with deferred_interrupts():
+                    events = self._step()
+                yield from events
+        finally:
+            with deferred_interrupts():
                 self._settle()
 
     def _step(self) -> list[TokenEvent]:

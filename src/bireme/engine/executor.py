@@ -52,7 +52,7 @@ class WorkerExecutor:
         self._waiting: deque[tuple[int, int]] = deque()
         # NCCL meets here again whenever it makes a communicator: it stays as long as the world
         self._meeting = tempfile.TemporaryDirectory(prefix="bireme-")
-        self._world = World(pool, plan.rank_names)
+        self._world = World(pool, plan.rank_names, plan.config.parallel.widths)
         try:
             self._join()
             self.loaded = self._load()
@@ -99,7 +99,7 @@ class WorkerExecutor:
 
     @property
     def is_broken(self) -> bool:
-        """True once a rank failed: its world is gone."""
+        """True once a rank failed or the world was left."""
         return self._world.is_broken
 
     def submit(self, batch: ScheduledBatch) -> None:
@@ -108,9 +108,7 @@ class WorkerExecutor:
 
     def collect(self) -> StepOutput:
         expected = self._waiting[0]
-        reply = self._world.next_reply(
-            self._plan.config.step_timeout_s, f"executing step {expected[1]}"
-        )
+        reply = self._world.step_reply(self._plan.config.step_timeout_s, expected[1])
         if not isinstance(reply, Output):
             raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")
         output = reply.output
@@ -137,6 +135,8 @@ class WorkerExecutor:
         """Ranks drop the model and leave; their processes stay with the pool."""
         try:
             if not self._world.is_broken:
+                while self._waiting:  # of a stream that nobody took to its end
+                    self.collect()
                 self._world.send_all(Leave())
                 self._world.gather(self._plan.config.step_timeout_s, "leaving")
                 self._world.close()

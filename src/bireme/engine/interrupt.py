@@ -1,4 +1,4 @@
-"""Ctrl-C between steps instead of in the middle of one."""
+"""Ctrl-C at the end of a step instead of in the middle of one."""
 
 from __future__ import annotations
 
@@ -9,34 +9,28 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Interrupts:
-    """Remembers the first Ctrl-C until `check`; the second raises wherever the program is."""
+class _Interrupts:
+    """Remembers the first Ctrl-C; the second raises wherever the program is."""
 
-    def __init__(self) -> None:
-        self._is_pending = False
+    is_pending = False
 
     def handle(self, _signum: int, _frame: FrameType | None) -> None:
-        if self._is_pending:
+        if self.is_pending:
             raise KeyboardInterrupt
-        self._is_pending = True
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if one came since the last check."""
-        if self._is_pending:
-            self._is_pending = False
-            raise KeyboardInterrupt
+        self.is_pending = True
 
 
 @contextmanager
-def deferred_interrupts() -> Iterator[Interrupts]:
-    """Within it, Ctrl-C waits for `check`. Other threads than the main one get no signals anyway."""
-    interrupts = Interrupts()
+def deferred_interrupts() -> Iterator[None]:
+    """Within it, Ctrl-C waits for its end. Other threads than the main one get no signals anyway."""
     if threading.current_thread() is not threading.main_thread():
-        yield interrupts
+        yield
         return
+    interrupts = _Interrupts()
     before = signal.signal(signal.SIGINT, interrupts.handle)
     try:
-        yield interrupts
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
-    interrupts.check()
+    if interrupts.is_pending:
+        raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from bireme.config import EngineConfig, ParallelConfig
+from bireme.config import EngineConfig, ParallelConfig, check_settings
 from bireme.engine.engine import Engine, TokenEvent
 from bireme.engine.executor import WorkerExecutor
 from bireme.engine.messages import Loaded
@@ -93,10 +93,11 @@ class LLM:
             )
         widths = 1 if isinstance(tensor_parallel_size, str) else tensor_parallel_size
         parallel = ParallelConfig.of(
-            widths if isinstance(widths, int) else tuple(widths),
+            tuple(widths) if isinstance(widths, Sequence) else widths,
             pipeline_parallel_size,
             tuple(layers_per_stage) if layers_per_stage is not None else None,
         )
+        check_settings(settings, LLM.__init__.__kwdefaults__ or ())
         config = EngineConfig(parallel=parallel, **settings)
         self.model: PreparedModel = prepare_model(
             str(model), needs_weights=config.load_format != "dummy"

@@ -12,13 +12,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import bireme
+from bireme.engine.culprit import Standing, find_culprit, is_stopped
 from bireme.engine.messages import Command, Failed, Reply, receive_reply, send
-from bireme.errors import RankError, UserError
+from bireme.errors import BiremeError, RankError, UserError
+from bireme.parallel.pipeline import stage_ranks
 from bireme.trace import SpanRing
 
 _GRACE_S = 2.0  # for the first cause to arrive once a failure was seen
@@ -35,7 +38,7 @@ class RankProcess:
 
     def describe_end(self) -> str:
         code = self.process.wait()
-        return f"killed by signal {-code}" if code < 0 else f"exited with status {code}"
+        return f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
 
 
 def _environment() -> dict[str, str]:
@@ -70,6 +73,10 @@ def _start() -> RankProcess:
     return RankProcess(process, ours, spans)
 
 
+def _are_secondary(seen: dict[int, Failed | None]) -> bool:
+    return all(reply is not None and reply.is_secondary for reply in seen.values())
+
+
 class WorkerPool:
     """Processes that become the ranks of one world after another; a context manager.
 
@@ -93,11 +100,11 @@ class WorkerPool:
             self._processes.append(_start())
         return self._processes[:num_ranks]
 
-    def close(self) -> None:
+    def close(self, grace_s: float = _EXIT_S) -> None:
         """Ends all processes: closing their lifelines, then by force."""
         for rank in self._processes:
             rank.sock.close()
-        deadline = time.monotonic() + _EXIT_S
+        deadline = time.monotonic() + grace_s
         for rank in self._processes:
             try:
                 rank.process.wait(max(0.0, deadline - time.monotonic()))
@@ -114,8 +121,8 @@ class World:
     On a failure the pool's processes are ended and RankError (or the user's error) is raised.
     """
 
-    def __init__(self, pool: WorkerPool, names: Sequence[str]) -> None:
-        self._pool, self._names = pool, names
+    def __init__(self, pool: WorkerPool, names: Sequence[str], widths: Sequence[int]) -> None:
+        self._pool, self._names, self._widths = pool, names, widths
         self.ranks = pool.take(len(names))
         self._selector = selectors.DefaultSelector()
         for index, rank in enumerate(self.ranks):
@@ -123,6 +130,8 @@ class World:
         self.is_broken = False
 
     def close(self) -> None:
+        """Lets go of the ranks; nothing can be sent or received from here on."""
+        self.is_broken = True
         self._selector.close()
 
     def send(self, index: int, command: Command) -> None:
@@ -140,68 +149,95 @@ class World:
         replies: dict[int, Reply] = {}
         deadline = time.monotonic() + timeout_s
         while len(replies) < len(self.ranks):
-            index, reply = self._next(deadline, doing, set(range(len(self.ranks))) - replies.keys())
-            replies[index] = reply
+            found = self._next(deadline)
+            if found is None:
+                raise self._no_answer(set(range(len(self.ranks))) - replies.keys(), doing)
+            replies[found[0]] = found[1]
         return [replies[index] for index in range(len(self.ranks))]
 
-    def next_reply(self, timeout_s: float, doing: str) -> Reply:
-        """The next reply of any rank."""
-        return self._next(time.monotonic() + timeout_s, doing, set())[1]
+    def step_reply(self, timeout_s: float, step_id: int) -> Reply:
+        """The next reply of any rank, which should be the output of step `step_id`."""
+        found = self._next(time.monotonic() + timeout_s, step_id)
+        if found is not None:
+            return found[1]
+        error = self._late(step_id)
+        self._break()
+        raise error or RankError("the answering rank", f"did not answer step {step_id} in time")
 
-    def _next(self, deadline: float, doing: str, awaited: set[int]) -> tuple[int, Reply]:
+    def _next(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
+        """The next rank that replies, with its reply; None if there is none by the deadline."""
         events = self._selector.select(max(0.0, deadline - time.monotonic()))
         if not events:
-            late = (
-                ", ".join(self._names[index] for index in sorted(awaited)) or "the answering rank"
-            )
-            self._break()
-            raise RankError(late, f"did not answer in time while {doing}")
-        found = {key.data: receive_reply(self.ranks[key.data].sock) for key, _ in events[:1]}
-        ((index, reply),) = found.items()
+            return None
+        index = events[0][0].data
+        reply = receive_reply(self.ranks[index].sock)
         if reply is None or isinstance(reply, Failed):
-            self._fail({index: reply})
+            self._fail({index: reply}, step_id)
         assert reply is not None
         return index, reply
 
-    def _fail(self, seen: dict[int, Failed | None]) -> None:
-        """Collects what other ranks say for a moment, then raises the first cause."""
+    def _no_answer(self, awaited: set[int], doing: str) -> RankError:
+        stopped = {index for index in awaited if is_stopped(self.ranks[index].process.pid)}
+        names = ", ".join(self._names[index] for index in sorted(stopped or awaited))
+        self._break()
+        why = " (its process is stopped)" if stopped else ""
+        return RankError(names, f"did not answer in time while {doing}{why}")
+
+    def _late(self, step_id: int, given_up: Collection[int] = ()) -> RankError | None:
+        """Names the rank that keeps a step from its end, beside those that waited in vain."""
+        standings = {
+            index: self._standing(index, stage)
+            for stage, members in enumerate(stage_ranks(self._widths))
+            for index in members
+            if index not in given_up
+        }
+        culprit = find_culprit(standings, step_id)
+        if culprit is None:
+            return None
+        seen = standings[culprit].describe(step_id)
+        return RankError(self._names[culprit], f"did not finish step {step_id} in time ({seen})")
+
+    def _standing(self, index: int, stage: int) -> Standing:
+        rank = self.ranks[index]
+        return Standing(stage, is_stopped(rank.process.pid), rank.spans.now())
+
+    def _fail(self, seen: dict[int, Failed | None], step_id: int | None = None) -> NoReturn:
+        """Raises the first cause, or names the rank that others waited for in vain."""
+        self._listen(seen)
+        error: BiremeError | None = None
+        if _are_secondary(seen) and step_id is not None:
+            error = self._late(step_id, seen)
+        error = error or self._cause(seen)
+        self._break()
+        raise error
+
+    def _listen(self, seen: dict[int, Failed | None]) -> None:
+        """Adds what other ranks say within a moment, until one says more than that a peer is gone."""
         deadline = time.monotonic() + _GRACE_S
-        while all(isinstance(reply, Failed) and reply.is_secondary for reply in seen.values()):
+        while _are_secondary(seen):
             for index in seen:
                 if self.ranks[index].sock in self._selector.get_map():
                     self._selector.unregister(self.ranks[index].sock)
             events = self._selector.select(max(0.0, deadline - time.monotonic()))
             if not events:
-                break
+                return
             for key, _ in events:
                 reply = receive_reply(self.ranks[key.data].sock)
                 if reply is None or isinstance(reply, Failed):
                     seen[key.data] = reply
-        self._raise(seen)
 
-    def _raise(self, seen: dict[int, Failed | None]) -> None:
-        def is_cause(index: int) -> bool:
-            reply = seen[index]
-            return reply is None or not reply.is_secondary
-
-        index = next((index for index in seen if is_cause(index)), next(iter(seen)))
+    def _cause(self, seen: dict[int, Failed | None]) -> BiremeError:
+        causes = [index for index, reply in seen.items() if reply is None or not reply.is_secondary]
+        index = next(iter(causes or seen))
         reply, name = seen[index], self._names[index]
-        end = None
         if reply is None:
             end = self.ranks[index].describe_end()
-        self._break()
-        if reply is None:
-            raise RankError(
-                name,
-                f"its process was {end}"
-                if end and end.startswith("killed")
-                else f"its process {end}",
-            )
+            return RankError(name, f"its process {end}")
         if reply.is_user_error:
-            raise UserError(f"{name}: {reply.cause.partition(': ')[2]}")
-        raise RankError(name, reply.cause, reply.traceback)
+            return UserError(f"{name}: {reply.cause.partition(': ')[2]}")
+        return RankError(name, reply.cause, reply.traceback)
 
     def _break(self) -> None:
         self.is_broken = True
         self._selector.close()
-        self._pool.close()
+        self._pool.close(grace_s=0.0)

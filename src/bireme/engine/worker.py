@@ -131,6 +131,7 @@ class Worker:
             self._spans,
         )  # fmt: skip
         read = source.stats if isinstance(source, Artifact) else None
+        self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             cache_bytes=self._runner.cache_bytes,

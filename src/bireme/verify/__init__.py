@@ -5,6 +5,7 @@ from bireme.verify.certificate import (
     Certificate,
     Departure,
     certificate_json,
+    certificate_name,
     certificate_text,
 )
 from bireme.verify.comparison import verify
@@ -18,6 +19,7 @@ __all__ = [
     "Reference",
     "Sequences",
     "certificate_json",
+    "certificate_name",
     "certificate_text",
     "lead",
     "transformers_reference",

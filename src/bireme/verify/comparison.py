@@ -1,13 +1,14 @@
 """Compares a cut model with the whole one, logit by logit.
 
 The uncut model (or transformers) continues some prompts greedily. Then both models are led through
-the same tokens, prompt in one step and the rest one by one, and every logit is compared. Where they
+the same tokens, prompts first and the rest one by one, and every logit is compared. Where they
 depart, a second pass compares what every layer of every rank computed, and names the first.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,6 +65,50 @@ def verify(
                 own_pool.close()
 
 
+def compare(
+    model_name: str, plan: WorkerPlan, reference: Reference, found: list[torch.Tensor]
+) -> Certificate:
+    """Sums up how far `found`, float32 [T, V] of each sequence, is from the reference's logits."""
+    sequences, expected = reference.sequences, reference.logits
+    spread = float(torch.cat(expected).std())
+    difference = torch.cat([(a - b).abs() for a, b in zip(expected, found, strict=True)])
+    largest, tolerance = float(difference.max()), TOLERANCES[plan.dtype]
+    relative = largest / spread if spread else math.inf if largest else 0.0
+    agreement = [_agreement(a, b, tolerance * spread) for a, b in zip(expected, found, strict=True)]
+    same, excused = (torch.cat([part[index] for part in agreement]) for index in (0, 1))
+    is_prefill = torch.cat(
+        [
+            torch.arange(len(ids)) < prompt
+            for ids, prompt in zip(sequences.ids, sequences.num_prompt, strict=True)
+        ]
+    )
+    num_not_finite = sum(int((~logits.isfinite()).sum()) for logits in (*expected, *found))
+    is_close = relative <= tolerance and bool((same | excused).all())
+    return Certificate(
+        model=model_name,
+        layout=str(plan.config.parallel),
+        widths=plan.config.parallel.widths,
+        layers_per_stage=plan.layers_per_stage,
+        dtype=plan.dtype,
+        device=plan.devices[0].partition(":")[0],
+        reference=reference.name,
+        num_prompts=len(sequences.ids),
+        num_prefill_positions=int(is_prefill.sum()),
+        num_decode_positions=int((~is_prefill).sum()),
+        max_difference=largest,
+        mean_difference=float(difference.mean()),
+        spread=spread,
+        relative_difference=relative,
+        tolerance=tolerance,
+        prefill_agreement=float(same[is_prefill].float().mean()),
+        decode_agreement=float(same[~is_prefill].float().mean()) if (~is_prefill).any() else 1.0,
+        num_excused=int((~same & excused).sum()),
+        num_not_finite=num_not_finite,
+        departure=None,
+        is_same=is_close and not num_not_finite,
+    )
+
+
 class _Comparison:
     """Runs both sides; `folder` holds what they computed."""
 
@@ -97,7 +142,7 @@ class _Comparison:
         if isinstance(reference, str):
             reference = self._reference(prompts, num_decode, reference)
         found = self._lead(self._plan, reference.sequences, "cut", probes=False)
-        certificate = self._compare(reference, found)
+        certificate = compare(self._model.name, self._plan, reference, found)
         if certificate.is_same:
             return certificate
         return dataclasses.replace(
@@ -139,46 +184,6 @@ class _Comparison:
         expected = lead(executor, self._uncut_plan, sequences, folder, probes=False)
         executor.close()
         return Reference("uncut", sequences, expected)
-
-    def _compare(self, reference: Reference, found: list[torch.Tensor]) -> Certificate:
-        plan, sequences, expected = self._plan, reference.sequences, reference.logits
-        spread = float(torch.cat(expected).std())
-        difference = torch.cat([(a - b).abs() for a, b in zip(expected, found, strict=True)])
-        tolerance = TOLERANCES[plan.dtype]
-        agreement = [
-            _agreement(a, b, tolerance * spread) for a, b in zip(expected, found, strict=True)
-        ]
-        same, excused = (torch.cat([part[index] for part in agreement]) for index in (0, 1))
-        is_prefill = torch.cat(
-            [
-                torch.arange(len(ids)) < prompt
-                for ids, prompt in zip(sequences.ids, sequences.num_prompt, strict=True)
-            ]
-        )
-        worst = float(difference.max()) / spread
-        return Certificate(
-            model=self._model.name,
-            layout=str(plan.config.parallel),
-            layers_per_stage=plan.layers_per_stage,
-            dtype=plan.dtype,
-            device=plan.devices[0].partition(":")[0],
-            reference=reference.name,
-            num_prompts=len(sequences.ids),
-            num_prefill_positions=int(is_prefill.sum()),
-            num_decode_positions=int((~is_prefill).sum()),
-            max_difference=float(difference.max()),
-            mean_difference=float(difference.mean()),
-            spread=spread,
-            relative_difference=worst,
-            tolerance=tolerance,
-            prefill_agreement=float(same[is_prefill].float().mean()),
-            decode_agreement=float(same[~is_prefill].float().mean())
-            if (~is_prefill).any()
-            else 1.0,
-            num_excused=int((~same & excused).sum()),
-            departure=None,
-            is_same=worst <= tolerance and bool((same | excused).all()),
-        )
 
     def _first_departure(self, sequences: Sequences) -> Departure | None:
         """A second pass that keeps every layer's results of both sides."""

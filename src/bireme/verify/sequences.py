@@ -1,4 +1,6 @@
-"""Leads a model through given tokens, prompts in one step and the rest one by one, and keeps its logits.
+"""Leads a model through given tokens, prompts first and the rest one by one, and keeps its logits.
+
+No step holds more than max_num_batched_tokens: what exceeds it is cut, as when serving.
 
 Shapes: T tokens of a sequence, V vocabulary.
 """
@@ -15,6 +17,8 @@ from bireme.engine.capture import capture_path
 from bireme.engine.executor import WorkerExecutor, WorkerPlan
 from bireme.kvcache.block_manager import BlockManager
 from bireme.request import ScheduledBatch, ScheduledPiece, SlotSetup
+
+Range = tuple[int, int, int]  # slot, and [start, stop) of its tokens
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Reference:
 def lead(
     executor: WorkerExecutor, plan: WorkerPlan, sequences: Sequences, folder: Path, *, probes: bool
 ) -> list[torch.Tensor]:
-    """Logits float32 [T, V] of each sequence: its prompt in one step, then token by token."""
+    """Logits float32 [T, V] of each sequence: its prompt, then token by token."""
     executor.capture(folder, probes=probes)
     batches = batches_of(sequences, plan)
     widths = plan.config.parallel.widths
@@ -69,24 +73,14 @@ def _logits(path: Path) -> torch.Tensor:
 
 
 def batches_of(sequences: Sequences, plan: WorkerPlan) -> list[ScheduledBatch]:
-    """All prompts as the first step, then one given token of every unfinished sequence a step."""
-    blocks = BlockManager(plan.num_blocks, plan.config.block_size)
-    setups = [SlotSetup(slot, 0, 0.0, 0, 1.0, len(ids)) for slot, ids in enumerate(sequences.ids)]
-    batches = []
-    for step in range(sequences.num_decode + 1):
-        pieces = []
-        for slot, (ids, num_prompt) in enumerate(
-            zip(sequences.ids, sequences.num_prompt, strict=True)
-        ):
-            start, stop = (
-                (0, num_prompt) if step == 0 else (num_prompt + step - 1, num_prompt + step)
-            )
-            if stop <= len(ids):
-                new = blocks.extend(slot, stop)
-                pieces.append(
-                    ScheduledPiece(slot, start, stop - start, ids[start:stop], [new], True)
-                )
-        batches.append(ScheduledBatch(0, step, setups if step == 0 else [], pieces))
+    """All prompts, then one given token of every unfinished sequence a turn."""
+    maker = _Batches(plan, [len(ids) for ids in sequences.ids])
+    prompts = [(slot, 0, num_prompt) for slot, num_prompt in enumerate(sequences.num_prompt)]
+    batches = maker.of(sequences.ids, prompts)
+    for done in range(sequences.num_decode):
+        at = [(slot, num_prompt + done) for slot, num_prompt in enumerate(sequences.num_prompt)]
+        turn = [(slot, start, start + 1) for slot, start in at if start < len(sequences.ids[slot])]
+        batches += maker.of(sequences.ids, turn)
     return batches
 
 
@@ -94,13 +88,60 @@ def continue_greedily(
     executor: WorkerExecutor, plan: WorkerPlan, prompt: list[int], num_tokens: int
 ) -> list[int]:
     """The prompt and its greedy continuation of exactly `num_tokens`."""
-    blocks = BlockManager(plan.num_blocks, plan.config.block_size)
-    ids = list(prompt)
-    for step in range(num_tokens):
-        start = 0 if step == 0 else len(ids) - 1
-        new = blocks.extend(0, len(ids))
-        piece = ScheduledPiece(0, start, len(ids) - start, ids[start:], [new], True)
-        setups = [SlotSetup(0, 0, 0.0, 0, 1.0, len(prompt) + num_tokens)] if step == 0 else []
-        executor.submit(ScheduledBatch(0, step, setups, [piece]))
-        ids.extend(executor.collect().token_ids[0])
+    maker = _Batches(plan, [len(prompt) + num_tokens])
+    ids, start = list(prompt), 0
+    for _ in range(num_tokens):
+        for batch in maker.of([ids], [(0, start, len(ids))]):
+            executor.submit(batch)
+            output = executor.collect()
+        start = len(ids)
+        ids.extend(output.token_ids[0])
     return ids
+
+
+class _Batches:
+    """Makes the batches of slots that are given their tokens; slot i grows to `max_lens[i]`."""
+
+    def __init__(self, plan: WorkerPlan, max_lens: list[int]) -> None:
+        self._blocks = BlockManager(plan.num_blocks, plan.config.block_size)
+        self._max_tokens = plan.config.max_num_batched_tokens
+        self._setups = [
+            SlotSetup(slot, 0, 0.0, 0, 1.0, max_len) for slot, max_len in enumerate(max_lens)
+        ]
+        self._next_step_id = 0
+
+    def of(self, ids: list[list[int]], ranges: list[Range]) -> list[ScheduledBatch]:
+        """As many as are needed; each slot samples at the end of its range."""
+        ends = {slot: stop for slot, _, stop in ranges}
+        batches = []
+        for step in self._cut(ranges):
+            pieces = [
+                ScheduledPiece(
+                    slot=slot,
+                    start=start,
+                    num_tokens=stop - start,
+                    token_ids=ids[slot][start:stop],
+                    new_blocks=[self._blocks.extend(slot, stop)],
+                    samples=stop == ends[slot],
+                )
+                for slot, start, stop in step
+            ]
+            setups = [self._setups[slot] for slot, start, _ in step if start == 0]
+            batches.append(ScheduledBatch(0, self._next_step_id, setups, pieces))
+            self._next_step_id += 1
+        return batches
+
+    def _cut(self, ranges: list[Range]) -> list[list[Range]]:
+        """The same tokens in steps that are filled one after another."""
+        steps: list[list[Range]] = []
+        room = 0
+        for slot, start, stop in ranges:
+            while start < stop:
+                if not room:
+                    steps.append([])
+                    room = self._max_tokens
+                end = min(stop, start + room)
+                steps[-1].append((slot, start, end))
+                room -= end - start
+                start = end
+        return steps

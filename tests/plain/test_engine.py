@@ -1,0 +1,78 @@
+"""The engine's loop, on an executor that is a script."""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+
+from bireme.engine.engine import Engine
+from bireme.engine.scheduler import Scheduler
+from bireme.request import Request, SamplingParams, ScheduledBatch, StepOutput
+
+
+class Scripted:
+    """Answers every slot with token 7; calls `at_collect` in the middle of collecting."""
+
+    is_broken = False
+
+    def __init__(self, at_collect: Callable[[], None] = lambda: None) -> None:
+        self.in_flight: deque[ScheduledBatch] = deque()
+        self.at_collect = at_collect
+
+    def submit(self, batch: ScheduledBatch) -> None:
+        self.in_flight.append(batch)
+
+    def collect(self) -> StepOutput:
+        self.at_collect()
+        batch = self.in_flight.popleft()
+        slots = batch.sampling_slots
+        return StepOutput(batch.incarnation, batch.step_id, slots, [[7]] * len(slots))
+
+
+def engine(executor: Scripted) -> Engine:
+    plan = Scheduler(
+        pp_size=2, max_num_seqs=4, max_num_batched_tokens=16, num_blocks=40, block_size=4
+    )
+    return Engine(plan, executor)
+
+
+def request(name: str) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=6)
+    return Request(request_id=name, prompt_token_ids=(1, 2), params=params, seed=0)
+
+
+def test_an_interrupt_amid_a_step_waits_for_its_end_and_leaves_a_usable_engine() -> None:
+    executor = Scripted(lambda: signal.raise_signal(signal.SIGINT))
+    loop = engine(executor)
+    with pytest.raises(KeyboardInterrupt):
+        next(loop.run([request("a"), request("b")]))
+    assert not executor.in_flight
+    executor.at_collect = lambda: None
+    tokens = [id_ for event in loop.run([request("c")]) for id_ in event.token_ids]
+    assert tokens == [7] * 6
+
+
+def test_an_interrupt_in_the_callers_own_code_is_not_held_back() -> None:
+    executor = Scripted()
+    loop = engine(executor)
+    held = loop.run([request("a")])
+    next(held)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    held.close()  # type: ignore[attr-defined]
+    assert not executor.in_flight
+    assert len(list(loop.run([request("b")]))) == 6
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    executor = Scripted(twice)
+    with pytest.raises(KeyboardInterrupt):
+        next(engine(executor).run([request("a")]))
