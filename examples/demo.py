@@ -15,11 +15,11 @@ from typing import Any
 from bireme import LLM, SamplingParams
 from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.opener import match_source, open_folder
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.checkpoint.reader import SafetensorsFile
 from bireme.checkpoint.sharder import shard
 from bireme.config import EngineConfig, ParallelConfig, format_bytes
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import PreparedModel, prepare_model
 from bireme.errors import CapacityError
 from bireme.models.registry import family_of, model_layout
 from bireme.verify import certificate_text, verify

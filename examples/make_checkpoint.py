@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from bireme.checkpoint.dummy import DummySource
+from bireme.checkpoint.prepared import prepare_model
 from bireme.config import ParallelConfig
-from bireme.engine.prepare import prepare_model
 from bireme.models.registry import model_layout
 from bireme.parallel.layout import Source, full_box
 

@@ -17,7 +17,8 @@ import zoo
 from harness import Checkpoints, engine_config
 from local_world import LocalExecutor
 
-from bireme.engine.prepare import PreparedModel, make_plan
+from bireme.checkpoint.prepared import PreparedModel
+from bireme.engine.prepare import make_plan
 from bireme.errors import BiremeError
 from bireme.model_config import ModelConfig, MoeConfig, RopeConfig
 from bireme.verify import TOLERANCES, Reference, lead, transformers_reference

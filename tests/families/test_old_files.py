@@ -15,7 +15,7 @@ import zoo
 from harness import Checkpoints, engine_config
 from safetensors.torch import load_file, save_file
 
-from bireme.engine.prepare import prepare_model
+from bireme.checkpoint.prepared import prepare_model
 from bireme.errors import CheckpointError, ConfigError
 from bireme.hf_config import ARCHITECTURES, from_hf
 from bireme.models.registry import FAMILIES

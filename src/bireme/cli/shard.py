@@ -24,8 +24,8 @@ def run(
 ) -> None:
     parallel = options.parallel_config(tp, pp, layers_per_stage)
     from bireme.checkpoint.opener import match_source, open_for_sharding
+    from bireme.checkpoint.prepared import prepare_model
     from bireme.checkpoint.sharder import plan_shards, shard
-    from bireme.engine.prepare import prepare_model
     from bireme.models.registry import family_of, model_layout
 
     prepared = prepare_model(model, reads_bin=True)

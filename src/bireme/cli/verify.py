@@ -10,7 +10,7 @@ import typer
 from bireme.cli import options
 
 if TYPE_CHECKING:
-    from bireme.engine.prepare import PreparedModel
+    from bireme.checkpoint.prepared import PreparedModel
 
 NAME = "verify"
 SHORT = "Prove that the cut model is the whole model."
@@ -59,8 +59,8 @@ def run(
     )
     parallel = options.parallel_config(tp, pp, layers_per_stage)
     from bireme.checkpoint.manifest import is_artifact, write_atomically
+    from bireme.checkpoint.prepared import prepare_model
     from bireme.config import EngineConfig
-    from bireme.engine.prepare import prepare_model
     from bireme.verify import certificate_json, certificate_text, verify
 
     config = EngineConfig(parallel=parallel, **settings)

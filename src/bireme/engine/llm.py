@@ -13,18 +13,13 @@ from typing import Any
 
 import msgspec
 
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.engine import Engine, TokenEvent
 from bireme.engine.executor import WorkerExecutor
 from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import (
-    PreparedModel,
-    check_prompt,
-    make_plan,
-    prepare_model,
-    resolve_auto_width,
-)
+from bireme.engine.prepare import check_prompt, make_plan, resolve_auto_width
 from bireme.engine.scheduler import Scheduler
 from bireme.errors import ConfigError, EngineError, RequestError
 from bireme.request import (
