@@ -21,7 +21,7 @@ from bireme.checkpoint.sharder import shard
 from bireme.config import EngineConfig, ParallelConfig, format_bytes
 from bireme.engine.pool import WorkerPool
 from bireme.errors import CapacityError
-from bireme.models.registry import family_of, model_layout
+from bireme.models.registry import model_layout
 from bireme.verify import certificate_text, verify
 
 QUESTION = "What does textwrap.dedent do?"
@@ -88,9 +88,7 @@ def catch_damage(model: PreparedModel, folder: Path) -> None:
         "bireme shard demo shards -tp 2 -pp 2 && bireme inspect shards --check",
     )
     layout, source = model_layout(model.config, LAYOUT), open_folder(model.folder)
-    names = match_source(
-        source, layout.sources, family_of(model.config), model.config.tie_word_embeddings
-    )
+    names = match_source(source, layout, model.config)
     shard(source, folder, layout, names)
     damaged = next(folder.glob("rank-00003-*.safetensors"))
     tensors = SafetensorsFile(damaged).tensors

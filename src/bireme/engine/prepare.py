@@ -20,7 +20,7 @@ from bireme.config import DTYPE_BYTES, EngineConfig, ParallelConfig, format_byte
 from bireme.engine.executor import WorkerPlan
 from bireme.errors import CapacityError, ConfigError, RequestError
 from bireme.model_config import ModelConfig
-from bireme.models.registry import family_of, model_layout
+from bireme.models.registry import model_layout
 from bireme.parallel.layout import ModelLayout
 from bireme.parallel.memory import RankMemory, model_memory
 
@@ -185,9 +185,7 @@ def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
 
 def _match(model: PreparedModel, layout: ModelLayout) -> NameMap:
     source = open_folder(model.folder)
-    names = match_source(
-        source, layout.sources, family_of(model.config), model.config.tie_word_embeddings
-    )
+    names = match_source(source, layout, model.config)
     if isinstance(source, Artifact):
         source.check_files()
     return names

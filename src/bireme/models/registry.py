@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -95,6 +96,16 @@ def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:
             module.kv_share for module in model.modules() if isinstance(module, PagedAttention)
         ),
     )
+
+
+def end_names(config: ModelConfig) -> tuple[str, str]:
+    """The names of the token embedding and of the head, were it not tied to it."""
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    ends = rank_layout(untied, Mesh((1,), 0), StageSpec(0, 0, 0, has_embedding=True, has_head=True))
+    embedding, head = (
+        param.pieces[0].source.name for param in ends.params if param.cut == "vocabulary"
+    )
+    return embedding, head
 
 
 def model_layout(config: ModelConfig, parallel: ParallelConfig) -> ModelLayout:
