@@ -1,4 +1,4 @@
-"""What a model is: its shape and behaviour, whatever its file called them (`hf_config.py`)."""
+"""What a model is: its shape and behaviour, whatever its file called them (`hf_config/`)."""
 
 from __future__ import annotations
 

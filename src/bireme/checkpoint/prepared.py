@@ -12,7 +12,7 @@ from bireme.checkpoint.opener import match_source, open_folder, open_for_shardin
 from bireme.checkpoint.sharder import plan_shards, shard
 from bireme.checkpoint.tying import as_in_files
 from bireme.config import ParallelConfig
-from bireme.hf_config import from_hf, read_json
+from bireme.hf_config import eos_token_ids, from_hf, read_json
 from bireme.model_config import ModelConfig
 from bireme.models.registry import model_layout
 
@@ -37,11 +37,8 @@ def prepare_model(
     if needs_weights and config.tie_word_embeddings:
         config = as_in_files(config, (open_for_sharding if reads_bin else open_folder)(folder))
     generation = folder / "generation_config.json"
-    eos = (read_json(generation) if generation.exists() else {}).get(
-        "eos_token_id", hf.get("eos_token_id")
-    )
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return PreparedModel(model, folder, config, frozenset(ids))
+    given = read_json(generation) if generation.exists() else {}
+    return PreparedModel(model, folder, config, eos_token_ids(hf, given, config.vocab_size))
 
 
 def shard_model(
