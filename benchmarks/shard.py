@@ -124,7 +124,7 @@ def load_rank(folder: Path, model: ModelConfig, rank: int) -> tuple[float, dict[
     layout = model_layout(model, parallel)
     names = match_source(source, layout, model)
     start = time.perf_counter()
-    needed = load_parameters(stage, source, names).num_source_bytes
+    needed = load_parameters(stage, source, names)
     seconds = time.perf_counter() - start
     read = source.stats if isinstance(source, Artifact) else None
     fetched, verified = (read.fetched, read.verified) if read else (needed, 0)

@@ -35,7 +35,6 @@ class SpanKind(IntEnum):
     RECV = 6
     SAMPLE = 7
     LOAD = 8
-    IDLE = 9
 
 
 _CATEGORY = {
@@ -43,7 +42,6 @@ _CATEGORY = {
     SpanKind.ALL_GATHER: "collective",
     SpanKind.SEND: "transfer",
     SpanKind.RECV: "transfer",
-    SpanKind.IDLE: "idle",
 }
 
 

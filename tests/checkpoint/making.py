@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bireme.checkpoint.artifact import Artifact
-from bireme.checkpoint.loader import LoadStats, load_parameters
+from bireme.checkpoint.loader import load_parameters
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.opener import match_source, open_folder
 from bireme.checkpoint.pickled import PickledCheckpoint
@@ -202,8 +202,9 @@ def shard_folder(folder: Path, out: Path, widths: Widths) -> Artifact:
 
 def load_rank(
     source: TensorSource, names: NameMap, model: ModelConfig, widths: Widths, rank: int
-) -> tuple[StageModel, LoadStats]:
-    """One rank's stage as its worker makes it, every byte set to 0xAB before it is filled."""
+) -> tuple[StageModel, int]:
+    """One rank's stage as its worker makes it, every byte set to 0xAB before it is filled; and how
+    many bytes of the source that took."""
     mesh = Mesh(tuple(widths), rank)
     spec = partition_layers(model, ParallelConfig(widths=tuple(widths)))[mesh.stage]
     with torch.device("meta"):
@@ -248,10 +249,10 @@ def check_every_rank(folder: Path, widths: Widths, tensors: Tensors) -> None:
     for rank in range(sum(widths)):
         source = open_folder(folder, rank)
         _, names = matched(source, model, widths)
-        stage, stats = load_rank(source, names, model, widths, rank)
+        stage, num_bytes = load_rank(source, names, model, widths, rank)
         check_parameters(stage, names, tensors)
         if isinstance(source, Artifact):
-            assert stats.num_source_bytes == source.stats.needed
+            assert num_bytes == source.stats.needed
             assert source.stats.needed <= source.stats.fetched == source.stats.verified
 
 
