@@ -30,7 +30,7 @@ from bireme.request import (
     RequestOutput,
     SamplingParams,
 )
-from bireme.text.tokenizer import IncrementalDecoder, Message, Tokenizer
+from bireme.text.tokenizer import IncrementalDecoder, Message, Tokenizer, has_tokenizer
 from bireme.trace import Span, chrome_trace
 
 Prompt = str | Sequence[int]
@@ -239,7 +239,7 @@ class LLM:
     @property
     def has_tokenizer(self) -> bool:
         """Token ids work without any tokenizer file; texts of outputs are empty then."""
-        return (self.model.folder / "tokenizer.json").exists()
+        return has_tokenizer(self.model.folder)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -14,7 +14,7 @@ Reader = Callable[[Any], T]
 LARGEST_SIZE = 10**8
 
 
-class _Unfit(Exception):
+class Unfit(Exception):
     """Says what would be right."""
 
 
@@ -22,7 +22,7 @@ def read(name: str, value: Any, reader: Reader[T], file: str = "config.json") ->
     """ConfigError names the field where `reader` does not take its value."""
     try:
         return reader(value)
-    except _Unfit as needed:
+    except Unfit as needed:
         raise ConfigError(
             f"{file} gives {name} {reprlib.repr(value)}; {needed} is needed"
         ) from None
@@ -30,20 +30,20 @@ def read(name: str, value: Any, reader: Reader[T], file: str = "config.json") ->
 
 def flag(value: Any) -> bool:
     if type(value) is not bool:
-        raise _Unfit("true or false")
+        raise Unfit("true or false")
     return value
 
 
 def text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _Unfit("a name")
+        raise Unfit("a name")
     return value
 
 
 def whole(least: int = 1, most: int = LARGEST_SIZE) -> Reader[int]:
     def reader(value: Any) -> int:
         if type(value) is not int or not least <= value <= most:
-            raise _Unfit(f"a whole number from {least} to {most}")
+            raise Unfit(f"a whole number from {least} to {most}")
         return value
 
     return reader
@@ -52,7 +52,7 @@ def whole(least: int = 1, most: int = LARGEST_SIZE) -> Reader[int]:
 def number(least: float = 0.0, most: float = 1e12) -> Reader[float]:
     def reader(value: Any) -> float:
         if type(value) not in (int, float) or not least <= value <= most:
-            raise _Unfit(f"a number from {least:g} to {most:g}")
+            raise Unfit(f"a number from {least:g} to {most:g}")
         return float(value)
 
     return reader
@@ -61,7 +61,7 @@ def number(least: float = 0.0, most: float = 1e12) -> Reader[float]:
 def one_of(names: Collection[str]) -> Reader[str]:
     def reader(value: Any) -> str:
         if not isinstance(value, str) or value not in names:
-            raise _Unfit(f"one of {', '.join(names)}")
+            raise Unfit(f"one of {', '.join(names)}")
         return value
 
     return reader
@@ -70,11 +70,11 @@ def one_of(names: Collection[str]) -> Reader[str]:
 def list_of(reader: Reader[T]) -> Reader[tuple[T, ...]]:
     def read_list(value: Any) -> tuple[T, ...]:
         if not isinstance(value, (list, tuple)):
-            raise _Unfit("a list")
+            raise Unfit("a list")
         try:
             return tuple(map(reader, value))
-        except _Unfit as needed:
-            raise _Unfit(f"a list with {needed} in each place") from None
+        except Unfit as needed:
+            raise Unfit(f"a list with {needed} in each place") from None
 
     return read_list
 
