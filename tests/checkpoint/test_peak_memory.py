@@ -116,6 +116,16 @@ def test_a_large_transposed_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_head_that_is_compared_with_the_embedding(tmp_path: Path) -> None:
+    config = {**llama(1), "vocab_size": 100_000}
+    largest, total = write_sparse(tmp_path / "source", config)
+    tied = json.dumps({**config, "tie_word_embeddings": True})
+    (tmp_path / "source" / "config.json").write_text(tied)
+    assert total > 2 * largest > 1.2 * (largest + ALLOWED)
+    check_peaks(tmp_path, largest + ALLOWED, ("shard",))
+
+
+@pytest.mark.slow
 def test_a_bin_file(tmp_path: Path) -> None:
     largest, total = write_sparse(tmp_path / "source", llama(10))
     assert total > 1.5 * (largest + ALLOWED)

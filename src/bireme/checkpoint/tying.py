@@ -15,6 +15,8 @@ from bireme.checkpoint.writer import SLAB_BYTES, Entry, read_slabs
 from bireme.model_config import ModelConfig
 from bireme.models.registry import end_names, family_of
 
+_SLABS_HELD = 64
+
 
 def as_in_files(config: ModelConfig, source: Opened) -> ModelConfig:
     """The config, untied where the files hold a head that is not the embedding."""
@@ -36,8 +38,11 @@ def _are_one(source: Opened, embedding: str, head: str) -> bool:
     if len({(info.dtype, info.shape) for info in infos}) > 1:
         return False
     entries = [Entry.whole(name, info) for name, info in zip((embedding, head), infos, strict=True)]
-    slabs = [read_slabs(source, entry, SLAB_BYTES) for entry in entries]
-    found = all(bytes(ours) == bytes(theirs) for ours, theirs in zip(*slabs, strict=True))
-    for name in (embedding, head):
-        source.forget(name)
-    return found
+    slabs = zip(*(read_slabs(source, entry, SLAB_BYTES) for entry in entries), strict=True)
+    for index, (ours, theirs) in enumerate(slabs):
+        if bytes(ours) != bytes(theirs):
+            return False
+        if index % _SLABS_HELD == 0:
+            source.forget(embedding)
+            source.forget(head)
+    return True
