@@ -32,11 +32,11 @@ from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.exporter import export
 from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import match_source, open_folder
-from bireme.checkpoint.sharder import shard
+from bireme.checkpoint.prepared import shard_model
 from bireme.config import ParallelConfig
 from bireme.hf_config import from_hf
 from bireme.model_config import ModelConfig
-from bireme.models.registry import build_stage, family_of, model_layout, partition_layers
+from bireme.models.registry import build_stage, model_layout, partition_layers
 from bireme.parallel.mesh import Mesh
 
 LLAMA = {
@@ -111,13 +111,6 @@ def _cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def shard_to(source: Path, out: Path, model: ModelConfig, tp: int) -> None:
-    opened = open_folder(source)
-    layout = model_layout(model, ParallelConfig.of(tp))
-    names = match_source(opened, layout.sources, family_of(model), model.tie_word_embeddings)
-    shard(opened, out, layout, names)
-
-
 def load_rank(folder: Path, model: ModelConfig, rank: int) -> tuple[float, dict[str, int]]:
     """Seconds to fill one rank's parameters, whose memory is there, and the bytes read for it."""
     parallel = ParallelConfig.of(TP)
@@ -129,9 +122,9 @@ def load_rank(folder: Path, model: ModelConfig, rank: int) -> tuple[float, dict[
         parameter.zero_()
     source = open_folder(folder, rank)
     layout = model_layout(model, parallel)
-    names = match_source(source, layout.sources, family_of(model), model.tie_word_embeddings)
+    names = match_source(source, layout, model)
     start = time.perf_counter()
-    needed = load_parameters(stage, source, names).num_source_bytes
+    needed = load_parameters(stage, source, names)
     seconds = time.perf_counter() - start
     read = source.stats if isinstance(source, Artifact) else None
     fetched, verified = (read.fetched, read.verified) if read else (needed, 0)
@@ -153,8 +146,14 @@ def main() -> None:
     source, copy, artifact, other = (work / name for name in ("source", "copy", "tp4", "tp3"))
     steps: dict[str, tuple[Path, Callable[[], Any]]] = {
         "cp": (copy, lambda: subprocess.run(["cp", "-r", source, copy], check=True)),
-        f"shard to tp {TP}": (artifact, lambda: shard_to(source, artifact, model, TP)),
-        f"reshard to tp {OTHER_TP}": (other, lambda: shard_to(artifact, other, model, OTHER_TP)),
+        f"shard to tp {TP}": (
+            artifact,
+            lambda: shard_model(source, artifact, ParallelConfig.of(TP)),
+        ),
+        f"reshard to tp {OTHER_TP}": (
+            other,
+            lambda: shard_model(artifact, other, ParallelConfig.of(OTHER_TP)),
+        ),
         "export": (copy, lambda: export(Artifact(artifact), copy)),
     }
     writes: dict[str, list[Run]] = {name: [] for name in steps}

@@ -20,9 +20,9 @@ from typing import Any
 import record
 
 from bireme import LLM
+from bireme.checkpoint.prepared import prepare_model
 from bireme.config import EngineConfig, ParallelConfig, format_bytes
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import prepare_model
 from bireme.models.registry import model_layout
 from bireme.verify import certificate_text, verify
 

@@ -14,12 +14,14 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from bireme.checkpoint.dummy import DummySource
+from bireme.checkpoint.prepared import prepare_model
+from bireme.checkpoint.reader import copy_view
 from bireme.config import ParallelConfig
-from bireme.engine.prepare import prepare_model
 from bireme.models.registry import model_layout
 from bireme.parallel.layout import Source, full_box
 
@@ -27,10 +29,13 @@ FILE_BYTES = 4_000_000_000
 
 
 def make_tensor(source: Source, numbers: DummySource) -> torch.Tensor:
-    values = torch.empty(source.shape)
+    """The tensor as its file holds it."""
+    values, in_file = torch.empty(source.shape), source.inverse
     numbers.read(source, full_box(source.shape), values.view(torch.uint32).numpy())
-    tensor = values.to(torch.bfloat16)
-    return tensor.T.contiguous() if source.view.kind == "transpose" else tensor
+    bits = values.to(torch.bfloat16).view(torch.uint16).numpy()
+    out = np.empty(in_file.shape, dtype=bits.dtype)
+    copy_view(bits, in_file, full_box(in_file.shape), out)
+    return torch.from_numpy(out).view(torch.bfloat16)
 
 
 def files_of(sources: list[Source]) -> list[list[Source]]:

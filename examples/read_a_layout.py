@@ -1,7 +1,7 @@
 """Which rows of which tensor does each rank hold? The layout is a value that can be asked."""
 
+from bireme.checkpoint.prepared import prepare_model
 from bireme.config import ParallelConfig
-from bireme.engine.prepare import prepare_model
 from bireme.models.registry import model_layout
 
 model = prepare_model("demo")

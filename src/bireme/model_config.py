@@ -1,4 +1,4 @@
-"""What a model is: its shape and behaviour, whatever its file called them (`hf_config.py`)."""
+"""What a model is: its shape and behaviour, whatever its file called them (`hf_config/`)."""
 
 from __future__ import annotations
 
@@ -89,7 +89,3 @@ class ModelConfig:
         if rope.kind == "yarn":
             return max(self.max_position_embeddings, int(rope.original_max_len * rope.factor))
         return self.max_position_embeddings
-
-    @property
-    def num_queries_per_kv(self) -> int:
-        return self.num_heads // self.num_kv_heads

@@ -6,14 +6,17 @@ The engine sends a `ScheduledBatch` to every rank; the last stage's first rank a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from bireme.errors import RequestError
 
-MAX_SEED = 2**63 - 1
+MAX_INT64 = 2**63 - 1
+MAX_SEED = MAX_INT64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +35,26 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise RequestError(f"temperature={self.temperature} must be at least 0; 0 is greedy")
-        if self.top_k < 0:
-            raise RequestError(f"top_k={self.top_k} must be at least 0; 0 keeps every token")
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p={self.top_p} must be above 0 and at most 1")
-        if self.max_tokens < 1:
-            raise RequestError(f"max_tokens={self.max_tokens} must be at least 1")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise RequestError(f"seed={self.seed} must be between 0 and 2**63 - 1")
+        for name, kinds, fits, needed in _RULES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):
+                raise RequestError(f"{name}={value!r} must be {needed}")
+
+
+# name, type, what fits, and that in words
+_RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    ("temperature", int | float, lambda t: 0 <= t < math.inf, "at least 0; 0 is greedy"),
+    ("top_k", int, lambda k: 0 <= k <= MAX_INT64, "from 0 to 2**63 - 1; 0 keeps every token"),
+    ("top_p", int | float, lambda p: 0 < p <= 1, "above 0 and at most 1"),
+    ("max_tokens", int, lambda n: 1 <= n <= MAX_INT64, "at least 1 and at most 2**63 - 1"),
+    ("seed", int | None, lambda s: s is None or 0 <= s <= MAX_SEED, "between 0 and 2**63 - 1"),
+    (
+        "stop_token_ids",
+        Collection,
+        lambda ids: all(type(id_) is int for id_ in ids),
+        "token ids, each a whole number",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

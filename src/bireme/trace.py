@@ -38,7 +38,6 @@ class SpanKind(IntEnum):
     RECV = 6
     SAMPLE = 7
     LOAD = 8
-    IDLE = 9
 
 
 _CATEGORY = {
@@ -46,7 +45,6 @@ _CATEGORY = {
     SpanKind.ALL_GATHER: "collective",
     SpanKind.SEND: "transfer",
     SpanKind.RECV: "transfer",
-    SpanKind.IDLE: "idle",
 }
 
 

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 
 from bireme.checkpoint.artifact import Artifact
-from bireme.checkpoint.loader import LoadStats, load_parameters
+from bireme.checkpoint.loader import load_parameters
 from bireme.checkpoint.names import NameMap
-from bireme.checkpoint.opener import match_source, open_folder, open_for_sharding
+from bireme.checkpoint.opener import match_source, open_folder
 from bireme.checkpoint.pickled import PickledCheckpoint
+from bireme.checkpoint.prepared import prepare_model, shard_model
 from bireme.checkpoint.reader import ITEM_BYTES, Checkpoint, TensorSource, bits_dtype
-from bireme.checkpoint.sharder import shard
 from bireme.config import ParallelConfig
 from bireme.hf_config import from_hf
 from bireme.model_config import ModelConfig
 from bireme.models.blocks import StageModel
-from bireme.models.registry import build_stage, family_of, model_layout, partition_layers
+from bireme.models.registry import build_stage, model_layout, partition_layers
 from bireme.parallel.layers import named_layouts
 from bireme.parallel.layout import ModelLayout, Source, as_slices
 from bireme.parallel.mesh import Mesh
@@ -87,7 +87,8 @@ PHI3 = {**LLAMA, "architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
 class Recipe:
     """A source folder: its config, and what is odd about it.
 
-    `prefix` replaces the family's own in the files; `order` sorts the tensors of a file.
+    `prefix` replaces the family's own in the files; `order` sorts the tensors of a file; `change`
+    has the last word on them.
     """
 
     config: Mapping[str, Any] = field(default_factory=lambda: LLAMA)
@@ -98,11 +99,16 @@ class Recipe:
     metadata: Mapping[str, str] | None = field(default_factory=lambda: {"format": "pt"})
     num_files: int = 1
     others: Mapping[str, bytes] = field(default_factory=dict)
+    change: Callable[[Tensors], Tensors] = lambda tensors: tensors
     seed: int = 0
 
     @property
+    def hf_config(self) -> dict[str, Any]:
+        return {**self.config, "torch_dtype": _TORCH_NAMES[self.dtype]}
+
+    @property
     def model(self) -> ModelConfig:
-        return from_hf({**self.config, "torch_dtype": _TORCH_NAMES[self.dtype]})
+        return from_hf(self.hf_config)
 
     def tensors(self) -> Tensors:
         """Random bits (NaNs among them: nothing here may interpret a number)."""
@@ -113,11 +119,13 @@ class Recipe:
         }
         kinds = {name: (self.dtype, shape) for name, shape in shapes.items()} | dict(self.extra)
         random = np.random.default_rng(self.seed)
-        return {
-            name: (dtype, random_bits(random, dtype, kinds[name][1]))
-            for name in sorted(kinds, key=self.order)
-            for dtype in [kinds[name][0]]
-        }
+        return self.change(
+            {
+                name: (dtype, random_bits(random, dtype, kinds[name][1]))
+                for name in sorted(kinds, key=self.order)
+                for dtype in [kinds[name][0]]
+            }
+        )
 
     def _in_file(self, name: str) -> str:
         if self.prefix and name.startswith(self.prefix[0]):
@@ -127,7 +135,7 @@ class Recipe:
     def write(self, folder: Path) -> Tensors:
         """Makes the folder; returns what is in its files."""
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(self.hf_config, indent=2) + "\n")
         for name, data in self.others.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(data)
@@ -183,20 +191,20 @@ def matched(
     source: Checkpoint | Artifact | PickledCheckpoint, model: ModelConfig, widths: Widths
 ) -> tuple[ModelLayout, NameMap]:
     layout = layout_of(model, widths)
-    names = match_source(source, layout.sources, family_of(model), model.tie_word_embeddings)
+    names = match_source(source, layout, model)
     return layout, names
 
 
-def shard_folder(folder: Path, out: Path, model: ModelConfig, widths: Widths) -> Artifact:
-    source = open_for_sharding(folder)
-    shard(source, out, *matched(source, model, widths))
+def shard_folder(folder: Path, out: Path, widths: Widths) -> Artifact:
+    shard_model(folder, out, ParallelConfig.of(tuple(widths), len(widths)))
     return Artifact(out)
 
 
 def load_rank(
     source: TensorSource, names: NameMap, model: ModelConfig, widths: Widths, rank: int
-) -> tuple[StageModel, LoadStats]:
-    """One rank's stage as its worker makes it, every byte set to 0xAB before it is filled."""
+) -> tuple[StageModel, int]:
+    """One rank's stage as its worker makes it, every byte set to 0xAB before it is filled; and how
+    many bytes of the source that took."""
     mesh = Mesh(tuple(widths), rank)
     spec = partition_layers(model, ParallelConfig(widths=tuple(widths)))[mesh.stage]
     with torch.device("meta"):
@@ -235,15 +243,16 @@ def check_parameters(stage: StageModel, names: NameMap, tensors: Tensors) -> Non
         assert np.array_equal(found, expected), name
 
 
-def check_every_rank(folder: Path, model: ModelConfig, widths: Widths, tensors: Tensors) -> None:
+def check_every_rank(folder: Path, widths: Widths, tensors: Tensors) -> None:
     """Loads the folder at a layout, each rank by itself."""
+    model = prepare_model(str(folder)).config
     for rank in range(sum(widths)):
         source = open_folder(folder, rank)
         _, names = matched(source, model, widths)
-        stage, stats = load_rank(source, names, model, widths, rank)
+        stage, num_bytes = load_rank(source, names, model, widths, rank)
         check_parameters(stage, names, tensors)
         if isinstance(source, Artifact):
-            assert stats.num_source_bytes == source.stats.needed
+            assert num_bytes == source.stats.needed
             assert source.stats.needed <= source.stats.fetched == source.stats.verified
 
 

@@ -43,7 +43,7 @@ TENSOR = "model.layers.3.mlp.down_proj.weight"
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     RECIPE.write(folder / "source")
-    shard_folder(folder / "source", folder / "artifact", RECIPE.model, WIDTHS)
+    shard_folder(folder / "source", folder / "artifact", WIDTHS)
     return folder
 
 
@@ -197,8 +197,8 @@ def test_a_carried_file_that_was_damaged_is_named(name: str, artifact: Path) -> 
     said = complaint(lambda: export(Artifact(artifact), artifact.parent / "out"))
     assert f"{artifact / name} is corrupt" in said
     reshard = artifact.parent / "resharded"
-    said = complaint(lambda: shard_folder(artifact, reshard, RECIPE.model, (1,)))
-    assert f"{artifact / name} is corrupt" in said
+    said = complaint(lambda: shard_folder(artifact, reshard, (1,)))
+    assert f"{artifact / name} is corrupt" in said or f"{artifact / name} cannot be read" in said
     (artifact / name).unlink()
     assert Artifact(artifact).check() == [f"{artifact / name} is missing"]
     said = complaint(lambda: export(Artifact(artifact), artifact.parent / "out2"))
@@ -378,9 +378,7 @@ def test_a_folder_without_weights_is_no_checkpoint(folder: str, tmp_path: Path) 
 def test_the_source_or_a_folder_in_it_is_no_target(source: Path, artifact: Path) -> None:
     before = sorted(source.rglob("*"))
     for target in (source, source / "sharded", source / ".." / "source"):
-        assert str(target) in complaint(
-            lambda target=target: shard_folder(source, target, RECIPE.model, WIDTHS)
-        )
+        assert str(target) in complaint(lambda target=target: shard_folder(source, target, WIDTHS))
     assert str(artifact) in complaint(lambda: export(Artifact(artifact), artifact / "exported"))
     assert sorted(source.rglob("*")) == before
 
@@ -393,19 +391,19 @@ def test_a_folder_with_anything_else_in_it_is_no_target(
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
     out = tmp_path / "out"
-    assert "not empty" in complaint(lambda: shard_folder(source, out, RECIPE.model, WIDTHS))
+    assert "not empty" in complaint(lambda: shard_folder(source, out, WIDTHS))
     assert "not empty" in complaint(lambda: export(Artifact(artifact), out))
     assert [path for path in out.rglob("*") if path.is_file()] == [mine]
 
 
 def test_a_finished_artifact_is_no_target(source: Path, artifact: Path) -> None:
-    said = complaint(lambda: shard_folder(source, artifact, RECIPE.model, WIDTHS))
+    said = complaint(lambda: shard_folder(source, artifact, WIDTHS))
     assert "finished artifact" in said
 
 
 def test_a_file_is_no_target(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    said = complaint(lambda: shard_folder(source, tmp_path / "out", RECIPE.model, WIDTHS))
+    said = complaint(lambda: shard_folder(source, tmp_path / "out", WIDTHS))
     assert "is a file" in said
 
 
@@ -414,7 +412,7 @@ def test_too_little_disk_is_told_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(sharder.shutil, "disk_usage", lambda _: usage(2000, 1000, 1000))
-    said = complaint(lambda: shard_folder(source, tmp_path / "out", RECIPE.model, WIDTHS))
+    said = complaint(lambda: shard_folder(source, tmp_path / "out", WIDTHS))
     assert re.search(r"out has 1000 bytes free on its disk; \d+ are needed", said)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -426,7 +424,7 @@ def test_a_full_disk_is_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "read_slabs", fail)
-    said = complaint(lambda: shard_folder(source, tmp_path / "out", RECIPE.model, WIDTHS))
+    said = complaint(lambda: shard_folder(source, tmp_path / "out", WIDTHS))
     assert "rank-00000-of-00003.safetensors cannot be written: No space left on device" in said
 
 
@@ -441,9 +439,9 @@ def test_many_small_chunks_are_verified_where_they_are_touched(
         monkeypatch.setattr(module, "CHUNK_BYTES", 64)
     monkeypatch.setattr(writer, "SLAB_BYTES", 100)
     out = tmp_path / "artifact"
-    shard_folder(made / "source", out, RECIPE.model, (1,))
+    shard_folder(made / "source", out, (1,))
     for widths in ((1,), (3,), (2, 1, 1)):
-        check_every_rank(out, RECIPE.model, widths, RECIPE.tensors())
+        check_every_rank(out, widths, RECIPE.tensors())
     path = out / "rank-00000-of-00001.safetensors"
     name = "model.layers.1.mlp.up_proj.weight"
     start, stop = place(path, name)

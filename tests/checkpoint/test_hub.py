@@ -33,6 +33,8 @@ assert "torch" not in sys.modules
 CONFIGS = {
     "config.json": b'{"model_type": "llama"}',
     "tokenizer.json": b'{"model": {}}',
+    "vocab.json": b'{"a": 0}',
+    "merges.txt": b"#version: 0.2",
     "chat_template.jinja": b"{{ messages }}",
     "README.md": b"# A model",
     "original/consolidated.safetensors": b"the same weights once more",
@@ -53,7 +55,7 @@ MODELS = {
     "org/no-weights": CONFIGS,
     "org/no-model": {"README.md": b"# Nothing"},
 }
-SMALL = {"config.json", "tokenizer.json", "chat_template.jinja"}
+SMALL = {"config.json", "tokenizer.json", "vocab.json", "merges.txt", "chat_template.jinja"}
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ from bireme.checkpoint import sharder
 from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.exporter import export
 from bireme.checkpoint.manifest import is_artifact
-from bireme.checkpoint.opener import open_for_sharding
+from bireme.checkpoint.prepared import shard_model
 from bireme.checkpoint.reader import SafetensorsFile
-from bireme.checkpoint.sharder import plan_shards, shard
+from bireme.config import ParallelConfig
 from bireme.errors import CheckpointError
-from checkpoint.making import Recipe, files_of, matched, shard_folder, write_safetensors
+from checkpoint.making import Recipe, files_of, shard_folder, write_safetensors
 
 RECIPE = Recipe(num_files=2, others={"tokenizer.json": b"{}"})
 WIDTHS = (2, 1)
@@ -30,15 +30,13 @@ WIDTHS = (2, 1)
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from checkpoint.making import matched
-from bireme.checkpoint.opener import open_for_sharding
-from bireme.checkpoint.sharder import shard
-from bireme.hf_config import from_hf, read_json
+from bireme.checkpoint.prepared import shard_model
+from bireme.config import ParallelConfig
 
 folder, out, stop = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 done = 0
 
-def progress(num_bytes):
+def progress(num_bytes, total):
     global done
     done += num_bytes
     if stop.isdigit() and done >= int(stop):
@@ -52,9 +50,7 @@ def replace(path, target):
     return rename(path, target)
 
 Path.replace = replace
-model = from_hf(read_json(folder / "config.json"))
-source = open_for_sharding(folder)
-shard(source, out, *matched(source, model, (2, 1)), progress)
+shard_model(folder, out, ParallelConfig.of((2, 1), 2), progress)
 """
 
 
@@ -114,7 +110,7 @@ def test_a_killed_run_is_taken_up_where_it_ended(
     assert not is_artifact(out)
     with_note = {path for path in before if path.with_suffix(".finished.json").exists()}
     assert len(with_note) >= num_finished - 1
-    shard_folder(source, out, RECIPE.model, WIDTHS)
+    shard_folder(source, out, WIDTHS)
     after = finished_files(out)
     assert {path for path in before if after[path] == before[path]} == with_note
     check_is_whole(source, out)
@@ -125,7 +121,7 @@ def shard_but_the_manifest(source: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharder, "write_manifest", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            shard_folder(source, out, RECIPE.model, WIDTHS)
+            shard_folder(source, out, WIDTHS)
 
 
 @pytest.fixture
@@ -151,7 +147,7 @@ def test_a_finished_file_that_was_damaged_since_is_written_anew(
         note.write_bytes(note.read_bytes()[:-5])
     else:
         (path if damage == "gone" else note).unlink()
-    shard_folder(source, interrupted, RECIPE.model, WIDTHS)
+    shard_folder(source, interrupted, WIDTHS)
     after = finished_files(interrupted)
     assert [each for each in before if before[each] != after[each]] == [path]
     check_is_whole(source, interrupted)
@@ -188,7 +184,7 @@ def test_finished_files_of_a_changed_source_are_not_kept(
 ) -> None:
     before = finished_files(interrupted)
     change(source)
-    shard_folder(source, interrupted, RECIPE.model, WIDTHS)
+    shard_folder(source, interrupted, WIDTHS)
     after = finished_files(interrupted)
     assert not [path for path in before if before[path] == after[path]]
     check_is_whole(source, interrupted)
@@ -199,7 +195,7 @@ def test_a_changed_config_is_carried_beside_what_is_finished(
 ) -> None:
     before = finished_files(interrupted)
     (source / "tokenizer.json").write_bytes(b"[]")
-    shard_folder(source, interrupted, RECIPE.model, WIDTHS)
+    shard_folder(source, interrupted, WIDTHS)
     assert finished_files(interrupted) == before
     check_is_whole(source, interrupted)
 
@@ -208,18 +204,18 @@ def test_finished_files_of_another_layout_are_not_taken_for_ours(
     source: Path, interrupted: Path
 ) -> None:
     """(1, 2) has three ranks too, and files of the same names."""
-    shard_folder(source, interrupted, RECIPE.model, (1, 2))
+    shard_folder(source, interrupted, (1, 2))
     check_is_whole(source, interrupted)
 
 
 def test_an_artifact_as_source_is_known_by_its_hashes(source: Path, tmp_path: Path) -> None:
     """Copied between the runs, with other times: the same bytes, so the finished files are kept."""
-    shard_folder(source, tmp_path / "artifact", RECIPE.model, (1,))
+    shard_folder(source, tmp_path / "artifact", (1,))
     shard_but_the_manifest(tmp_path / "artifact", tmp_path / "out")
     before = finished_files(tmp_path / "out")
     for path in (tmp_path / "artifact").glob("rank-*"):
         path.write_bytes(path.read_bytes())
-    shard_folder(tmp_path / "artifact", tmp_path / "out", RECIPE.model, WIDTHS)
+    shard_folder(tmp_path / "artifact", tmp_path / "out", WIDTHS)
     assert finished_files(tmp_path / "out") == before
     check_is_whole(source, tmp_path / "out")
 
@@ -232,21 +228,19 @@ def test_a_source_that_changes_meanwhile_gives_no_artifact(
 
     monkeypatch.setattr(sharder, "_resume", resume)
     with pytest.raises(CheckpointError, match="was changed while it was read"):
-        shard_folder(source, tmp_path / "out", RECIPE.model, WIDTHS)
+        shard_folder(source, tmp_path / "out", WIDTHS)
     assert not is_artifact(tmp_path / "out")
 
 
 def test_progress_adds_up_to_the_plan_with_and_without_a_rest(
     source: Path, interrupted: Path
 ) -> None:
-    opened = open_for_sharding(source)
-    layout, names = matched(opened, RECIPE.model, WIDTHS)
-    total = plan_shards(layout, names, opened.tensors).num_bytes
     (interrupted / "rank-00001-of-00003.safetensors").unlink()
     for out in (interrupted, interrupted.parent / "fresh"):
-        seen: list[int] = []
-        shard(opened, out, layout, names, seen.append)
-        assert sum(seen) == total
+        progress = Mock()
+        shard_model(source, out, ParallelConfig.of(WIDTHS, 2), progress)
+        done, totals = zip(*(call.args for call in progress.call_args_list), strict=True)
+        assert {sum(done)} == set(totals)
     exported: list[int] = []
     export(Artifact(interrupted), interrupted.parent / "exported", exported.append)
     assert sum(exported) == Artifact(interrupted).manifest.num_source_bytes

@@ -28,7 +28,7 @@ KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 @pytest.mark.parametrize("here", ["float32", "float16", "bfloat16"])
 def test_another_dtype_is_torch_s_own_conversion(there: str, here: str, tmp_path: Path) -> None:
     tensors = Recipe(dtype=there).write(tmp_path / "source")
-    shard_folder(tmp_path / "source", tmp_path / "artifact", Recipe().model, (2,))
+    shard_folder(tmp_path / "source", tmp_path / "artifact", (2,))
     model = from_hf({**LLAMA, "torch_dtype": here})
     for folder in ("source", "artifact"):
         source = open_folder(tmp_path / folder)

@@ -30,12 +30,10 @@ ALLOWED = 256 * MIB  # beside the largest tensor
 MEASURED = """
 import sys
 from pathlib import Path
-from checkpoint.making import matched
 from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.exporter import export
-from bireme.checkpoint.opener import open_for_sharding
-from bireme.checkpoint.sharder import shard
-from bireme.hf_config import from_hf, read_json
+from bireme.checkpoint.prepared import shard_model
+from bireme.config import ParallelConfig
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -49,15 +47,9 @@ def peak(action):
 
 folder, *phases = sys.argv[1:]
 source, first, second, out = (Path(folder) / name for name in ("source", "first", "second", "out"))
-model = from_hf(read_json(source / "config.json"))
-
-def run(folder, target, widths):
-    opened = open_for_sharding(folder)
-    shard(opened, target, *matched(opened, model, widths))
-
 actions = {
-    "shard": lambda: run(source, first, (2,)),
-    "reshard": lambda: run(first, second, (3, 1)),
+    "shard": lambda: shard_model(source, first, ParallelConfig.of(2)),
+    "reshard": lambda: shard_model(first, second, ParallelConfig.of((3, 1), 2)),
     "check": lambda: Artifact(second).check(),
     "export": lambda: export(Artifact(second), out),
 }
@@ -121,6 +113,16 @@ def test_a_large_transposed_tensor(tmp_path: Path) -> None:
     assert largest == 128 * MIB
     assert total > 1.5 * (largest + ALLOWED)
     check_peaks(tmp_path, largest + ALLOWED)
+
+
+@pytest.mark.slow
+def test_a_head_that_is_compared_with_the_embedding(tmp_path: Path) -> None:
+    config = {**llama(1), "vocab_size": 100_000}
+    largest, total = write_sparse(tmp_path / "source", config)
+    tied = json.dumps({**config, "tie_word_embeddings": True})
+    (tmp_path / "source" / "config.json").write_text(tied)
+    assert total > 2 * largest > 1.2 * (largest + ALLOWED)
+    check_peaks(tmp_path, largest + ALLOWED, ("shard",))
 
 
 @pytest.mark.slow

@@ -75,9 +75,9 @@ def test_every_tensor_comes_through(
     recipe: Recipe, num_files: int, is_legacy: bool, tmp_path: Path
 ) -> None:
     tensors = make(recipe, tmp_path / "source", num_files, is_legacy=is_legacy)
-    artifact = shard_folder(tmp_path / "source", tmp_path / "artifact", recipe.model, (3, 1))
-    check_every_rank(tmp_path / "artifact", recipe.model, (2,), tensors)
-    again = shard_folder(tmp_path / "artifact", tmp_path / "again", recipe.model, (2, 2))
+    artifact = shard_folder(tmp_path / "source", tmp_path / "artifact", (3, 1))
+    check_every_rank(tmp_path / "artifact", (2,), tensors)
+    again = shard_folder(tmp_path / "artifact", tmp_path / "again", (2, 2))
     assert artifact.check() == again.check() == []
     export(again, tmp_path / "exported")
     found = sorted(path.name for path in (tmp_path / "exported").iterdir())
@@ -93,7 +93,7 @@ def test_every_tensor_comes_through(
 def test_other_files_are_carried_and_the_bin_files_are_not(tmp_path: Path) -> None:
     recipe = Recipe(others={"tokenizer.json": b"{}", "training_args.bin": b"a pickle of theirs"})
     make(recipe, tmp_path / "source", 2)
-    artifact = shard_folder(tmp_path / "source", tmp_path / "artifact", recipe.model, (2,))
+    artifact = shard_folder(tmp_path / "source", tmp_path / "artifact", (2,))
     names = {file.name for file in artifact.manifest.carried}
     assert names == {"config.json", "tokenizer.json", "training_args.bin"}
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bireme.checkpoint.exporter import export
 from bireme.checkpoint.opener import open_folder
+from bireme.checkpoint.prepared import prepare_model
 from checkpoint.making import (
     BLOOM,
     GPT2,
@@ -20,6 +21,7 @@ from checkpoint.making import (
     NEOX,
     PHI3,
     Recipe,
+    Tensors,
     check_every_rank,
     check_parameters,
     files_of,
@@ -29,6 +31,18 @@ from checkpoint.making import (
 )
 
 TIED = {"tie_word_embeddings": True}
+_HEAD = {"lm_head.weight": ("BF16", (200, 48))}
+
+
+def _with_its_head(tensors: Tensors) -> Tensors:
+    return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+
+
+def _with_its_head_alone(tensors: Tensors) -> Tensors:
+    both = _with_its_head(tensors)
+    return {name: both[name] for name in both if name != "model.embed_tokens.weight"}
+
+
 EXTRA_FILES = {
     "tokenizer.json": b'{"model": {}}',
     "README.md": b"# A model\n",
@@ -48,8 +62,13 @@ RECIPES = {
     "multi-file": Recipe(num_files=3),
     "old prefix": Recipe(GPT2, prefix=("transformer.", "")),
     "old prefix, multi-file": Recipe(BLOOM, prefix=("transformer.", ""), num_files=2),
-    "tied with a head": Recipe({**LLAMA, **TIED}, extra={"lm_head.weight": ("BF16", (200, 48))}),
     "tied without a head": Recipe({**LLAMA, **TIED}),
+    "tied with the same head": Recipe({**LLAMA, **TIED}, change=_with_its_head),
+    "tied with another head": Recipe({**LLAMA, **TIED}, extra=_HEAD),
+    "tied with the head alone": Recipe({**LLAMA, **TIED}, change=_with_its_head_alone),
+    "tied with another head, old prefix": Recipe(
+        GPT2, prefix=("transformer.", ""), extra={"lm_head.weight": ("BF16", (150, 40))}
+    ),
     "not alphabetical": Recipe(order=lambda name: name[::-1], metadata={"b": "2", "a": '"\u00e9"'}),
     "no metadata": Recipe(metadata=None),
     "unused tensors": Recipe(
@@ -85,8 +104,8 @@ def test_shard_reshard_export_equals_the_source(name: str, tmp_path: Path) -> No
     source = files_of(tmp_path / "source")
     for number, (first, second) in enumerate(LAYOUTS):
         folder = tmp_path / str(number)
-        shard_folder(tmp_path / "source", folder / "first", recipe.model, first)
-        artifact = shard_folder(folder / "first", folder / "second", recipe.model, second)
+        shard_folder(tmp_path / "source", folder / "first", first)
+        artifact = shard_folder(folder / "first", folder / "second", second)
         export(artifact, folder / "exported")
         assert files_of(folder / "exported") == source
         assert artifact.check() == []
@@ -97,20 +116,29 @@ def test_shard_reshard_export_equals_the_source(name: str, tmp_path: Path) -> No
 def test_every_rank_loads_the_source_s_bits_at_any_layout(name: str, tmp_path: Path) -> None:
     recipe = RECIPES[name]
     tensors = recipe.write(tmp_path / "source")
-    shard_folder(tmp_path / "source", tmp_path / "artifact", recipe.model, (3, 2))
+    shard_folder(tmp_path / "source", tmp_path / "artifact", (3, 2))
     for widths in ((1,), (3, 2), (2, 1, 3), (5,)):
-        check_every_rank(tmp_path / "source", recipe.model, widths, tensors)
-        check_every_rank(tmp_path / "artifact", recipe.model, widths, tensors)
+        check_every_rank(tmp_path / "source", widths, tensors)
+        check_every_rank(tmp_path / "artifact", widths, tensors)
 
 
-@pytest.mark.parametrize("name", ["single file", "tied with a head", "interleaved", "one KV head"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "single file",
+        "tied with the same head",
+        "tied with another head",
+        "interleaved",
+        "one KV head",
+    ],
+)
 @pytest.mark.parametrize("widths", [(1,), (4,), (2, 2), (3, 2), (1, 4)])
 def test_at_its_own_layout_each_rank_reads_its_own_file(
     name: str, widths: tuple[int, ...], tmp_path: Path
 ) -> None:
     recipe = RECIPES[name]
     tensors = recipe.write(tmp_path / "source")
-    shard_folder(tmp_path / "source", tmp_path / "artifact", recipe.model, widths)
+    shard_folder(tmp_path / "source", tmp_path / "artifact", widths)
     world = sum(widths)
     for rank in range(world):
         own = tmp_path / "artifact" / f"rank-{rank:05d}-of-{world:05d}.safetensors"
@@ -120,8 +148,9 @@ def test_at_its_own_layout_each_rank_reads_its_own_file(
             if path != own
         ]
         source = open_folder(tmp_path / "artifact", rank)
-        _, names = matched(source, recipe.model, widths)
-        stage, _ = load_rank(source, names, recipe.model, widths, rank)
+        model = prepare_model(str(tmp_path / "source")).config
+        _, names = matched(source, model, widths)
+        stage, _ = load_rank(source, names, model, widths, rank)
         check_parameters(stage, names, tensors)
         assert source.stats.fetched == own.stat().st_size
         for path in hidden:
@@ -134,7 +163,7 @@ def models_and_layouts(draw: st.DrawFn) -> tuple[Recipe, tuple[int, ...], tuple[
     heads = kv_heads * draw(st.integers(1, 3))
     layers = draw(st.integers(1, 3))
     family = draw(st.sampled_from([LLAMA, GPT2, BLOOM, MIXTRAL]))
-    head_dim = draw(st.sampled_from([1, 2, 5]))
+    head_dim = draw(st.sampled_from([2, 6, 10]))
     is_llama = "num_key_value_heads" in family
     config = {
         **family,
@@ -171,7 +200,7 @@ def test_any_shape_at_any_layouts(case: tuple[Recipe, tuple[int, ...], tuple[int
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tensors = recipe.write(folder / "source")
-        artifact = shard_folder(folder / "source", folder / "artifact", recipe.model, first)
-        check_every_rank(folder / "artifact", recipe.model, second, tensors)
+        artifact = shard_folder(folder / "source", folder / "artifact", first)
+        check_every_rank(folder / "artifact", second, tensors)
         export(artifact, folder / "exported")
         assert files_of(folder / "exported") == files_of(folder / "source")

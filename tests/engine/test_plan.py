@@ -8,11 +8,11 @@ import os
 import pytest
 
 from bireme import LLM
+from bireme.checkpoint.prepared import prepare_model
 from bireme.config import ParallelConfig
 from bireme.engine.executor import threads_per_rank
 from bireme.engine.messages import Command, Join
 from bireme.engine.pool import WorkerPool, World
-from bireme.engine.prepare import prepare_model
 from bireme.models.registry import partition_layers
 
 

@@ -12,10 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.executor import WorkerPlan
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import PreparedModel, make_plan, prepare_model
+from bireme.engine.prepare import make_plan
 from bireme.request import ScheduledBatch, StepOutput
 from bireme.verify import (
     Certificate,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import zoo
 
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.config import EngineConfig, ParallelConfig
-from bireme.engine.prepare import PreparedModel, prepare_model
 from bireme.verify import Reference, transformers_reference
 
 

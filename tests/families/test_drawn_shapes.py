@@ -13,7 +13,7 @@ from harness import engine_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bireme.engine.prepare import prepare_model
+from bireme.checkpoint.prepared import prepare_model
 from bireme.verify import transformers_reference, verify
 
 # names of the sizes by config class: layers, heads, width, MLP columns (None: always 4 * width)

@@ -15,11 +15,11 @@ import zoo
 from harness import Checkpoints, engine_config
 from safetensors.torch import load_file, save_file
 
-from bireme.engine.prepare import prepare_model
+from bireme.checkpoint.prepared import prepare_model
 from bireme.errors import CheckpointError, ConfigError
-from bireme.hf_config import ARCHITECTURES, from_hf
+from bireme.hf_config import MODEL_TYPES, from_hf
 from bireme.models.registry import FAMILIES
-from bireme.verify import verify
+from bireme.verify import transformers_reference, verify
 
 Tensors = dict[str, torch.Tensor]
 
@@ -95,7 +95,7 @@ def test_a_field_left_out_means_what_transformers_takes_it_to_mean(case: str) ->
 
 
 def test_every_architecture_has_a_family() -> None:
-    assert set(ARCHITECTURES) == set(FAMILIES)
+    assert set(MODEL_TYPES.values()) == set(FAMILIES)
 
 
 def test_an_unsupported_architecture_is_refused_by_name_with_the_list() -> None:
@@ -112,10 +112,10 @@ def test_an_unsupported_architecture_is_refused_by_name_with_the_list() -> None:
     [
         (
             {"rope_scaling": {"rope_type": "spiral", "factor": 2.0}},
-            "rope scaling 'spiral' is not supported",
+            "rope_scaling.rope_type 'spiral'; one of default, linear",
         ),
         ({"rope_scaling": {"type": "linear"}}, "rope scaling 'linear' no factor"),
-        ({"hidden_act": "quick_gelu"}, "activation 'quick_gelu' is not supported"),
+        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'; one of silu"),
         ({"num_key_value_heads": 4}, "6 query heads are not a multiple of 4 KV heads"),
         ({"vocab_size": None}, "no vocab_size"),
         ({"architectures": None}, "names no architecture"),
@@ -160,6 +160,12 @@ def _with_head(embedding: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: tensors | {"lm_head.weight": tensors[embedding].clone()}
 
 
+def _with_another_head(
+    embedding: str, head: str = "lm_head.weight"
+) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {head: tensors[embedding].flip(0).contiguous()}
+
+
 _ROPE_BUFFERS = [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(5)]
 _NEOX_BUFFERS = [
     f"gpt_neox.layers.0.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq")
@@ -175,6 +181,16 @@ OLD_FILES = {
     "gpt2-tied-head": ("gpt2", _with_head("transformer.wte.weight")),
     "opt-tied-head": ("opt", _with_head("model.decoder.embed_tokens.weight")),
     "bloom-tied-head": ("bloom", _with_head("transformer.word_embeddings.weight")),
+    "llama-head-alone": ("llama3", _renamed("model.embed_tokens.weight", "lm_head.weight")),
+    "gpt2-head-alone": ("gpt2", _renamed("transformer.wte.weight", "lm_head.weight")),
+    "bloom-head-alone": ("bloom", _renamed("transformer.word_embeddings.weight", "lm_head.weight")),
+}
+ANOTHER_HEAD = {
+    "llama3": _with_another_head("model.embed_tokens.weight"),
+    "gemma2": _with_another_head("model.embed_tokens.weight"),
+    "gpt2": _with_another_head("transformer.wte.weight"),
+    "opt-350m": _with_another_head("model.decoder.embed_tokens.weight"),
+    "bloom": _with_another_head("transformer.word_embeddings.weight"),
 }
 
 
@@ -187,6 +203,22 @@ def test_an_old_file_is_the_same_model(
     reference = checkpoints.reference(case, num_decode=2)
     found = verify(model, engine_config(2, 1), zoo.prompts(), reference=reference)
     assert found.is_same, found
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("case", ANOTHER_HEAD)
+def test_a_tied_config_with_another_head_in_the_file_means_that_head(
+    checkpoints: Checkpoints, tmp_path: Path, case: str
+) -> None:
+    folder = _rewritten(checkpoints, case, tmp_path / "other", ANOTHER_HEAD[case])
+    model = prepare_model(str(folder))
+    reference = transformers_reference(model, zoo.prompts(), 2, "float32")
+    found = verify(model, engine_config(2, 1), zoo.prompts(), reference=reference)
+    assert found.is_same, found
+    unheeded = verify(
+        model, engine_config(2, 1), zoo.prompts(), reference=checkpoints.reference(case, 2)
+    )
+    assert not unheeded.is_same, "the other head makes no difference"
 
 
 def test_a_buffer_of_another_family_is_no_excuse(checkpoints: Checkpoints, tmp_path: Path) -> None:

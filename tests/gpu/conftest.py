@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from bireme import __version__
+from bireme.checkpoint.prepared import prepare_model
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import prepare_model
 from bireme.verify import Certificate, verify
 from families import zoo
 

@@ -130,13 +130,23 @@ def test_an_unknown_setting_is_refused_with_the_closest_one() -> None:
     [
         {"temperature": -1.0},
         {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"temperature": "1"},
         {"top_p": 0.0},
+        {"top_p": float("nan")},
+        {"top_p": None},
         {"top_k": -1},
+        {"top_k": 2**63},
+        {"top_k": 4.0},
         {"max_tokens": 0},
         {"max_tokens": -5},
+        {"max_tokens": 2.0},
         {"seed": -1},
+        {"seed": True},
+        {"stop_token_ids": "ab"},
+        {"stop_token_ids": 3},
     ],
 )
-def test_impossible_sampling_is_refused_by_name(settings: dict[str, float]) -> None:
+def test_impossible_sampling_is_refused_by_name(settings: dict[str, object]) -> None:
     with pytest.raises(RequestError, match=next(iter(settings))):
         SamplingParams(**settings)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from bireme.checkpoint.hub import resolve_model
-from bireme.errors import CheckpointError, RequestError
+from bireme.errors import CheckpointError, ConfigError, RequestError
 from bireme.text.tokenizer import IncrementalDecoder, Tokenizer
 
 DEMO = resolve_model("demo")
@@ -76,6 +77,39 @@ def test_any_ids_stream_to_their_whole_text(ids: list[int]) -> None:
 def test_a_template_that_refuses_says_so(ours: Tokenizer) -> None:
     with pytest.raises(RequestError, match="the roles are system, user and assistant"):
         ours.apply_chat_template([{"role": "robot", "content": "hi"}])
+
+
+def test_half_a_character_is_refused(ours: Tokenizer) -> None:
+    with pytest.raises(RequestError, match="half of a surrogate pair"):
+        ours.encode("a \ud83d b")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "says"),
+    [
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template 3; a text or a list"),
+        ("tokenizer_config.json", {"bos_token": ["a"]}, r"bos_token \['a'\]; the text of a token"),
+        ("tokenizer_config.json", {"bos_token": "\ud83d"}, "bos_token .*; the text of a token"),
+        ("special_tokens_map.json", {"bos_token": 1}, "special_tokens_map.json gives bos_token 1"),
+    ],
+)
+def test_a_field_of_no_use_is_named_where_it_is_needed(
+    file: str, fields: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    (tmp_path / file).write_text(json.dumps({"chat_template": "{{ messages }}", **fields}))
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.encode("The with statement")
+    with pytest.raises(ConfigError, match=says):
+        tokenizer.apply_chat_template(CHAT)
+
+
+def test_whatever_a_template_raises_is_a_refusal(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((DEMO / "tokenizer.json").read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    with pytest.raises(RequestError, match="the chat template refuses the messages"):
+        Tokenizer(tmp_path).apply_chat_template(CHAT)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bireme.checkpoint.writer import (
     write_file,
 )
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import Box, Source, View, as_slices, box_shape
+from bireme.parallel.layout import Box, Source, as_slices, box_shape
 
 
 def export(artifact: Artifact, out: Path, progress: Progress = lambda _: None) -> None:
@@ -63,7 +63,7 @@ class _AsInFile:
 
     def read(self, source: Source, box: Box, out: Bits) -> None:
         stored = self._artifact.source(source.name)
-        for logical_box, target in _inverse(stored).file_boxes(box, source.shape):
+        for logical_box, target in stored.inverse.view.file_boxes(box, source.shape):
             if stored.view.kind == "transpose":
                 rows = np.empty(box_shape(logical_box), dtype=out.dtype)
                 self._artifact.read(stored, logical_box, rows)
@@ -74,11 +74,3 @@ class _AsInFile:
     def mapped(self, source: Source, box: Box) -> Bits | None:
         stored = self._artifact.source(source.name)
         return self._artifact.mapped(stored, box) if stored.view.kind == "identity" else None
-
-
-def _inverse(source: Source) -> View:
-    """The view through which the logical tensor looks as it does in its file."""
-    view = source.view
-    if view.kind != "interleave":
-        return view  # identity and transpose undo themselves
-    return View("interleave", source.shape[0] // (view.num_parts * view.unit), view.unit)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import nn
@@ -20,15 +18,6 @@ _FROM_FILE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16
 _BITS = {2: torch.uint16, 4: torch.uint32}
 
 
-@dataclass(frozen=True)
-class LoadStats:
-    """Bytes in the source's own dtypes, and elements filled and padded."""
-
-    num_source_bytes: int
-    num_filled: int
-    num_padded: int
-
-
 def torch_dtype(name: str) -> torch.dtype:
     """ConfigError for a dtype that weights cannot have."""
     if name not in TORCH_DTYPES:
@@ -37,12 +26,13 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def load_parameters(model: nn.Module, source: TensorSource, names: NameMap) -> LoadStats:
+def load_parameters(model: nn.Module, source: TensorSource, names: NameMap) -> int:
     """Reads every parameter's pieces into it, in its own dtype and on its device.
 
-    `names` was matched strictly both ways before; a layout whose pieces overlap raises here.
+    Returns how many bytes they are in the source's own dtypes. `names` was matched strictly both
+    ways before; a layout whose pieces overlap raises here.
     """
-    num_bytes = num_filled = num_padded = 0
+    num_bytes = 0
     for _, module, attribute, layout in named_layouts(model):
         layout.check()
         parameter = getattr(module, attribute).data
@@ -51,9 +41,7 @@ def load_parameters(model: nn.Module, source: TensorSource, names: NameMap) -> L
         for piece in layout.pieces:
             num_bytes += _fill(parameter, piece, source, names)
             source.forget(names.in_file(piece.source.name))
-        num_filled += layout.num_elements - layout.num_padding
-        num_padded += layout.num_padding
-    return LoadStats(num_bytes, num_filled, num_padded)
+    return num_bytes
 
 
 def _fill(parameter: torch.Tensor, piece: Piece, source: TensorSource, names: NameMap) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from bireme.checkpoint.artifact import Artifact
@@ -11,8 +10,11 @@ from bireme.checkpoint.manifest import is_artifact
 from bireme.checkpoint.names import NameMap, match_names
 from bireme.checkpoint.pickled import PickledCheckpoint
 from bireme.checkpoint.reader import Checkpoint
-from bireme.models.blocks import Family
-from bireme.parallel.layout import Source
+from bireme.model_config import ModelConfig
+from bireme.models.registry import end_names, family_of
+from bireme.parallel.layout import ModelLayout
+
+Opened = Checkpoint | Artifact | PickledCheckpoint
 
 
 def open_folder(folder: Path, rank: int = 0) -> Checkpoint | Artifact:
@@ -20,26 +22,22 @@ def open_folder(folder: Path, rank: int = 0) -> Checkpoint | Artifact:
     return Artifact(folder, rank) if is_artifact(folder) else Checkpoint(folder)
 
 
-def open_for_sharding(folder: Path) -> Checkpoint | Artifact | PickledCheckpoint:
+def open_for_sharding(folder: Path) -> Opened:
     """Like `open_folder`, and reads `.bin` files where there is nothing better."""
     if not is_artifact(folder) and not SAFETENSORS.inside(folder) and PICKLED.inside(folder):
         return PickledCheckpoint(folder)
     return open_folder(folder)
 
 
-def match_source(
-    source: Checkpoint | Artifact | PickledCheckpoint,
-    sources: Mapping[str, Source],
-    family: Family,
-    is_tied: bool,
-) -> NameMap:
+def match_source(source: Opened, layout: ModelLayout, config: ModelConfig) -> NameMap:
     """The strict comparison, both ways; CheckpointError names what is missing or too much."""
+    family = family_of(config)
     return match_names(
-        sources,
+        layout.sources,
         source.tensors,
         family.prefixes,
         family.ignorable,
-        is_tied,
+        end_names(config) if config.tie_word_embeddings else None,
         source.folder,
         source.file_of,
     )

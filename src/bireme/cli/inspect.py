@@ -18,7 +18,7 @@ from bireme.config import DTYPE_BYTES, EngineConfig, format_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bireme.engine.prepare import PreparedModel
+    from bireme.checkpoint.prepared import PreparedModel
     from bireme.parallel.layout import ModelLayout
     from bireme.parallel.memory import RankMemory
     from bireme.parallel.summary import ParamRow
@@ -40,7 +40,8 @@ def run(
     ] = False,
     as_json: options.JsonOutput = False,
 ) -> int:
-    from bireme.engine.prepare import memory_of, prepare_model, resolve_dtype
+    from bireme.checkpoint.prepared import prepare_model
+    from bireme.engine.prepare import memory_of, resolve_dtype
     from bireme.models.registry import model_layout
 
     prepared = prepare_model(model, needs_weights=check)

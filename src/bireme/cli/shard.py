@@ -23,20 +23,9 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
     parallel = options.parallel_config(tp, pp, layers_per_stage)
-    from bireme.checkpoint.opener import match_source, open_for_sharding
-    from bireme.checkpoint.sharder import plan_shards, shard
-    from bireme.engine.prepare import prepare_model
-    from bireme.models.registry import family_of, model_layout
+    from bireme.checkpoint.prepared import shard_model
 
-    prepared = prepare_model(model, reads_bin=True)
-    layout = model_layout(prepared.config, parallel)
-    layout.check()
-    source = open_for_sharding(prepared.folder)
-    names = match_source(
-        source, layout.sources, family_of(prepared.config), prepared.config.tie_word_embeddings
-    )
-    total = plan_shards(layout, names, dict(source.tensors)).num_bytes
-    with progress.bytes_bar("sharding", total, quiet=quiet) as advance:
-        manifest = shard(source, out, layout, names, advance)
+    with progress.bytes_bar("sharding", quiet=quiet) as advance:
+        manifest = shard_model(model, out, parallel, advance)
     stored = sum(file.num_bytes for file in manifest.files)
-    typer.echo(f"{out}: {len(layout.ranks)} ranks at {parallel}, {format_bytes(stored)}")
+    typer.echo(f"{out}: {parallel.world_size} ranks at {parallel}, {format_bytes(stored)}")

@@ -10,7 +10,7 @@ import typer
 from bireme.cli import options
 
 if TYPE_CHECKING:
-    from bireme.engine.prepare import PreparedModel
+    from bireme.checkpoint.prepared import PreparedModel
 
 NAME = "verify"
 SHORT = "Prove that the cut model is the whole model."
@@ -61,8 +61,8 @@ def run(
     if out is not None:
         options.check_writable(out)
     from bireme.checkpoint.manifest import is_artifact, write_atomically
+    from bireme.checkpoint.prepared import prepare_model
     from bireme.config import EngineConfig
-    from bireme.engine.prepare import prepare_model
     from bireme.verify import certificate_json, certificate_name, certificate_text, verify
 
     config = EngineConfig(parallel=parallel, **settings)

@@ -13,18 +13,13 @@ from typing import Any
 
 import msgspec
 
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.config import EngineConfig, ParallelConfig, check_settings
 from bireme.engine.engine import Engine, TokenEvent
 from bireme.engine.executor import WorkerExecutor
 from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import (
-    PreparedModel,
-    check_prompt,
-    make_plan,
-    prepare_model,
-    resolve_auto_width,
-)
+from bireme.engine.prepare import check_prompt, make_plan, resolve_auto_width
 from bireme.engine.scheduler import Scheduler
 from bireme.errors import ConfigError, EngineError, RequestError
 from bireme.request import (
@@ -35,7 +30,7 @@ from bireme.request import (
     RequestOutput,
     SamplingParams,
 )
-from bireme.text.tokenizer import IncrementalDecoder, Message, Tokenizer
+from bireme.text.tokenizer import IncrementalDecoder, Message, Tokenizer, has_tokenizer
 from bireme.trace import Span, chrome_trace
 
 Prompt = str | Sequence[int]
@@ -245,7 +240,7 @@ class LLM:
     @property
     def has_tokenizer(self) -> bool:
         """Token ids work without any tokenizer file; texts of outputs are empty then."""
-        return (self.model.folder / "tokenizer.json").exists()
+        return has_tokenizer(self.model.folder)
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -10,47 +10,19 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from bireme.checkpoint.artifact import Artifact
-from bireme.checkpoint.hub import resolve_model
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.opener import match_source, open_folder
+from bireme.checkpoint.prepared import PreparedModel
 from bireme.config import DTYPE_BYTES, EngineConfig, ParallelConfig, format_bytes
 from bireme.engine.executor import WorkerPlan
 from bireme.errors import CapacityError, ConfigError, RequestError
-from bireme.hf_config import from_hf, read_json
 from bireme.model_config import ModelConfig
-from bireme.models.registry import family_of, model_layout, rank_layouts
+from bireme.models.registry import model_layout, rank_layouts
 from bireme.parallel.layout import ModelLayout
 from bireme.parallel.memory import RankMemory, StepLimits, rank_memory
-
-
-@dataclass(frozen=True)
-class PreparedModel:
-    """A model folder, its config, and the ids that end its answers."""
-
-    name: str
-    folder: Path
-    config: ModelConfig
-    eos_token_ids: frozenset[int]
-
-
-def prepare_model(
-    model: str, *, needs_weights: bool = True, reads_bin: bool = False
-) -> PreparedModel:
-    """Finds the model and reads its configs."""
-    folder = resolve_model(model, needs_weights=needs_weights, reads_bin=reads_bin)
-    hf = read_json(folder / "config.json")
-    config = from_hf(hf)
-    family_of(config)
-    generation = folder / "generation_config.json"
-    eos = (read_json(generation) if generation.exists() else {}).get(
-        "eos_token_id", hf.get("eos_token_id")
-    )
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return PreparedModel(model, folder, config, frozenset(ids))
 
 
 def resolve_dtype(config: ModelConfig, engine: EngineConfig) -> str:
@@ -234,9 +206,7 @@ def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
 
 def _match(model: PreparedModel, layout: ModelLayout) -> NameMap:
     source = open_folder(model.folder)
-    names = match_source(
-        source, layout.sources, family_of(model.config), model.config.tie_word_embeddings
-    )
+    names = match_source(source, layout, model.config)
     if isinstance(source, Artifact):
         source.check_files()
     return names

@@ -121,7 +121,7 @@ class Worker:
         materialise(model, dtype, self._device)
         source = _open_source(command, model, mesh.rank)
         with self._spans.span(SpanKind.LOAD):
-            stats = load_parameters(model, source, command.names)
+            needed_bytes = load_parameters(model, source, command.names)
         config = command.config
         cache = CacheShape(
             command.num_blocks, config.block_size, config.max_num_seqs, command.max_model_len
@@ -135,8 +135,8 @@ class Worker:
         return Loaded(
             weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
             cache_bytes=self._runner.cache_bytes,
-            needed_bytes=stats.num_source_bytes,
-            fetched_bytes=read.fetched if read else stats.num_source_bytes,
+            needed_bytes=needed_bytes,
+            fetched_bytes=read.fetched if read else needed_bytes,
             verified_bytes=read.verified if read else 0,
             seconds=time.monotonic() - start,
         )

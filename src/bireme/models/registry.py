@@ -1,7 +1,8 @@
-"""Which architectures there are, and how a model is cut into stages and ranks."""
+"""Which families there are, and how a model is cut into stages and ranks."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import reduce
 from types import MappingProxyType
@@ -28,31 +29,24 @@ from bireme.parallel.pipeline import StageSpec, partition, stage_specs
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
-        "LlamaForCausalLM": LLAMA,
-        "MistralForCausalLM": LLAMA,
-        "Qwen2ForCausalLM": LLAMA,
-        "Qwen3ForCausalLM": QWEN3,
-        "Gemma2ForCausalLM": GEMMA2,
-        "Phi3ForCausalLM": PHI3,
-        "GPT2LMHeadModel": GPT2,
-        "OPTForCausalLM": OPT,
-        "BloomForCausalLM": BLOOM,
-        "GPTNeoXForCausalLM": GPT_NEOX,
-        "MixtralForCausalLM": MIXTRAL,
-        "Qwen3MoeForCausalLM": QWEN3_MOE,
+        "llama": LLAMA,
+        "mistral": LLAMA,
+        "qwen2": LLAMA,
+        "qwen3": QWEN3,
+        "gemma2": GEMMA2,
+        "phi3": PHI3,
+        "gpt2": GPT2,
+        "opt": OPT,
+        "bloom": BLOOM,
+        "gpt_neox": GPT_NEOX,
+        "mixtral": MIXTRAL,
+        "qwen3_moe": QWEN3_MOE,
     }
-)
+)  # by model type; `hf_config` says which architecture is of which
 
 
 def family_of(config: ModelConfig) -> Family:
-    """ConfigError with the list of what there is, if the architecture is not."""
-    family = FAMILIES.get(config.architecture)
-    if family is None:
-        raise ConfigError(
-            f"architecture {config.architecture} is not supported; "
-            f"supported are {', '.join(FAMILIES)}"
-        )
-    return family
+    return FAMILIES[config.model_type]
 
 
 def build_stage(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> StageModel:
@@ -113,6 +107,16 @@ def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:
     )
 
 
+def end_names(config: ModelConfig) -> tuple[str, str]:
+    """The names of the token embedding and of the head, were it not tied to it."""
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    ends = rank_layout(untied, Mesh((1,), 0), StageSpec(0, 0, 0, has_embedding=True, has_head=True))
+    embedding, head = (
+        param.pieces[0].source.name for param in ends.params if param.cut == "vocabulary"
+    )
+    return embedding, head
+
+
 def model_layout(config: ModelConfig, parallel: ParallelConfig) -> ModelLayout:
     """The whole cut: ConfigError where a width or a number of stages cannot work."""
     return ModelLayout(parallel.widths, tuple(rank_layouts(config, parallel)))
@@ -120,7 +124,6 @@ def model_layout(config: ModelConfig, parallel: ParallelConfig) -> ModelLayout:
 
 def rank_layouts(config: ModelConfig, parallel: ParallelConfig) -> Iterator[RankLayout]:
     """The ranks of `model_layout`, each made when it is asked for."""
-    family_of(config)
     for width in parallel.widths:
         if width > config.num_heads:
             raise ConfigError(

@@ -119,6 +119,14 @@ class Source:
     shape: Shape
     view: View = IDENTITY
 
+    @property
+    def inverse(self) -> Source:
+        """The tensor as in its file, seen through a view of the logical one."""
+        view = self.view
+        if view.kind == "interleave":
+            view = View("interleave", self.shape[0] // (view.num_parts * view.unit), view.unit)
+        return Source(self.name, self.view.file_shape(self.shape), view)
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
+from bireme.parallel.pipeline import stage_ranks
 
 
 class TensorGroup(Protocol):
@@ -92,13 +92,3 @@ class Mesh:
     @property
     def name(self) -> str:
         return f"rank {self.rank} (stage {self.stage}, tp {self.tp_rank})"
-
-    def forward_edges(self) -> tuple[Edge, ...]:
-        return tuple(
-            edge for edge in forward_edges(self.widths) if self.rank in (edge.src, edge.dst)
-        )
-
-    def sampled_edges(self) -> tuple[Edge, ...]:
-        return tuple(
-            edge for edge in sampled_edges(self.widths) if self.rank in (edge.src, edge.dst)
-        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +14,31 @@ import jinja2.sandbox
 from tokenizers import Tokenizer as FastTokenizer
 
 from bireme.errors import CheckpointError, RequestError
-from bireme.hf_config import read_json
+from bireme.text import byte_level_bpe
+from bireme.text.tokenizer_config import TokenizerConfig, is_unicode
 
 Message = dict[str, Any]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """True where `Tokenizer(folder)` has something to read."""
+    return (folder / "tokenizer.json").is_file() or byte_level_bpe.is_here(folder)
 
 
 class Tokenizer:
     """A fast tokenizer with its special tokens and its chat template."""
 
     def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise CheckpointError(f"{folder} has no tokenizer.json; give token ids instead of text")
-        try:
-            self._fast = FastTokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for a broken file
-            raise CheckpointError(f"{path} is no tokenizer: {error}") from None
+        self._fast = _load(folder)
         self._fast.no_padding()
         self._fast.no_truncation()
-        self._folder = folder
-
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        path = self._folder / "tokenizer_config.json"
-        return read_json(path) if path.exists() else {}
+        self._config = TokenizerConfig(folder)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if not is_unicode(text):
+            raise RequestError(
+                "the text holds half of a surrogate pair; whole characters are needed"
+            )
         ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -53,18 +51,6 @@ class Tokenizer:
         """A decoder for one stream of ids."""
         return IncrementalDecoder(self._fast)
 
-    @cached_property
-    def chat_template(self) -> str | None:
-        path = self._folder / "chat_template.jinja"
-        if path.exists():
-            return path.read_text(encoding="utf-8")
-        template = self._config.get("chat_template")
-        if isinstance(template, list):  # several named ones: transformers takes 'default'
-            template = next(
-                (entry["template"] for entry in template if entry["name"] == "default"), None
-            )
-        return template
-
     def apply_chat_template(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True
     ) -> str:
@@ -72,19 +58,28 @@ class Tokenizer:
 
         RequestError where there is no template or it refuses the messages.
         """
-        if self.chat_template is None:
+        template = self._config.chat_template
+        if template is None:
             raise RequestError("the model has no chat template; give a plain prompt")
-        special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in self._config.items()
-            if name.endswith("_token") and value is not None
-        }
+        special = {name: token["content"] for name, token in self._config.special_tokens.items()}
         try:
-            return _compile(self.chat_template).render(
+            return _compile(template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **special
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can raise whatever Python does
             raise RequestError(f"the chat template refuses the messages: {error}") from None
+
+
+def _load(folder: Path) -> FastTokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if byte_level_bpe.is_here(folder):
+            return byte_level_bpe.load(folder)
+        raise CheckpointError(f"{folder} has no tokenizer.json; give token ids instead of text")
+    try:
+        return FastTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a broken file
+        raise CheckpointError(f"{path} is no tokenizer: {error}") from None
 
 
 def _compile(template: str) -> jinja2.Template:

@@ -17,12 +17,13 @@ import torch
 
 from bireme.checkpoint.dummy import DummySource
 from bireme.checkpoint.opener import open_folder
+from bireme.checkpoint.prepared import PreparedModel
 from bireme.checkpoint.reader import TensorSource
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.capture import capture_path
 from bireme.engine.executor import WorkerExecutor, WorkerPlan
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import PreparedModel, check_prompt, make_plan
+from bireme.engine.prepare import check_prompt, make_plan
 from bireme.errors import ConfigError
 from bireme.models.registry import model_layout
 from bireme.parallel.layout import ModelLayout

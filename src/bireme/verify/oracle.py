@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bireme.engine.prepare import PreparedModel
+from bireme.checkpoint.prepared import PreparedModel
 from bireme.errors import ConfigError
 from bireme.models.rope import depends_on_length
 from bireme.verify.sequences import Reference, Sequences
