@@ -131,6 +131,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(
     assert not (tmp_path / "planted").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch 2.11, while it loads one
 @pytest.mark.parametrize(
     ("state", "expected"),
     [
