@@ -13,6 +13,7 @@ from bireme.errors import ConfigError
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 LoadFormat = Literal["auto", "dummy"]
+Transport = Literal["auto", "distributed"]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -125,7 +126,7 @@ class ParallelConfig:
         return f"tp {','.join(map(str, self.widths))} (pp {self.pp_size})"
 
 
-_CHOICES = {"dtype": DType, "device": Device, "load_format": LoadFormat}
+_CHOICES = {"dtype": DType, "device": Device, "load_format": LoadFormat, "transport": Transport}
 _LEAST = {
     "seed": 0,
     "block_size": 1,
@@ -145,6 +146,7 @@ class EngineConfig:
     `memory_limit_bytes` bounds the tensors of one rank; None means what the device has.
     `workspace_bytes` bounds what attention and sampling hold for a moment (one sequence's context
     in one layer apart).
+    `transport` auto is shared memory between the CPUs of a host, else torch.distributed.
     `devices` maps rank i to CUDA device devices[i]; None means rank i on device i.
     """
 
@@ -153,6 +155,7 @@ class EngineConfig:
     device: Device = "auto"
     devices: tuple[int, ...] | None = None
     load_format: LoadFormat = "auto"
+    transport: Transport = "auto"
     seed: int = 0
     block_size: int = 16
     max_model_len: int | None = None

@@ -6,16 +6,19 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from bireme.checkpoint.names import NameMap
-from bireme.config import EngineConfig
+from bireme.config import DTYPE_BYTES, EngineConfig
 from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Output
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
 from bireme.model_config import ModelConfig
+from bireme.parallel import shm
 from bireme.parallel.mesh import Mesh
+from bireme.parallel.shm import SegmentPlan
 from bireme.request import ScheduledBatch, StepOutput
 from bireme.trace import Span
 
@@ -50,8 +53,7 @@ class WorkerExecutor:
     def __init__(self, plan: WorkerPlan, pool: WorkerPool) -> None:
         self._plan = plan
         self._waiting: deque[tuple[int, int]] = deque()
-        # NCCL meets here again whenever it makes a communicator: it stays as long as the world
-        self._meeting = tempfile.TemporaryDirectory(prefix="bireme-")
+        self._held = ExitStack()  # what the ranks share, for as long as their world is there
         self._world = World(pool, plan.rank_names, plan.config.parallel.widths)
         try:
             self._join()
@@ -61,24 +63,44 @@ class WorkerExecutor:
             raise
 
     def _abandon(self, pool: WorkerPool) -> None:
-        self._meeting.cleanup()
+        self._held.close()
         if not self._world.is_broken:
             self._world.close()
             pool.close()
 
     def _join(self) -> None:
         plan = self._plan
+        # NCCL meets here again whenever it makes a communicator
+        meeting = self._held.enter_context(tempfile.TemporaryDirectory(prefix="bireme-"))
+        segment = self._segment()
         for rank, device in enumerate(plan.devices):
             command = Join(
                 widths=plan.config.parallel.widths,
                 rank=rank,
-                store_path=str(Path(self._meeting.name) / "store"),
+                store_path=str(Path(meeting) / "store"),
                 device=device,
                 num_threads=threads_per_rank(len(plan.devices)),
                 timeout_s=plan.config.step_timeout_s,
+                segment=segment,
             )
             self._world.send(rank, command)
         self._world.gather(plan.config.start_timeout_s, "joining the other ranks")
+
+    def _segment(self) -> tuple[str, SegmentPlan] | None:
+        """Memory that the ranks talk through, where they can: on the CPUs of one host."""
+        plan, config = self._plan, self._plan.config
+        is_usable = set(plan.devices) == {"cpu"} and config.parallel.world_size > 1
+        if not is_usable or config.transport == "distributed" or not shm.is_supported():
+            return None
+        item_bytes = DTYPE_BYTES[plan.dtype]
+        segment = SegmentPlan(
+            widths=config.parallel.widths,
+            hidden_bytes=config.max_num_batched_tokens * plan.model.hidden_size * item_bytes,
+            sampled_bytes=8 * config.max_num_seqs,
+        )
+        fd, path = shm.create_segment(segment)
+        self._held.callback(os.close, fd)
+        return path, segment
 
     def _load(self) -> list[Loaded]:
         plan = self._plan
@@ -141,10 +163,10 @@ class WorkerExecutor:
                 self._world.gather(self._plan.config.step_timeout_s, "leaving")
                 self._world.close()
         finally:
-            self._meeting.cleanup()
+            self._held.close()
 
     def forget(self) -> None:
         """Lets go of ranks that are about to be ended with their pool."""
-        self._meeting.cleanup()
+        self._held.close()
         if not self._world.is_broken:
             self._world.close()

@@ -13,6 +13,7 @@ import msgspec
 from bireme.checkpoint.names import NameMap
 from bireme.config import EngineConfig
 from bireme.model_config import ModelConfig
+from bireme.parallel.shm import SegmentPlan
 from bireme.request import ScheduledBatch, StepOutput
 
 _LENGTH = struct.Struct("<I")
@@ -20,7 +21,8 @@ MAX_FRAME_BYTES = 1 << 30
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """Become `rank` of a world of sum(widths) ranks that meet at `store_path`."""
+    """Become `rank` of a world of sum(widths) ranks that meet at `store_path`, or share `segment`
+    (its path and its plan)."""
 
     widths: tuple[int, ...]
     rank: int
@@ -28,6 +30,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     device: str
     num_threads: int
     timeout_s: float
+    segment: tuple[str, SegmentPlan] | None = None
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

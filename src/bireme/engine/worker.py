@@ -107,6 +107,7 @@ class Worker:
             self._device,
             command.timeout_s,
             self._spans,
+            command.segment,
         )
         return Done()
 

@@ -1,8 +1,8 @@
-"""The only caller of torch.distributed: joins groups, reduces, gathers, and hands over.
+"""How a joined rank talks: over torch.distributed, of which this is the only caller, or over shared
+memory (`shm.py`) between the CPU ranks of one host.
 
-Every call writes a span with its bytes. Hidden states and sampled ids travel with a header that
-states step and size; a receiver that expected something else raises, since gloo accepts a short
-message silently. Each directed edge has a process group, and so a communicator, of its own.
+Every call writes a span with its bytes. Over torch.distributed each directed edge has a process
+group, and so a communicator, of its own.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bireme.errors import EngineError, PeerLost
+from bireme.errors import PeerLost
+from bireme.parallel.links import HEADER_BYTES, Receiver, Sender, Stated, StepHeader
 from bireme.parallel.mesh import Alone, Mesh
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
+from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmGroup, ShmReceiver, ShmSender
 from bireme.trace import SpanKind, SpanRing
-
-_HEADER_BYTES = 32  # step_id, number of rows, row bytes, incarnation: four int64
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def _peers() -> Iterator[None]:
         raise PeerLost(str(error).splitlines()[0]) from error
 
 
-class JoinedGroup:
+class DistGroup:
     """Collectives of one tensor group over a process group."""
 
     def __init__(self, group: dist.ProcessGroup, size: int, spans: SpanRing) -> None:
@@ -54,7 +54,7 @@ class JoinedGroup:
         return out
 
 
-class Sender:
+class DistSender:
     """The sending side of a rank's edges of one kind; keeps buffers until they are delivered."""
 
     def __init__(
@@ -63,19 +63,14 @@ class Sender:
         self._edges, self._depth, self._spans = edges, depth, spans
         self._in_flight: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
-    def send(self, header: tuple[int, int], rows: torch.Tensor) -> None:
-        """Sends rows [T, ...] of the step (incarnation, step_id) to every receiver of this rank."""
+    def send(self, header: StepHeader, rows: torch.Tensor) -> None:
+        """Waits where a receiver is `depth` messages behind."""
         if not self._edges:
             return
-        incarnation, step_id = header
-        rows = rows.contiguous()
-        payload = rows.view(torch.uint8).flatten()
-        message = torch.empty(
-            _HEADER_BYTES + payload.numel(), dtype=torch.uint8, device=rows.device
-        )
-        stated = (step_id, rows.shape[0], payload.numel() // max(1, rows.shape[0]), incarnation)
-        message[:_HEADER_BYTES].view(torch.int64).copy_(torch.tensor(stated))
-        message[_HEADER_BYTES:] = payload
+        payload = rows.contiguous().view(torch.uint8).flatten()
+        stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
+        head = torch.frombuffer(bytearray(stated.pack()), dtype=torch.uint8)
+        message = torch.cat((head.to(rows.device), payload))
         with self._spans.span(SpanKind.SEND, message.numel() * len(self._edges)), _peers():
             for edge, group in self._edges:
                 work = dist.isend(message, edge.dst, group=group)
@@ -91,54 +86,49 @@ class Sender:
                 self._in_flight.popleft()[0].wait()
 
 
-class Receiver:
+class DistReceiver:
     """The receiving side of one edge. On CUDA the stated size is checked a step later, without a
     host synchronisation."""
 
     def __init__(self, edge: Edge, group: dist.ProcessGroup, spans: SpanRing) -> None:
         self._edge, self._group, self._spans = edge, group, spans
-        self._unchecked: deque[tuple[torch.cuda.Event, torch.Tensor, tuple[int, ...]]] = deque()
+        self._unchecked: deque[tuple[torch.cuda.Event, torch.Tensor, Stated]] = deque()
 
     def receive(
         self,
-        header: tuple[int, int],
+        header: StepHeader,
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
     ) -> torch.Tensor:
         """Rows of `shape`; EngineError if the sender states another step or size."""
-        incarnation, step_id = header
-        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        expected = Stated.of(header, shape[0], math.prod(shape[1:]) * dtype.itemsize)
         message = torch.empty(
-            _HEADER_BYTES + shape[0] * row_bytes, dtype=torch.uint8, device=device
+            HEADER_BYTES + expected.payload_bytes, dtype=torch.uint8, device=device
         )
         with self._spans.span(SpanKind.RECV, message.numel()), _peers():
             work = dist.irecv(message, self._edge.src, group=self._group)
             assert work is not None
             work.wait()
-        self._check(message, (step_id, shape[0], row_bytes, incarnation))
-        return message[_HEADER_BYTES:].view(dtype).view(shape)
+        self._check(message[:HEADER_BYTES], expected)
+        return message[HEADER_BYTES:].view(dtype).view(shape)
 
-    def _check(self, message: torch.Tensor, expected: tuple[int, ...]) -> None:
-        stated = message[:_HEADER_BYTES].view(torch.int64)
-        if not message.is_cuda:
-            return self._compare(stated, expected)
-        pinned = torch.empty(4, dtype=torch.int64, pin_memory=True)
-        pinned.copy_(stated, non_blocking=True)
+    def _check(self, head: torch.Tensor, expected: Stated) -> None:
+        if not head.is_cuda:
+            return _unpack(head).check(expected, self._edge)
+        pinned = torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True)
+        pinned.copy_(head, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._unchecked.append((event, pinned, expected))
         while self._unchecked and self._unchecked[0][0].query():
-            _, stated, expected = self._unchecked.popleft()
-            self._compare(stated, expected)
+            _, arrived, wanted = self._unchecked.popleft()
+            _unpack(arrived).check(wanted, self._edge)
         return None
 
-    def _compare(self, stated: torch.Tensor, expected: tuple[int, ...]) -> None:
-        if tuple(stated.tolist()) != expected:
-            raise EngineError(
-                f"rank {self._edge.src} sent (step, rows, row bytes, incarnation) {tuple(stated.tolist())} "
-                f"to rank {self._edge.dst}, which expected {expected}"
-            )
+
+def _unpack(head: torch.Tensor) -> Stated:
+    return Stated.unpack(head.numpy().data)
 
 
 @dataclasses.dataclass
@@ -164,32 +154,89 @@ def join(
     device: torch.device,
     timeout_s: float,
     spans: SpanRing,
+    segment: tuple[str, SegmentPlan] | None = None,
 ) -> Communicator:
-    """Joins the world of `sum(widths)` ranks that meet at the file `store_path`.
+    """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one.
 
-    Blocks until all have come, PeerLost after `timeout_s`. The meeting point is a file, so that no
-    socket listens beside gloo's own, which GLOO_SOCKET_IFNAME binds.
+    Else they meet at the file `store_path`, so that no socket listens beside gloo's own, which
+    GLOO_SOCKET_IFNAME binds; blocks until all have come, PeerLost after `timeout_s`.
     """
-    world, timeout = sum(widths), timedelta(seconds=timeout_s)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world == 1:
-        return _communicator(Mesh(widths, rank, Alone()), {}, {}, spans)
+    if segment is not None:
+        return _over_shared_memory(widths, rank, Segment(*segment, timeout_s), spans)
+    if sum(widths) == 1:
+        return Communicator(Mesh(widths, rank, Alone()), _nobody(spans), None, _nobody(spans), None)
     with _peers():
-        store = dist.FileStore(str(store_path), world)  # type: ignore[attr-defined]
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        tensor = None
-        for ranks in stage_ranks(widths):
-            group = _group(ranks, timeout)
-            if rank in ranks and len(ranks) > 1:
-                tensor = JoinedGroup(group, len(ranks), spans)
-        forward = {edge: _group((edge.src, edge.dst), timeout) for edge in forward_edges(widths)}
-        sampled = {edge: _group((edge.src, edge.dst), timeout) for edge in sampled_edges(widths)}
-        _connect(rank, {**forward, **sampled}, device)
-        if tensor is not None:
-            tensor.all_reduce(torch.zeros(1, device=device))
-    return _communicator(Mesh(widths, rank, tensor or Alone()), forward, sampled, spans)
+        return _over_distributed(widths, rank, store_path, device, timeout_s, spans)
+
+
+def _nobody(spans: SpanRing) -> Sender:
+    return DistSender([], 1, spans)
+
+
+def _over_shared_memory(
+    widths: tuple[int, ...], rank: int, segment: Segment, spans: SpanRing
+) -> Communicator:
+    mesh = Mesh(widths, rank)
+    rings = list(segment.plan.rings())
+    num_forward = len(forward_edges(widths))
+
+    def sender(kind: list[tuple[Edge, Ring]]) -> Sender:
+        return ShmSender(segment, [(edge, ring) for edge, ring in kind if edge.src == rank], spans)
+
+    def receiver(kind: list[tuple[Edge, Ring]]) -> Receiver | None:
+        mine = [ShmReceiver(segment, *pair, spans) for pair in kind if pair[0].dst == rank]
+        return mine[0] if mine else None
+
+    hidden, sampled = rings[:num_forward], rings[num_forward:]
+    group = ShmGroup(segment, rank, spans) if mesh.tp_size > 1 else Alone()
+    return Communicator(
+        Mesh(widths, rank, group),
+        sender(hidden),
+        receiver(hidden),
+        sender(sampled),
+        receiver(sampled),
+    )
+
+
+def _over_distributed(
+    widths: tuple[int, ...],
+    rank: int,
+    store_path: Path,
+    device: torch.device,
+    timeout_s: float,
+    spans: SpanRing,
+) -> Communicator:
+    world, timeout = sum(widths), timedelta(seconds=timeout_s)
+    store = dist.FileStore(str(store_path), world)  # type: ignore[attr-defined]
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+    tensor = None
+    for ranks in stage_ranks(widths):
+        group = _group(ranks, timeout)
+        if rank in ranks and len(ranks) > 1:
+            tensor = DistGroup(group, len(ranks), spans)
+    forward = {edge: _group((edge.src, edge.dst), timeout) for edge in forward_edges(widths)}
+    sampled = {edge: _group((edge.src, edge.dst), timeout) for edge in sampled_edges(widths)}
+    _connect(rank, {**forward, **sampled}, device)
+    if tensor is not None:
+        tensor.all_reduce(torch.zeros(1, device=device))
+
+    def sender(groups: dict[Edge, dist.ProcessGroup]) -> Sender:
+        mine = [(edge, group) for edge, group in groups.items() if edge.src == rank]
+        return DistSender(mine, len(widths) + 1, spans)
+
+    def receiver(groups: dict[Edge, dist.ProcessGroup]) -> Receiver | None:
+        mine = [
+            DistReceiver(edge, group, spans) for edge, group in groups.items() if edge.dst == rank
+        ]
+        return mine[0] if mine else None
+
+    mesh = Mesh(widths, rank, tensor or Alone())
+    return Communicator(
+        mesh, sender(forward), receiver(forward), sender(sampled), receiver(sampled)
+    )
 
 
 def _connect(rank: int, edges: dict[Edge, dist.ProcessGroup], device: torch.device) -> None:
@@ -207,24 +254,3 @@ def _group(ranks: Iterable[int], timeout: timedelta) -> dist.ProcessGroup:
     """Every rank makes every group, in the same order: torch names groups by their count."""
     group: dist.ProcessGroup = dist.new_group(sorted(ranks), timeout=timeout)
     return group
-
-
-def _communicator(
-    mesh: Mesh,
-    forward: dict[Edge, dist.ProcessGroup],
-    sampled: dict[Edge, dist.ProcessGroup],
-    spans: SpanRing,
-) -> Communicator:
-    def sender(groups: dict[Edge, dist.ProcessGroup]) -> Sender:
-        mine = [(edge, group) for edge, group in groups.items() if edge.src == mesh.rank]
-        return Sender(mine, mesh.pp_size + 1, spans)
-
-    def receiver(groups: dict[Edge, dist.ProcessGroup]) -> Receiver | None:
-        mine = [
-            Receiver(edge, group, spans) for edge, group in groups.items() if edge.dst == mesh.rank
-        ]
-        return mine[0] if mine else None
-
-    return Communicator(
-        mesh, sender(forward), receiver(forward), sender(sampled), receiver(sampled)
-    )

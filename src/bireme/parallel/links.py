@@ -1,0 +1,85 @@
+"""What a rank hands over to ranks of other stages, whatever carries it.
+
+A message is rows of one step behind a header that states step and size. A receiver that expected
+something else raises: no transport is trusted to notice a short message.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from bireme.errors import EngineError
+from bireme.parallel.pipeline import Edge
+
+_HEADER = struct.Struct("<qqqq")
+HEADER_BYTES = _HEADER.size
+
+StepHeader = tuple[int, int]  # incarnation, step_id
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """What a message says of itself."""
+
+    step_id: int
+    num_rows: int
+    row_bytes: int
+    incarnation: int
+
+    @classmethod
+    def of(cls, header: StepHeader, num_rows: int, row_bytes: int) -> Stated:
+        incarnation, step_id = header
+        return cls(step_id, num_rows, row_bytes, incarnation)
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.num_rows * self.row_bytes
+
+    def pack(self) -> bytes:
+        return _HEADER.pack(self.step_id, self.num_rows, self.row_bytes, self.incarnation)
+
+    @classmethod
+    def unpack(cls, data: bytes | memoryview) -> Stated:
+        return cls(*_HEADER.unpack(data))
+
+    def check(self, expected: Stated, edge: Edge) -> None:
+        """EngineError names both where they differ."""
+        if self != expected:
+            raise EngineError(
+                f"rank {edge.src} sent (step, rows, row bytes, incarnation) {self._values} "
+                f"to rank {edge.dst}, which expected {expected._values}"
+            )
+
+    @property
+    def _values(self) -> tuple[int, ...]:
+        return self.step_id, self.num_rows, self.row_bytes, self.incarnation
+
+
+class Sender(Protocol):
+    """The sending side of a rank's edges of one kind."""
+
+    def send(self, header: StepHeader, rows: torch.Tensor) -> None:
+        """Sends rows [T, ...] of a step to every receiver of this rank."""
+        ...
+
+    def drain(self) -> None:
+        """Returns when what was sent no longer needs this process."""
+        ...
+
+
+class Receiver(Protocol):
+    """The receiving side of one edge."""
+
+    def receive(
+        self,
+        header: StepHeader,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Rows of `shape`; EngineError if the sender states another step or size."""
+        ...

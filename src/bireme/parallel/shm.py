@@ -1,0 +1,293 @@
+"""Shared memory between the ranks of one host: sums, gathers and hand-over on CPU.
+
+All ranks map one segment. Each counter in it is raised by one rank and awaited by others: a waiter
+spins for a moment, then sleeps in a futex until a deadline, so that ranks that share a core get on.
+A sum is taken in rank order by every rank for itself, and so is bitwise the same on all of them.
+x86-64 only: plain stores become visible there in the order in which they were made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bireme.errors import EngineError, PeerLost
+from bireme.parallel.links import HEADER_BYTES, Stated, StepHeader
+from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
+from bireme.trace import SpanKind, SpanRing
+
+CHUNK_BYTES = 1 << 20  # of a sum at a time: what stays in a core's cache
+_LINE_BYTES = 64
+_FUTEX, _WAIT, _WAKE = 202, 0, 1  # x86-64
+_LIBC = ctypes.CDLL(None)
+_SLEEP_NS = 2_000_000  # a wake-up that crossed a sleeper's check costs this much at most
+_BEFORE = 1 << 31  # of a difference modulo 2^32: a count that was not reached yet
+_SPINS, _SPINS_WHEN_SHARED = 2000, 20  # about 100 us and 1 us
+
+
+def is_supported() -> bool:
+    return platform.system() == "Linux" and platform.machine() == "x86_64"
+
+
+def _up(num_bytes: int) -> int:
+    return -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentPlan:
+    """What lies where in the segment of a world: counters, buffers of sums, rings of messages.
+
+    Each edge has a ring of `depth` messages of at most `hidden_bytes` or `sampled_bytes`. Memory
+    is taken by pages as they are first written.
+    """
+
+    widths: tuple[int, ...]
+    hidden_bytes: int
+    sampled_bytes: int
+
+    @property
+    def depth(self) -> int:
+        return len(self.widths) + 1
+
+    @property
+    def _edges(self) -> list[tuple[Edge, int]]:
+        """Every edge with the bytes of a message's slot; two ranks can have one of each kind."""
+        hidden = [(edge, self.hidden_bytes) for edge in forward_edges(self.widths)]
+        sampled = [(edge, self.sampled_bytes) for edge in sampled_edges(self.widths)]
+        return [(edge, _up(HEADER_BYTES + size)) for edge, size in (*hidden, *sampled)]
+
+    @property
+    def num_counters(self) -> int:
+        return sum(self.widths) + 2 * len(self._edges)
+
+    def buffer_at(self, rank: int, parity: int) -> int:
+        return _up(self.num_counters * _LINE_BYTES) + (2 * rank + parity) * CHUNK_BYTES
+
+    def rings(self) -> Iterator[tuple[Edge, Ring]]:
+        """Forward edges, then those of sampled ids."""
+        at, counter = self.buffer_at(sum(self.widths), 0), sum(self.widths)
+        for edge, slot_bytes in self._edges:
+            yield edge, Ring(counter, at, slot_bytes, self.depth)
+            at, counter = at + slot_bytes * self.depth, counter + 2
+
+    @property
+    def num_bytes(self) -> int:
+        rings = sum(slot_bytes * self.depth for _, slot_bytes in self._edges)
+        return self.buffer_at(sum(self.widths), 0) + rings
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Where an edge's messages lie; its counters are those written and, next to it, those taken."""
+
+    counter: int
+    start: int
+    slot_bytes: int
+    depth: int
+
+    def slot_at(self, count: int) -> int:
+        return self.start + count % self.depth * self.slot_bytes
+
+
+def create_segment(plan: SegmentPlan) -> tuple[int, str]:
+    """Anonymous memory for `plan`: its descriptor, and the path under which children open it."""
+    fd = os.memfd_create("bireme-world", os.MFD_CLOEXEC)
+    os.ftruncate(fd, plan.num_bytes)
+    return fd, f"/proc/{os.getpid()}/fd/{fd}"
+
+
+class Segment:
+    """The world's memory, mapped; unmapped when nobody refers to it any more."""
+
+    def __init__(self, path: str, plan: SegmentPlan, timeout_s: float) -> None:
+        self.plan, self.timeout_s = plan, timeout_s
+        with open(path, "r+b") as file:
+            self._map = mmap.mmap(file.fileno(), plan.num_bytes)
+        self.words = memoryview(self._map)[: plan.num_counters * _LINE_BYTES].cast("I")
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        is_shared = sum(plan.widths) > len(os.sched_getaffinity(0))
+        self.num_spins = _SPINS_WHEN_SHARED if is_shared else _SPINS
+
+    def counter(self, index: int, whose: str) -> Counter:
+        return Counter(self, index, whose)
+
+    def raw(self, start: int, num_bytes: int) -> memoryview:
+        return memoryview(self._map)[start : start + num_bytes]
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+class Counter:
+    """A count modulo 2^32 on a cache line of its own; the word behind it says that someone sleeps."""
+
+    def __init__(self, segment: Segment, index: int, whose: str) -> None:
+        self._words, self._at = segment.words, index * _LINE_BYTES // 4
+        self._address = ctypes.c_void_p(segment.address + index * _LINE_BYTES)
+        self._num_spins, self._timeout_s, self._whose = segment.num_spins, segment.timeout_s, whose
+        self._pause = ctypes.byref(_Timespec(0, _SLEEP_NS))
+
+    def raise_to(self, count: int) -> None:
+        self._words[self._at] = count & 0xFFFFFFFF
+        if self._words[self._at + 1]:
+            self._words[self._at + 1] = 0
+            _LIBC.syscall(_FUTEX, self._address, _WAKE, 0x7FFFFFFF, None, None, 0)
+
+    def await_count(self, count: int) -> None:
+        """Returns once the count is reached; PeerLost after the segment's deadline."""
+        words, at = self._words, self._at
+        for _ in range(self._num_spins):
+            if not (words[at] - count) & _BEFORE:
+                return
+        deadline = time.monotonic() + self._timeout_s
+        while ((seen := words[at]) - count) & _BEFORE:
+            words[at + 1] = 1
+            value = ctypes.c_uint(seen)
+            _LIBC.syscall(_FUTEX, self._address, _WAIT, value, self._pause, None, 0)
+            if time.monotonic() > deadline:
+                raise PeerLost(f"{self._whose} did not come within {self._timeout_s:g} s")
+
+
+class ShmGroup:
+    """Collectives of one tensor group. Two buffers a rank alternate: who waits for the next sum has
+    read the one before, so the buffer of the last but one is free."""
+
+    def __init__(self, segment: Segment, rank: int, spans: SpanRing) -> None:
+        self._segment, self._spans, self._count = segment, spans, 0
+        ranks = next(ranks for ranks in stage_ranks(segment.plan.widths) if rank in ranks)
+        self._ranks, self._me = ranks, rank - ranks.start
+        counters = [segment.counter(other, f"rank {other}") for other in ranks]
+        self._mine = counters.pop(self._me)
+        self._others = counters
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place and in rank order; smaller types are summed in float32."""
+        with self._spans.span(SpanKind.ALL_REDUCE, x.numel() * x.element_size()):
+            flat = x.view(-1)
+            for start, stop in self._chunks(flat):
+                _sum_into(flat[start:stop], self._exchange(flat[start:stop]))
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.contiguous().view(-1)
+        out = flat.new_empty(len(self._ranks), flat.numel())
+        with self._spans.span(SpanKind.ALL_GATHER, out.numel() * out.element_size()):
+            for start, stop in self._chunks(flat):
+                for row, part in zip(out, self._exchange(flat[start:stop]), strict=True):
+                    row[start:stop] = part
+        return out.view(-1, *x.shape)
+
+    @staticmethod
+    def _chunks(flat: torch.Tensor) -> Iterator[tuple[int, int]]:
+        size = CHUNK_BYTES // flat.element_size()
+        for start in range(0, flat.numel(), size):
+            yield start, min(flat.numel(), start + size)
+
+    def _exchange(self, part: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's part, in shared memory; valid until the next but one."""
+        self._count += 1
+        num_bytes, plan = part.numel() * part.element_size(), self._segment.plan
+        starts = [plan.buffer_at(rank, self._count & 1) for rank in self._ranks]
+        parts = [self._segment.bytes[at : at + num_bytes].view(part.dtype) for at in starts]
+        parts[self._me].copy_(part)
+        self._mine.raise_to(self._count)
+        for other in self._others:
+            other.await_count(self._count)
+        return parts
+
+
+def _sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
+    if len(parts) == 2:
+        torch.add(*parts, out=out)
+    elif out.dtype in (torch.bfloat16, torch.float16):
+        total = parts[0].float()
+        for part in parts[1:]:
+            total += part
+        out.copy_(total)
+    else:
+        torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            out += part
+
+
+class ShmSender:
+    """Writes each message into the ring of every edge of this rank."""
+
+    def __init__(
+        self, segment: Segment, edges: Sequence[tuple[Edge, Ring]], spans: SpanRing
+    ) -> None:
+        self._segment, self._spans, self._count = segment, spans, 0
+        self._edges = [
+            (
+                ring,
+                segment.counter(ring.counter, f"rank {edge.src}"),
+                segment.counter(ring.counter + 1, f"rank {edge.dst}"),
+            )
+            for edge, ring in edges
+        ]
+
+    def send(self, header: StepHeader, rows: torch.Tensor) -> None:
+        """Waits where a receiver is `depth` messages behind; EngineError if no slot is as large."""
+        if not self._edges:
+            return
+        payload = rows.contiguous().view(torch.uint8).view(-1)
+        stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
+        num_bytes = HEADER_BYTES + payload.numel()
+        with self._spans.span(SpanKind.SEND, num_bytes * len(self._edges)):
+            for ring, written, taken in self._edges:
+                if num_bytes > ring.slot_bytes:
+                    raise EngineError(
+                        f"a message of {num_bytes} bytes exceeds a slot's {ring.slot_bytes}"
+                    )
+                taken.await_count(self._count + 1 - ring.depth)
+                at = ring.slot_at(self._count)
+                self._segment.raw(at, HEADER_BYTES)[:] = stated.pack()
+                self._segment.bytes[at + HEADER_BYTES : at + num_bytes].copy_(payload)
+                written.raise_to(self._count + 1)
+        self._count += 1
+
+    def drain(self) -> None:
+        """What was written stays in the segment."""
+
+
+class ShmReceiver:
+    """Copies messages out of the ring of one edge."""
+
+    def __init__(self, segment: Segment, edge: Edge, ring: Ring, spans: SpanRing) -> None:
+        self._segment, self._edge, self._ring, self._spans = segment, edge, ring, spans
+        self._written = segment.counter(ring.counter, f"rank {edge.src}")
+        self._taken = segment.counter(ring.counter + 1, f"rank {edge.dst}")
+        self._count = 0
+
+    def receive(
+        self,
+        header: StepHeader,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Rows of `shape`; EngineError if the sender states another step or size."""
+        rows = torch.empty(shape, dtype=dtype, device=device)
+        num_bytes = rows.numel() * rows.element_size()
+        expected = Stated.of(header, shape[0], num_bytes // max(1, shape[0]))
+        with self._spans.span(SpanKind.RECV, HEADER_BYTES + num_bytes):
+            self._written.await_count(self._count + 1)
+            at = self._ring.slot_at(self._count)
+            stated = Stated.unpack(self._segment.raw(at, HEADER_BYTES))
+            if stated == expected:
+                start = at + HEADER_BYTES
+                payload = self._segment.bytes[start : start + num_bytes]
+                rows.view(torch.uint8).view(-1).copy_(payload)
+            self._count += 1
+            self._taken.raise_to(self._count)
+        stated.check(expected, self._edge)
+        return rows
