@@ -22,9 +22,20 @@ from bireme.errors import RankError
 PARAMS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
 
+SETTINGS: dict[str, Any] = {
+    "tensor_parallel_size": 2, "pipeline_parallel_size": 2, "dtype": "float32",
+}  # fmt: skip
+
+
 @pytest.fixture
 def llm() -> Iterator[LLM]:
-    with LLM("demo", tensor_parallel_size=2, pipeline_parallel_size=2, dtype="float32") as model:
+    with LLM("demo", **SETTINGS) as model:
+        yield model
+
+
+@pytest.fixture
+def over_gloo() -> Iterator[LLM]:
+    with LLM("demo", transport="distributed", **SETTINGS) as model:
         yield model
 
 
@@ -41,7 +52,11 @@ def is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("victim", [0, 3])
-def test_a_killed_rank_is_named_and_takes_the_others_with_it(llm: LLM, victim: int) -> None:
+@pytest.mark.parametrize("transport", ["llm", "over_gloo"])
+def test_a_killed_rank_is_named_and_takes_the_others_with_it(
+    request: pytest.FixtureRequest, transport: str, victim: int
+) -> None:
+    llm: LLM = request.getfixturevalue(transport)
     stream = llm.stream([[5, 6, 7]], PARAMS)
     next(stream)
     processes = pids(llm)
@@ -200,9 +215,13 @@ def listening(pid: int) -> set[str]:
     return found
 
 
-def test_every_listening_socket_is_on_loopback(llm: LLM) -> None:
+def test_ranks_that_share_memory_listen_nowhere(llm: LLM) -> None:
+    assert [listening(rank) for rank in pids(llm)] == [set()] * 4
+
+
+def test_every_listening_socket_is_on_loopback(over_gloo: LLM) -> None:
     loopback = {"0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F"}
-    addresses = {rank: listening(rank) for rank in pids(llm)}
+    addresses = {rank: listening(rank) for rank in pids(over_gloo)}
     assert any(addresses.values()), (
         "gloo listens somewhere; if it is not found, this test sees nothing"
     )

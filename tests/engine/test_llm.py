@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,11 +35,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 def texts(
-    pool: WorkerPool, params: SamplingParams, tp: int | tuple[int, ...], pp: int | None
+    pool: WorkerPool,
+    params: SamplingParams,
+    tp: int | tuple[int, ...],
+    pp: int | None,
+    **settings: Any,
 ) -> list[list[int]]:
-    with LLM(
-        "demo", tensor_parallel_size=tp, pipeline_parallel_size=pp, dtype="float32", pool=pool
-    ) as llm:
+    settings |= {"dtype": "float32", "pool": pool}
+    with LLM("demo", tensor_parallel_size=tp, pipeline_parallel_size=pp, **settings) as llm:
         return [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
 
 
@@ -53,6 +57,13 @@ def test_greedy_tokens_do_not_depend_on_the_layout(
 ) -> None:
     assert texts(pool, GREEDY, tp, pp) == greedy
     assert all(len(set(ids)) > 5 for ids in greedy)
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(3, 1), (2, 2), ((3, 2), None)], ids=str)
+def test_ranks_that_talk_over_gloo_give_the_same_tokens(
+    pool: WorkerPool, greedy: list[list[int]], tp: int | tuple[int, ...], pp: int | None
+) -> None:
+    assert texts(pool, GREEDY, tp, pp, transport="distributed") == greedy
 
 
 @pytest.mark.slow
