@@ -51,11 +51,15 @@ def parse_ints(text: str, what: str, least: int = 1) -> tuple[int, ...]:
     return values
 
 
+_MOST_WHOLE = 2**63 - 1  # what a message can carry
+
+
 def _check_whole(name: str, value: object, least: int) -> None:
     if type(value) is not int:
         raise ConfigError(f"{name}={value!r} must be a whole number")
-    if value < least:
-        raise ConfigError(f"{name}={value} must be at least {least}")
+    if not least <= value <= _MOST_WHOLE:
+        bound = f"at least {least}" if value < least else f"at most {_MOST_WHOLE}"
+        raise ConfigError(f"{name}={value} must be {bound}")
 
 
 def _check_list(name: str, values: object, least: int) -> None:

@@ -43,11 +43,26 @@ class SamplingParams:
 
 # name, type, what fits, and that in words
 _RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
-    ("temperature", int | float, lambda t: 0 <= t < math.inf, "at least 0; 0 is greedy"),
-    ("top_k", int, lambda k: 0 <= k <= MAX_INT64, "from 0 to 2**63 - 1; 0 keeps every token"),
-    ("top_p", int | float, lambda p: 0 < p <= 1, "above 0 and at most 1"),
-    ("max_tokens", int, lambda n: 1 <= n <= MAX_INT64, "at least 1 and at most 2**63 - 1"),
-    ("seed", int | None, lambda s: s is None or 0 <= s <= MAX_SEED, "between 0 and 2**63 - 1"),
+    (
+        "temperature",
+        int | float,
+        lambda t: 0 <= t < math.inf,
+        "a finite number, at least 0; 0 is greedy",
+    ),
+    (
+        "top_k",
+        int,
+        lambda k: 0 <= k <= MAX_INT64,
+        "a whole number from 0 to 2**63 - 1; 0 keeps every token",
+    ),
+    ("top_p", int | float, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
+    ("max_tokens", int, lambda n: 1 <= n <= MAX_INT64, "a whole number from 1 to 2**63 - 1"),
+    (
+        "seed",
+        int | None,
+        lambda s: s is None or 0 <= s <= MAX_SEED,
+        "a whole number from 0 to 2**63 - 1",
+    ),
     (
         "stop_token_ids",
         Collection,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +252,7 @@ def test_auto_takes_the_smallest_width_that_fits(pool: WorkerPool) -> None:
         (
             {"memory_limit_bytes": 1000},
             CapacityError,
-            "weights alone are 13.0 MiB, more than 64 ranks",
+            "weights alone are 13.0 MiB, more than what 64 ranks",
         ),
         (
             {"max_num_seqs": 10**8, "memory_limit_bytes": 10**9},
@@ -312,3 +314,44 @@ def test_prompts_that_are_neither_texts_nor_ids_are_refused(prompts: object) -> 
 def test_ids_that_are_no_integers_are_refused(pool: WorkerPool) -> None:
     with pytest.raises(RequestError, match="holds the token id True"):
         LLM("demo", pool=pool).generate([[True, 1]], GREEDY)
+
+
+@pytest.mark.parametrize("prompts", [b"abc", [b"abc"], [bytearray(b"abc")]])
+def test_bytes_are_neither_text_nor_ids(pool: WorkerPool, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="texts or lists of token ids"):
+        LLM("demo", pool=pool).generate(prompts)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, ["greedy"], 3])
+def test_sampling_params_of_another_type_are_refused(pool: WorkerPool, params: Any) -> None:
+    with pytest.raises(RequestError, match="give a SamplingParams"):
+        LLM("demo", pool=pool).generate(["a"], params)
+
+
+def test_a_prompt_that_fills_the_context_is_to_be_shortened(pool: WorkerPool) -> None:
+    with pytest.raises(RequestError, match="1024 tokens; the context holds 1024, so shorten it to"):
+        LLM("demo", pool=pool).generate([[5] * 1024])
+
+
+def test_leaving_a_model_ends_the_stream_that_is_still_held(pool: WorkerPool) -> None:
+    with LLM("demo", pool=pool) as llm:
+        stream = llm.stream([[5, 6]], SamplingParams(max_tokens=500, ignore_eos=True))
+        next(stream)
+    assert list(stream) == []
+
+
+HELD = """
+from bireme import LLM, SamplingParams
+{enter}
+stream = llm.stream([[5, 6]], SamplingParams(max_tokens=500, ignore_eos=True))
+next(stream)
+raise LookupError("the caller's own")
+"""
+
+
+@pytest.mark.parametrize("enter", ["llm = LLM('demo')", "llm = LLM('demo').__enter__()"])
+def test_a_callers_error_amid_a_stream_is_the_only_one_that_is_shown(enter: str) -> None:
+    command = [sys.executable, "-c", HELD.format(enter=enter)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.endswith("LookupError: the caller's own\n")

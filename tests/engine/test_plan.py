@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bireme import LLM
 from bireme.checkpoint.prepared import prepare_model
-from bireme.config import ParallelConfig
+from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.executor import threads_per_rank
 from bireme.engine.messages import Command, Join
 from bireme.engine.pool import WorkerPool, World
+from bireme.engine.prepare import DeviceMemory, smallest_fit
+from bireme.errors import CapacityError
 from bireme.models.registry import partition_layers
 
 
@@ -44,3 +48,29 @@ def test_each_rank_is_told_its_share_of_the_cores(
     monkeypatch.setattr(World, "send", listen)
     with LLM("demo", tensor_parallel_size=2, dtype="float32", pool=pool):
         assert told == [3, 3]
+
+
+SHARED = DeviceMemory(16 << 30, is_shared=True)
+
+
+def test_ranks_of_one_machine_share_its_memory() -> None:
+    assert [SHARED.of_rank(n) for n in (1, 4)] == [16 << 30, 4 << 30]
+    assert DeviceMemory(16 << 30).of_rank(4) == 16 << 30
+
+
+def test_no_layout_fits_a_machine_that_the_whole_model_does_not(monkeypatch: Any) -> None:
+    """Dividing 325 GiB of weights over more ranks of the same 16 GiB helps nobody."""
+    monkeypatch.setattr("bireme.engine.prepare.device_memory", lambda *_: SHARED)
+    config = str(Path(__file__).parents[2] / "examples" / "configs" / "opt-175b")
+    for width in (1, "auto"):
+        with pytest.raises(CapacityError, match=r"325.23 GiB, more than the 16.00 GiB of this"):
+            LLM(config, tensor_parallel_size=width, load_format="dummy", device="cpu")
+
+
+def test_a_smaller_share_of_the_machine_can_still_be_the_smallest_fit() -> None:
+    model = prepare_model("demo").config
+    engine = EngineConfig(dtype="float32", max_num_seqs=4, max_num_batched_tokens=256)
+    fit = smallest_fit(model, engine, DeviceMemory(24 << 20))
+    assert fit is not None
+    assert fit.widths == (2, 2)
+    assert smallest_fit(model, engine, DeviceMemory(24 << 20, is_shared=True)) is None

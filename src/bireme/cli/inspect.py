@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NAME = "inspect"
 SHORT = "Show how a model is cut; verify an artifact."
-_WIDTH = 220  # tables take what they need of it; a narrower terminal wraps whole lines
+_WIDTH = 220  # of what is no terminal: tables take what they need of it
 
 
 def run(
@@ -88,7 +88,9 @@ def _print(
     from bireme.engine.prepare import resolve_max_model_len
     from bireme.parallel.summary import param_rows
 
-    console = Console(width=_WIDTH)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
     console.print(
         f"{model.name}: {model.config.architecture} at {config.parallel}, {dtype}", highlight=False
     )
@@ -121,9 +123,9 @@ def _cut(row: ParamRow) -> str:
 def _param_table(rows: list[ParamRow], item_bytes: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("parameter", "stage", "cut by", "local shape"):
-        table.add_column(name, no_wrap=True)
+        table.add_column(name, overflow="fold", min_width=len(name) + 1)
     for name in ("layers", "pieces", "bytes/rank", "padding", "imbalance"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", min_width=max(5, len(name) - 2))
     for row in rows:
         first, last = max(row.shapes), min(row.shapes)
         shape = "x".join(map(str, first)) + (
@@ -156,7 +158,7 @@ def _rank_table(layout: ModelLayout, memory: list[RankMemory], max_len: int) -> 
         "activations",
         "total",
     ):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for rank, need in zip(layout.ranks, memory, strict=True):
         table.add_row(
             str(rank.rank),

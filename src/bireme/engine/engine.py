@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class Engine:
     def _settle(self) -> None:
         """Collects what is still in flight: surplus tokens, or all of an interrupted run."""
         self.scheduler.abort_all()
-        if self._executor.is_broken:
+        if self._executor.is_broken or sys.is_finalizing():
             return
         while self.scheduler.num_in_flight:
             self.scheduler.update(self._executor.collect())

@@ -70,9 +70,9 @@ class WorkerExecutor:
 
     def _join(self) -> None:
         plan = self._plan
-        # NCCL meets here again whenever it makes a communicator
-        meeting = self._held.enter_context(tempfile.TemporaryDirectory(prefix="bireme-"))
-        segment = self._segment()
+        segment, meeting = self._segment(), ""
+        if segment is None:  # NCCL meets here again whenever it makes a communicator
+            meeting = self._held.enter_context(tempfile.TemporaryDirectory(prefix="bireme-"))
         for rank, device in enumerate(plan.devices):
             command = Join(
                 widths=plan.config.parallel.widths,

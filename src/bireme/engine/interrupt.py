@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ class _Interrupts:
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
     """Within it, Ctrl-C waits for its end. Other threads than the main one get no signals anyway."""
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or sys.is_finalizing():
         yield
         return
     interrupts = _Interrupts()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,7 @@ class LLM:
         self._executor: WorkerExecutor | None = None
         self._engine: Engine | None = None
         self._is_running = threading.Lock()
+        self._held_stream: weakref.ref[Generator[Delta, None, None]] | None = None
         self._request_ids = itertools.count()
 
     def start(self) -> Engine:
@@ -132,7 +135,8 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Ends the ranks (or gives them back to the pool that was passed in)."""
+        """Ends the ranks (or gives them back to the pool that was passed in); a later use starts them
+        again. A stream that is still held ends."""
         executor, self._executor, self._engine = self._executor, None, None
         if executor is not None and self._own_pool:
             executor.forget()
@@ -140,6 +144,9 @@ class LLM:
             executor.close()
         if self._own_pool:
             self._pool.close()
+        held = self._held_stream() if self._held_stream is not None else None
+        if held is not None and inspect.getgeneratorstate(held) != inspect.GEN_RUNNING:
+            held.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -204,9 +211,11 @@ class LLM:
             self._open_stream(index, prompt, param)
             for index, (prompt, param) in enumerate(zip(listed, params, strict=True))
         ]
-        return self._run({stream.request.request_id: stream for stream in opened})
+        stream = self._run({stream.request.request_id: stream for stream in opened})
+        self._held_stream = weakref.ref(stream)
+        return stream
 
-    def _run(self, streams: dict[str, _Stream]) -> Iterator[Delta]:
+    def _run(self, streams: dict[str, _Stream]) -> Generator[Delta, None, None]:
         """EngineError while another call's outputs are still being taken, by whatever thread."""
         if not self._is_running.acquire(blocking=False):
             raise EngineError(
@@ -246,7 +255,10 @@ class LLM:
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    if not isinstance(prompts, Sequence) or any(isinstance(item, dict) for item in prompts):
+    no_prompt = (dict, bytes, bytearray)
+    if not isinstance(prompts, Sequence) or any(
+        isinstance(x, no_prompt) for x in (prompts, *prompts)
+    ):
         raise RequestError("prompts are texts or lists of token ids, one or several")
     if prompts and all(isinstance(item, int) for item in prompts):
         return [prompts]  # type: ignore[list-item]
@@ -258,6 +270,12 @@ def _as_params(
 ) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(
+        isinstance(param, SamplingParams) for param in params
+    ):
+        raise RequestError(
+            f"sampling_params are {params!r:.60}; give a SamplingParams, or one a prompt"
+        )
     if len(params) != count:
         raise RequestError(
             f"{len(params)} sampling_params for {count} prompts; give one, or one a prompt"

@@ -10,6 +10,7 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bireme.checkpoint.artifact import Artifact
@@ -64,21 +65,35 @@ def _may_share_gpus() -> bool:
     return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
-def device_memory(engine: EngineConfig, devices: tuple[str, ...]) -> int:
-    """Bytes that one rank's tensors may take."""
+MAX_RANKS = 64  # of the search for a layout that fits
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes that tensors may take: those of one rank, or, if shared, of all ranks together."""
+
+    num_bytes: int
+    is_shared: bool = False
+
+    def of_rank(self, num_ranks: int) -> int:
+        return self.num_bytes // num_ranks if self.is_shared else self.num_bytes
+
+
+def device_memory(engine: EngineConfig, devices: tuple[str, ...]) -> DeviceMemory:
+    """The limit that was set, or what the devices have; CPU ranks share their host's memory."""
     if engine.memory_limit_bytes is not None:
-        return engine.memory_limit_bytes
+        return DeviceMemory(engine.memory_limit_bytes)
     if devices[0] == "cpu":
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         available = _available_bytes() or free
-        return int(available * engine.gpu_memory_utilization / len(devices))
+        return DeviceMemory(int(available * engine.gpu_memory_utilization), is_shared=True)
     import torch
 
     shares = [
         torch.cuda.mem_get_info(int(device.partition(":")[2]))[0] // num_ranks
         for device, num_ranks in Counter(devices).items()
     ]
-    return int(min(shares) * engine.gpu_memory_utilization)
+    return DeviceMemory(int(min(shares) * engine.gpu_memory_utilization))
 
 
 def _available_bytes() -> int | None:
@@ -123,11 +138,13 @@ def _step_limits(config: ModelConfig, engine: EngineConfig) -> StepLimits:
 
 
 def smallest_fit(
-    config: ModelConfig, engine: EngineConfig, limit: int, max_ranks: int = 64
+    config: ModelConfig, engine: EngineConfig, memory: DeviceMemory, max_ranks: int = MAX_RANKS
 ) -> ParallelConfig | None:
-    """The layout of fewest ranks that fits `limit` bytes a rank; the squarest of equals."""
+    """The layout of fewest ranks that fits; the squarest of equals."""
     dtype = resolve_dtype(config, engine)
-    fewest = -(-_weight_bytes(config, dtype) // max(1, limit))
+    fewest = -(-_weight_bytes(config, dtype) // max(1, memory.num_bytes))
+    if memory.is_shared and fewest > 1:
+        return None
     for world in range(max(1, fewest), max_ranks + 1):
         shapes = [(tp, world // tp) for tp in range(1, world + 1) if world % tp == 0]
         shapes = [
@@ -135,7 +152,7 @@ def smallest_fit(
         ]
         for tp, pp in sorted(shapes, key=max):
             parallel = ParallelConfig.of(tp, pp)
-            if _fits(config, engine, parallel, dtype, limit):
+            if _fits(config, engine, parallel, dtype, memory.of_rank(world)):
                 return parallel
     return None
 
@@ -166,15 +183,17 @@ def _least_cache_tokens(config: ModelConfig, engine: EngineConfig) -> int:
 def resolve_auto_width(model: PreparedModel, engine: EngineConfig) -> EngineConfig:
     """`-tp auto`: the smallest width that fits the devices, at the given number of stages."""
     devices = resolve_devices(dataclasses.replace(engine, parallel=ParallelConfig(), devices=None))
-    limit = device_memory(engine, devices)
+    memory = device_memory(engine, devices)
     dtype, stages = resolve_dtype(model.config, engine), engine.parallel.pp_size
     for width in range(1, model.config.num_heads + 1):
         parallel = ParallelConfig.of(width, stages, engine.parallel.layers_per_stage)
+        limit = memory.of_rank(parallel.world_size)
         if _fits(model.config, engine, parallel, dtype, limit):
             return dataclasses.replace(engine, parallel=parallel)
     raise CapacityError(
-        f"{model.name} does not fit {format_bytes(limit)} a rank at any width up to its "
-        f"{model.config.num_heads} heads with {stages} stages; use more stages"
+        f"{model.name} does not fit {_told(memory)} at any width up to its "
+        f"{model.config.num_heads} heads with {stages} stages; "
+        f"{_remedy(model.config, engine, memory, dtype)}"
     )
 
 
@@ -212,6 +231,26 @@ def _match(model: PreparedModel, layout: ModelLayout) -> NameMap:
     return names
 
 
+def _told(memory: DeviceMemory) -> str:
+    size = format_bytes(memory.num_bytes)
+    return f"the {size} of this machine" if memory.is_shared else f"{size} a rank"
+
+
+def _remedy(config: ModelConfig, engine: EngineConfig, memory: DeviceMemory, dtype: str) -> str:
+    """What would fit, or what to change where nothing does."""
+    if fit := smallest_fit(config, engine, memory):
+        return f"smallest fit {fit}"
+    weights = _weight_bytes(config, dtype)
+    most = memory.num_bytes if memory.is_shared else MAX_RANKS * memory.num_bytes
+    if weights <= most:
+        return (
+            f"no layout of up to {MAX_RANKS} ranks fits {_told(memory)}; lower max_model_len, "
+            "max_num_seqs or max_num_batched_tokens"
+        )
+    holds = _told(memory) if memory.is_shared else f"what {MAX_RANKS} ranks hold"
+    return f"its weights alone are {format_bytes(weights)}, more than {holds}; use larger devices"
+
+
 def _num_blocks(
     model: PreparedModel,
     layout: ModelLayout,
@@ -220,19 +259,13 @@ def _num_blocks(
     devices: tuple[str, ...],
 ) -> int:
     """Cache blocks: all that can be used, or as many as fit the rank with least room."""
-    limit = device_memory(engine, devices)
+    memory = device_memory(engine, devices)
+    limit = memory.of_rank(engine.parallel.world_size)
     ranks = memory_of(model.config, layout, engine, dtype)
     least = _least_cache_tokens(model.config, engine)
     needed = max(rank.total(least) for rank in ranks)
     if needed > limit:
-        fit = smallest_fit(model.config, engine, limit)
-        weights = _weight_bytes(model.config, dtype)
-        if fit:
-            remedy = f"smallest fit {fit}"
-        elif weights > 64 * limit:
-            remedy = f"its weights alone are {format_bytes(weights)}, more than 64 ranks hold; use larger devices"
-        else:
-            remedy = "no layout of up to 64 ranks fits; lower max_model_len, max_num_seqs or max_num_batched_tokens"
+        remedy = _remedy(model.config, engine, memory, dtype)
         raise CapacityError(
             f"{model.name} at {engine.parallel} needs {format_bytes(needed)} a rank, "
             f"has {format_bytes(limit)}; {remedy}"
@@ -256,8 +289,13 @@ def check_prompt(plan: WorkerPlan, index: int, ids: Sequence[int], num_new: int)
         raise RequestError(
             f"prompt {index} holds the token id {bad[0]}; ids go from 0 to {vocab - 1}"
         )
+    if len(ids) >= longest:
+        raise RequestError(
+            f"prompt {index} has {len(ids)} tokens; the context holds {longest}, "
+            f"so shorten it to at most {longest - 1}"
+        )
     if len(ids) + num_new > longest:
         raise RequestError(
             f"prompt {index} has {len(ids)} tokens and asks for {num_new} more; the context holds "
-            f"{longest}, so ask for at most {max(0, longest - len(ids))}"
+            f"{longest}, so ask for at most {longest - len(ids)}"
         )
