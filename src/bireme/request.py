@@ -40,6 +40,11 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):
                 raise RequestError(f"{name}={value!r} must be {needed}")
 
+    @property
+    def is_greedy(self) -> bool:
+        """Below 1e-5 (as in vLLM) the likeliest token is drawn anyway, and logits would overflow."""
+        return self.temperature < 1e-5
+
 
 # name, type, what fits, and that in words
 _RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
@@ -147,6 +152,10 @@ class Executor(Protocol):
     @property
     def is_broken(self) -> bool:
         """True once it can neither submit nor collect any more."""
+        ...
+
+    def give_up(self) -> None:
+        """Ends whatever runs the batches; what is in flight is lost."""
         ...
 
     def submit(self, batch: ScheduledBatch) -> None:

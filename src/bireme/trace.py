@@ -84,6 +84,7 @@ class SpanRing:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._map = mmap.mmap(fd, 0)
+        self._written = memoryview(self._map)[_COUNT_AT : _COUNT_AT + 8].cast("Q")
         magic, size, self.capacity, self._count = _HEADER.unpack_from(self._map, 0)
         if magic != _MAGIC or size != _RECORD.size:
             raise ValueError(f"descriptor {fd} holds no span ring of this version")
@@ -100,9 +101,14 @@ class SpanRing:
         os.pwrite(fd, _HEADER.pack(_MAGIC, _RECORD.size, capacity, 0), 0)
         return cls(fd)
 
-    def close(self) -> None:
-        self._map.close()
+    def close_fd(self) -> None:
+        """The ring stays mapped until nobody refers to it."""
         os.close(self.fd)
+
+    def close(self) -> None:
+        self._written.release()
+        self._map.close()
+        self.close_fd()
 
     def set_step(self, step_id: int, incarnation: int) -> None:
         """The step that the following records belong to."""
@@ -119,7 +125,7 @@ class SpanRing:
             self._map, at, start_ns, end_ns, num_bytes, self._step_id, kind, self._incarnation
         )
         self._count += 1
-        struct.pack_into("<Q", self._map, _COUNT_AT, self._count)  # after the record: no torn reads
+        self._written[0] = self._count  # one store, after the record: no torn reads
 
     @contextmanager
     def span(self, kind: SpanKind, num_bytes: int = 0) -> Iterator[None]:
@@ -141,7 +147,7 @@ class SpanRing:
 
     def read(self) -> list[Span]:
         """The newest records, oldest first. The record under the writer's hand is left out."""
-        count = struct.unpack_from("<Q", self._map, _COUNT_AT)[0]
+        count = self._written[0]
         first = max(0, count - self.capacity + 1) if count >= self.capacity else 0
         spans = []
         for index in range(first, count):

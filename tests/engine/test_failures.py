@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from bireme import LLM, SamplingParams
-from bireme.engine.messages import Leave, receive_reply, send
-from bireme.engine.pool import WorkerPool
-from bireme.errors import RankError
+from bireme.engine.messages import Capture, Leave, receive_reply, send
+from bireme.engine.pool import WorkerPool, World
+from bireme.errors import EngineError, RankError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
@@ -65,6 +65,77 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(
         list(stream)
     assert caught.value.rank_name == llm.plan.rank_names[victim]
     assert not any(map(is_alive, processes))
+    assert all(span.end_ns for spans in llm.spans().values() for span in spans)
+    assert len(llm.spans()[llm.plan.rank_names[victim]]) > 10, "spans outlive the rank"
+
+
+def test_a_second_ctrl_c_ends_the_ranks_amid_a_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, processes = llm.stream([[5, 6, 7]], PARAMS), pids(llm)
+    next(stream)
+
+    def collect() -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one did not get through")
+
+    monkeypatch.setattr(llm.executor, "collect", collect)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert not any(map(is_alive, processes))
+    with pytest.raises(EngineError, match="make a new LLM"):
+        llm.generate([[5]])
+
+
+def test_a_program_that_ignores_ctrl_c_goes_on_ignoring_it(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = llm.executor.collect
+
+    def interrupted() -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return collect()
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(llm.executor, "collect", interrupted)
+    try:
+        outputs = llm.generate([[5, 6]], SamplingParams(max_tokens=3, ignore_eos=True))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(outputs[0].outputs[0].token_ids) == 3
+
+
+def test_a_rank_that_reads_nothing_is_named_at_a_deadline() -> None:
+    with WorkerPool() as own:
+        world = World(own, ["rank 0"], (1,), timeout_s=1.0)
+        process = world.ranks[0].process.pid
+        os.kill(process, signal.SIGSTOP)
+        with pytest.raises(
+            RankError, match=r"rank 0: .* taking a command \(its process is stopped"
+        ):
+            world.send(0, Capture("x" * 10_000_000, probes=False))
+        assert not is_alive(process)
+
+
+def test_a_pool_that_is_interrupted_while_it_closes_leaves_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = WorkerPool()
+    ranks = own.take(2)
+    os.kill(ranks[1].process.pid, signal.SIGSTOP)
+    waits = iter([KeyboardInterrupt])
+    whole = subprocess.Popen.wait
+
+    def wait(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        for interrupt in waits:
+            raise interrupt
+        return whole(self, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait)
+    with pytest.raises(KeyboardInterrupt):
+        own.close()
+    assert not any(is_alive(rank.process.pid) for rank in ranks)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bireme.engine.sampler import SamplingRows, sample
+from bireme.engine.sampler import SamplingRows, _lowest_key, _sortable, sample
 from bireme.kernels.noise import gumbel_noise
 from bireme.parallel.layout import vocabulary_range, vocabulary_width
 from bireme.parallel.mesh import Alone
@@ -123,3 +123,20 @@ def test_noise_is_gumbel_and_a_function_of_its_counters() -> None:
 
 
 FROZEN = [1.0528287100090419, -0.9353030824892812, -0.550060055338688]
+
+
+def test_a_row_that_does_not_filter_is_not_filtered_beside_one_that_does() -> None:
+    """A token of 2^-40 of the likeliest one's share stays in the draw."""
+    logits = torch.tensor([[0.0, -28.0], [0.0, -28.0]])
+    both = SamplingRows(
+        temperature=torch.ones(2),
+        top_k=torch.zeros(2, dtype=torch.int64),
+        top_p=torch.tensor([1.0, 0.5]),
+        seeds=torch.zeros(2, dtype=torch.int64),
+        positions=torch.zeros(2, dtype=torch.int64),
+        is_random=True,
+        is_filtered=True,
+    )
+    lowest = _lowest_key([logits], both, Alone())
+    kept = _sortable(logits) >= lowest.unsqueeze(1)
+    assert kept.tolist() == [[True, True], [True, False]]

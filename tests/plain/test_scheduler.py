@@ -142,3 +142,8 @@ def test_setups_come_with_the_first_piece_of_a_request_only() -> None:
     assert [setup.slot for setup in first.setups] == [0]
     assert second.setups == []
     assert (second.pieces[0].start, second.pieces[0].num_tokens) == (4, 4)
+
+
+def test_a_temperature_that_would_overflow_is_greedy() -> None:
+    params = [SamplingParams(temperature=t) for t in (0.0, 1e-39, 9e-6, 1e-5)]
+    assert [param.is_greedy for param in params] == [True, True, True, False]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bireme.engine.interrupt import deferred_interrupts
@@ -39,12 +40,22 @@ class Engine:
             self.scheduler.add(request)
         try:
             while self.scheduler.has_unfinished:
-                with deferred_interrupts():
+                with self._whole_step():
                     events = self._step()
                 yield from events
         finally:
-            with deferred_interrupts():
+            with self._whole_step():
                 self._settle()
+
+    @contextmanager
+    def _whole_step(self) -> Iterator[None]:
+        """The first Ctrl-C waits for the end; a second one ends the ranks, amid whatever they do."""
+        with deferred_interrupts():
+            try:
+                yield
+            except KeyboardInterrupt:
+                self._executor.give_up()
+                raise
 
     def _step(self) -> list[TokenEvent]:
         while (batch := self.scheduler.schedule()) is not None:

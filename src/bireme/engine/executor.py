@@ -54,7 +54,9 @@ class WorkerExecutor:
         self._plan = plan
         self._waiting: deque[tuple[int, int]] = deque()
         self._held = ExitStack()  # what the ranks share, for as long as their world is there
-        self._world = World(pool, plan.rank_names, plan.config.parallel.widths)
+        self._world = World(
+            pool, plan.rank_names, plan.config.parallel.widths, plan.config.step_timeout_s
+        )
         try:
             self._join()
             self.loaded = self._load()
@@ -140,6 +142,10 @@ class WorkerExecutor:
             )
         self._waiting.popleft()
         return output
+
+    def give_up(self) -> None:
+        """Ends the ranks at once; their spans can still be read."""
+        self._world.give_up()
 
     def capture(self, folder: Path | None, *, probes: bool = False) -> None:
         """From the next step on, ranks write what they compute under `folder`; None stops it."""

@@ -23,8 +23,10 @@ class _Interrupts:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[None]:
-    """Within it, Ctrl-C waits for its end. Other threads than the main one get no signals anyway."""
-    if threading.current_thread() is not threading.main_thread() or sys.is_finalizing():
+    """Within it, Ctrl-C waits for its end. Other threads than the main one get no signals anyway, and
+    who ignores it goes on ignoring it."""
+    is_ours = threading.current_thread() is threading.main_thread() and not sys.is_finalizing()
+    if not is_ours or not callable(signal.getsignal(signal.SIGINT)):
         yield
         return
     interrupts = _Interrupts()

@@ -100,9 +100,13 @@ _COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
-def send(sock: socket.socket, message: Command | Reply) -> None:
+def frame(message: Command | Reply) -> bytes:
     body = _ENCODER.encode(message)
-    sock.sendall(_LENGTH.pack(len(body)) + body)
+    return _LENGTH.pack(len(body)) + body
+
+
+def send(sock: socket.socket, message: Command | Reply) -> None:
+    sock.sendall(frame(message))
 
 
 def _receive(sock: socket.socket) -> bytes | None:

@@ -89,7 +89,8 @@ class ModelRunner:
         x = self._input(batch, header)
         with self.spans.span(SpanKind.COMPUTE):
             x = self.model(x, step)
-        self.comm.hidden_sender.send(header, x) if not mesh.is_last_stage else None
+        if not mesh.is_last_stage:
+            self.comm.hidden_sender.send(header, x)
         output = self._sample(batch, x, header) if mesh.is_last_stage else None
         if mesh.is_first_stage and not mesh.is_last_stage and batch.sampling_slots:
             self._expected_ids.append((header, batch.sampling_slots))

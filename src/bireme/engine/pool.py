@@ -13,13 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import bireme
 from bireme.engine.culprit import Standing, find_culprit, is_stopped
-from bireme.engine.messages import Command, Failed, Reply, receive_reply, send
+from bireme.engine.messages import Command, Failed, Reply, frame, receive_reply
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
 from bireme.trace import SpanRing
@@ -37,7 +38,10 @@ class RankProcess:
     spans: SpanRing
 
     def describe_end(self) -> str:
-        code = self.process.wait()
+        try:
+            code = self.process.wait(_GRACE_S)
+        except subprocess.TimeoutExpired:
+            return "closed its socket and did not end"
         return f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
 
 
@@ -70,6 +74,7 @@ def _start() -> RankProcess:
         )
     finally:
         theirs.close()
+        spans.close_fd()
     return RankProcess(process, ours, spans)
 
 
@@ -105,14 +110,16 @@ class WorkerPool:
         for rank in self._processes:
             rank.sock.close()
         deadline = time.monotonic() + grace_s
-        for rank in self._processes:
-            try:
-                rank.process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        try:
+            for rank in self._processes:
+                with suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(max(0.0, deadline - time.monotonic()))
+        finally:  # also where a second Ctrl-C broke the wait off
+            for rank in self._processes:
                 rank.process.kill()
+            for rank in self._processes:
                 rank.process.wait()
-            rank.spans.close()
-        self._processes = []
+            self._processes = []
 
 
 class World:
@@ -121,11 +128,14 @@ class World:
     On a failure the pool's processes are ended and RankError (or the user's error) is raised.
     """
 
-    def __init__(self, pool: WorkerPool, names: Sequence[str], widths: Sequence[int]) -> None:
+    def __init__(
+        self, pool: WorkerPool, names: Sequence[str], widths: Sequence[int], timeout_s: float
+    ) -> None:
         self._pool, self._names, self._widths = pool, names, widths
         self.ranks = pool.take(len(names))
         self._selector = selectors.DefaultSelector()
         for index, rank in enumerate(self.ranks):
+            rank.sock.settimeout(timeout_s)
             self._selector.register(rank.sock, selectors.EVENT_READ, index)
         self.is_broken = False
 
@@ -135,14 +145,21 @@ class World:
         self._selector.close()
 
     def send(self, index: int, command: Command) -> None:
-        try:
-            send(self.ranks[index].sock, command)
-        except (BrokenPipeError, ConnectionResetError):
-            self._fail({index: None})
+        self._send(index, frame(command))
 
     def send_all(self, command: Command) -> None:
+        """The same to every rank, encoded once."""
+        data = frame(command)
         for index in range(len(self.ranks)):
-            self.send(index, command)
+            self._send(index, data)
+
+    def _send(self, index: int, data: bytes) -> None:
+        try:
+            self.ranks[index].sock.sendall(data)
+        except TimeoutError:  # its buffer is full and it reads nothing
+            raise self._no_answer({index}, "taking a command") from None
+        except (BrokenPipeError, ConnectionResetError):
+            self._fail({index: None})
 
     def gather(self, timeout_s: float, doing: str) -> list[Reply]:
         """One reply of every rank, in rank order."""
@@ -170,7 +187,10 @@ class World:
         if not events:
             return None
         index = events[0][0].data
-        reply = receive_reply(self.ranks[index].sock)
+        try:
+            reply = receive_reply(self.ranks[index].sock)
+        except TimeoutError:  # amid a message
+            return None
         if reply is None or isinstance(reply, Failed):
             self._fail({index: reply}, step_id)
         assert reply is not None
@@ -236,6 +256,11 @@ class World:
         if reply.is_user_error:
             return UserError(f"{name}: {reply.cause.partition(': ')[2]}")
         return RankError(name, reply.cause, reply.traceback)
+
+    def give_up(self) -> None:
+        """Ends the ranks at once, whatever they are at."""
+        if not self.is_broken:
+            self._break()
 
     def _break(self) -> None:
         self.is_broken = True

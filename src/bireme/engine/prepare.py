@@ -65,6 +65,7 @@ def _may_share_gpus() -> bool:
     return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
 
 
+_CGROUPS = Path("/sys/fs/cgroup")
 MAX_RANKS = 64  # of the search for a layout that fits
 
 
@@ -85,7 +86,7 @@ def device_memory(engine: EngineConfig, devices: tuple[str, ...]) -> DeviceMemor
         return DeviceMemory(engine.memory_limit_bytes)
     if devices[0] == "cpu":
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        available = _available_bytes() or free
+        available = min([_available_bytes() or free, *_cgroup_bytes()])
         return DeviceMemory(int(available * engine.gpu_memory_utilization), is_shared=True)
     import torch
 
@@ -104,6 +105,23 @@ def _available_bytes() -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
     return int(found[0]) * 1024 if found else None
+
+
+def _cgroup_bytes() -> list[int]:
+    """What each memory limit above this process leaves, its page cache counted as free."""
+    found = []
+    try:
+        own = Path("/proc/self/cgroup").read_text().rpartition("0::/")[2].strip().lstrip("/")
+        for folder in (_CGROUPS / own, *(_CGROUPS / own).parents):
+            if folder.is_relative_to(_CGROUPS) and (folder / "memory.max").exists():
+                most = (folder / "memory.max").read_text().strip()
+                used = int((folder / "memory.current").read_text())
+                stat = (folder / "memory.stat").read_text().split()
+                cache = int(stat[stat.index("file") + 1])
+                found += [max(0, int(most) - used + cache)] if most != "max" else []
+    except (OSError, ValueError):
+        return found
+    return found
 
 
 def resolve_max_model_len(config: ModelConfig, engine: EngineConfig) -> int:

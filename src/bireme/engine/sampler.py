@@ -104,7 +104,8 @@ def _lowest_key(
     def wanted(total: torch.Tensor) -> torch.Tensor:
         return (total.double() * rows.top_p.double()).ceil().long().clamp(min=1)
 
-    return torch.maximum(by_count, _threshold(tiles, rows, mass, wanted, group))
+    by_mass = _threshold(tiles, rows, mass, wanted, group)
+    return torch.maximum(by_count, by_mass.masked_fill(rows.top_p >= 1, 0))
 
 
 def _sortable(x: torch.Tensor) -> torch.Tensor:

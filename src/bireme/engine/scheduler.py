@@ -180,7 +180,7 @@ class Scheduler:
         return SlotSetup(
             slot=run.slot,
             seed=run.request.seed,
-            temperature=params.temperature,
+            temperature=0.0 if params.is_greedy else params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
             max_len=run.request.max_len,

@@ -173,7 +173,7 @@ class Slots:
         return groups
 
     def _together(self, runs: list[_Run]) -> Iterator[list[_Run]]:
-        """Single tokens by context length, as many as fit; longer runs alone, split if need be."""
+        """Single tokens by context length, as many as fit; longer runs alone."""
         singles = sorted((run for run in runs if run.num_tokens == 1), key=lambda r: r.num_context)
         members: list[_Run] = []
         for run in singles:
@@ -183,15 +183,7 @@ class Slots:
             members.append(run)
         if members:
             yield members
-        for run in runs:
-            if run.num_tokens > 1:
-                yield from self._split(run)
-
-    def _split(self, run: _Run) -> Iterator[list[_Run]]:
-        size = self._workspace.max_queries(run.num_context)
-        for at in range(0, run.num_tokens, size):
-            num_tokens = min(size, run.num_tokens - at)
-            yield [_Run(run.slot, run.start + at, num_tokens, run.first_row + at)]
+        yield from ([run] for run in runs if run.num_tokens > 1)
 
     def _group(self, runs: list[_Run]) -> SequenceGroup:
         steps = np.arange(runs[0].num_tokens)
@@ -208,4 +200,5 @@ class Slots:
             positions=torch.from_numpy(first[:, None] + steps).to(self._device),
             context=torch.from_numpy(places).to(self._device),
             lowest=int(first.min()),
+            num_at_once=self._workspace.max_queries(len(context)),
         )

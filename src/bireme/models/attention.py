@@ -27,30 +27,45 @@ class SequenceGroup:
     one new token, or one.
 
     rows [B, t] of the step's tokens; positions [B, t], none below `lowest`; context [B, C] places
-    of the cache, padded with place 0. `keeps_bias`: layers share the bias of the scores.
+    of the cache, padded with place 0. A long run of tokens is attended to `num_at_once` at a time.
+    `keeps_bias`: layers share the bias of the scores.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
     context: torch.Tensor
     lowest: int
+    num_at_once: int
     keeps_bias: bool = True
-    _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _biases: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
-    def first_seen(self, window: int | None) -> int:
-        """The first position that any of the queries looks at."""
-        return 0 if window is None else max(0, self.lowest - window + 1)
+    @property
+    def slices(self) -> list[tuple[int, int]]:
+        """Queries [first, last) that are attended to at a time."""
+        size, total = self.num_at_once, self.rows.shape[1]
+        return [(first, min(total, first + size)) for first in range(0, total, size)]
+
+    def seen(self, queries: tuple[int, int], window: int | None) -> tuple[int, int]:
+        """The positions that some of the queries look at."""
+        first, last = queries
+        stop = self.context.shape[1] - (self.rows.shape[1] - last)
+        return 0 if window is None else max(0, self.lowest + first - window + 1), stop
 
     def bias(
-        self, window: int | None, slopes: torch.Tensor | None, dtype: torch.dtype
+        self,
+        queries: tuple[int, int],
+        window: int | None,
+        slopes: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
-        """[B, 1 or H, t, C] over the positions from `first_seen` on."""
-        if window in self._biases:
-            return self._biases[window]
-        context = (self.first_seen(window), self.context.shape[1])
-        bias = attention_bias(self.positions, context, window, slopes, dtype)
+        """[B, 1 or H, queries, positions seen]"""
+        key = (queries[0], window)
+        if key in self._biases:
+            return self._biases[key]
+        positions = self.positions[:, slice(*queries)]
+        bias = attention_bias(positions, self.seen(queries, window), window, slopes, dtype)
         if self.keeps_bias:
-            self._biases[window] = bias
+            self._biases[key] = bias
         return bias
 
 
@@ -138,13 +153,21 @@ class PagedAttention(nn.Module):
 
     def _attend(self, q: torch.Tensor, group: SequenceGroup, cache: PagedCache) -> torch.Tensor:
         """[B, H, t, D] -> [B, H, t, D]"""
-        seen = group.context[:, group.first_seen(self.window) :]
-        keys, values = (x.transpose(1, 2) for x in cache.read(seen))  # [B, K, C, D]
-        bias = group.bias(self.window, self._slopes, q.dtype)
+        slices = group.slices
+        start = group.seen(slices[0], self.window)[0]
+        keys, values = (x.transpose(1, 2) for x in cache.read(group.context[:, start:]))
         if self._head_index is not None:
             keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
-        attend = attention if keys.shape[1] == q.shape[1] else grouped_query_attention
-        return attend(q, keys, values, bias, self.scale, self.cap)
+        attend = (
+            attention if keys.shape[1] == q.shape[1] else grouped_query_attention
+        )  # [B, K, C, D]
+        parts = []
+        for queries in slices:
+            bias = group.bias(queries, self.window, self._slopes, q.dtype)
+            first, stop = (position - start for position in group.seen(queries, self.window))
+            k, v = keys[:, :, first:stop], values[:, :, first:stop]
+            parts.append(attend(q[:, :, slice(*queries)], k, v, bias, self.scale, self.cap))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 class Attention(nn.Module):

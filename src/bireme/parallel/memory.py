@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from bireme.model_config import ModelConfig
 from bireme.parallel.layout import RankLayout, vocabulary_width
 
+_HISTOGRAM_BYTES = 4 * 8 * 2048  # of a sampled row, its sums and their copies (`engine/sampler.py`)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepLimits:
@@ -48,7 +50,7 @@ def rank_memory(
     logits = 0
     if rank.stage == len(widths) - 1:
         width = vocabulary_width(config.vocab_size, widths[-1])
-        logits = limits.num_seqs * width * (4 + 2 * item_bytes)
+        logits = limits.num_seqs * (width * (4 + 2 * item_bytes) + _HISTOGRAM_BYTES)
     return RankMemory(
         rank=rank.rank,
         weight_bytes=rank.num_elements * item_bytes,
@@ -69,11 +71,13 @@ def _token_bytes(
 
 
 def _workspace(rank: RankLayout, item_bytes: int, limits: StepLimits) -> int:
-    """What attention gathers and scores (`engine/slots.py`), as far as contexts can be that long."""
+    """What attention gathers and scores (`engine/slots.py`), as far as contexts can be that long,
+    and where the places of every context are."""
     place_bytes = rank.work.place_elements * item_bytes
     score_bytes = rank.work.score_elements * 4
     longest, budget = limits.max_model_len, limits.workspace_bytes
     gathered = max(min(budget // 2, limits.num_seqs * longest * place_bytes), longest * place_bytes)
     pairs = max(limits.num_tokens, limits.num_seqs) * longest
     scores = max(min(budget // 4, pairs * score_bytes), longest * score_bytes)
-    return gathered + scores + min(budget // 4, pairs * score_bytes)
+    places = 8 * limits.num_seqs * longest
+    return gathered + scores + min(budget // 4, pairs * score_bytes) + places
