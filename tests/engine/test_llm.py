@@ -235,7 +235,7 @@ def test_every_rank_writes_spans_and_the_trace_has_a_track_for_each(
 
 def test_auto_takes_the_smallest_width_that_fits(pool: WorkerPool) -> None:
     limits = {"dtype": "float32", "max_num_batched_tokens": 256, "pool": pool}
-    with LLM("demo", tensor_parallel_size="auto", memory_limit_bytes=48 << 20, **limits) as llm:
+    with LLM("demo", tensor_parallel_size="auto", memory_limit_bytes=50 << 20, **limits) as llm:
         assert llm.config.parallel.widths == (2,)
     with pytest.raises(CapacityError, match="does not fit"):
         LLM("demo", tensor_parallel_size="auto", memory_limit_bytes=1 << 20, **limits)
