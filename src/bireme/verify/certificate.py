@@ -32,7 +32,8 @@ class Certificate:
     Differences are of logits; `relative_difference` is the largest one over `spread`, the
     reference's standard deviation. Agreement is the share of positions with the same greedy token;
     `num_excused` positions differ where the reference's two best are closer than the tolerance;
-    `num_not_finite` logits of either model are NaN or infinite.
+    `num_not_finite` logits of either model are NaN or infinite. `departure_unknown` says why no
+    departure was looked for where there should be one.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Certificate:
     num_excused: int
     num_not_finite: int
     departure: Departure | None
+    departure_unknown: str | None
     is_same: bool
 
 
@@ -94,4 +96,6 @@ def certificate_text(found: Certificate) -> str:
         )
     if found.departure is not None:
         lines.append(f"  departs first at {found.departure}")
+    if found.departure_unknown is not None:
+        lines.append(f"  departs at a place that is not looked for: {found.departure_unknown}")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from bireme.engine.capture import capture_path
 from bireme.engine.executor import WorkerExecutor, WorkerPlan
 from bireme.engine.pool import WorkerPool
 from bireme.engine.prepare import check_prompt, make_plan
-from bireme.errors import ConfigError
+from bireme.errors import CapacityError, ConfigError
 from bireme.models.registry import model_layout
 from bireme.parallel.layout import ModelLayout
 from bireme.verify.certificate import TOLERANCES, Certificate, Departure
@@ -106,6 +106,7 @@ def compare(
         num_excused=int((~same & excused).sum()),
         num_not_finite=num_not_finite,
         departure=None,
+        departure_unknown=None,
         is_same=is_close and not num_not_finite,
     )
 
@@ -128,14 +129,21 @@ class _Comparison:
             pool,
             folder,
         )
+        self._uncut_plan = self._plan_uncut()  # before the ranks hold any memory
+
+    def _plan_uncut(self) -> WorkerPlan | CapacityError:
+        """The error, if the uncut model needs several devices: not every comparison runs it."""
         uncut = dataclasses.replace(
-            config,
+            self._config,
             parallel=ParallelConfig(),
             devices=None,
-            device="cpu" if plan.devices[0] == "cpu" else "cuda",
+            device="cpu" if self._plan.devices[0] == "cpu" else "cuda",
             memory_limit_bytes=None,
         )
-        self._uncut_plan = make_plan(model, uncut)
+        try:
+            return make_plan(self._model, uncut)
+        except CapacityError as error:
+            return error
 
     def run(
         self, prompts: list[list[int]], num_decode: int, reference: str | Reference
@@ -146,18 +154,25 @@ class _Comparison:
         certificate = compare(self._model.name, self._plan, reference, found)
         if certificate.is_same:
             return certificate
-        return dataclasses.replace(
-            certificate, departure=self._first_departure(reference.sequences)
-        )
+        if isinstance(self._uncut_plan, CapacityError):
+            return dataclasses.replace(certificate, departure_unknown=str(self._uncut_plan))
+        departure = self._first_departure(self._uncut_plan, reference.sequences)
+        return dataclasses.replace(certificate, departure=departure)
 
     def _reference(self, prompts: list[list[int]], num_decode: int, name: str) -> Reference:
+        uncut = self._uncut_plan
         if name == "transformers":
-            device = self._plan.devices[0]
+            device = "cpu" if isinstance(uncut, CapacityError) else self._plan.devices[0]
             return transformers_reference(
                 self._model, prompts, num_decode, self._plan.dtype, device
             )
         if name == "uncut":
-            return self._uncut(prompts, num_decode)
+            if isinstance(uncut, CapacityError):
+                raise CapacityError(
+                    f"reference uncut needs the model on one device: {uncut}; "
+                    "or use reference transformers"
+                )
+            return self._uncut(uncut, prompts, num_decode)
         raise ConfigError(f"reference {name!r} is not known; use uncut or transformers")
 
     def _lead(
@@ -170,25 +185,22 @@ class _Comparison:
         executor.close()
         return logits
 
-    def _uncut(self, prompts: list[list[int]], num_decode: int) -> Reference:
+    def _uncut(self, plan: WorkerPlan, prompts: list[list[int]], num_decode: int) -> Reference:
         """Greedy continuations by one rank, and its logits along them."""
-        executor = WorkerExecutor(self._uncut_plan, self._pool)
+        executor = WorkerExecutor(plan, self._pool)
         sequences = Sequences(
-            [
-                continue_greedily(executor, self._uncut_plan, prompt, num_decode)
-                for prompt in prompts
-            ],
+            [continue_greedily(executor, plan, prompt, num_decode) for prompt in prompts],
             [len(p) for p in prompts],
         )
         folder = self._folder / "uncut"
         folder.mkdir()
-        expected = lead(executor, self._uncut_plan, sequences, folder, probes=False)
+        expected = lead(executor, plan, sequences, folder, probes=False)
         executor.close()
         return Reference("uncut", sequences, expected)
 
-    def _first_departure(self, sequences: Sequences) -> Departure | None:
+    def _first_departure(self, uncut: WorkerPlan, sequences: Sequences) -> Departure | None:
         """A second pass that keeps every layer's results of both sides."""
-        self._lead(self._uncut_plan, sequences, "uncut-probes", probes=True)
+        self._lead(uncut, sequences, "uncut-probes", probes=True)
         self._lead(self._plan, sequences, "cut-probes", probes=True)
         whole = model_layout(self._model.config, ParallelConfig())
         cut = model_layout(self._model.config, self._config.parallel)
