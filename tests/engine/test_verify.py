@@ -118,6 +118,19 @@ def test_a_difference_within_the_tolerance_is_the_same_model() -> None:
     assert not certificate(LOGITS, LOGITS + 1e-2).is_same
 
 
+def test_a_small_difference_everywhere_is_not_excused_by_what_rounding_does_in_few_places() -> None:
+    rounded = dataclasses.replace(PLAN, dtype="bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(100, 100, generator=generator)
+    one, all_ = logits.clone(), logits + 0.05
+    one[7, logits[7].argmin()] += 0.4
+    reference = Reference("uncut", Sequences([[1] * 100], [100]), [logits])
+    assert compare("m", rounded, reference, [one]).is_same
+    found = compare("m", rounded, reference, [all_])
+    assert not found.is_same
+    assert "5e-01 is allowed, and 5.0e-02 of 3e-02 on average" in certificate_text(found)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
 def test_logits_that_are_no_numbers_are_never_the_same_model(

@@ -164,7 +164,7 @@ def test_with_another_value_in_any_field_that_is_read_parity_fails(
 ) -> None:
     model, reads = checkpoints.model(case), set[str]()
     reference = transformers_reference(model, zoo.prompts(lengths=_LENGTHS), 0, "float32")
-    tolerance = TOLERANCES["float32"]
+    tolerance = TOLERANCES["float32"].largest
     assert _run(model, reference, tmp_path / "whole", reads) < tolerance
     assert reads - CONTAINERS <= SIZES.keys() | OTHERS.keys(), (
         "a field is read that no test changes"
