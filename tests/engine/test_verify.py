@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import bireme.engine.prepare
 from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.executor import WorkerPlan
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import make_plan
+from bireme.engine.prepare import DeviceMemory, make_plan
+from bireme.errors import CapacityError
 from bireme.request import ScheduledBatch, StepOutput
 from bireme.verify import (
     Certificate,
@@ -116,6 +118,19 @@ def test_a_difference_within_the_tolerance_is_the_same_model() -> None:
     assert not certificate(LOGITS, LOGITS + 1e-2).is_same
 
 
+def test_a_small_difference_everywhere_is_not_excused_by_what_rounding_does_in_few_places() -> None:
+    rounded = dataclasses.replace(PLAN, dtype="bfloat16")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(100, 100, generator=generator)
+    one, all_ = logits.clone(), logits + 0.05
+    one[7, logits[7].argmin()] += 0.4
+    reference = Reference("uncut", Sequences([[1] * 100], [100]), [logits])
+    assert compare("m", rounded, reference, [one]).is_same
+    found = compare("m", rounded, reference, [all_])
+    assert not found.is_same
+    assert "5e-01 is allowed, and 5.0e-02 of 3e-02 on average" in certificate_text(found)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sides", [(True, False), (False, True), (True, True)])
 def test_logits_that_are_no_numbers_are_never_the_same_model(
@@ -151,3 +166,34 @@ def test_certificates_of_different_comparisons_have_different_names() -> None:
     names = {certificate_name(dataclasses.replace(found, **other)) for other in others}  # type: ignore[arg-type]
     assert certificate_name(found) == "certificate-uncut-tp1-layers8-float32-cpu.json"
     assert len(names - {certificate_name(found)}) == len(others)
+
+
+CUT = EngineConfig(parallel=ParallelConfig.of(2), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def small_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each holds the rank of a demo model cut in two, and none all of it."""
+    memory = DeviceMemory(80 << 20)
+    monkeypatch.setattr(bireme.engine.prepare, "device_memory", lambda *_: memory)
+
+
+@pytest.mark.usefixtures("small_devices")
+def test_a_model_that_fits_no_single_device_is_compared_with_transformers(pool: WorkerPool) -> None:
+    with pytest.raises(CapacityError, match=r"reference uncut .* or use reference transformers"):
+        verify(MODEL, CUT, [[1, 2, 3]], num_decode=2, pool=pool)
+    found = verify(MODEL, CUT, [[1, 2, 3]], num_decode=2, reference="transformers", pool=pool)
+    assert found.is_same, certificate_text(found)
+    assert found.departure_unknown is None
+
+
+@pytest.mark.usefixtures("small_devices")
+def test_where_the_uncut_model_fits_no_device_a_certificate_says_that_the_place_is_unknown(
+    pool: WorkerPool,
+) -> None:
+    logits = torch.randn(3, MODEL.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    other = Reference("other", Sequences([[1, 2, 3]], [3]), [logits])
+    found = verify(MODEL, CUT, [[1, 2, 3]], num_decode=0, reference=other, pool=pool)
+    assert (found.is_same, found.departure) == (False, None)
+    assert "tp 1 x pp 1 needs" in str(found.departure_unknown)
+    assert str(found.departure_unknown) in certificate_text(found).splitlines()[-1]

@@ -1,7 +1,8 @@
 """Every config field that a family reads matters: with another value parity fails.
 
 The fields are recorded while a model is built and run, so that a newly read one without another
-value here fails the test.
+value here fails the test. Where another value asks for other tensors, the files are made to hold
+them, so that the model runs and is seen to compute something else.
 """
 
 from __future__ import annotations
@@ -16,11 +17,17 @@ import torch
 import zoo
 from harness import Checkpoints, engine_config
 from local_world import LocalExecutor
+from safetensors.torch import load_file, save_file
 
+from bireme.checkpoint.names import name_map
+from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.prepared import PreparedModel
+from bireme.config import ParallelConfig
+from bireme.engine.executor import WorkerPlan
 from bireme.engine.prepare import make_plan
-from bireme.errors import BiremeError
+from bireme.errors import CheckpointError
 from bireme.model_config import ModelConfig, MoeConfig, RopeConfig
+from bireme.models.registry import family_of, model_layout
 from bireme.verify import TOLERANCES, Reference, lead, transformers_reference
 
 Change = Callable[[ModelConfig], ModelConfig]
@@ -64,7 +71,7 @@ def _other_kind(rope: RopeConfig) -> RopeConfig:
     return dataclasses.replace(rope, kind="default")
 
 
-# Sizes alone: a wrong one is refused before anything runs.
+# Sizes: the tensors in the files have others, so that a wrong one is refused before anything runs.
 SIZES: dict[str, Change] = {
     "vocab_size": _doubled("vocab_size"),
     "hidden_size": _doubled("hidden_size"),
@@ -78,9 +85,11 @@ SIZES: dict[str, Change] = {
     "moe.num_experts": _inside("moe", _doubled("num_experts")),  # type: ignore[arg-type]
     "moe.intermediate_size": _inside("moe", _doubled("intermediate_size")),  # type: ignore[arg-type]
 }
+# Refused too: another family's tensors have other names.
+FAMILY: dict[str, Change] = {"model_type": _set("model_type", "bloom", "gpt2")}
+REFUSED = SIZES | FAMILY
 # Neutral where the family uses the field, active where it does not.
 OTHERS: dict[str, Change] = {
-    "model_type": _set("model_type", "bloom", "gpt2"),
     "activation": _set("activation", "relu", "gelu"),
     "norm_eps": _set("norm_eps", 0.1),
     "tie_word_embeddings": _flip("tie_word_embeddings"),
@@ -141,43 +150,75 @@ def _recording(value: Any, prefix: str, reads: set[str]) -> Any:
     return object.__new__(recorder)
 
 
-def _run(
-    model: PreparedModel, reference: Reference, folder: Path, reads: set[str] | None = None
-) -> float:
-    """The largest logit difference, in standard deviations of the reference's."""
-    plan = make_plan(model, engine_config())
-    if reads is not None:
-        plan = dataclasses.replace(plan, model=_recording(model.config, "", reads))
+def _with_tensors_for(model: PreparedModel, config: ModelConfig, folder: Path) -> PreparedModel:
+    """The model with another config, whose files hold what that asks for: the same tensors, less
+    those that it does not know, and noise for those (or those rows) that are not there."""
+    source, sources = open_folder(model.folder), model_layout(config, ParallelConfig()).sources
+    names = name_map(sources, source.tensors, family_of(config).prefixes)
+    tensors = load_file(model.folder / "model.safetensors")
+    generator, wanted = torch.Generator().manual_seed(3), {}
+    for name, asked in sources.items():
+        shape = asked.view.file_shape(asked.shape)
+        tensor = 0.3 * torch.randn(shape, generator=generator)
+        if (kept := tensors.get(names.in_file(name))) is not None:
+            both = tuple(slice(min(sizes)) for sizes in zip(shape, kept.shape, strict=True))
+            tensor[both] = kept[both]
+        wanted[names.in_file(name)] = tensor
+    folder.mkdir()
+    save_file(wanted, folder / "model.safetensors")
+    return dataclasses.replace(model, config=config, folder=folder)
+
+
+def _difference(reference: Reference, found: list[torch.Tensor]) -> float:
+    """The largest of logits, in standard deviations of the reference's."""
+    off = max(float((a - b).abs().max()) for a, b in zip(reference.logits, found, strict=True))
+    return off / float(torch.cat(reference.logits).std())
+
+
+def _run(plan: WorkerPlan, reference: Reference, folder: Path) -> float:
     folder.mkdir()
     executor = LocalExecutor(plan)
     try:
         found = lead(executor, plan, reference.sequences, folder, probes=False)  # type: ignore[arg-type]
     finally:
         executor.close()
-    off = max(float((a - b).abs().max()) for a, b in zip(reference.logits, found, strict=True))
-    return off / float(torch.cat(reference.logits).std())
+    return _difference(reference, found)
+
+
+def _run_whole(
+    model: PreparedModel, reference: Reference, folder: Path
+) -> tuple[float, WorkerPlan, set[str]]:
+    """How far the model is off as it is, its plan, and the fields that are read meanwhile."""
+    plan, reads = make_plan(model, engine_config()), set[str]()
+    recording = dataclasses.replace(plan, model=_recording(model.config, "", reads))
+    return _run(recording, reference, folder), plan, reads - CONTAINERS
 
 
 @pytest.mark.parametrize("case", zoo.CASES)
 def test_with_another_value_in_any_field_that_is_read_parity_fails(
     checkpoints: Checkpoints, tmp_path: Path, case: str
 ) -> None:
-    model, reads = checkpoints.model(case), set[str]()
+    model = checkpoints.model(case)
     reference = transformers_reference(model, zoo.prompts(lengths=_LENGTHS), 0, "float32")
-    tolerance = TOLERANCES["float32"]
-    assert _run(model, reference, tmp_path / "whole", reads) < tolerance
-    assert reads - CONTAINERS <= SIZES.keys() | OTHERS.keys(), (
-        "a field is read that no test changes"
-    )
-    for field in sorted(reads - CONTAINERS):
-        change = SIZES.get(field) or OTHERS[field]
-        changed = dataclasses.replace(model, config=change(model.config))
-        assert changed.config != model.config
-        try:
-            off = _run(changed, reference, tmp_path / field)
-        except BiremeError:
-            continue
-        assert field not in SIZES, f"{field} is no mere size: another one runs"
+    tolerance = TOLERANCES["float32"].largest
+    off, whole, reads = _run_whole(model, reference, tmp_path / "whole")
+    assert off < tolerance
+    assert reads <= REFUSED.keys() | OTHERS.keys(), "a field is read that no test changes"
+    for field in sorted(reads & REFUSED.keys()):
+        config = REFUSED[field](model.config)
+        assert config != model.config
+        with pytest.raises(CheckpointError):
+            make_plan(dataclasses.replace(model, config=config), engine_config())
+    for field in sorted(reads & OTHERS.keys()):
+        config = OTHERS[field](model.config)
+        assert config != model.config
+        changed = _with_tensors_for(model, config, tmp_path / f"{field}-files")
+        plan = dataclasses.replace(  # as long a context, whatever the field says of it
+            make_plan(changed, engine_config()),
+            num_blocks=whole.num_blocks,
+            max_model_len=whole.max_model_len,
+        )
+        off = _run(plan, reference, tmp_path / field)
         assert not off < 3 * tolerance, f"{field} makes no difference ({off:.1e})"
 
 
@@ -188,9 +229,9 @@ def test_every_field_is_read_by_some_family_or_describes_the_model_to_others(
     for case in zoo.CASES:
         model = checkpoints.model(case)
         reference = transformers_reference(model, zoo.prompts(lengths=(5,)), 0, "float32")
-        _run(model, reference, tmp_path / case, reads)
+        reads |= _run_whole(model, reference, tmp_path / case)[2]
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     fields |= {f"rope.{field.name}" for field in dataclasses.fields(RopeConfig)}
     fields |= {f"moe.{field.name}" for field in dataclasses.fields(MoeConfig)}
     described = {"architecture", "dtype"}
-    assert fields - reads == described
+    assert fields - reads - CONTAINERS == described

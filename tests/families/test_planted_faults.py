@@ -6,6 +6,7 @@ the uncut model beside them stays whole.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from itertools import count
@@ -18,6 +19,7 @@ from harness import Checkpoints, engine_config
 from local_world import LocalExecutor
 
 import bireme.verify.comparison
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.engine.executor import WorkerPlan
 from bireme.parallel.layers import RowParallelLinear, named_layouts
 from bireme.parallel.layout import HeadCut
@@ -105,6 +107,12 @@ def _change_the_stage_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(local_world, "stage_specs", stage_specs)
 
 
+def _verify_rounded(model: PreparedModel, dtype: str, widths: tuple[int, ...]) -> Certificate:
+    config = dataclasses.replace(engine_config(*widths), dtype=dtype)
+    prompts = zoo.prompts(vocab=model.config.vocab_size)
+    return verify(model, config, prompts, num_decode=4)
+
+
 def _verify(checkpoints: Checkpoints, case: str, *widths: int) -> Certificate:
     model, reference = checkpoints.model(case), checkpoints.reference(case, num_decode=2)
     return verify(model, engine_config(*widths), zoo.prompts(), reference=reference)
@@ -120,16 +128,16 @@ FAULTS = [
 ]
 
 
+PLANTED = [
+    pytest.param(case, *fault, id=f"{case}{fault[0].__name__}")
+    for case in CASES
+    for fault in FAULTS
+    if (case, fault[0]) != ("qwen3", _add_the_row_bias_on_every_rank)  # it has none
+]
+
+
 @pytest.mark.usefixtures("local_ranks")
-@pytest.mark.parametrize(
-    ("case", "fault", "widths", "departure"),
-    [
-        pytest.param(case, *fault, id=f"{case}{fault[0].__name__}")
-        for case in CASES
-        for fault in FAULTS
-        if (case, fault[0]) != ("qwen3", _add_the_row_bias_on_every_rank)  # it has none
-    ],
-)
+@pytest.mark.parametrize(("case", "fault", "widths", "departure"), PLANTED)
 def test_verify_sees_a_planted_fault_and_names_where_it_began(
     checkpoints: Checkpoints,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,3 +167,42 @@ def test_verify_names_the_layer_whose_experts_are_wrong(
         2,
         "result of model.layers.2.block_sparse_moe.experts.gate_up",
     )
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("case", "fault", "widths", "departure"), PLANTED)
+def test_verify_sees_a_planted_fault_through_the_rounding_of_sixteen_bits(
+    checkpoints: Checkpoints,
+    monkeypatch: pytest.MonkeyPatch,
+    case: str,
+    fault: Fault,
+    widths: tuple[int, ...],
+    departure: tuple[int, int, str, str],
+    dtype: str,
+) -> None:
+    fault(monkeypatch)
+    assert not _verify_rounded(checkpoints.model(case), dtype, widths).is_same
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("fault", "widths"),
+    [fault[:2] for fault in FAULTS if fault[0] != _add_the_row_bias_on_every_rank],
+)
+def test_verify_sees_a_planted_fault_of_a_real_model_through_that_rounding(
+    monkeypatch: pytest.MonkeyPatch, fault: Fault, widths: tuple[int, ...], dtype: str
+) -> None:
+    fault(monkeypatch)
+    assert not _verify_rounded(prepare_model("demo"), dtype, widths).is_same
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", zoo.CASES)
+def test_what_rounding_alone_changes_is_the_same_model(
+    checkpoints: Checkpoints, case: str, dtype: str
+) -> None:
+    found = _verify_rounded(checkpoints.model(case), dtype, (3, 2))
+    assert found.is_same, found

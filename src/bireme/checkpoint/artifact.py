@@ -16,6 +16,7 @@ from bireme.checkpoint.manifest import (
     Manifest,
     StoredFile,
     StoredPiece,
+    chunk_ranges,
     hash_file,
     rank_file_name,
     read_manifest,
@@ -155,8 +156,7 @@ class VerifiedFile:
         """Verifies every tensor; yields what is wrong, a line a chunk."""
         progress(self.stored.header_bytes)
         for key, info in self.file.tensors.items():
-            for start in range(0, info.stop - info.start, CHUNK_BYTES):
-                stop = min(info.stop - info.start, start + CHUNK_BYTES)
+            for start, stop in chunk_ranges(info.stop - info.start):
                 try:
                     self._verify(key, start, stop)
                 except CheckpointError as error:

@@ -25,7 +25,7 @@ def _windows(fields: Mapping[str, Any], kind: str, num_layers: int) -> tuple[int
     if kinds := fields.get("layer_types"):
         if len(kinds) != num_layers:
             raise ConfigError(f"{len(kinds)} layer_types are given for {num_layers} layers")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        return tuple(window if name == "sliding_attention" else None for name in kinds)
     if kind == "gemma2":
         return tuple(window if layer % 2 == 0 else None for layer in range(num_layers))
     first = fields.get("max_window_layers", 0)
@@ -54,30 +54,45 @@ def _moe(hf: Mapping[str, Any], fields: Mapping[str, Any], kind: str, num_layers
     )
 
 
-def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """The model that a Hugging Face config.json describes.
-
-    Raises ConfigError for a field that is missing or not supported.
-    """
-    kind = model_type(hf)
+def _check_not_quantised(hf: Mapping[str, Any]) -> None:
     if quantized := hf.get("quantization_config"):
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
         raise ConfigError(
             f"config.json gives quantization_config {reprlib.repr(method)}; "
             "quantised checkpoints are not supported yet"
         )
+
+
+def _heads(hf: Mapping[str, Any], fields: Mapping[str, Any], hidden: int) -> tuple[int, int, int]:
+    """Query heads, KV heads, and the size of each."""
+    heads: int = needed_field(hf, "num_attention_heads", "n_head")
+    kv_heads: int = _first(fields, "num_key_value_heads", default=heads)
+    head_dim: int = read("head_dim", _first(fields, "head_dim", default=hidden // heads), whole())
+    if heads % kv_heads:
+        raise ConfigError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
+    return heads, kv_heads, head_dim
+
+
+def _intermediate(hf: Mapping[str, Any], fields: Mapping[str, Any], kind: str, hidden: int) -> int:
+    size: int
+    if kind in ("gpt2", "bloom"):
+        size = _first(fields, "n_inner", default=4 * hidden)
+    else:
+        size = needed_field(hf, "intermediate_size", "ffn_dim")
+    return size
+
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """The model that a Hugging Face config.json describes.
+
+    Raises ConfigError for a field that is missing or not supported.
+    """
+    kind = model_type(hf)
+    _check_not_quantised(hf)
     fields = optional_fields(hf, kind)
     hidden = needed_field(hf, "hidden_size", "n_embd", "n_embed")
     layers = needed_field(hf, "num_hidden_layers", "n_layer", "num_layers")
-    heads = needed_field(hf, "num_attention_heads", "n_head")
-    kv_heads = _first(fields, "num_key_value_heads", default=heads)
-    head_dim = read("head_dim", _first(fields, "head_dim", default=hidden // heads), whole())
-    if heads % kv_heads:
-        raise ConfigError(f"{heads} query heads are not a multiple of {kv_heads} KV heads")
-    if kind in ("gpt2", "bloom"):
-        intermediate = _first(fields, "n_inner", default=4 * hidden)
-    else:
-        intermediate = needed_field(hf, "intermediate_size", "ffn_dim")
+    heads, kv_heads, head_dim = _heads(hf, fields, hidden)
     max_len = _first(fields, "max_position_embeddings", "n_positions", "seq_length")
     activation = _first(
         fields, "hidden_act", "hidden_activation", "activation_function", default="gelu_new"
@@ -100,7 +115,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        intermediate_size=intermediate,
+        intermediate_size=_intermediate(hf, fields, kind, hidden),
         max_position_embeddings=max_len,
         activation=ACTIVATIONS[activation],
         norm_eps=_first(

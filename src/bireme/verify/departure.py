@@ -25,7 +25,7 @@ from bireme.parallel.layout import (
     full_box,
     vocabulary_range,
 )
-from bireme.verify.certificate import Departure
+from bireme.verify.certificate import Departure, Tolerance
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,7 +50,7 @@ class Localiser:
         plan: WorkerPlan,
         whole: ModelLayout,
         cut: ModelLayout,
-        tolerance: float,
+        tolerance: Tolerance,
     ) -> None:
         self._source, self._plan, self._cut, self._tolerance = source, plan, cut, tolerance
         self._whole = {param.name: param for param in whole.ranks[0].params}
@@ -75,8 +75,9 @@ class Localiser:
                 continue
             # a sum of partial results rounds at the scale of its largest addend
             scale = max(float(expected.std()), float(local[key].std()), 1e-6)
-            off = float((expected - local[key]).abs().max()) / scale
-            if not off <= 10 * self._tolerance:
+            difference = (expected - local[key]).abs() / scale
+            off, mean = float(difference.max()), float(difference.mean())
+            if not (off <= 10 * self._tolerance.largest and mean <= 10 * self._tolerance.mean):
                 self.found.append((position, rank, self._departure(step, rank, key, off)))
                 return
 
