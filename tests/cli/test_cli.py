@@ -245,9 +245,15 @@ BAD = [
     (["generate", "demo", ""], "prompt 0 is empty"),
     (["generate", "demo"], "no prompt was given"),
     (["generate", "demo", "x " * 2000], "the context holds 1024"),
-    (["generate", "demo", "x", "--max-tokens", "-3"], "max_tokens=-3 must be a whole number from 1"),
+    (
+        ["generate", "demo", "x", "--max-tokens", "-3"],
+        "max_tokens=-3 must be a whole number from 1",
+    ),
     (["generate", "demo", "x", "--max-tokens", "2000"], "the context holds 1024"),
-    (["generate", "demo", "x", "--temperature", "-1"], "temperature=-1.0 must be a finite number, at least 0"),
+    (
+        ["generate", "demo", "x", "--temperature", "-1"],
+        "temperature=-1.0 must be a finite number, at least 0",
+    ),
     (["generate", "demo", "x", "--dtype", "int3"], "dtype 'int3' is not known"),
     (["generate", "demo", "x", "--memory-limit", "much"], "is not a size"),
     (["generate", "demo", "x", "--memory-limit", "1MiB"], "needs"),

@@ -101,7 +101,7 @@ def run(
 ) -> None:
     given = _read_prompts(prompts or [], prompts_file)
     if trace is not None:
-        options.check_writable(trace)
+        options.check_writable(trace, "trace of ours", options.is_trace)
     config = options.engine_config(
         devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
         load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from bireme.config import ParallelConfig, parse_bytes, parse_ints
@@ -102,14 +104,48 @@ def engine_config(
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def check_writable(path: Path) -> None:
-    """RequestError unless a file can be made at `path`: to be told before the work, not after."""
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"{path} cannot be written: {path.parent} is no folder")
+Keys = Collection[str]
+
+
+def is_certificate(keys: Keys) -> bool:
+    """True for the keys of what `bireme verify` writes."""
+    return {"model", "layout", "is_same"} <= set(keys)
+
+
+def is_trace(keys: Keys) -> bool:
+    """True for the keys of what `bireme generate --trace` writes."""
+    return set(keys) == {"traceEvents", "displayTimeUnit"}
+
+
+def check_writable(path: Path, what: str, is_ours: Callable[[Keys], bool]) -> None:
+    """RequestError unless a file can be made at `path`: to be told before the work, not after.
+
+    What is there already must be empty, or have keys of which `is_ours` says that we wrote them.
+    """
     if path.is_dir():
         raise RequestError(f"{path} cannot be written: it is a folder; name a file in it")
+    check_folder(path, path.absolute().parent)
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path} cannot be written: it is no regular file; name another")
+    if path.exists() and path.stat().st_size and not is_ours(_keys(path)):
+        raise RequestError(f"{path} is there and is no {what}; name another file, or remove it")
+
+
+def check_folder(path: Path, folder: Path) -> None:
+    """RequestError unless files can be made in `folder`, where `path` is to be."""
+    if not folder.is_dir():
+        raise RequestError(f"{path} cannot be written: {folder} is no folder")
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _keys(path: Path) -> Keys:
+    """Those of the JSON object in `path`; none if it holds something else."""
+    try:
+        value = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return ()
+    return value.keys()

@@ -59,7 +59,7 @@ def run(
     )
     parallel = options.parallel_config(tp, pp, layers_per_stage)
     if out is not None:
-        options.check_writable(out)
+        options.check_writable(out, "certificate", options.is_certificate)
     from bireme.checkpoint.manifest import is_artifact, write_atomically
     from bireme.checkpoint.prepared import prepare_model
     from bireme.config import EngineConfig
@@ -70,7 +70,7 @@ def run(
     prompts = _prompts(prepared, prompt or [], num_prompts)
     is_beside = out is None and is_artifact(prepared.folder)
     if is_beside:
-        options.check_writable(prepared.folder / "certificate.json")
+        options.check_folder(prepared.folder, prepared.folder)
     certificate = verify(prepared, config, prompts, num_decode=num_decode, reference=reference)
     typer.echo(certificate_json(certificate) if as_json else certificate_text(certificate))
     if is_beside:
