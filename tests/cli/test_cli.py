@@ -242,6 +242,10 @@ BAD = [
     (["generate", "demo", "x", "--layers-per-stage", "a,b"], "not a whole number"),
     (["generate", "demo", "x", "-tp", "two"], "not a whole number"),
     (["generate", "demo", "x", "-tp", "0"], "the smallest is 1"),
+    (["generate", "demo", "x", "-tp", "Auto"], "auto takes the smallest width that fits"),
+    (["inspect", "demo", "-tp", "auto"], "auto works in `bireme generate` alone; give a number"),
+    (["shard", "demo", "/tmp/x", "-tp", "auto"], "auto works in `bireme generate` alone"),
+    (["verify", "demo", "-tp", "auto"], "auto works in `bireme generate` alone"),
     (["generate", "demo", ""], "prompt 0 is empty"),
     (["generate", "demo"], "no prompt was given"),
     (["generate", "demo", "x " * 2000], "the context holds 1024"),
@@ -326,5 +330,7 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
     assert status == 0
     for name in ("generate", "inspect", "shard", "export", "verify"):
         assert name in out
-        assert cli(capsys, name, "--help")[0] == 0
+        status, out, _ = cli(capsys, name, "--help")
+        assert status == 0
+        assert ("auto takes the smallest fit" in " ".join(out.split())) == (name == "generate")
     assert cli(capsys, "--version")[1].startswith("bireme ")

@@ -31,7 +31,7 @@ def run(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")
     ] = None,
-    tp: options.TensorParallel = "1",
+    tp: options.TensorParallelOrAuto = "1",
     pp: options.PipelineParallel = None,
     layers_per_stage: options.LayersPerStage = None,
     prompts_file: Annotated[

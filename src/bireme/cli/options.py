@@ -11,18 +11,22 @@ import msgspec
 import typer
 
 from bireme.config import ParallelConfig, parse_bytes, parse_ints
-from bireme.errors import RequestError
+from bireme.errors import ConfigError, RequestError
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, `demo`, or a Hugging Face Hub id.")
 ]
+_WIDTHS = "Ranks that share each layer; 3,2 gives one width a stage"
 TensorParallel = Annotated[
+    str, typer.Option("--tensor-parallel-size", "-tp", metavar="N", help=f"{_WIDTHS}.")
+]
+TensorParallelOrAuto = Annotated[
     str,
     typer.Option(
         "--tensor-parallel-size",
         "-tp",
         metavar="N",
-        help="Ranks that share each layer; 3,2 gives one width a stage; auto takes the smallest fit.",
+        help=f"{_WIDTHS}; auto takes the smallest fit.",
     ),
 ]
 PipelineParallel = Annotated[
@@ -77,16 +81,30 @@ JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 def parallel_config(tp: str, pp: int | None, layers: str | None) -> ParallelConfig:
     """The layout that the three options ask for."""
+    if tp == "auto":
+        raise ConfigError(
+            "tensor_parallel_size auto works in `bireme generate` alone; give a number, "
+            "or a list of them like 3,2"
+        )
     return ParallelConfig.of(parse_ints(tp, "tensor_parallel_size"), pp, _layers(layers))
 
 
 def parallel_settings(tp: str, pp: int | None, layers: str | None) -> dict[str, Any]:
     """The same as keywords of `LLM`, where the width may be `auto`."""
     return {
-        "tensor_parallel_size": tp if tp == "auto" else parse_ints(tp, "tensor_parallel_size"),
+        "tensor_parallel_size": _widths_or_auto(tp),
         "pipeline_parallel_size": pp,
         "layers_per_stage": _layers(layers),
     }
+
+
+def _widths_or_auto(text: str) -> str | tuple[int, ...]:
+    if text == "auto":
+        return text
+    try:
+        return parse_ints(text, "tensor_parallel_size")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; auto takes the smallest width that fits") from None
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
