@@ -108,7 +108,7 @@ def _widths_or_auto(text: str) -> str | tuple[int, ...]:
 
 
 def _layers(text: str | None) -> tuple[int, ...] | None:
-    return parse_ints(text, "layers_per_stage") if text else None
+    return None if text is None else parse_ints(text, "layers_per_stage")
 
 
 def engine_config(
@@ -116,8 +116,8 @@ def engine_config(
 ) -> dict[str, Any]:
     """Fields of `EngineConfig` from options as they were typed; None keeps a field's default."""
     fields = settings | {
-        "devices": parse_ints(devices, "devices", least=0) if devices else None,
-        "memory_limit_bytes": parse_bytes(memory_limit) if memory_limit else None,
+        "devices": None if devices is None else parse_ints(devices, "devices", least=0),
+        "memory_limit_bytes": None if memory_limit is None else parse_bytes(memory_limit),
     }
     return {name: value for name, value in fields.items() if value is not None}
 
