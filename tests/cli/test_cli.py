@@ -334,7 +334,7 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
     assert status == 0
     for name in ("generate", "inspect", "shard", "export", "verify"):
         assert name in out
-        status, out, _ = cli(capsys, name, "--help")
+        status, said, _ = cli(capsys, name, "--help")
         assert status == 0
-        assert ("auto takes the smallest fit" in " ".join(out.split())) == (name == "generate")
+        assert ("auto takes the smallest fit" in " ".join(said.split())) == (name == "generate")
     assert cli(capsys, "--version")[1].startswith("bireme ")

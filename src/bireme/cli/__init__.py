@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from typing import Any
@@ -15,6 +17,8 @@ from bireme.errors import EngineError, RankError, UserError
 UsageError: Any = typer.BadParameter.__bases__[
     0
 ]  # typer carries click's exceptions under its own name
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="bireme",
@@ -75,12 +79,23 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 141  # the reader of a pipe went away, as `head` does
     except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            return _full(error)
         if error.filename is None:
             raise
         return _say(f"{error.filename}: {error.strerror}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     return status if isinstance(status, int) else 0
+
+
+def _full(error: OSError) -> int:
+    """What standard output still holds is dropped, or Python would fail on it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _say(f"cannot write the output: {error.strerror}", 1)
 
 
 def _say(text: str, status: int) -> int:
