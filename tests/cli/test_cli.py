@@ -251,6 +251,10 @@ BAD = [
     (["shard", "demo", "/tmp/x", "-tp", "auto"], "auto works in `bireme generate` alone"),
     (["verify", "demo", "-tp", "auto"], "auto works in `bireme generate` alone"),
     (["generate", "demo", ""], "prompt 0 is empty"),
+    (["generate", "demo", "x", "a\udcff"], "prompt 1 holds half of a surrogate pair"),
+    (["verify", "demo", "--prompt", ""], "prompt 0 is empty"),
+    (["generate", "demo", "--prompts-file", "/dev/zero"], "neither a regular file nor a pipe"),
+    (["generate", "demo", "--prompts-file", "/tmp"], "neither a regular file nor a pipe"),
     (["generate", "demo"], "no prompt was given"),
     (["generate", "demo", "x " * 2000], "the context holds 1024"),
     (

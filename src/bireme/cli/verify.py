@@ -85,9 +85,11 @@ def _prompts(model: PreparedModel, texts: list[str], count: int) -> list[list[in
     import random
 
     from bireme.errors import RequestError
-    from bireme.text.tokenizer import Tokenizer
+    from bireme.text.tokenizer import Tokenizer, check_text
 
     if texts:
+        for index, text in enumerate(texts):
+            check_text(text, f"prompt {index}")
         tokenizer = Tokenizer(model.folder)
         return [tokenizer.encode(text) for text in texts]
     if count < 1:
