@@ -216,6 +216,20 @@ def test_any_flipped_byte_of_the_manifest_is_found(artifact: Path) -> None:
         path.write_bytes(original)
 
 
+@pytest.mark.parametrize("manifest", [None, "", "{", "{}"])
+def test_an_artifact_without_its_manifest_is_no_checkpoint(
+    manifest: str | None, artifact: Path
+) -> None:
+    path = artifact / "manifest.json"
+    path.unlink()
+    if manifest is not None:
+        path.write_text(manifest)
+    for use in (load_all, Artifact, lambda folder: shard_folder(folder, folder.parent / "o", (1,))):
+        said = complaint(lambda use=use: use(artifact))
+        assert f"{path} is missing or broken, though rank-00000-of-00003.safetensors" in said
+        assert "shard its source again" in said
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
