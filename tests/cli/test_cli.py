@@ -184,6 +184,15 @@ def test_verify_against_transformers(capsys: pytest.CaptureFixture[str]) -> None
     assert "100.00% of decode" in out
 
 
+def test_no_share_of_positions_is_told_where_there_are_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out, _ = cli(capsys, "verify", "demo", "--num-prompts", "1", "--num-decode", "0")
+    assert status == 0
+    assert "100.00% of prefill" in out
+    assert "of decode" not in out
+
+
 def test_a_damaged_artifact_names_rank_layer_and_tensor(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -277,6 +286,8 @@ BAD = [
     (["inspect", "/tmp", "--check"], "/tmp is no sharded artifact; give a folder"),
     (["inspect", "/nonexistent", "--check"], "is no folder"),
     (["verify", "demo", "--num-prompts", "0"], "num_prompts=0 must be at least 1"),
+    (["verify", "demo", "--num-prompts", "65"], "exceeds 64; give --num-prompts at most 64"),
+    (["verify", "demo", *["--prompt", "x"] * 65], "give it at most 64 times"),
     (["verify", "demo", "--reference", "magic"], "reference 'magic' is not known"),
     (["verify", "demo", "--num-decode", "2000"], "the context holds 1024"),
     (["verify", "demo", "--num-decode", "-1"], "num_decode=-1 must be at least 0"),

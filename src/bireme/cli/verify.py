@@ -67,7 +67,7 @@ def run(
 
     config = EngineConfig(parallel=parallel, **settings)
     prepared = prepare_model(model, needs_weights=config.load_format != "dummy")
-    prompts = _prompts(prepared, prompt or [], num_prompts)
+    prompts = _prompts(prepared, prompt or [], num_prompts, config.max_num_seqs)
     is_beside = out is None and is_artifact(prepared.folder)
     if is_beside:
         options.check_folder(prepared.folder, prepared.folder)
@@ -80,7 +80,7 @@ def run(
     return 0 if certificate.is_same else 1
 
 
-def _prompts(model: PreparedModel, texts: list[str], count: int) -> list[list[int]]:
+def _prompts(model: PreparedModel, texts: list[str], count: int, most: int) -> list[list[int]]:
     """The given texts, or ids drawn from a fixed seed: lengths from 5 to 60 tokens."""
     import random
 
@@ -88,12 +88,18 @@ def _prompts(model: PreparedModel, texts: list[str], count: int) -> list[list[in
     from bireme.text.tokenizer import Tokenizer, check_text
 
     if texts:
+        if len(texts) > most:
+            raise RequestError(
+                f"{len(texts)} times --prompt was given; give it at most {most} times"
+            )
         for index, text in enumerate(texts):
             check_text(text, f"prompt {index}")
         tokenizer = Tokenizer(model.folder)
         return [tokenizer.encode(text) for text in texts]
     if count < 1:
         raise RequestError(f"num_prompts={count} must be at least 1")
+    if count > most:
+        raise RequestError(f"num_prompts={count} exceeds {most}; give --num-prompts at most {most}")
     draw = random.Random(0)
     longest = max(6, min(60, model.config.max_model_len // 4))
     return [
