@@ -235,6 +235,20 @@ def test_inspect_needs_only_a_config(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "query head (outputs)" in out
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "--load-format", "dummy"]])
+def test_a_dtype_of_config_json_that_weights_cannot_have_is_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from bireme.checkpoint.hub import resolve_model
+
+    config = json.loads((resolve_model("demo") / "config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": "int8"}))
+    status, _, error = cli(capsys, *command, str(tmp_path), *["x"][: len(command) - 1])
+    assert status == 2
+    assert "dtype int8 is not supported; supported are float32, float16, bfloat16" in error
+
+
 BAD = [
     (
         ["generate", "demo", "x", "-tp", "9"],
@@ -281,6 +295,7 @@ BAD = [
     (["generate", "demo", "x", "--prompts-file", "/nonexistent.jsonl"], "cannot be read"),
     (["generate", "/nonexistent", "x"], "is no folder"),
     (["generate", "/tmp", "x"], "has no config.json"),
+    (["generate", "/etc/passwd", "x"], "/etc/passwd is a file; give its folder, /etc"),
     (["generate", "demo", "x", "--wrong"], "No such option: --wrong"),
     (["inspect", "demo", "--check"], "is no sharded artifact; give a folder that `bireme shard`"),
     (["inspect", "/tmp", "--check"], "/tmp is no sharded artifact; give a folder"),

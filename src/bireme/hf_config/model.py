@@ -61,9 +61,10 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     kind = model_type(hf)
     if quantized := hf.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        keys = list(quantized) if isinstance(quantized, Mapping) else quantized
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
         raise ConfigError(
-            f"config.json gives quantization_config {reprlib.repr(method)}; "
+            f"config.json gives quantization_config {reprlib.repr(method or keys)}; "
             "quantised checkpoints are not supported yet"
         )
     fields = optional_fields(hf, kind)
