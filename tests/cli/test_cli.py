@@ -284,6 +284,7 @@ BAD = [
         ["generate", "demo", "x", "--max-tokens", "-3"],
         "max_tokens=-3 must be a whole number from 1",
     ),
+    (["generate", "demo", "x", "--max-tokens", "abc"], "'abc'"),
     (["generate", "demo", "x", "--max-tokens", "2000"], "the context holds 1024"),
     (
         ["generate", "demo", "x", "--temperature", "-1"],
@@ -374,4 +375,7 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
         status, said, _ = cli(capsys, name, "--help")
         assert status == 0
         assert ("auto takes the smallest fit" in " ".join(said.split())) == (name == "generate")
+    assert "Exit status: 0; 1 where" in out
+    said = cli(capsys, "generate", "--help")[1]
+    assert "Of several prompts, each is printed whole when it ends." in said
     assert cli(capsys, "--version")[1].startswith("bireme ")

@@ -22,7 +22,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="bireme",
-    help="Run one language model on many devices: cut it, shard it, generate, and prove it is the same model.",
+    help="Run one language model on many devices: cut it, shard it, generate, and prove it is the same model.\n\n"
+    "Exit status: 0; 1 where something is damaged, differs or broke while running; 2 for what you can mend; "
+    "130 for Ctrl-C.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -69,7 +71,7 @@ def run(arguments: list[str]) -> int:
         )
     except UsageError as error:
         hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
-        return _say(f"{error.format_message().rstrip('.')}{hint}", 2)
+        return _say(f"{error.format_message().rstrip('.')}{_given(error)}{hint}", 2)
     except UserError as error:
         return _say(str(error), 2)
     except RankError as error:
@@ -87,6 +89,12 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     return status if isinstance(status, int) else 0
+
+
+def _given(error: Exception) -> str:
+    """The value that a message of pydantic's, which typer hands on, does not show."""
+    errors = getattr(error.__cause__, "errors", None)
+    return f", not {errors()[0]['input']!r}" if errors else ""
 
 
 def _full(error: OSError) -> int:

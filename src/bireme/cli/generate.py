@@ -1,4 +1,7 @@
-"""Continue prompts (or answer them with --chat), streaming, on one process a rank."""
+"""Continue prompts (or answer them with --chat), streaming, on one process a rank.
+
+Of several prompts, each is printed whole when it ends.
+"""
 
 from __future__ import annotations
 
