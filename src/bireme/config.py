@@ -19,11 +19,13 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of '16MiB', '24 GB', '1.5GiB' or '4096' (SI prefixes are powers of ten)."""
+    """Bytes of '16MiB', '24 GB', '1.5GiB' or '4096B' (SI prefixes are powers of ten)."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match or (match[3] and not match[2]):
         raise ConfigError(f"memory size {text!r} is not a size; write it like 16MiB or 24GB")
     power = "KMGT".find(match[2].upper()) + 1 if match[2] else 0
+    if text.strip()[-1].isdigit():
+        raise ConfigError(f"memory size {text!r} has no unit; write it like 16MiB or 24GB")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from bireme.checkpoint import artifact as artifact_module
+from bireme.checkpoint import exporter, sharder, writer
 from bireme.checkpoint import manifest as manifest_module
-from bireme.checkpoint import sharder, writer
 from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.exporter import export
 from bireme.checkpoint.manifest import read_manifest, write_manifest
@@ -99,6 +99,46 @@ def test_a_flipped_byte_is_blamed_on_its_rank_layer_and_tensor(artifact: Path) -
         assert part in said
     assert Artifact(artifact).check() == [said]
     assert complaint(lambda: export(Artifact(artifact), artifact.parent / "out")) == said
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "carried"])
+@pytest.mark.parametrize("target", ["new", "empty", "a/b"])
+def test_a_failed_export_leaves_its_target_as_it_was(
+    damage: str, target: str, artifact: Path, tmp_path: Path
+) -> None:
+    path = artifact / ("tokenizer.json" if damage == "carried" else LAST)
+    kept = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(kept[:-1])
+    else:
+        flip(path, len(kept) // 2)
+    parent = tmp_path / "targets"
+    out = parent / target
+    parent.mkdir()
+    if target == "empty":
+        out.mkdir()
+    before = sorted(parent.rglob("*"))
+    assert str(path) in complaint(lambda: export(Artifact(artifact), out))
+    assert sorted(parent.rglob("*")) == before
+    path.write_bytes(kept)
+    export(Artifact(artifact), out)
+    assert (out / "tokenizer.json").read_bytes() == RECIPE.others["tokenizer.json"]
+
+
+def test_a_failed_export_keeps_what_others_put_beside_its_files(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(*_: Any) -> Any:
+        (out / "mine").write_text("mine")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporter, "read_slabs", fail)
+    assert "No space left" in complaint(lambda: export(Artifact(artifact), out))
+    assert list(out.iterdir()) == [out / "mine"]
 
 
 def test_every_tensor_can_be_blamed_and_only_that(artifact: Path) -> None:
@@ -214,6 +254,20 @@ def test_any_flipped_byte_of_the_manifest_is_found(artifact: Path) -> None:
         flip(path, at)
         assert str(path) in complaint(lambda: read_manifest(artifact))
         path.write_bytes(original)
+
+
+@pytest.mark.parametrize("manifest", [None, "", "{", "{}"])
+def test_an_artifact_without_its_manifest_is_no_checkpoint(
+    manifest: str | None, artifact: Path
+) -> None:
+    path = artifact / "manifest.json"
+    path.unlink()
+    if manifest is not None:
+        path.write_text(manifest)
+    for use in (load_all, Artifact, lambda folder: shard_folder(folder, folder.parent / "o", (1,))):
+        said = complaint(lambda use=use: use(artifact))
+        assert f"{path} is missing or broken, though rank-00000-of-00003.safetensors" in said
+        assert "shard its source again" in said
 
 
 @pytest.mark.parametrize(

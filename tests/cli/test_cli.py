@@ -184,6 +184,15 @@ def test_verify_against_transformers(capsys: pytest.CaptureFixture[str]) -> None
     assert "100.00% of decode" in out
 
 
+def test_no_share_of_positions_is_told_where_there_are_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    status, out, _ = cli(capsys, "verify", "demo", "--num-prompts", "1", "--num-decode", "0")
+    assert status == 0
+    assert "100.00% of prefill" in out
+    assert "of decode" not in out
+
+
 def test_a_damaged_artifact_names_rank_layer_and_tensor(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -226,6 +235,20 @@ def test_inspect_needs_only_a_config(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "query head (outputs)" in out
 
 
+@pytest.mark.parametrize("command", [["inspect"], ["generate", "--load-format", "dummy"]])
+def test_a_dtype_of_config_json_that_weights_cannot_have_is_refused(
+    command: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from bireme.checkpoint.hub import resolve_model
+
+    config = json.loads((resolve_model("demo") / "config.json").read_text())
+    config.pop("dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "torch_dtype": "int8"}))
+    status, _, error = cli(capsys, *command, str(tmp_path), *["x"][: len(command) - 1])
+    assert status == 2
+    assert "dtype int8 is not supported; supported are float32, float16, bfloat16" in error
+
+
 BAD = [
     (
         ["generate", "demo", "x", "-tp", "9"],
@@ -240,15 +263,28 @@ BAD = [
         "sums to 6, but the model has 8 layers",
     ),
     (["generate", "demo", "x", "--layers-per-stage", "a,b"], "not a whole number"),
+    (["inspect", "demo", "--layers-per-stage", ""], "layers_per_stage '' is not a whole number"),
+    (["generate", "demo", "x", "--devices", ""], "devices '' is not a whole number"),
+    (["generate", "demo", "x", "--memory-limit", ""], "memory size '' is not a size"),
+    (["generate", "demo", "x", "--memory-limit", "24"], "memory size '24' has no unit"),
     (["generate", "demo", "x", "-tp", "two"], "not a whole number"),
     (["generate", "demo", "x", "-tp", "0"], "the smallest is 1"),
+    (["generate", "demo", "x", "-tp", "Auto"], "auto takes the smallest width that fits"),
+    (["inspect", "demo", "-tp", "auto"], "auto works in `bireme generate` alone; give a number"),
+    (["shard", "demo", "/tmp/x", "-tp", "auto"], "auto works in `bireme generate` alone"),
+    (["verify", "demo", "-tp", "auto"], "auto works in `bireme generate` alone"),
     (["generate", "demo", ""], "prompt 0 is empty"),
+    (["generate", "demo", "x", "a\udcff"], "prompt 1 holds half of a surrogate pair"),
+    (["verify", "demo", "--prompt", ""], "prompt 0 is empty"),
+    (["generate", "demo", "--prompts-file", "/dev/zero"], "neither a regular file nor a pipe"),
+    (["generate", "demo", "--prompts-file", "/tmp"], "neither a regular file nor a pipe"),
     (["generate", "demo"], "no prompt was given"),
     (["generate", "demo", "x " * 2000], "the context holds 1024"),
     (
         ["generate", "demo", "x", "--max-tokens", "-3"],
         "max_tokens=-3 must be a whole number from 1",
     ),
+    (["generate", "demo", "x", "--max-tokens", "abc"], "'abc'"),
     (["generate", "demo", "x", "--max-tokens", "2000"], "the context holds 1024"),
     (
         ["generate", "demo", "x", "--temperature", "-1"],
@@ -260,13 +296,23 @@ BAD = [
     (["generate", "demo", "x", "--prompts-file", "/nonexistent.jsonl"], "cannot be read"),
     (["generate", "/nonexistent", "x"], "is no folder"),
     (["generate", "/tmp", "x"], "has no config.json"),
+    (["generate", "/etc/passwd", "x"], "/etc/passwd is a file; give its folder, /etc"),
     (["generate", "demo", "x", "--wrong"], "No such option: --wrong"),
-    (["inspect", "demo", "--check"], "manifest.json cannot be read"),
+    (["inspect", "demo", "--check"], "is no sharded artifact; give a folder that `bireme shard`"),
+    (["inspect", "/tmp", "--check"], "/tmp is no sharded artifact; give a folder"),
+    (["inspect", "/nonexistent", "--check"], "is no folder"),
     (["verify", "demo", "--num-prompts", "0"], "num_prompts=0 must be at least 1"),
+    (["verify", "demo", "--num-prompts", "65"], "exceeds 64; give --num-prompts at most 64"),
+    (["verify", "demo", *["--prompt", "x"] * 65], "give it at most 64 times"),
     (["verify", "demo", "--reference", "magic"], "reference 'magic' is not known"),
     (["verify", "demo", "--num-decode", "2000"], "the context holds 1024"),
     (["verify", "demo", "--num-decode", "-1"], "num_decode=-1 must be at least 0"),
-    (["export", "/tmp", "/tmp/x"], "cannot be read"),
+    (
+        ["export", "/tmp", "/tmp/x"],
+        "/tmp is no sharded artifact; give a folder that `bireme shard`",
+    ),
+    (["export", "/nonexistent", "/tmp/x"], "/nonexistent is no folder; give a folder that"),
+    (["export", "/etc/passwd", "/tmp/x"], "/etc/passwd is a file; give a folder that"),
     (["shard", "demo", "/proc/x"], "/proc/x: No such file or directory"),
     (["generate", "demo", "x", "--trace", "/nonexistent/x.json"], "/nonexistent is no folder"),
     (["verify", "demo", "--out", "/nonexistent/x.json"], "/nonexistent is no folder"),
@@ -326,5 +372,10 @@ def test_help_says_what_each_command_does(capsys: pytest.CaptureFixture[str]) ->
     assert status == 0
     for name in ("generate", "inspect", "shard", "export", "verify"):
         assert name in out
-        assert cli(capsys, name, "--help")[0] == 0
+        status, said, _ = cli(capsys, name, "--help")
+        assert status == 0
+        assert ("auto takes the smallest fit" in " ".join(said.split())) == (name == "generate")
+    assert "Exit status: 0; 1 where" in out
+    said = cli(capsys, "generate", "--help")[1]
+    assert "Of several prompts, each is printed whole when it ends." in said
     assert cli(capsys, "--version")[1].startswith("bireme ")

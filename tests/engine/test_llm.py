@@ -281,6 +281,8 @@ def test_prompts_that_cannot_be_served_are_refused(pool: WorkerPool) -> None:
     llm = LLM("demo", pool=pool)
     for prompts, says in (
         ([[]], "prompt 0 is empty"),
+        ([""], "prompt 0 is empty; give at least one character"),
+        (["x", "\ud800"], "prompt 1 holds half of a surrogate pair"),
         ([[5], [2048]], "prompt 1 holds the token id 2048; ids go from 0 to 2047"),
         (
             [[1] * 1020],

@@ -20,13 +20,19 @@ from bireme.request import SamplingParams
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("4096", 4096), ("16MiB", 16 << 20), ("24 GB", 24 * 10**9), ("1.5GiB", 3 << 29), ("2k", 2000)],
+    [
+        ("4096B", 4096),
+        ("16MiB", 16 << 20),
+        ("24 GB", 24 * 10**9),
+        ("1.5GiB", 3 << 29),
+        ("2k", 2000),
+    ],
 )
 def test_sizes_are_read_with_si_and_binary_prefixes(text: str, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "lots", "-1", "3 parsecs", "1e3"])
+@pytest.mark.parametrize("text", ["", "lots", "-1", "3 parsecs", "1e3", "24", "24 "])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="write it like 16MiB"):
         parse_bytes(text)

@@ -31,6 +31,10 @@ def test_a_size_that_is_no_size_is_refused_by_name(name: str, value: object) -> 
     ("fields", "says"),
     [
         (
+            {"quantization_config": {"bits": 4}},
+            r"quantization_config \['bits'\]; quantised checkpoints are not supported",
+        ),
+        (
             {"quantization_config": {"quant_method": "gptq"}},
             "'gptq'; quantised checkpoints are not",
         ),

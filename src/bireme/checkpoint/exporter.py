@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +16,7 @@ from bireme.checkpoint.sharder import check_target, copy_file
 from bireme.checkpoint.writer import (
     Entry,
     Progress,
+    partial_of,
     read_slabs,
     slab_bytes,
     with_length,
@@ -27,16 +30,39 @@ def export(artifact: Artifact, out: Path, progress: Progress = lambda _: None) -
     """Writes the artifact's source into the new folder `out`; `progress` gets bytes of tensors.
 
     What was a `.bin` checkpoint comes back as one `model.safetensors` with the same tensors in the
-    same order. CheckpointError names what is damaged.
+    same order. CheckpointError names what is damaged; `out` is then as it was before.
     """
     check_target(out, artifact.folder)
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out} is not empty; give a new or an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    for carried in artifact.manifest.carried:
-        copy_file(artifact.folder / carried.stored, out / carried.name, carried.xxh3)
-    for source in artifact.manifest.sources:
-        _export_file(artifact, source, out / source.name, progress)
+    artifact.check_files()
+    names = [carried.name for carried in artifact.manifest.carried]
+    names += [source.name for source in artifact.manifest.sources]
+    with _removed_on_failure(out, names):
+        for carried in artifact.manifest.carried:
+            copy_file(artifact.folder / carried.stored, out / carried.name, carried.xxh3)
+        for source in artifact.manifest.sources:
+            _export_file(artifact, source, out / source.name, progress)
+
+
+@contextlib.contextmanager
+def _removed_on_failure(out: Path, names: list[str]) -> Iterator[None]:
+    """The folder `out`; if the body raises, without the files `names` and the folders made here."""
+    paths = [out / name for name in names]
+    inner = {folder for path in paths for folder in path.parents if folder.is_relative_to(out)}
+    made = [path for path in (*inner, out, *out.parents) if not path.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in paths:
+            for written in (path, partial_of(path)):
+                with contextlib.suppress(OSError):
+                    written.unlink(missing_ok=True)
+        for folder in sorted(set(made), key=lambda path: len(path.parts), reverse=True):
+            with contextlib.suppress(OSError):  # not empty: somebody else put something there
+                folder.rmdir()
+        raise
 
 
 def _export_file(artifact: Artifact, source: SourceFile, path: Path, progress: Progress) -> None:

@@ -27,6 +27,8 @@ def resolve_model(model: str, *, needs_weights: bool = True, reads_bin: bool = F
         return path
     if path.is_file() and path.name == "config.json":
         return path.parent
+    if model and path.exists():
+        raise CheckpointError(f"{model} is a file; give its folder, {path.parent}")
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(
             f"{model!r} is no folder; "

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 import xxhash
 
-from bireme.checkpoint.files import is_inside
+from bireme.checkpoint.files import SAFETENSORS, is_inside
 from bireme.checkpoint.reader import ITEM_BYTES
 from bireme.errors import CheckpointError
 from bireme.parallel.layout import Box, View, full_box, intersect
@@ -27,6 +27,7 @@ VERSION = 1
 CHUNK_BYTES = 4 * 1024 * 1024
 MANIFEST_NAME = "manifest.json"
 UNUSED_NAME = "unused.safetensors"
+_RANK_FILE = re.compile(r"rank-\d{5}-of-\d{5}\.safetensors")
 
 
 class StoredFile(msgspec.Struct, frozen=True):
@@ -126,6 +127,27 @@ def rank_file_name(rank: int, world_size: int) -> str:
     return f"rank-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
+def check_not_broken(folder: Path) -> None:
+    """CheckpointError if the folder's weights are files of an artifact, and no manifest is there."""
+    for path in SAFETENSORS.inside(folder):
+        if _RANK_FILE.fullmatch(path.name) and not is_artifact(folder):
+            raise CheckpointError(
+                f"{folder / MANIFEST_NAME} is missing or broken, though {path.name} is there: "
+                "this was a sharded artifact; shard its source again"
+            )
+
+
+def _check_is_artifact(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no folder"
+        raise CheckpointError(f"{folder} is {what}; give a folder that `bireme shard` wrote")
+    check_not_broken(folder)
+    if not is_artifact(folder):
+        raise CheckpointError(
+            f"{folder} is no sharded artifact; give a folder that `bireme shard` wrote"
+        )
+
+
 def chunk_ranges(num_bytes: int) -> Iterator[tuple[int, int]]:
     for start in range(0, num_bytes, CHUNK_BYTES):
         yield start, min(num_bytes, start + CHUNK_BYTES)
@@ -160,6 +182,7 @@ def is_artifact(folder: Path) -> bool:
 
 def read_manifest(folder: Path) -> Manifest:
     """CheckpointError names the file if it is no manifest of this version, damaged or nonsense."""
+    _check_is_artifact(folder)
     path = folder / MANIFEST_NAME
     try:
         data = path.read_bytes()

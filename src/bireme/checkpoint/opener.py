@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bireme.checkpoint.artifact import Artifact
 from bireme.checkpoint.files import PICKLED, SAFETENSORS
-from bireme.checkpoint.manifest import is_artifact
+from bireme.checkpoint.manifest import check_not_broken, is_artifact
 from bireme.checkpoint.names import NameMap, match_names
 from bireme.checkpoint.pickled import PickledCheckpoint
 from bireme.checkpoint.reader import Checkpoint
@@ -19,7 +19,10 @@ Opened = Checkpoint | Artifact | PickledCheckpoint
 
 def open_folder(folder: Path, rank: int = 0) -> Checkpoint | Artifact:
     """CheckpointError if the folder holds neither; `rank` is the one that will read it."""
-    return Artifact(folder, rank) if is_artifact(folder) else Checkpoint(folder)
+    if is_artifact(folder):
+        return Artifact(folder, rank)
+    check_not_broken(folder)
+    return Checkpoint(folder)
 
 
 def open_for_sharding(folder: Path) -> Opened:

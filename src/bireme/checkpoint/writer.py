@@ -119,9 +119,14 @@ def with_length(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file lies until it is whole."""
+    return path.with_name(path.name + ".partial")
+
+
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """`path` appears when `write` has written it whole; CheckpointError where the disk cannot."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 from typing import Any
@@ -16,9 +18,13 @@ UsageError: Any = typer.BadParameter.__bases__[
     0
 ]  # typer carries click's exceptions under its own name
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 app = typer.Typer(
     name="bireme",
-    help="Run one language model on many devices: cut it, shard it, generate, and prove it is the same model.",
+    help="Run one language model on many devices: cut it, shard it, generate, and prove it is the same model.\n\n"
+    "Exit status: 0; 1 where something is damaged, differs or broke while running; 2 for what you can mend; "
+    "130 for Ctrl-C.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -65,7 +71,7 @@ def run(arguments: list[str]) -> int:
         )
     except UsageError as error:
         hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
-        return _say(f"{error.format_message().rstrip('.')}{hint}", 2)
+        return _say(f"{error.format_message().rstrip('.')}{_given(error)}{hint}", 2)
     except UserError as error:
         return _say(str(error), 2)
     except RankError as error:
@@ -75,12 +81,29 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         return 141  # the reader of a pipe went away, as `head` does
     except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            return _full(error)
         if error.filename is None:
             raise
         return _say(f"{error.filename}: {error.strerror}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", 130)
     return status if isinstance(status, int) else 0
+
+
+def _given(error: Exception) -> str:
+    """The value that a message of pydantic's, which typer hands on, does not show."""
+    errors = getattr(error.__cause__, "errors", None)
+    return f", not {errors()[0]['input']!r}" if errors else ""
+
+
+def _full(error: OSError) -> int:
+    """What standard output still holds is dropped, or Python would fail on it again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _say(f"cannot write the output: {error.strerror}", 1)
 
 
 def _say(text: str, status: int) -> int:

@@ -1,4 +1,7 @@
-"""Continue prompts (or answer them with --chat), streaming, on one process a rank."""
+"""Continue prompts (or answer them with --chat), streaming, on one process a rank.
+
+Of several prompts, each is printed whole when it ends.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bireme.cli import options
+from bireme.cli.prompts import read_prompts
 from bireme.config import format_bytes
-from bireme.errors import RequestError
 from bireme.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ def run(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")
     ] = None,
-    tp: options.TensorParallel = "1",
+    tp: options.TensorParallelOrAuto = "1",
     pp: options.PipelineParallel = None,
     layers_per_stage: options.LayersPerStage = None,
     prompts_file: Annotated[
@@ -99,9 +102,9 @@ def run(
         bool, typer.Option("--quiet", "-q", help="Print nothing but the answer.")
     ] = False,
 ) -> None:
-    given = _read_prompts(prompts or [], prompts_file)
+    given = read_prompts(prompts or [], prompts_file)
     if trace is not None:
-        options.check_writable(trace)
+        options.check_writable(trace, "trace of ours", options.is_trace)
     config = options.engine_config(
         devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
         load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
@@ -130,44 +133,9 @@ def run(
             llm.write_trace(trace)
 
 
-def _read_prompts(texts: list[str], path: Path | None) -> list[Prompt]:
-    given: list[Prompt] = list(texts)
-    if path is not None:
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            raise RequestError(f"{path} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise RequestError(f"{path} is no UTF-8 text: {error}") from None
-        given += [
-            _read_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()
-        ]
-    if not given:
-        raise RequestError("no prompt was given; write it behind the model, or use --prompts-file")
-    return given
-
-
-def _read_line(path: Path, number: int, line: str) -> Prompt:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"{path}:{number} is no JSON: {error}") from None
-    ids = entry.get("prompt_token_ids") if isinstance(entry, dict) else None
-    text = entry.get("prompt") if isinstance(entry, dict) else None
-    if isinstance(ids, list) and all(type(id_) is int for id_ in ids):
-        return ids
-    if isinstance(text, str):
-        return text
-    raise RequestError(
-        f"{path}:{number} has neither `prompt` (text) nor `prompt_token_ids` (a list of ids)"
-    )
-
-
 def _as_ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:
     if not isinstance(prompt, str):
         return list(prompt)
-    if not prompt:
-        return []
     if chat:
         return llm.chat_ids([{"role": "user", "content": prompt}])
     return llm.tokenizer.encode(prompt)

@@ -40,13 +40,14 @@ def run(
     ] = False,
     as_json: options.JsonOutput = False,
 ) -> int:
+    from bireme.checkpoint.hub import resolve_model
     from bireme.checkpoint.prepared import prepare_model
     from bireme.engine.prepare import memory_of, resolve_dtype
     from bireme.models.registry import model_layout
 
-    prepared = prepare_model(model, needs_weights=check)
     if check:
-        return _check(prepared.folder)
+        return _check(resolve_model(model, needs_weights=False))
+    prepared = prepare_model(model, needs_weights=False)
     config = EngineConfig(
         parallel=options.parallel_config(tp, pp, layers_per_stage),
         **options.engine_config(dtype=dtype, max_model_len=max_model_len),

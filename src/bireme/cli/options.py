@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from bireme.config import ParallelConfig, parse_bytes, parse_ints
-from bireme.errors import RequestError
+from bireme.errors import ConfigError, RequestError
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, `demo`, or a Hugging Face Hub id.")
 ]
+_WIDTHS = "Ranks that share each layer; 3,2 gives one width a stage"
 TensorParallel = Annotated[
+    str, typer.Option("--tensor-parallel-size", "-tp", metavar="N", help=f"{_WIDTHS}.")
+]
+TensorParallelOrAuto = Annotated[
     str,
     typer.Option(
         "--tensor-parallel-size",
         "-tp",
         metavar="N",
-        help="Ranks that share each layer; 3,2 gives one width a stage; auto takes the smallest fit.",
+        help=f"{_WIDTHS}; auto takes the smallest fit.",
     ),
 ]
 PipelineParallel = Annotated[
@@ -75,20 +81,34 @@ JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 
 def parallel_config(tp: str, pp: int | None, layers: str | None) -> ParallelConfig:
     """The layout that the three options ask for."""
+    if tp == "auto":
+        raise ConfigError(
+            "tensor_parallel_size auto works in `bireme generate` alone; give a number, "
+            "or a list of them like 3,2"
+        )
     return ParallelConfig.of(parse_ints(tp, "tensor_parallel_size"), pp, _layers(layers))
 
 
 def parallel_settings(tp: str, pp: int | None, layers: str | None) -> dict[str, Any]:
     """The same as keywords of `LLM`, where the width may be `auto`."""
     return {
-        "tensor_parallel_size": tp if tp == "auto" else parse_ints(tp, "tensor_parallel_size"),
+        "tensor_parallel_size": _widths_or_auto(tp),
         "pipeline_parallel_size": pp,
         "layers_per_stage": _layers(layers),
     }
 
 
+def _widths_or_auto(text: str) -> str | tuple[int, ...]:
+    if text == "auto":
+        return text
+    try:
+        return parse_ints(text, "tensor_parallel_size")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; auto takes the smallest width that fits") from None
+
+
 def _layers(text: str | None) -> tuple[int, ...] | None:
-    return parse_ints(text, "layers_per_stage") if text else None
+    return None if text is None else parse_ints(text, "layers_per_stage")
 
 
 def engine_config(
@@ -96,20 +116,54 @@ def engine_config(
 ) -> dict[str, Any]:
     """Fields of `EngineConfig` from options as they were typed; None keeps a field's default."""
     fields = settings | {
-        "devices": parse_ints(devices, "devices", least=0) if devices else None,
-        "memory_limit_bytes": parse_bytes(memory_limit) if memory_limit else None,
+        "devices": None if devices is None else parse_ints(devices, "devices", least=0),
+        "memory_limit_bytes": None if memory_limit is None else parse_bytes(memory_limit),
     }
     return {name: value for name, value in fields.items() if value is not None}
 
 
-def check_writable(path: Path) -> None:
-    """RequestError unless a file can be made at `path`: to be told before the work, not after."""
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"{path} cannot be written: {path.parent} is no folder")
+Keys = Collection[str]
+
+
+def is_certificate(keys: Keys) -> bool:
+    """True for the keys of what `bireme verify` writes."""
+    return {"model", "layout", "is_same"} <= set(keys)
+
+
+def is_trace(keys: Keys) -> bool:
+    """True for the keys of what `bireme generate --trace` writes."""
+    return set(keys) == {"traceEvents", "displayTimeUnit"}
+
+
+def check_writable(path: Path, what: str, is_ours: Callable[[Keys], bool]) -> None:
+    """RequestError unless a file can be made at `path`: to be told before the work, not after.
+
+    What is there already must be empty, or have keys of which `is_ours` says that we wrote them.
+    """
     if path.is_dir():
         raise RequestError(f"{path} cannot be written: it is a folder; name a file in it")
+    check_folder(path, path.absolute().parent)
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path} cannot be written: it is no regular file; name another")
+    if path.exists() and path.stat().st_size and not is_ours(_keys(path)):
+        raise RequestError(f"{path} is there and is no {what}; name another file, or remove it")
+
+
+def check_folder(path: Path, folder: Path) -> None:
+    """RequestError unless files can be made in `folder`, where `path` is to be."""
+    if not folder.is_dir():
+        raise RequestError(f"{path} cannot be written: {folder} is no folder")
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _keys(path: Path) -> Keys:
+    """Those of the JSON object in `path`; none if it holds something else."""
+    try:
+        value = msgspec.json.decode(path.read_bytes(), type=dict[str, msgspec.Raw])
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return ()
+    return value.keys()

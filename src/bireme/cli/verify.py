@@ -59,7 +59,7 @@ def run(
     )
     parallel = options.parallel_config(tp, pp, layers_per_stage)
     if out is not None:
-        options.check_writable(out)
+        options.check_writable(out, "certificate", options.is_certificate)
     from bireme.checkpoint.manifest import is_artifact, write_atomically
     from bireme.checkpoint.prepared import prepare_model
     from bireme.config import EngineConfig
@@ -67,10 +67,10 @@ def run(
 
     config = EngineConfig(parallel=parallel, **settings)
     prepared = prepare_model(model, needs_weights=config.load_format != "dummy")
-    prompts = _prompts(prepared, prompt or [], num_prompts)
+    prompts = _prompts(prepared, prompt or [], num_prompts, config.max_num_seqs)
     is_beside = out is None and is_artifact(prepared.folder)
     if is_beside:
-        options.check_writable(prepared.folder / "certificate.json")
+        options.check_folder(prepared.folder, prepared.folder)
     certificate = verify(prepared, config, prompts, num_decode=num_decode, reference=reference)
     typer.echo(certificate_json(certificate) if as_json else certificate_text(certificate))
     if is_beside:
@@ -80,18 +80,26 @@ def run(
     return 0 if certificate.is_same else 1
 
 
-def _prompts(model: PreparedModel, texts: list[str], count: int) -> list[list[int]]:
+def _prompts(model: PreparedModel, texts: list[str], count: int, most: int) -> list[list[int]]:
     """The given texts, or ids drawn from a fixed seed: lengths from 5 to 60 tokens."""
     import random
 
     from bireme.errors import RequestError
-    from bireme.text.tokenizer import Tokenizer
+    from bireme.text.tokenizer import Tokenizer, check_text
 
     if texts:
+        if len(texts) > most:
+            raise RequestError(
+                f"{len(texts)} times --prompt was given; give it at most {most} times"
+            )
+        for index, text in enumerate(texts):
+            check_text(text, f"prompt {index}")
         tokenizer = Tokenizer(model.folder)
         return [tokenizer.encode(text) for text in texts]
     if count < 1:
         raise RequestError(f"num_prompts={count} must be at least 1")
+    if count > most:
+        raise RequestError(f"num_prompts={count} exceeds {most}; give --num-prompts at most {most}")
     draw = random.Random(0)
     longest = max(6, min(60, model.config.max_model_len // 4))
     return [

@@ -32,7 +32,13 @@ from bireme.request import (
     RequestOutput,
     SamplingParams,
 )
-from bireme.text.tokenizer import IncrementalDecoder, Message, Tokenizer, has_tokenizer
+from bireme.text.tokenizer import (
+    IncrementalDecoder,
+    Message,
+    Tokenizer,
+    check_text,
+    has_tokenizer,
+)
 from bireme.trace import Span, chrome_trace
 
 Prompt = str | Sequence[int]
@@ -232,6 +238,8 @@ class LLM:
 
     def _open_stream(self, index: int, prompt: Prompt, params: SamplingParams) -> _Stream:
         text = prompt if isinstance(prompt, str) else None
+        if text is not None:
+            check_text(text, f"prompt {index}")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(self.plan, index, ids, params.max_tokens)
         seed = params.seed if params.seed is not None else secrets.randbelow(MAX_SEED)

@@ -56,9 +56,10 @@ def _moe(hf: Mapping[str, Any], fields: Mapping[str, Any], kind: str, num_layers
 
 def _check_not_quantised(hf: Mapping[str, Any]) -> None:
     if quantized := hf.get("quantization_config"):
-        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+        keys = list(quantized) if isinstance(quantized, Mapping) else quantized
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
         raise ConfigError(
-            f"config.json gives quantization_config {reprlib.repr(method)}; "
+            f"config.json gives quantization_config {reprlib.repr(method or keys)}; "
             "quantised checkpoints are not supported yet"
         )
 

@@ -25,6 +25,14 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or byte_level_bpe.is_here(folder)
 
 
+def check_text(text: str, where: str) -> None:
+    """RequestError names `where` (like `prompt 3`) unless the text can be a prompt."""
+    if not text:
+        raise RequestError(f"{where} is empty; give at least one character")
+    if not is_unicode(text):
+        raise RequestError(f"{where} holds half of a surrogate pair; whole characters are needed")
+
+
 class Tokenizer:
     """A fast tokenizer with its special tokens and its chat template."""
 

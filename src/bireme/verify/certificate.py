@@ -111,6 +111,9 @@ def certificate_text(found: Certificate) -> str:
         relative += f", and {found.relative_mean:.1e} of {found.mean_tolerance:.0e} on average"
     if found.spread == 0:
         relative = "all logits of the reference are equal, so that no difference at all is allowed"
+    agreement = f"{found.prefill_agreement:.2%} of prefill"
+    if found.num_decode_positions:
+        agreement += f", {found.decode_agreement:.2%} of decode"
     lines = [
         f"{found.model} at {found.layout} ({found.dtype}, {found.device}) against {found.reference}: {verdict}",
         f"  compared       {found.num_prefill_positions} prefill and {found.num_decode_positions} decode positions "
@@ -118,7 +121,7 @@ def certificate_text(found: Certificate) -> str:
         f"  logits         max |difference| {found.max_difference:.2e}, mean {found.mean_difference:.2e}, "
         f"spread {found.spread:.2f}",
         f"  relative       {relative}",
-        f"  greedy tokens  {found.prefill_agreement:.2%} of prefill, {found.decode_agreement:.2%} of decode"
+        f"  greedy tokens  {agreement}"
         + (f"; {found.num_excused} near ties" if found.num_excused else ""),
     ]
     if found.num_not_finite:
