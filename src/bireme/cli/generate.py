@@ -125,12 +125,14 @@ def run(
     with llm:
         if not quiet and not as_json:
             _print_ranks(llm)
-        if as_json:
-            _print_json(deltas)
-        else:
-            _print_text(deltas, len(given), has_text=llm.has_tokenizer, quiet=quiet)
-        if trace is not None:
-            llm.write_trace(trace)
+        try:
+            if as_json:
+                _print_json(deltas)
+            else:
+                _print_text(deltas, len(given), has_text=llm.has_tokenizer, quiet=quiet)
+        finally:
+            if trace is not None:  # of a rank that failed, too
+                llm.write_trace(trace)
 
 
 def _as_ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:
