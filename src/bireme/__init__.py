@@ -2,13 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from bireme.request import CompletionOutput, RequestOutput, SamplingParams
+from bireme.request import CompletionOutput, RequestOutput
+from bireme.sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from bireme.engine.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

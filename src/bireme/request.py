@@ -6,110 +6,94 @@ The engine sends a `ScheduledBatch` to every rank; the last stage's first rank a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
-from bireme.errors import RequestError
+from bireme.sampling_params import SamplingParams
 
-MAX_INT64 = 2**63 - 1
-MAX_SEED = MAX_INT64
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How tokens are chosen; vLLM's names. temperature 0 is greedy.
-
-    `seed` None draws one for the request. `stop_token_ids` end a request beside the model's own.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-    max_tokens: int = 16
-    ignore_eos: bool = False
-    stop_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, kinds, fits, needed in _RULES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not fits(value):
-                raise RequestError(f"{name}={value!r} must be {needed}")
-
-    @property
-    def is_greedy(self) -> bool:
-        """Below 1e-5 (as in vLLM) the likeliest token is drawn anyway, and logits would overflow."""
-        return self.temperature < 1e-5
-
-
-# name, type, what fits, and that in words
-_RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
-    (
-        "temperature",
-        int | float,
-        lambda t: 0 <= t < math.inf,
-        "a finite number, at least 0; 0 is greedy",
-    ),
-    (
-        "top_k",
-        int,
-        lambda k: 0 <= k <= MAX_INT64,
-        "a whole number from 0 to 2**63 - 1; 0 keeps every token",
-    ),
-    ("top_p", int | float, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
-    ("max_tokens", int, lambda n: 1 <= n <= MAX_INT64, "a whole number from 1 to 2**63 - 1"),
-    (
-        "seed",
-        int | None,
-        lambda s: s is None or 0 <= s <= MAX_SEED,
-        "a whole number from 0 to 2**63 - 1",
-    ),
-    (
-        "stop_token_ids",
-        Collection,
-        lambda ids: all(type(id_) is int for id_ in ids),
-        "token ids, each a whole number",
-    ),
-)
+StepHeader = tuple[int, int]  # incarnation, step_id
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt to continue, in ids. `eos_token_ids` is empty where they are to be ignored."""
+    """One prompt to continue, in ids. `eos_token_ids` is empty where they are to be ignored.
+
+    `choice` numbers the continuations of one prompt. A lower `priority` is more urgent. Seconds are
+    of the engine's clock; at `deadline_s` the request ends, whatever it waits for.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed: int
+    choice: int = 0
     eos_token_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    arrival_s: float = 0.0
+    deadline_s: float | None = None
 
     @property
     def max_len(self) -> int:
         """The longest length (tokens) that this request can reach."""
         return len(self.prompt_token_ids) + self.params.max_tokens
 
+    @property
+    def min_len(self) -> int:
+        """The length (tokens) up to which nothing but that length may end it."""
+        return len(self.prompt_token_ids) + self.params.min_tokens
+
+
+class SamplingSetup(msgspec.Struct, frozen=True, array_like=True):
+    """What the last stage must know to choose a request's tokens; temperature 0 is greedy.
+
+    `stop_ids` may not be chosen below `min_len` tokens. `token_ids`, the prompt and what was
+    generated before, come only where penalties or prompt logprobs need them; the first `num_prompt`
+    are the prompt.
+    """
+
+    seed: int
+    choice: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: list[tuple[int, float]] = []
+    min_len: int = 0
+    stop_ids: list[int] = []
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    num_prompt: int = 0
+    token_ids: list[int] = []
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )
+
 
 class SlotSetup(msgspec.Struct, frozen=True, array_like=True):
-    """A request takes a slot: what the ranks must know of it for its whole life."""
+    """A request takes a slot: what the ranks must know of it for as long as it stays there."""
 
     slot: int
-    seed: int
-    temperature: float
-    top_k: int
-    top_p: float
     max_len: int
+    sampling: SamplingSetup
 
 
 class ScheduledPiece(msgspec.Struct, frozen=True, array_like=True):
     """Tokens [start, start + num_tokens) of one slot.
 
     `token_ids` None: the one token is the slot's last sampled id, which need not be known yet.
-    `new_blocks` extend the slot's block table of each kind. `samples`: the piece's last token
-    yields the slot's next id.
+    `new_blocks` extend the slot's block table of each kind; empty: none of any kind. A first piece
+    may start behind tokens that are cached already. `samples`: the piece's last token yields the
+    slot's next id; `needs_mask`: only once the step's `StepMasks` have come.
     """
 
     slot: int
@@ -118,6 +102,7 @@ class ScheduledPiece(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int] | None
     new_blocks: list[list[int]]
     samples: bool
+    needs_mask: bool = False
 
 
 class ScheduledBatch(msgspec.Struct, frozen=True, array_like=True):
@@ -129,6 +114,10 @@ class ScheduledBatch(msgspec.Struct, frozen=True, array_like=True):
     pieces: list[ScheduledPiece]
 
     @property
+    def header(self) -> StepHeader:
+        return self.incarnation, self.step_id
+
+    @property
     def num_tokens(self) -> int:
         return sum(piece.num_tokens for piece in self.pieces)
 
@@ -136,14 +125,56 @@ class ScheduledBatch(msgspec.Struct, frozen=True, array_like=True):
     def sampling_slots(self) -> list[int]:
         return [piece.slot for piece in self.pieces if piece.samples]
 
+    @property
+    def masked_slots(self) -> list[int]:
+        return [piece.slot for piece in self.pieces if piece.needs_mask]
+
+
+class StepMasks(msgspec.Struct, frozen=True, array_like=True):
+    """Which ids the masked slots of a step may be given: bit i % 8 of byte i // 8 allows id i.
+
+    `masks[i]` is of slot `slots[i]`; ids behind its last byte are not allowed.
+    """
+
+    incarnation: int
+    step_id: int
+    slots: list[int]
+    masks: list[bytes]
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """A token's log-probability and its rank (1 is the likeliest), and the likeliest ids with theirs.
+
+    Of the model's own logits: before temperature, penalties, biases and masks.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of the prompt tokens [start, start + len(tokens)) of a slot, each given those before it."""
+
+    slot: int
+    start: int
+    tokens: list[TokenLogprobs]
+
 
 class StepOutput(msgspec.Struct, frozen=True, array_like=True):
-    """`token_ids[i]` are the new tokens (0, 1 or more) of slot `slots[i]`."""
+    """`token_ids[i]` are the new tokens (0, 1 or more) of slot `slots[i]`.
+
+    `logprobs` is empty where no slot asked for them; else `logprobs[i]` is of `token_ids[i]`, and
+    empty for a slot that did not ask.
+    """
 
     incarnation: int
     step_id: int
     slots: list[int]
     token_ids: list[list[int]]
+    logprobs: list[list[TokenLogprobs]] = []
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 class Executor(Protocol):
@@ -160,6 +191,10 @@ class Executor(Protocol):
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Starts a step; returns at once."""
+        ...
+
+    def give_masks(self, masks: StepMasks) -> None:
+        """Lets the masked slots of a submitted step be sampled; returns at once."""
         ...
 
     def collect(self) -> StepOutput:

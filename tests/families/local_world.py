@@ -31,7 +31,7 @@ from bireme.parallel.collectives import Communicator
 from bireme.parallel.layers import materialise, named_layouts
 from bireme.parallel.mesh import Alone, Mesh, TensorGroup
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_specs
-from bireme.request import ScheduledBatch, StepOutput
+from bireme.request import ScheduledBatch, StepMasks, StepOutput
 from bireme.trace import SpanRing
 from thread_group import ThreadGroup
 
@@ -92,6 +92,7 @@ class LocalExecutor:
         self.runners = [self._runner(rank) for rank in range(sum(widths))]
         self._threads = ThreadPoolExecutor(len(self.runners))
         self._outputs: deque[StepOutput] = deque()
+        self.masks: deque[StepMasks] = deque()  # of the steps to come
 
     def _mesh(self, rank: int) -> Mesh:
         mesh = Mesh(self.plan.config.parallel.widths, rank)
@@ -122,11 +123,11 @@ class LocalExecutor:
             ),  # type: ignore[arg-type]
         )
         shape = CacheShape(
-            plan.num_blocks, plan.config.block_size, plan.config.max_num_seqs, plan.max_model_len
+            plan.kinds, plan.config.block_size, plan.config.max_num_seqs, plan.max_model_len
         )
         return ModelRunner(
             plan.model, model, comm, shape, plan.config.workspace_bytes, torch.device("cpu"), dtype,
-            self._rings[rank],
+            self._rings[rank], lambda _header: self.masks.popleft(),
         )  # fmt: skip
 
     def _source(self, model: StageModel) -> TensorSource:

@@ -213,9 +213,13 @@ def test_with_another_value_in_any_field_that_is_read_parity_fails(
         config = OTHERS[field](model.config)
         assert config != model.config
         changed = _with_tensors_for(model, config, tmp_path / f"{field}-files")
+        changed_plan = make_plan(changed, engine_config())
         plan = dataclasses.replace(  # as long a context, whatever the field says of it
-            make_plan(changed, engine_config()),
-            num_blocks=whole.num_blocks,
+            changed_plan,
+            kinds=tuple(
+                dataclasses.replace(kind, num_blocks=whole.kinds[0].num_blocks)
+                for kind in changed_plan.kinds
+            ),
             max_model_len=whole.max_model_len,
         )
         off = _run(plan, reference, tmp_path / field)

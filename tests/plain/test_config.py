@@ -15,7 +15,7 @@ from bireme.config import (
     parse_ints,
 )
 from bireme.errors import ConfigError, RequestError
-from bireme.request import SamplingParams
+from bireme.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import pytest
 
 from bireme.engine.engine import Engine
 from bireme.engine.scheduler import Scheduler
-from bireme.request import Request, SamplingParams, ScheduledBatch, StepOutput
+from bireme.parallel.layout import CacheKind
+from bireme.request import Request, ScheduledBatch, StepOutput
+from bireme.sampling_params import SamplingParams
 
 
 class Scripted:
@@ -34,7 +36,11 @@ class Scripted:
 
 def engine(executor: Scripted) -> Engine:
     plan = Scheduler(
-        pp_size=2, max_num_seqs=4, max_num_batched_tokens=16, num_blocks=40, block_size=4
+        pp_size=2,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        kinds=[CacheKind(None, 40)],
+        block_size=4,
     )
     return Engine(plan, executor)
 

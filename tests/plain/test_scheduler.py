@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bireme.engine.scheduler import Scheduler
-from bireme.request import Request, SamplingParams, ScheduledBatch, StepOutput
+from bireme.parallel.layout import CacheKind
+from bireme.request import Request, ScheduledBatch, StepOutput
+from bireme.sampling_params import SamplingParams
 
 REQUESTS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12)
 
@@ -34,7 +36,7 @@ def scheduler(
         pp_size=pp_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
-        num_blocks=num_blocks,
+        kinds=[CacheKind(None, num_blocks)],
         block_size=4,
     )
 

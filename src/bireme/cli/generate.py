@@ -17,7 +17,7 @@ import typer
 from bireme.cli import options
 from bireme.cli.prompts import read_prompts
 from bireme.config import format_bytes
-from bireme.request import SamplingParams
+from bireme.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from bireme.engine.llm import LLM, Delta, Prompt

@@ -12,14 +12,16 @@ from pathlib import Path
 
 from bireme.checkpoint.names import NameMap
 from bireme.config import DTYPE_BYTES, EngineConfig
-from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Output
+from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
 from bireme.model_config import ModelConfig
 from bireme.parallel import shm
+from bireme.parallel.layout import CacheKind
 from bireme.parallel.mesh import Mesh
+from bireme.parallel.pipeline import stage_ranks
 from bireme.parallel.shm import SegmentPlan
-from bireme.request import ScheduledBatch, StepOutput
+from bireme.request import ScheduledBatch, StepMasks, StepOutput
 from bireme.trace import Span
 
 
@@ -32,7 +34,7 @@ class WorkerPlan:
     layers_per_stage: tuple[int, ...]
     folder: Path | None
     names: NameMap
-    num_blocks: int
+    kinds: tuple[CacheKind, ...]
     max_model_len: int
     dtype: str
     devices: tuple[str, ...]
@@ -113,7 +115,7 @@ class WorkerExecutor:
                 layers_per_stage=plan.layers_per_stage,
                 folder=str(plan.folder) if plan.folder else None,
                 names=plan.names,
-                num_blocks=plan.num_blocks,
+                kinds=plan.kinds,
                 max_model_len=plan.max_model_len,
                 dtype=plan.dtype,
             )
@@ -129,6 +131,10 @@ class WorkerExecutor:
     def submit(self, batch: ScheduledBatch) -> None:
         self._waiting.append((batch.incarnation, batch.step_id))
         self._world.send_all(Execute(batch))
+
+    def give_masks(self, masks: StepMasks) -> None:
+        for rank in stage_ranks(self._plan.config.parallel.widths)[-1]:
+            self._world.send(rank, Masks(masks))
 
     def collect(self) -> StepOutput:
         expected = self._waiting[0]

@@ -25,13 +25,12 @@ from bireme.engine.prepare import check_prompt, make_plan, resolve_auto_width
 from bireme.engine.scheduler import Scheduler
 from bireme.errors import ConfigError, EngineError, RequestError
 from bireme.request import (
-    MAX_SEED,
     CompletionOutput,
     Request,
     RequestMetrics,
     RequestOutput,
-    SamplingParams,
 )
+from bireme.sampling_params import MAX_SEED, SamplingParams
 from bireme.text.tokenizer import (
     IncrementalDecoder,
     Message,
@@ -127,7 +126,7 @@ class LLM:
             pp_size=self.config.parallel.pp_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            num_blocks=self.plan.num_blocks,
+            kinds=self.plan.kinds,
             block_size=self.config.block_size,
         )
         self._engine = Engine(scheduler, self._executor)

@@ -13,8 +13,9 @@ import msgspec
 from bireme.checkpoint.names import NameMap
 from bireme.config import EngineConfig
 from bireme.model_config import ModelConfig
+from bireme.parallel.layout import CacheKind
 from bireme.parallel.shm import SegmentPlan
-from bireme.request import ScheduledBatch, StepOutput
+from bireme.request import ScheduledBatch, StepMasks, StepOutput
 
 _LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 1 << 30
@@ -41,13 +42,19 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     layers_per_stage: tuple[int, ...]
     folder: str | None
     names: NameMap
-    num_blocks: int
+    kinds: tuple[CacheKind, ...]
     max_model_len: int
     dtype: str
 
 
 class Execute(msgspec.Struct, frozen=True, tag=True):
     batch: ScheduledBatch
+
+
+class Masks(msgspec.Struct, frozen=True, tag=True):
+    """What a step in flight waits for before it samples its masked slots."""
+
+    masks: StepMasks
 
 
 class Capture(msgspec.Struct, frozen=True, tag=True):
@@ -62,7 +69,7 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     """Drop the model and leave the world; the process stays."""
 
 
-Command = Join | Load | Execute | Capture | Leave
+Command = Join | Load | Execute | Masks | Capture | Leave
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):

@@ -7,6 +7,7 @@ Shapes: T tokens, D hidden size.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,8 +20,10 @@ from bireme.model_config import ModelConfig
 from bireme.models.attention import PagedAttention
 from bireme.models.blocks import StageModel
 from bireme.parallel.collectives import Communicator
-from bireme.request import ScheduledBatch, StepOutput
+from bireme.request import ScheduledBatch, StepHeader, StepMasks, StepOutput
 from bireme.trace import SpanKind, SpanRing
+
+MaskSource = Callable[[StepHeader], StepMasks]  # returns once the masks of a step have come
 
 
 class ModelRunner:
@@ -36,14 +39,15 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
         spans: SpanRing,
+        masks: MaskSource,
     ) -> None:
         self.config, self.model, self.comm = config, model, comm
         self.device, self.dtype, self.spans = device, dtype, spans
-        self._workspace_bytes = workspace_bytes
+        self._workspace_bytes, self._masks = workspace_bytes, masks
         attentions = [module for module in model.modules() if isinstance(module, PagedAttention)]
         self.caches = {
             module.layer: PagedCache(
-                cache.num_blocks,
+                cache.num_blocks(module.window),
                 cache.block_size,
                 module.cut.num_local_kv_heads,
                 module.cut.head_dim,
@@ -173,7 +177,7 @@ class ModelRunner:
         return self.model.head.logits.first_id
 
     def _rows(self, slots: list[int], positions: list[int]) -> SamplingRows:
-        setups = self._slots.setups(slots)
+        setups = [setup.sampling for setup in self._slots.setups(slots)]
 
         def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).to(self.device)

@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from bireme.checkpoint.artifact import Artifact
@@ -22,7 +23,7 @@ from bireme.engine.executor import WorkerPlan
 from bireme.errors import CapacityError, ConfigError, RequestError
 from bireme.model_config import ModelConfig
 from bireme.models.registry import model_layout, rank_layouts
-from bireme.parallel.layout import ModelLayout
+from bireme.parallel.layout import CacheKind, ModelLayout
 from bireme.parallel.memory import RankMemory, StepLimits, rank_memory
 
 
@@ -185,17 +186,36 @@ def _fits(
     config: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, dtype: str, limit: int
 ) -> bool:
     """True if every rank fits; ranks behind the first that does not are never laid out."""
-    limits, tokens = _step_limits(config, engine), _least_cache_tokens(config, engine)
+    limits = _step_limits(config, engine)
     return all(
-        rank_memory(config, parallel.widths, rank, DTYPE_BYTES[dtype], limits).total(tokens)
+        _least_bytes(
+            config,
+            engine,
+            rank_memory(config, parallel.widths, rank, DTYPE_BYTES[dtype], limits),
+        )
         <= limit
         for rank in rank_layouts(config, parallel)
     )
 
 
-def _least_cache_tokens(config: ModelConfig, engine: EngineConfig) -> int:
-    """One request of the longest length, the null block and the last block's rest."""
-    return resolve_max_model_len(config, engine) + 2 * engine.block_size
+def _blocks_of_request(config: ModelConfig, engine: EngineConfig) -> dict[int | None, int]:
+    """Cache blocks that one request of the longest length holds at once, by the layers' window.
+
+    A windowed layer keeps what the first new token of a step looks back at, and the step's tokens.
+    """
+    longest, block = resolve_max_model_len(config, engine), engine.block_size
+    most = {
+        window: longest if window is None else window + engine.max_num_batched_tokens + block
+        for window in set(config.windows)
+    }
+    return {window: -(-min(tokens, longest) // block) for window, tokens in most.items()}
+
+
+def _least_bytes(config: ModelConfig, engine: EngineConfig, rank: RankMemory) -> int:
+    """With the cache of one request of the longest length and the null blocks."""
+    blocks = _blocks_of_request(config, engine)
+    tokens = {window: (count + 1) * engine.block_size for window, count in blocks.items()}
+    return rank.total(0) + rank.cache_bytes(tokens)
 
 
 def resolve_auto_width(model: PreparedModel, engine: EngineConfig) -> EngineConfig:
@@ -226,7 +246,7 @@ def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
     else:
         folder, names = model.folder, _match(model, layout)
     devices = resolve_devices(engine)
-    num_blocks = _num_blocks(model, layout, engine, dtype, devices)
+    kinds = _cache_kinds(model, layout, engine, dtype, devices)
     bounds = {rank.stage: rank.layers for rank in layout.ranks}
     return WorkerPlan(
         model=config,
@@ -234,7 +254,7 @@ def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
         layers_per_stage=tuple(stop - start for start, stop in bounds.values()),
         folder=folder,
         names=names,
-        num_blocks=num_blocks,
+        kinds=kinds,
         max_model_len=max_len,
         dtype=dtype,
         devices=devices,
@@ -269,31 +289,37 @@ def _remedy(config: ModelConfig, engine: EngineConfig, memory: DeviceMemory, dty
     return f"its weights alone are {format_bytes(weights)}, more than {holds}; use larger devices"
 
 
-def _num_blocks(
+def _cache_kinds(
     model: PreparedModel,
     layout: ModelLayout,
     engine: EngineConfig,
     dtype: str,
     devices: tuple[str, ...],
-) -> int:
-    """Cache blocks: all that can be used, or as many as fit the rank with least room."""
+) -> tuple[CacheKind, ...]:
+    """Cache blocks of each kind: all that can be used, or as many as fit the rank with least room,
+    in the proportion in which the longest request holds them."""
     memory = device_memory(engine, devices)
     limit = memory.of_rank(engine.parallel.world_size)
     ranks = memory_of(model.config, layout, engine, dtype)
-    least = _least_cache_tokens(model.config, engine)
-    needed = max(rank.total(least) for rank in ranks)
+    needed = max(_least_bytes(model.config, engine, rank) for rank in ranks)
     if needed > limit:
         remedy = _remedy(model.config, engine, memory, dtype)
         raise CapacityError(
             f"{model.name} at {engine.parallel} needs {format_bytes(needed)} a rank, "
             f"has {format_bytes(limit)}; {remedy}"
         )
-    block = engine.block_size
-    fits = min(
-        (limit - rank.total(0)) // max(1, rank.cache_bytes_per_token * block) for rank in ranks
+    counts = _blocks_of_request(model.config, engine)
+    null = dict.fromkeys(counts, engine.block_size)
+    one = {window: count * engine.block_size for window, count in counts.items()}
+    num_requests = min(
+        Fraction(limit - rank.total(0) - rank.cache_bytes(null), rank.cache_bytes(one))
+        for rank in ranks
     )
-    per_request = -(-resolve_max_model_len(model.config, engine) // block)
-    return int(min(fits, per_request * engine.max_num_seqs + 1))
+    num_requests = min(num_requests, Fraction(engine.max_num_seqs))
+    return tuple(
+        CacheKind(window, int(counts[window] * num_requests) + 1)
+        for window in sorted(counts, key=lambda window: (window is not None, window))
+    )
 
 
 def check_prompt(plan: WorkerPlan, index: int, ids: Sequence[int], num_new: int) -> None:

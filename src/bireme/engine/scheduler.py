@@ -8,10 +8,19 @@ nothing is preempted.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bireme.kvcache.block_manager import BlockManager
-from bireme.request import Request, ScheduledBatch, ScheduledPiece, SlotSetup, StepOutput
+from bireme.parallel.layout import CacheKind
+from bireme.request import (
+    Request,
+    SamplingSetup,
+    ScheduledBatch,
+    ScheduledPiece,
+    SlotSetup,
+    StepOutput,
+)
 
 
 @dataclass
@@ -59,13 +68,14 @@ class Scheduler:
         pp_size: int,
         max_num_seqs: int,
         max_num_batched_tokens: int,
-        num_blocks: int,
+        kinds: Sequence[CacheKind],
         block_size: int,
     ) -> None:
         self.max_in_flight = pp_size + 1
         self._max_decodes_in_flight = 2 if pp_size == 1 else 1
         self._max_tokens = max_num_batched_tokens
-        self.blocks = BlockManager(num_blocks, block_size)
+        self._num_kinds = len(kinds)
+        self.blocks = BlockManager(min(kind.num_blocks for kind in kinds), block_size)
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._waiting: deque[Request] = deque()
         self._running: dict[int, RunningRequest] = {}
@@ -173,15 +183,15 @@ class Scheduler:
         run.num_in_flight += samples
         ids = list(run.request.prompt_token_ids[start : run.num_computed]) if is_given else None
         new_blocks = self.blocks.extend(run.slot, run.num_computed)
-        return ScheduledPiece(run.slot, start, num_tokens, ids, [new_blocks], samples)
+        tables = [new_blocks] * self._num_kinds
+        return ScheduledPiece(run.slot, start, num_tokens, ids, tables, samples)
 
     def _setup(self, run: RunningRequest) -> SlotSetup:
         params = run.request.params
-        return SlotSetup(
-            slot=run.slot,
+        sampling = SamplingSetup(
             seed=run.request.seed,
             temperature=0.0 if params.is_greedy else params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
-            max_len=run.request.max_len,
         )
+        return SlotSetup(run.slot, run.request.max_len, sampling)

@@ -20,7 +20,7 @@ from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
 from bireme.models.attention import PagedAttention, SequenceGroup, StepContext
 from bireme.models.rope import depends_on_length, inverse_frequencies
-from bireme.parallel.layout import StepWork
+from bireme.parallel.layout import CacheKind, StepWork
 from bireme.request import ScheduledBatch, ScheduledPiece, SlotSetup
 
 
@@ -28,10 +28,13 @@ from bireme.request import ScheduledBatch, ScheduledPiece, SlotSetup
 class CacheShape:
     """How much cache a rank has: blocks of `block_size` places, for `num_slots` requests."""
 
-    num_blocks: int
+    kinds: tuple[CacheKind, ...]
     block_size: int
     num_slots: int
     max_model_len: int
+
+    def num_blocks(self, window: int | None) -> int:
+        return next(kind.num_blocks for kind in self.kinds if kind.window == window)
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Slots:
         for setup in batch.setups:
             self._set_up(setup)
         for piece in batch.pieces:
+            if not piece.new_blocks:
+                continue
             new, size = piece.new_blocks[0], self._table_sizes[piece.slot]
             self._tables[piece.slot, size : size + len(new)] = new
             self._table_sizes[piece.slot] = size + len(new)

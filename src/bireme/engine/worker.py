@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from bireme.engine.messages import (
     Leave,
     Load,
     Loaded,
+    Masks,
     Output,
     Reply,
     receive_command,
@@ -48,14 +50,42 @@ from bireme.models.registry import build_stage
 from bireme.parallel.collectives import Communicator, join
 from bireme.parallel.layers import materialise, named_layouts
 from bireme.parallel.pipeline import stage_specs
+from bireme.request import StepHeader, StepMasks
 from bireme.trace import SpanKind, SpanRing
+
+
+class Commands:
+    """What the driver asked for, in its order; a step's masks can be taken out of turn."""
+
+    def __init__(self) -> None:
+        self._read: queue.SimpleQueue[Command | Exception] = queue.SimpleQueue()
+        self._set_aside: deque[Command | Exception] = deque()
+        self.put = self._read.put
+
+    def next(self) -> Command | Exception:
+        return self._set_aside.popleft() if self._set_aside else self._read.get()
+
+    def await_masks(self, header: StepHeader, timeout_s: float) -> StepMasks:
+        """The masks of a step; PeerLost where they do not come in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                command = self._read.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise PeerLost(f"the masks of step {header[1]} did not come in time") from None
+            if isinstance(command, Masks):
+                masks = command.masks
+                if (masks.incarnation, masks.step_id) == header:
+                    return masks
+            else:
+                self._set_aside.append(command)
 
 
 class Worker:
     """State of one rank between commands."""
 
-    def __init__(self, sock: socket.socket, spans: SpanRing) -> None:
-        self._sock, self._spans = sock, spans
+    def __init__(self, spans: SpanRing, commands: Commands) -> None:
+        self._spans, self._commands = spans, commands
         self._comm: Communicator | None = None
         self._runner: ModelRunner | None = None
         self._device = torch.device("cpu")
@@ -71,6 +101,8 @@ class Worker:
             case Execute(batch):
                 output = self._ready().execute(batch)
                 return None if output is None else Output(output)
+            case Masks():  # of a step that masked nothing here, or failed
+                return None
             case Capture(folder, probes):
                 return self._capture(folder, probes)
             case Leave():
@@ -125,11 +157,11 @@ class Worker:
             needed_bytes = load_parameters(model, source, command.names)
         config = command.config
         cache = CacheShape(
-            command.num_blocks, config.block_size, config.max_num_seqs, command.max_model_len
+            command.kinds, config.block_size, config.max_num_seqs, command.max_model_len
         )
         self._runner = ModelRunner(
             command.model, model, self._comm, cache, config.workspace_bytes, self._device, dtype,
-            self._spans,
+            self._spans, lambda header: self._commands.await_masks(header, config.step_timeout_s),
         )  # fmt: skip
         read = source.stats if isinstance(source, Artifact) else None
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
@@ -175,7 +207,7 @@ def _failure(error: BaseException) -> Failed:
     )
 
 
-def _read_commands(sock: socket.socket, commands: queue.SimpleQueue[Command | Exception]) -> None:
+def _read_commands(sock: socket.socket, commands: Commands) -> None:
     """The lifeline: when the driver's end closes, this process ends at once."""
     try:
         while (command := receive_command(sock)) is not None:
@@ -198,11 +230,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
     sock = socket.socket(fileno=int(sys.argv[1]))
-    worker = Worker(sock, SpanRing(int(sys.argv[2])))
-    commands: queue.SimpleQueue[Command | Exception] = queue.SimpleQueue()
+    commands = Commands()
+    worker = Worker(SpanRing(int(sys.argv[2])), commands)
     threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
     while True:
-        command = commands.get()
+        command = commands.next()
         if isinstance(command, Exception):
             _answer(sock, _failure(command))
             os._exit(1)

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from bireme.errors import PeerLost
-from bireme.parallel.links import HEADER_BYTES, Receiver, Sender, Stated, StepHeader
+from bireme.parallel.links import HEADER_BYTES, Receiver, Sender, Stated
 from bireme.parallel.mesh import Alone, Mesh
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmGroup, ShmReceiver, ShmSender
+from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanRing
 
 

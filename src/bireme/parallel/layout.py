@@ -348,6 +348,15 @@ class KVSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CacheKind:
+    """Layers whose queries look back equally far share block tables: `window` tokens, or None for
+    all of them. Block ids go from 0 to `num_blocks` - 1 on every rank."""
+
+    window: int | None
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepWork:
     """What a module holds while it runs, beside its input and its output.
 

@@ -14,11 +14,10 @@ import torch
 
 from bireme.errors import EngineError
 from bireme.parallel.pipeline import Edge
+from bireme.request import StepHeader
 
 _HEADER = struct.Struct("<qqqq")
 HEADER_BYTES = _HEADER.size
-
-StepHeader = tuple[int, int]  # incarnation, step_id
 
 
 @dataclass(frozen=True, slots=True)

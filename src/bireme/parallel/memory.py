@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bireme.model_config import ModelConfig
@@ -23,12 +25,14 @@ class StepLimits:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes of one rank: weights, the cache of one token, and what the largest step holds."""
+    """Bytes of one rank: weights, the cache of one token (in all layers, and in those of each
+    window), and what the largest step holds."""
 
     rank: int
     weight_bytes: int
     cache_bytes_per_token: int
     activation_bytes: int
+    cache_bytes_by_window: Mapping[int | None, int]
 
     def total(self, num_cached_tokens: int) -> int:
         return (
@@ -36,6 +40,10 @@ class RankMemory:
             + num_cached_tokens * self.cache_bytes_per_token
             + self.activation_bytes
         )
+
+    def cache_bytes(self, num_tokens: Mapping[int | None, int]) -> int:
+        """Of so many cached tokens in the layers of each window."""
+        return sum(size * num_tokens[window] for window, size in self.cache_bytes_by_window.items())
 
 
 def rank_memory(
@@ -51,11 +59,15 @@ def rank_memory(
     if rank.stage == len(widths) - 1:
         width = vocabulary_width(config.vocab_size, widths[-1])
         logits = limits.num_seqs * (width * (4 + 2 * item_bytes) + _HISTOGRAM_BYTES)
+    cached: Counter[int | None] = Counter()
+    for spec in rank.kv:
+        cached[spec.window] += spec.elements_per_token * item_bytes
     return RankMemory(
         rank=rank.rank,
         weight_bytes=rank.num_elements * item_bytes,
-        cache_bytes_per_token=sum(spec.elements_per_token for spec in rank.kv) * item_bytes,
+        cache_bytes_per_token=cached.total(),
         activation_bytes=step + logits + _workspace(rank, item_bytes, limits),
+        cache_bytes_by_window=dict(cached),
     )
 
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from bireme.errors import EngineError, PeerLost
-from bireme.parallel.links import HEADER_BYTES, Stated, StepHeader
+from bireme.parallel.links import HEADER_BYTES, Stated
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
+from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanRing
 
 CHUNK_BYTES = 1 << 20  # of a sum at a time: what stays in a core's cache

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from bireme.engine.capture import capture_path
 from bireme.engine.executor import WorkerExecutor, WorkerPlan
 from bireme.kvcache.block_manager import BlockManager
-from bireme.request import ScheduledBatch, ScheduledPiece, SlotSetup
+from bireme.request import SamplingSetup, ScheduledBatch, ScheduledPiece, SlotSetup
 
 Range = tuple[int, int, int]  # slot, and [start, stop) of its tokens
 
@@ -103,10 +103,13 @@ class _Batches:
     """Makes the batches of slots that are given their tokens; slot i grows to `max_lens[i]`."""
 
     def __init__(self, plan: WorkerPlan, max_lens: list[int]) -> None:
-        self._blocks = BlockManager(plan.num_blocks, plan.config.block_size)
+        self._blocks = BlockManager(
+            min(kind.num_blocks for kind in plan.kinds), plan.config.block_size
+        )
+        self._num_kinds = len(plan.kinds)
         self._max_tokens = plan.config.max_num_batched_tokens
         self._setups = [
-            SlotSetup(slot, 0, 0.0, 0, 1.0, max_len) for slot, max_len in enumerate(max_lens)
+            SlotSetup(slot, max_len, SamplingSetup(seed=0)) for slot, max_len in enumerate(max_lens)
         ]
         self._next_step_id = 0
 
@@ -121,7 +124,7 @@ class _Batches:
                     start=start,
                     num_tokens=stop - start,
                     token_ids=ids[slot][start:stop],
-                    new_blocks=[self._blocks.extend(slot, stop)],
+                    new_blocks=[self._blocks.extend(slot, stop)] * self._num_kinds,
                     samples=stop == ends[slot],
                 )
                 for slot, start, stop in step
