@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from bireme.engine.engine import Engine
-from bireme.engine.scheduler import Scheduler
+from bireme.engine.scheduler import Scheduler, SchedulerLimits
 from bireme.parallel.layout import CacheKind
-from bireme.request import Request, ScheduledBatch, StepOutput
+from bireme.request import Request, ScheduledBatch, StepMasks, StepOutput
 from bireme.sampling_params import SamplingParams
 
 
@@ -27,6 +27,12 @@ class Scripted:
     def submit(self, batch: ScheduledBatch) -> None:
         self.in_flight.append(batch)
 
+    def give_masks(self, masks: StepMasks) -> None:
+        raise AssertionError("nothing is masked here")
+
+    def give_up(self) -> None:
+        pass
+
     def collect(self) -> StepOutput:
         self.at_collect()
         batch = self.in_flight.popleft()
@@ -35,14 +41,8 @@ class Scripted:
 
 
 def engine(executor: Scripted) -> Engine:
-    plan = Scheduler(
-        pp_size=2,
-        max_num_seqs=4,
-        max_num_batched_tokens=16,
-        kinds=[CacheKind(None, 40)],
-        block_size=4,
-    )
-    return Engine(plan, executor)
+    limits = SchedulerLimits(pp_size=2, max_num_seqs=4, max_num_batched_tokens=16, block_size=4)
+    return Engine(Scheduler(limits, [CacheKind(None, 40)]), executor)
 
 
 def request(name: str) -> Request:
@@ -51,26 +51,29 @@ def request(name: str) -> Request:
 
 
 def test_an_interrupt_amid_a_step_waits_for_its_end_and_leaves_a_usable_engine() -> None:
-    executor = Scripted(lambda: signal.raise_signal(signal.SIGINT))
+    def once() -> None:
+        executor.at_collect = lambda: None
+        signal.raise_signal(signal.SIGINT)
+
+    executor = Scripted(once)
     loop = engine(executor)
     with pytest.raises(KeyboardInterrupt):
-        next(loop.run([request("a"), request("b")]))
+        next(loop.run([(request("a"), None), (request("b"), None)]))
     assert not executor.in_flight
-    executor.at_collect = lambda: None
-    tokens = [id_ for event in loop.run([request("c")]) for id_ in event.token_ids]
+    tokens = [id_ for event in loop.run([(request("c"), None)]) for id_ in event.token_ids]
     assert tokens == [7] * 6
 
 
 def test_an_interrupt_in_the_callers_own_code_is_not_held_back() -> None:
     executor = Scripted()
     loop = engine(executor)
-    held = loop.run([request("a")])
+    held = loop.run([(request("a"), None)])
     next(held)
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
     held.close()  # type: ignore[attr-defined]
     assert not executor.in_flight
-    assert len(list(loop.run([request("b")]))) == 6
+    assert len(list(loop.run([(request("b"), None)]))) == 6
 
 
 def test_a_second_interrupt_does_not_wait() -> None:
@@ -81,4 +84,4 @@ def test_a_second_interrupt_does_not_wait() -> None:
 
     executor = Scripted(twice)
     with pytest.raises(KeyboardInterrupt):
-        next(engine(executor).run([request("a")]))
+        next(engine(executor).run([(request("a"), None)]))

@@ -1,142 +1,274 @@
-"""The scheduler: every request ends, no block is lost, nothing waits for a token of its own batch."""
+"""The scheduler: every request ends as it would alone, no block is lost or read stale, nothing
+waits for a token of its own batch, nobody starves."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
+from replay import VOCABULARY, ReplayExecutor, continued, prefixes
 
-from bireme.engine.scheduler import Scheduler
+from bireme.engine.engine import Engine
+from bireme.engine.scheduler import PRIORITY_SPAN_S, Scheduler, SchedulerLimits
+from bireme.errors import CapacityError
 from bireme.parallel.layout import CacheKind
 from bireme.request import Request, ScheduledBatch, StepOutput
 from bireme.sampling_params import SamplingParams
 
-REQUESTS = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 12)), min_size=1, max_size=12)
+BLOCK = 4
 
 
-def request(
-    index: int, num_prompt: int, max_tokens: int, eos: frozenset[int] = frozenset()
-) -> Request:
-    params = SamplingParams(temperature=0, max_tokens=max_tokens)
+def request(index: int, prompt: list[int] | int, max_tokens: int, **more: object) -> Request:
+    ids = list(range(prompt)) if isinstance(prompt, int) else prompt
     return Request(
         request_id=str(index),
-        prompt_token_ids=tuple(range(num_prompt)),
-        params=params,
-        seed=0,
-        eos_token_ids=eos,
+        prompt_token_ids=tuple(ids),
+        params=SamplingParams(temperature=0, max_tokens=max_tokens),
+        seed=index,
+        **more,  # type: ignore[arg-type]
     )
 
 
 def scheduler(
-    pp_size: int, max_tokens: int = 16, max_num_seqs: int = 4, num_blocks: int = 40
+    pp_size: int = 1,
+    max_tokens: int = 16,
+    max_num_seqs: int = 4,
+    kinds: tuple[CacheKind, ...] = (CacheKind(None, 40),),
+    **more: object,
 ) -> Scheduler:
-    return Scheduler(
+    limits = SchedulerLimits(
         pp_size=pp_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
-        kinds=[CacheKind(None, num_blocks)],
-        block_size=4,
+        block_size=BLOCK,
+        **more,  # type: ignore[arg-type]
     )
+    return Scheduler(limits, kinds)
 
 
-class Replay:
-    """Executes batches in order and checks that each token is written where it must be."""
-
-    def __init__(self) -> None:
-        self.lengths: dict[int, int] = {}
-        self.blocks: dict[int, list[int]] = {}
-
-    def run(self, batch: ScheduledBatch, token: int = 7) -> StepOutput:
-        for setup in batch.setups:
-            self.lengths[setup.slot], self.blocks[setup.slot] = 0, []
-        for piece in batch.pieces:
-            assert piece.start == self.lengths[piece.slot], "a token was skipped or computed twice"
-            self.lengths[piece.slot] += piece.num_tokens
-            self.blocks[piece.slot] += piece.new_blocks[0]
-            assert len(self.blocks[piece.slot]) * 4 >= self.lengths[piece.slot], (
-                "a token has no place"
-            )
-            assert piece.token_ids is None or len(piece.token_ids) == piece.num_tokens
-        slots = batch.sampling_slots
-        return StepOutput(batch.incarnation, batch.step_id, slots, [[token]] * len(slots))
+def answer(batch: ScheduledBatch, token: int = 7) -> StepOutput:
+    slots = batch.sampling_slots
+    return StepOutput(*batch.header, slots, [[token]] * len(slots))
 
 
-@given(REQUESTS, st.integers(1, 4), st.integers(1, 20), st.randoms(use_true_random=False))
-def test_every_request_gets_its_tokens_with_any_lag(
-    sizes: list[tuple[int, int]], pp_size: int, max_tokens: int, random: object
+def batches(plan: Scheduler) -> Iterator[ScheduledBatch]:
+    return iter(plan.schedule, None)  # type: ignore[arg-type]
+
+
+# --- against a replay of what every stage reads and writes ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arrival:
+    at_step: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    has_eos: bool
+    priority: int
+    cancel_after: int | None  # steps
+
+
+def arrivals_of(random: Random, count: int) -> list[Arrival]:
+    """Few different beginnings, so that prefixes are shared."""
+    return [
+        Arrival(
+            at_step=random.choice([0, 0, 0, 1, 2, 5, 20]),
+            prompt=tuple(at // 9 % 2 for at in range(random.randint(1, 24)))
+            if random.random() < 0.5
+            else tuple(random.choices(range(3), k=random.randint(1, 12))),
+            max_tokens=random.randint(1, 16),
+            has_eos=random.random() < 0.5,
+            priority=random.randint(-2, 2),
+            cancel_after=random.randint(0, 12) if random.random() < 0.2 else None,
+        )
+        for _ in range(count)
+    ]
+
+
+KINDS = st.sampled_from(
+    [
+        (CacheKind(None, 40),),
+        (CacheKind(None, 11),),
+        (CacheKind(None, 13), CacheKind(6, 9)),
+        (CacheKind(5, 9),),
+        (CacheKind(None, 14), CacheKind(3, 9), CacheKind(9, 10)),
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.integers(8, 20),
+    st.integers(1, 4),
+    st.sampled_from([1, 2, 3, 5, 8, 13]),
+    st.sampled_from([2, 8]),
+    KINDS,
+    st.booleans(),
+    st.sampled_from([float("inf"), 10.0]),
+    st.integers(0, 2**32).map(Random),
+)
+def test_whatever_runs_beside_it_a_request_reads_its_own_tokens_and_ends_as_it_would_alone(
+    num_requests: int,
+    pp_size: int,
+    max_tokens: int,
+    max_num_seqs: int,
+    kinds: tuple[CacheKind, ...],
+    has_prefix_caching: bool,
+    context_per_token: float,
+    random: Random,
 ) -> None:
-    plan = scheduler(pp_size, max_tokens)
-    for index, (num_prompt, wanted) in enumerate(sizes):
-        plan.add(request(index, num_prompt, wanted))
-    replay, in_flight = Replay(), deque[ScheduledBatch]()
-    got: dict[str, int] = {}
-    while plan.has_unfinished:
-        batch = plan.schedule() if random.random() < 0.7 or not in_flight else None  # type: ignore[attr-defined]
-        if batch is not None:
-            assert batch.num_tokens <= max_tokens
-            in_flight.append(batch)
-            assert len(in_flight) <= pp_size + 1
-        elif in_flight:
-            for run, ids in plan.update(replay.run(in_flight.popleft())):
-                got[run.request.request_id] = got.get(run.request.request_id, 0) + len(ids)
-        plan.blocks.check_integrity()
-    assert got == {str(index): wanted for index, (_, wanted) in enumerate(sizes)}
+    arrivals = arrivals_of(random, num_requests)
+    plan = scheduler(
+        pp_size,
+        max_tokens,
+        max_num_seqs,
+        kinds,
+        has_prefix_caching=has_prefix_caching,
+        context_per_token=context_per_token,
+    )
+    wanted = [continued(one.prompt, one.max_tokens + 2) for one in arrivals]
+    truths = [prefixes([*one.prompt, *ids]) for one, ids in zip(arrivals, wanted, strict=True)]
+    engine = Engine(plan, ReplayExecutor(pp_size, kinds, BLOCK, truths, random))
+    eos = frozenset(range(0, VOCABULARY, 5))
+    fits = [
+        plan.blocks.can_ever_hold(len(one.prompt) + one.max_tokens, max_tokens) for one in arrivals
+    ]
+    got: dict[int, list[int]] = {index: [] for index in range(len(arrivals))}
+    ends: dict[int, str] = {}
+    added: dict[int, int] = {}
+    for step in range(2000):
+        for index, one in enumerate(arrivals):
+            if one.at_step == step and fits[index]:
+                own_eos = eos if one.has_eos else frozenset()
+                engine.add(
+                    request(
+                        index,
+                        list(one.prompt),
+                        one.max_tokens,
+                        eos_token_ids=own_eos,
+                        priority=one.priority,
+                        arrival_s=float(step),
+                    )
+                )
+                added[index] = step
+            elif index in added and one.cancel_after == step - added[index] and index not in ends:
+                engine.abort(str(index))
+                ends[index] = "abort"
+        for item in engine.step():
+            index = int(item.request_id)
+            got[index] += item.token_ids
+            if item.finish_reason is not None:
+                assert index not in ends, "a request ended twice"
+                ends[index] = item.finish_reason
+        plan.check_integrity()
+        if step > 20 and not engine.has_unfinished:
+            break
+    assert ends.keys() == added.keys(), "a request starved"
+    engine.settle()
     assert plan.blocks.num_used == 0
+    event(f"preempted: {plan.num_preemptions > 0}")
+    event(f"prefix hits: {plan.num_prefix_hits > 0}")
+    for index, reason in ends.items():
+        one = arrivals[index]
+        alone = wanted[index][: one.max_tokens]
+        last = next((at for at, id_ in enumerate(alone) if one.has_eos and id_ in eos), None)
+        if last is not None:
+            alone = alone[: last + 1]
+        assert got[index] == alone[: len(got[index])]
+        if reason != "abort":
+            assert got[index] == alone
+            assert reason == ("stop" if last is not None else "length")
+
+
+# --- single behaviours ------------------------------------------------------------------------------
 
 
 def test_an_end_of_text_stops_a_request_and_drops_its_surplus_token() -> None:
-    plan = scheduler(pp_size=1)
-    plan.add(request(0, 3, 10, eos=frozenset({7})))
+    plan = scheduler()
+    plan.add(request(0, 3, 10, eos_token_ids=frozenset({7})))
     first, second = plan.schedule(), plan.schedule()
     assert first is not None
     assert second is not None
     assert second.pieces[0].token_ids is None, (
         "the next decode does not wait for the last one's token"
     )
-    replay = Replay()
-    news = plan.update(replay.run(first))
-    assert [run.finish_reason for run, _ in news] == ["stop"]
-    assert plan.update(replay.run(second)) == []
+    assert [news.state.finish_reason for news in plan.update(answer(first))] == ["stop"]
+    assert plan.update(answer(second)) == []
     assert not plan.has_unfinished
 
 
-def test_with_stages_a_request_has_one_decode_in_flight_and_others_fill_the_pipeline() -> None:
-    plan = scheduler(pp_size=2, max_tokens=64)
-    for index in range(3):
-        plan.add(request(index, 2, 8))
-    batches = [plan.schedule() for _ in range(4)]
-    assert batches[3] is None
-    slots = [piece.slot for batch in batches[:3] if batch for piece in batch.pieces]
-    assert sorted(slots) == sorted(set(slots))
-
-
-@pytest.mark.parametrize("pp_size", [2, 3])
-def test_running_requests_are_spread_evenly_over_the_batches_in_flight(pp_size: int) -> None:
-    """From the first step on and ever after, so that no stage waits for one full batch."""
+@pytest.mark.parametrize("pp_size", [2, 3, 4])
+def test_while_one_group_passes_the_stages_the_next_waits_at_the_first_one(pp_size: int) -> None:
+    """pp_size groups of equal size, and the first of them once more before its ids are known."""
     plan = scheduler(pp_size, max_tokens=64, max_num_seqs=12)
-    for index in range(2 * (pp_size + 1)):
+    for index in range(2 * pp_size):
         plan.add(request(index, 2, 8))
-    replay = Replay()
-    for _ in range(4):
-        batches = list(iter(plan.schedule, None))
-        assert [len(batch.pieces) for batch in batches] == [2] * (pp_size + 1)
-        for batch in batches:
-            plan.update(replay.run(batch))
+    for batch in list(batches(plan)):
+        plan.update(answer(batch))
+    for _ in range(3):
+        flying = list(batches(plan))
+        assert [len(batch.pieces) for batch in flying] == [2] * (pp_size + 1)
+        slots = [frozenset(batch.sampling_slots) for batch in flying]
+        assert slots[0] == slots[-1]
+        assert len(set(slots)) == pp_size
+        for batch in flying:
+            plan.update(answer(batch))
 
 
-def test_a_request_waits_until_all_its_blocks_are_free() -> None:
-    plan = scheduler(pp_size=1, num_blocks=6)
-    plan.add(request(0, 8, 4))
-    plan.add(request(1, 8, 4))
-    batch = plan.schedule()
-    assert batch is not None
-    assert [piece.slot for piece in batch.pieces] == [0]
+def test_prompts_that_come_together_are_spread_over_the_stages() -> None:
+    plan = scheduler(4, max_tokens=64)
+    for index in range(4):
+        plan.add(request(index, 5, 8))
+    assert [len(batch.pieces) for batch in batches(plan)][:4] == [1, 1, 1, 1]
+
+
+def test_groups_stay_even_when_requests_end() -> None:
+    plan = scheduler(2, max_tokens=64, max_num_seqs=8)
+    for index in range(8):  # those of one group end early
+        plan.add(request(index, 2, 3 if index % 2 else 30))
+    sizes: list[int] = []
+    for _ in range(12):
+        flying = list(batches(plan))
+        sizes = [len(batch.pieces) for batch in flying]
+        for batch in flying:
+            plan.update(answer(batch))
+    assert sizes == [2, 2, 2]
+
+
+def test_chunks_of_a_long_prompt_follow_one_another_and_cost_the_same() -> None:
+    plan = scheduler(3, max_tokens=1000, kinds=(CacheKind(None, 2000),), context_per_token=2000.0)
+    plan.add(request(0, 5000, 2))
+    sizes = []
+    while len(flying := list(batches(plan))) == plan.max_in_flight:
+        sizes += [batch.num_tokens for batch in flying if not batch.sampling_slots]
+        for batch in flying:
+            plan.update(answer(batch))
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    costs = [n * (1 + (start + n / 2) / 2000) for n, start in zip(sizes, starts, strict=True)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(costs) < 1.1 * min(costs)
+
+
+def test_decodes_go_on_beside_a_long_prompt() -> None:
+    plan = scheduler(max_tokens=8, kinds=(CacheKind(None, 100),))
+    plan.add(request(0, 2, 50))
+    for batch in list(batches(plan)):
+        plan.update(answer(batch))
+    plan.add(request(1, 80, 2))
+    for _ in range(5):
+        for batch in list(batches(plan)):
+            assert batch.pieces[0].num_tokens == 1
+            assert batch.num_tokens == 8
+            plan.update(answer(batch))
 
 
 def test_setups_come_with_the_first_piece_of_a_request_only() -> None:
-    plan = scheduler(pp_size=1, max_tokens=4)
+    plan = scheduler(max_tokens=4)
     plan.add(request(0, 10, 2))
     first, second = plan.schedule(), plan.schedule()
     assert first is not None
@@ -144,6 +276,119 @@ def test_setups_come_with_the_first_piece_of_a_request_only() -> None:
     assert [setup.slot for setup in first.setups] == [0]
     assert second.setups == []
     assert (second.pieces[0].start, second.pieces[0].num_tokens) == (4, 4)
+
+
+def test_a_second_prompt_computes_only_what_the_first_did_not() -> None:
+    plan = scheduler(max_tokens=64)
+    plan.add(request(0, 18, 4))
+    plan.add(request(1, 18, 4))
+    batch = plan.schedule()
+    assert batch is not None
+    assert [(piece.start, piece.num_tokens) for piece in batch.pieces] == [(0, 18), (16, 2)]
+    first, second = (piece.new_blocks[0] for piece in batch.pieces)
+    assert first[:4] == second[:4]
+    assert first[4] != second[4]
+    assert plan.num_prefix_hits == 16
+
+
+def test_prompt_logprobs_compute_the_whole_prompt() -> None:
+    plan = scheduler(max_tokens=64)
+    plan.add(request(0, 18, 4))
+    asking = Request(
+        request_id="1",
+        prompt_token_ids=tuple(range(18)),
+        params=SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=1),
+        seed=1,
+    )
+    plan.add(asking)
+    batch = plan.schedule()
+    assert batch is not None
+    assert [piece.start for piece in batch.pieces] == [0, 0]
+    assert batch.setups[1].sampling.token_ids == list(range(18))
+
+
+def test_where_prefixes_depend_on_the_longest_length_they_are_shared_with_the_same_only() -> None:
+    plan = scheduler(max_tokens=64, depends_on_length=True, max_num_seqs=3)
+    for index, max_tokens in enumerate((4, 5, 4)):
+        plan.add(request(index, 18, max_tokens))
+    batch = plan.schedule()
+    assert batch is not None
+    assert [piece.start for piece in batch.pieces] == [0, 0, 16]
+
+
+def test_a_more_urgent_request_goes_first_and_an_old_one_is_not_overtaken_for_ever() -> None:
+    plan = scheduler(max_num_seqs=1)
+    plan.add(request(0, 2, 1, priority=1, arrival_s=0.0))
+    plan.add(request(1, 2, 1, priority=0, arrival_s=1.0))
+    plan.add(request(2, 2, 1, priority=0, arrival_s=PRIORITY_SPAN_S + 1))
+    order = []
+    while plan.has_unfinished:
+        for batch in list(batches(plan)):
+            order += [news.state.request.request_id for news in plan.update(answer(batch))]
+    assert order == ["1", "0", "2"]
+
+
+def test_the_youngest_gives_its_blocks_back_and_ends_all_the_same() -> None:
+    plan = scheduler(kinds=(CacheKind(None, 7),), max_num_seqs=2, has_prefix_caching=False)
+    plan.add(request(0, 8, 12))
+    plan.add(request(1, 7, 12))
+    got: Counter[str] = Counter()
+    while plan.has_unfinished:
+        for batch in list(batches(plan)):
+            for news in plan.update(answer(batch)):
+                got[news.state.request.request_id] += len(news.token_ids)
+                if news.state.num_preemptions:
+                    assert news.state.request.request_id == "1"
+    assert plan.num_preemptions > 0
+    assert got == {"0": 12, "1": 12}
+
+
+def test_a_full_queue_and_a_request_larger_than_the_cache_are_refused() -> None:
+    plan = scheduler(max_num_waiting=1, kinds=(CacheKind(None, 6),))
+    with pytest.raises(CapacityError, match="can reach 30 tokens"):
+        plan.add(request(0, 20, 10))
+    plan.add(request(1, 3, 3))
+    with pytest.raises(CapacityError, match="1 requests wait already"):
+        plan.add(request(2, 3, 3))
+
+
+def test_a_deadline_ends_a_request_that_waits_and_one_that_runs() -> None:
+    plan = scheduler(max_num_seqs=1)
+    plan.add(request(0, 3, 30, deadline_s=5.0))
+    plan.add(request(1, 3, 30, deadline_s=7.0))
+    batch = plan.schedule()
+    assert plan.take_expired(4.9) == []
+    assert [state.finish_reason for state in plan.take_expired(7.0)] == ["timeout", "timeout"]
+    assert batch is not None
+    assert plan.update(answer(batch)) == []
+    plan.check_integrity()
+
+
+def test_a_cancelled_request_is_not_in_the_next_batch_and_its_blocks_are_free() -> None:
+    plan = scheduler()
+    plan.add(request(0, 3, 30))
+    plan.add(request(1, 3, 30))
+    first = plan.schedule()
+    plan.abort("0")
+    second = plan.schedule()
+    assert first is not None
+    assert second is not None
+    assert [piece.slot for piece in second.pieces] == [1]
+    assert [news.state.request.request_id for news in plan.update(answer(first))] == ["1"]
+
+
+def test_windowed_layers_keep_no_more_blocks_than_they_look_back_at() -> None:
+    plan = scheduler(
+        max_tokens=8, kinds=(CacheKind(None, 40), CacheKind(8, 40)), has_prefix_caching=False
+    )
+    plan.add(request(0, 60, 40))
+    most = 0
+    while plan.has_unfinished:
+        for batch in list(batches(plan)):
+            _full, windowed = (39 - count for count in plan.blocks.num_available)
+            most = max(most, windowed)
+            plan.update(answer(batch))
+    assert most <= (8 + 8) // BLOCK + 1
 
 
 def test_a_temperature_that_would_overflow_is_greedy() -> None:

@@ -4,48 +4,128 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
 
 from bireme.engine.interrupt import deferred_interrupts
-from bireme.engine.scheduler import RunningRequest, Scheduler
-from bireme.request import Executor, Request
+from bireme.engine.request_state import News, RequestState
+from bireme.engine.scheduler import Scheduler
+from bireme.request import (
+    Executor,
+    PromptLogprobs,
+    Request,
+    ScheduledBatch,
+    StepMasks,
+    TokenLogprobs,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """New tokens of one request; `finish_reason` is set with its last ones. Seconds, monotonic."""
+    """New tokens of one request; `finish_reason` is set with its last ones. Seconds of the engine's
+    clock. `logprobs` is empty, or one a token."""
 
     request_id: str
     token_ids: list[int]
     finish_reason: str | None
     stop_reason: int | None
     time_s: float
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
+    num_cached_tokens: int = 0
+
+
+class Matcher(Protocol):
+    """What a request's text must match, as far as it has got."""
+
+    def accept(self, token_ids: list[int]) -> None:
+        """Goes on by these ids."""
+        ...
+
+    def mask(self) -> bytes:
+        """The ids that may come next, as in `StepMasks`."""
+        ...
+
+    @property
+    def is_stopped(self) -> bool:
+        """True once nothing may follow."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Masked:
+    """A step in flight that waits for masks: slots, their requests, and the tokens that each must
+    know before its mask can be made."""
+
+    batch: ScheduledBatch
+    waiting: list[tuple[int, RequestState, int]]
 
 
 class Engine:
     """Runs requests through an executor, keeping as many batches in flight as the scheduler allows."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
-        self.scheduler, self._executor = scheduler, executor
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.scheduler, self.clock, self._executor = scheduler, clock, executor
+        self._matchers: dict[str, Matcher] = {}
+        self._masked: deque[_Masked] = deque()
 
-    def run(self, requests: list[Request]) -> Iterator[TokenEvent]:
-        """Yields tokens as they come, until all requests have ended.
+    def add(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Lets a request wait for its turn. CapacityError where the queue is full."""
+        self.scheduler.add(request)
+        if matcher is not None:
+            self._matchers[request.request_id] = matcher
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request before the next step is scheduled; nothing more is said of it."""
+        self.scheduler.abort(request_id)
+        self._matchers.pop(request_id, None)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[TokenEvent]:
+        """Submits what can be, and takes the oldest step's tokens. Ends requests whose time is up."""
+        events = [self._event(News(state, [], [])) for state in self._expired()]
+        while (batch := self.scheduler.schedule()) is not None:
+            self._executor.submit(batch)
+            self._await_masks(batch)
+        self._give_masks()
+        if self.scheduler.num_in_flight:
+            news = self.scheduler.update(self._executor.collect())
+            events += [self._event(self._matched(item)) for item in news]
+        return events
+
+    def run(self, requests: Iterable[tuple[Request, Matcher | None]]) -> Iterator[TokenEvent]:
+        """Yields tokens as they come, until all requests have ended; no more wait than may.
 
         If the caller stops early, what is in flight is collected and the engine stays usable. Ctrl-C
         waits for the end of a step, never for the caller's code between two.
         """
-        for request in requests:
-            self.scheduler.add(request)
+        left = iter(requests)
         try:
-            while self.scheduler.has_unfinished:
+            self._feed(left)
+            while self.has_unfinished:
                 with self._whole_step():
-                    events = self._step()
+                    events = self.step()
+                self._feed(left)
                 yield from events
         finally:
             with self._whole_step():
-                self._settle()
+                self.settle()
+
+    def _feed(self, left: Iterator[tuple[Request, Matcher | None]]) -> None:
+        for request, matcher in islice(left, self.scheduler.room_to_wait):
+            self.add(request, matcher)
 
     @contextmanager
     def _whole_step(self) -> Iterator[None]:
@@ -57,22 +137,72 @@ class Engine:
                 self._executor.give_up()
                 raise
 
-    def _step(self) -> list[TokenEvent]:
-        while (batch := self.scheduler.schedule()) is not None:
-            self._executor.submit(batch)
-        news = self.scheduler.update(self._executor.collect())
-        now = time.monotonic()
-        return [self._event(run, ids, now) for run, ids in news]
-
-    @staticmethod
-    def _event(run: RunningRequest, ids: list[int], now: float) -> TokenEvent:
-        return TokenEvent(run.request.request_id, ids, run.finish_reason, run.stop_reason, now)
-
-    def _settle(self) -> None:
-        """Collects what is still in flight: surplus tokens, or all of an interrupted run."""
+    def settle(self) -> None:
+        """Ends all requests and collects what is still in flight."""
         self.scheduler.abort_all()
+        self._matchers.clear()
         if self._executor.is_broken or sys.is_finalizing():
             return
         while self.scheduler.num_in_flight:
+            self._give_masks()
             self.scheduler.update(self._executor.collect())
-        self.scheduler.blocks.check_integrity()
+        self.scheduler.check_integrity()
+
+    def _expired(self) -> list[RequestState]:
+        return self.scheduler.take_expired(self.clock())
+
+    def _event(self, news: News) -> TokenEvent:
+        state = news.state
+        if state.finish_reason is not None:
+            self._matchers.pop(state.request.request_id, None)
+        return TokenEvent(
+            state.request.request_id,
+            news.token_ids,
+            state.finish_reason,
+            state.stop_reason,
+            self.clock(),
+            news.logprobs,
+            news.prompt_logprobs,
+            state.num_cached,
+        )
+
+    # --- structured output ---------------------------------------------------------------------
+
+    def _matched(self, news: News) -> News:
+        """Tells the request's matcher; it may end the request."""
+        state = news.state
+        matcher = self._matchers.get(state.request.request_id)
+        if matcher is None or not news.token_ids:
+            return news
+        matcher.accept(news.token_ids)
+        if matcher.is_stopped and state.finish_reason is None:
+            self.scheduler.abort(state.request.request_id, "stop")
+        return news
+
+    def _await_masks(self, batch: ScheduledBatch) -> None:
+        waiting = [
+            (piece.slot, self.scheduler.state_in(piece.slot), piece.start + piece.num_tokens)
+            for piece in batch.pieces
+            if piece.needs_mask
+        ]
+        if waiting:
+            self._masked.append(_Masked(batch, waiting))
+
+    def _give_masks(self) -> None:
+        """To every step in flight, in order, all whose tokens so far are known."""
+        while self._masked:
+            masked = self._masked[0]
+            if not all(
+                state.finish_reason is not None or len(state.token_ids) >= num_tokens
+                for _, state, num_tokens in masked.waiting
+            ):
+                return
+            self._masked.popleft()
+            slots = [slot for slot, _, _ in masked.waiting]
+            masks = [self._mask(state) for _, state, _ in masked.waiting]
+            self._executor.give_masks(StepMasks(*masked.batch.header, slots, masks))
+
+    def _mask(self, state: RequestState) -> bytes:
+        """Empty where the request has ended and nobody reads what is chosen."""
+        matcher = self._matchers.get(state.request.request_id)
+        return b"" if matcher is None else matcher.mask()

@@ -22,7 +22,7 @@ from bireme.engine.executor import WorkerExecutor
 from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
 from bireme.engine.prepare import check_prompt, make_plan, resolve_auto_width
-from bireme.engine.scheduler import Scheduler
+from bireme.engine.scheduler import Scheduler, SchedulerLimits
 from bireme.errors import ConfigError, EngineError, RequestError
 from bireme.request import (
     CompletionOutput,
@@ -122,13 +122,13 @@ class LLM:
         if self._engine is not None:
             return self._engine
         self._executor = WorkerExecutor(self.plan, self._pool)
-        scheduler = Scheduler(
+        limits = SchedulerLimits(
             pp_size=self.config.parallel.pp_size,
             max_num_seqs=self.config.max_num_seqs,
             max_num_batched_tokens=self.config.max_num_batched_tokens,
-            kinds=self.plan.kinds,
             block_size=self.config.block_size,
         )
+        scheduler = Scheduler(limits, self.plan.kinds)
         self._engine = Engine(scheduler, self._executor)
         return self._engine
 
@@ -230,7 +230,7 @@ class LLM:
             engine, now = self.start(), time.monotonic()
             for stream in streams.values():
                 stream.arrival_s = now
-            for event in engine.run([stream.request for stream in streams.values()]):
+            for event in engine.run([(stream.request, None) for stream in streams.values()]):
                 yield _advance(streams[event.request_id], event)
         finally:
             self._is_running.release()

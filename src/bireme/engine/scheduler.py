@@ -1,197 +1,469 @@
 """Which tokens of which requests go into the next batch: plain Python, no torch, no clock.
 
-At most `pp_size + 1` batches are in flight, and the running requests are spread evenly over them.
-A request is admitted when a slot and all the cache blocks that it can ever need are free, so that
-nothing is preempted.
+At most `pp_size + 1` batches are in flight. The requests that decode are spread evenly over
+`pp_size` groups, which take turns: while each stage works on one of them, the batch behind waits at
+the first stage for the last ids of its own group. At one stage that means that the next decode is
+scheduled before the last one's tokens are known.
+
+A step takes a token of each request of a group and fills up with prompts, in chunks; the oldest
+goes first. Where the cache is full, the youngest gives its blocks back and is computed again later.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 
-from bireme.kvcache.block_manager import BlockManager
+from bireme.engine.decode_groups import DecodeGroups
+from bireme.engine.request_state import News, RequestState
+from bireme.errors import CapacityError
+from bireme.kvcache.block_manager import BlockManager, block_key
 from bireme.parallel.layout import CacheKind
 from bireme.request import (
     Request,
-    SamplingSetup,
     ScheduledBatch,
     ScheduledPiece,
     SlotSetup,
     StepOutput,
+    TokenLogprobs,
 )
 
+PRIORITY_SPAN_S = 30.0
+MIN_CHUNK_TOKENS = 256
 
-@dataclass
-class RunningRequest:
-    """A request in a slot. `num_computed` tokens are in the cache or under way to it."""
 
-    request: Request
-    slot: int
-    num_computed: int = 0
-    num_in_flight: int = 0
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-    stop_reason: int | None = None
+@dataclass(frozen=True, kw_only=True)
+class SchedulerLimits:
+    """`context_per_token`: the context length (tokens) at which attending to it costs a token as
+    much as the rest of its work. `prefix_salt` is hashed with every prompt."""
 
-    @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+    pp_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    max_num_waiting: int | None = None
+    has_prefix_caching: bool = True
+    context_per_token: float = math.inf
+    depends_on_length: bool = False
 
-    @property
-    def is_prefilling(self) -> bool:
-        return self.num_computed < self.num_prompt
 
-    @property
-    def is_all_scheduled(self) -> bool:
-        """True once the step that yields its last allowed token is under way."""
-        return self.num_computed >= self.request.max_len - 1
+@dataclass(slots=True)
+class _InFlight:
+    sampled: list[RequestState]
+    asked: dict[int, RequestState]  # of requests that asked for log-probabilities of their prompt
 
-    def append(self, token_id: int) -> None:
-        """Takes a sampled id and sees whether it ends the request."""
-        self.token_ids.append(token_id)
-        if token_id in self.request.eos_token_ids:
-            self.finish_reason = "stop"
-        elif token_id in self.request.params.stop_token_ids:
-            self.finish_reason, self.stop_reason = "stop", token_id
-        elif len(self.token_ids) >= self.request.params.max_tokens:
-            self.finish_reason = "length"
+
+@dataclass(slots=True)
+class _Choice:
+    """What goes into the next batch."""
+
+    pieces: list[ScheduledPiece]
+    setups: list[SlotSetup]
+    sampled: list[RequestState]
+    asked: dict[int, RequestState]
+
+
+_NO_BLOCKS: list[list[int]] = []
+_by_order = attrgetter("order")
 
 
 class Scheduler:
     """Waiting and running requests, and the batches in flight."""
 
-    def __init__(
-        self,
-        *,
-        pp_size: int,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        kinds: Sequence[CacheKind],
-        block_size: int,
-    ) -> None:
-        self.max_in_flight = pp_size + 1
-        self._max_decodes_in_flight = 2 if pp_size == 1 else 1
-        self._max_tokens = max_num_batched_tokens
-        self._num_kinds = len(kinds)
-        self.blocks = BlockManager(min(kind.num_blocks for kind in kinds), block_size)
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self._waiting: deque[Request] = deque()
-        self._running: dict[int, RunningRequest] = {}
-        self._in_flight: deque[list[RunningRequest]] = deque()
+    def __init__(self, limits: SchedulerLimits, kinds: Sequence[CacheKind]) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(kinds, limits.block_size)
+        self.max_in_flight = limits.pp_size + 1
+        self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = (
+            0  # last two: tokens
+        )
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._states: dict[str, RequestState] = {}
+        self._waiting: list[RequestState] = []  # by order
+        self._prefilling: list[RequestState] = []  # by order
+        self._groups = DecodeGroups(limits.pp_size, limits.context_per_token)
+        self._slots: list[RequestState | None] = [None] * limits.max_num_seqs
+        self._deadlines: list[tuple[float, str]] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._num_added = 0
         self._next_step_id = 0
         self._incarnation = 0
+        self._refused: tuple[RequestState, tuple[int, ...]] | None = None
 
-    def add(self, request: Request) -> None:
-        self._waiting.append(request)
+    # --- requests ------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> RequestState:
+        """Lets a request wait; CapacityError where the queue is full or the cache too small."""
+        most, chunk = self.limits.max_num_waiting, self.limits.max_num_batched_tokens
+        if most is not None and len(self._waiting) >= most:
+            raise CapacityError(
+                f"{most} requests wait already, which is the limit; try again later"
+            )
+        if not self.blocks.can_ever_hold(request.max_len, chunk):
+            raise CapacityError(
+                f"request {request.request_id} can reach {request.max_len} tokens, more than the "
+                "cache holds; ask for fewer, or give the cache more memory"
+            )
+        if request.request_id in self._states:
+            raise CapacityError(f"request {request.request_id} is there already")
+        due = request.arrival_s + request.priority * PRIORITY_SPAN_S
+        state = RequestState(request, (due, self._num_added), list(request.prompt_token_ids))
+        state.needs_mask = request.params.structured_outputs is not None
+        self._num_added += 1
+        self._states[request.request_id] = state
+        insort(self._waiting, state, key=_by_order)
+        if request.deadline_s is not None:
+            insort(self._deadlines, (request.deadline_s, request.request_id))
+        return state
+
+    def abort(self, request_id: str, reason: str = "abort") -> RequestState | None:
+        """Ends a request; its slot and blocks are free for the next schedule. None if it has ended."""
+        state = self._states.get(request_id)
+        if state is None:
+            return None
+        state.finish_reason = reason
+        self._end(state)
+        return state
+
+    def abort_all(self) -> None:
+        """Ends every request; batches in flight must still be collected."""
+        for request_id in list(self._states):
+            self.abort(request_id)
+
+    def take_expired(self, now_s: float) -> list[RequestState]:
+        """Ends the requests whose deadline has passed."""
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            _, request_id = self._deadlines.pop(0)
+            state = self.abort(request_id, "timeout")
+            ended += [state] if state is not None else []
+        return ended
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._states)
 
     @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
+
+    def state_in(self, slot: int) -> RequestState:
+        """The request that has a slot."""
+        state = self._slots[slot]
+        assert state is not None
+        return state
+
+    @property
+    def room_to_wait(self) -> int:
+        """How many more requests may wait now."""
+        most = self.limits.max_num_waiting
+        return sys.maxsize if most is None else max(0, most - len(self._waiting))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return self._groups.num_members
+
+    def _end(self, state: RequestState) -> None:
+        del self._states[state.request.request_id]
+        if state.request.deadline_s is not None:
+            at = (state.request.deadline_s, state.request.request_id)
+            index = bisect_left(self._deadlines, at)
+            if index < len(self._deadlines) and self._deadlines[index] == at:
+                del self._deadlines[index]
+        if state.slot is None:
+            _remove(self._waiting, state)
+        else:
+            self._leave_slot(state)
+
+    def _leave_slot(self, state: RequestState) -> None:
+        """At once: whoever gets the blocks or the slot next is executed later, by step_id order."""
+        assert state.slot is not None
+        if not self._groups.leave(state):
+            _remove(self._prefilling, state)
+        self.blocks.release(state.slot)
+        self._free_slots.append(state.slot)
+        self._slots[state.slot] = None
+        state.slot = None
+        self._refused = None
+
+    # --- a step --------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledBatch | None:
         """The next batch; None when nothing can be added to what is in flight."""
         if len(self._in_flight) >= self.max_in_flight:
             return None
         self._admit()
-        pieces = self._choose()
-        if not pieces:
-            return None
-        setups = [self._setup(self._running[piece.slot]) for piece in pieces if piece.start == 0]
-        batch = ScheduledBatch(self._incarnation, self._next_step_id, setups, pieces)
-        self._in_flight.append([self._running[piece.slot] for piece in pieces if piece.samples])
+        for group in self._groups.turns():
+            choice = _Choice([], [], [], {})
+            self._choose_decodes(group, choice)
+            self._choose_prompts(group, choice)
+            if choice.pieces:
+                self._groups.took_turn(group)
+                return self._batch(choice)
+        return None
+
+    def _batch(self, choice: _Choice) -> ScheduledBatch:
+        batch = ScheduledBatch(self._incarnation, self._next_step_id, choice.setups, choice.pieces)
+        self._in_flight.append(_InFlight(choice.sampled, choice.asked))
         self._next_step_id += 1
         return batch
 
-    def update(self, output: StepOutput) -> list[tuple[RunningRequest, list[int]]]:
-        """Takes the oldest batch's output; returns each request that got tokens, with them.
-
-        Tokens of a request that ended meanwhile are dropped.
-        """
-        news = []
-        for run, ids in zip(self._in_flight.popleft(), output.token_ids, strict=True):
-            run.num_in_flight -= 1
-            if run.finish_reason is not None:
+    def _choose_decodes(self, group: int, choice: _Choice) -> None:
+        self._groups.level(group)
+        budget, step_id = self.limits.max_num_batched_tokens, self._next_step_id
+        apart = 1 if not self._waiting and not self._prefilling else self.limits.pp_size
+        pieces, sampled = choice.pieces, choice.sampled
+        for state in self._groups.decoding(group):
+            num_in_flight = state.num_in_flight
+            if num_in_flight and (num_in_flight > 1 or step_id - state.last_step_id < apart):
                 continue
-            for token_id in ids:
-                run.append(token_id)
-            news.append((run, ids))
-            if run.finish_reason is not None:
-                self._release(run)
+            start, slot = state.num_computed, state.slot
+            if start >= state.last_decode or state.is_leaving or slot is None:
+                continue
+            blocks = _NO_BLOCKS
+            if start >= state.num_places:
+                new = self._grow(state, start, start + 1)
+                if new is None:
+                    continue
+                blocks = new
+            pieces.append(ScheduledPiece(slot, start, 1, None, blocks, True, state.needs_mask))
+            sampled.append(state)
+            state.num_computed = start + 1
+            state.num_in_flight = num_in_flight + 1
+            state.last_step_id = step_id
+            if len(pieces) == budget:
+                break
+        if len(pieces) == budget:  # the others come first next time
+            self._groups.put_last(sampled)
+
+    def _choose_prompts(self, group: int, choice: _Choice) -> None:
+        """Chunks of prompts that have begun, and those that begin with this group; oldest first, so
+        that none gives its blocks to a younger one of the same batch."""
+        budget = self.limits.max_num_batched_tokens - len(choice.pieces)
+        if not self._prefilling:
+            return
+        most = self._most_at_once()
+        for state in tuple(self._prefilling):
+            if budget <= 0:
+                return
+            if state.slot is None or (state.is_new and state.group != group):
+                continue
+            if state.is_new:
+                self._share_prefix(state, state.slot)
+            num_tokens = self._chunk(state, min(budget, most))
+            blocks = self._grow(state, state.num_computed, state.num_computed + num_tokens)
+            if blocks is None:
+                return
+            budget -= num_tokens
+            self._put_chunk(state, state.slot, num_tokens, blocks, choice)
+
+    def _put_chunk(
+        self,
+        state: RequestState,
+        slot: int,
+        num_tokens: int,
+        blocks: list[list[int]],
+        choice: _Choice,
+    ) -> None:
+        start = state.num_computed
+        stop = state.num_computed = start + num_tokens
+        samples = stop == state.num_given
+        if state.is_new:
+            choice.setups.append(state.setup(slot))
+            state.is_new = False
+            self.num_prefix_queries += state.num_given
+            self.num_prefix_hits += state.num_cached
+            if state.shared:
+                new = blocks or [[]] * len(state.shared)
+                blocks = [old + more for old, more in zip(state.shared, new, strict=True)]
+        if state.request.params.prompt_logprobs is not None:
+            choice.asked[slot] = state
+        ids = state.token_ids[start:stop]
+        masked = samples and state.needs_mask
+        choice.pieces.append(ScheduledPiece(slot, start, num_tokens, ids, blocks, samples, masked))
+        self._publish(state)
+        if samples:
+            choice.sampled.append(state)
+            state.num_in_flight += 1
+            state.last_step_id = self._next_step_id
+            _remove(self._prefilling, state)
+            self._groups.begin_decoding(state)
+
+    def _most_at_once(self) -> int:
+        """Tokens of prompts in one step: with stages, few enough that chunks follow one another
+        through them and none works alone."""
+        most, num_stages = self.limits.max_num_batched_tokens, self.limits.pp_size
+        if num_stages == 1:
+            return most
+        given = sum(state.num_given for state in self._prefilling)
+        return min(most, max(MIN_CHUNK_TOKENS, -(-given // (2 * num_stages))))
+
+    def _chunk(self, state: RequestState, budget: int) -> int:
+        """Tokens that cost as much as `budget` tokens at a prompt's beginning: fewer where there is
+        more to attend to."""
+        start, ratio = state.num_computed, self.limits.context_per_token
+        num_tokens = budget
+        if math.isfinite(ratio):  # n (1 + (start + n / 2) / ratio) is what n tokens cost
+            cost = budget * (1 + budget / (2 * ratio))
+            num_tokens = int(math.sqrt((ratio + start) ** 2 + 2 * ratio * cost) - ratio - start)
+            num_tokens = max(num_tokens, min(budget, self.limits.block_size))
+        return min(num_tokens, state.num_given - start)
+
+    def _publish(self, state: RequestState) -> None:
+        """Blocks that are full, under way, and whose tokens are known can be shared."""
+        if not self.limits.has_prefix_caching or state.slot is None:
+            return
+        known = min(state.num_computed, len(state.token_ids)) // self.limits.block_size
+        if known <= state.num_published:
+            return
+        self._extend_keys(state)
+        for index in range(state.num_published, known):
+            self.blocks.publish(state.slot, index, state.keys[index])
+        state.num_published = known
+
+    def update(self, output: StepOutput) -> list[News]:
+        """Takes the oldest batch's output; what it brought to requests that have not ended."""
+        batch = self._in_flight.popleft()
+        news: list[News] = []
+        for part in output.prompt_logprobs:
+            state = batch.asked[part.slot]
+            if state.finish_reason is None:
+                news.append(News(state, [], [], part))
+        logprobs: Iterable[list[TokenLogprobs]] = output.logprobs or ([],) * len(batch.sampled)
+        for state, ids, likely in zip(batch.sampled, output.token_ids, logprobs, strict=True):
+            state.num_in_flight -= 1
+            if state.finish_reason is not None:
+                continue
+            taken = self._append(state, ids)
+            news.append(News(state, taken, likely[: len(taken)]))
+            if state.finish_reason is not None:
+                self._end(state)
+            elif state.is_leaving and not state.num_in_flight:
+                self._preempt(state)
         return news
 
-    def abort_all(self) -> None:
-        """Forgets every request; batches in flight must still be collected."""
-        self._waiting.clear()
-        for run in list(self._running.values()):
-            run.finish_reason = "abort"
-            self._release(run)
+    def _append(self, state: RequestState, ids: list[int]) -> list[int]:
+        for index, token_id in enumerate(ids):
+            state.append(token_id)
+            if state.finish_reason is not None:
+                return ids[: index + 1]
+        if len(state.token_ids) >= (state.num_published + 1) * self.limits.block_size:
+            self._publish(state)
+        return ids
 
-    def _release(self, run: RunningRequest) -> None:
-        """At once: whoever gets the blocks or the slot next is executed later, by step_id order."""
-        del self._running[run.slot]
-        self.blocks.release(run.slot)
-        self._free_slots.append(run.slot)
+    # --- admission and preemption --------------------------------------------------------------
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
-            request, slot = self._waiting[0], self._free_slots[-1]
-            if not self.blocks.can_hold(slot, request.max_len + self._num_promised()):
+            state, available = self._waiting[0], self.blocks.num_available
+            if self._refused == (state, available):
                 return
-            self._waiting.popleft()
-            self._free_slots.pop()
-            self._running[slot] = RunningRequest(request, slot)
+            keys = self._cached_keys(state)
+            chunk = self.limits.max_num_batched_tokens
+            num_tokens = len(state.token_ids) + 1
+            if not self.blocks.can_start(keys, num_tokens, chunk, self._reserve()):
+                self._refused = (state, available)
+                return
+            del self._waiting[0]
+            self._start(state)
 
-    def _num_promised(self) -> int:
-        """Tokens of free blocks that running requests may still ask for."""
+    def _reserve(self) -> list[int]:
+        """Blocks that running requests will soon need: the rest of each prompt, one for a decode."""
         missing = sum(
-            self.blocks.num_missing(run.slot, run.request.max_len) for run in self._running.values()
+            self.blocks.num_missing(state.slot, state.num_given)
+            for state in self._prefilling
+            if state.slot is not None
         )
-        return missing * self.blocks.block_size
+        return [missing + self.num_running] * self.blocks.num_kinds
 
-    def _choose(self) -> list[ScheduledPiece]:
-        """Least recently scheduled requests first, an even share of them at a time."""
-        ready = [run for run in self._running.values() if self._is_ready(run)]
-        if self._max_decodes_in_flight == 1:
-            ready = ready[: max(1, -(-len(self._running) // self.max_in_flight))]
-        budget, pieces = self._max_tokens, []
-        for run in ready:
-            if budget == 0:
-                break
-            piece = self._piece(run, budget)
-            budget -= piece.num_tokens
-            pieces.append(piece)
-            self._running[run.slot] = self._running.pop(run.slot)
-        return pieces
+    def _cached_keys(self, state: RequestState) -> list[bytes]:
+        """Of the full blocks that it need not compute; its last token is computed in any case."""
+        if not self.limits.has_prefix_caching:
+            return []
+        self._extend_keys(state)
+        if state.request.params.prompt_logprobs is not None:
+            return []
+        most = (len(state.token_ids) - 1) // self.limits.block_size
+        return state.keys[: self.blocks.num_cached_blocks(state.keys[:most])]
 
-    def _is_ready(self, run: RunningRequest) -> bool:
-        if run.is_prefilling:
-            return True
-        return not run.is_all_scheduled and run.num_in_flight < self._max_decodes_in_flight
+    def _extend_keys(self, state: RequestState) -> None:
+        size, keys = self.limits.block_size, state.keys
+        for index in range(len(keys), len(state.token_ids) // size):
+            parent = keys[-1] if keys else self._root(state)
+            keys.append(block_key(parent, state.token_ids[index * size : (index + 1) * size]))
 
-    def _piece(self, run: RunningRequest, budget: int) -> ScheduledPiece:
-        start = run.num_computed
-        num_tokens = min(budget, run.num_prompt - start) if run.is_prefilling else 1
-        is_given = run.is_prefilling
-        run.num_computed += num_tokens
-        samples = not run.is_prefilling
-        run.num_in_flight += samples
-        ids = list(run.request.prompt_token_ids[start : run.num_computed]) if is_given else None
-        new_blocks = self.blocks.extend(run.slot, run.num_computed)
-        tables = [new_blocks] * self._num_kinds
-        return ScheduledPiece(run.slot, start, num_tokens, ids, tables, samples)
+    def _root(self, state: RequestState) -> bytes:
+        """Where rotary frequencies depend on a request's longest length, so do its keys and values."""
+        salt = state.request.max_len if self.limits.depends_on_length else 0
+        return salt.to_bytes(8, "little")
 
-    def _setup(self, run: RunningRequest) -> SlotSetup:
-        params = run.request.params
-        sampling = SamplingSetup(
-            seed=run.request.seed,
-            temperature=0.0 if params.is_greedy else params.temperature,
-            top_k=params.top_k,
-            top_p=params.top_p,
-        )
-        return SlotSetup(run.slot, run.request.max_len, sampling)
+    def _start(self, state: RequestState) -> None:
+        slot = state.slot = self._free_slots.pop()
+        state.is_new, state.num_computed = True, 0
+        state.num_given = len(state.token_ids)
+        self.blocks.start(slot, [])
+        self._slots[slot] = state
+        self._groups.join(state)
+        insort(self._prefilling, state, key=_by_order)
+
+    def _share_prefix(self, state: RequestState, slot: int) -> None:
+        """Just before its first chunk: even a prompt of the same batch may have begun alike."""
+        keys = self._cached_keys(state)
+        state.shared = self.blocks.start(slot, keys)
+        state.num_published = len(keys)
+        state.num_computed = state.num_cached = state.num_places = self.blocks.num_held(slot)
+
+    def _preempt(self, state: RequestState) -> None:
+        """Back to the queue, at the place that it had; what it computed stays cached for a while."""
+        self._leave_slot(state)
+        state.is_leaving = False
+        state.num_preemptions += 1
+        self.num_preemptions += 1
+        insort(self._waiting, state, key=_by_order)
+
+    def _grow(self, state: RequestState, start: int, num_tokens: int) -> list[list[int]] | None:
+        """Blocks until the request holds `num_tokens`, taken from the youngest if need be; None where
+        it has to wait."""
+        slot = state.slot
+        assert slot is not None
+        self.blocks.drop_unseen(slot, start)
+        while not self.blocks.can_extend(slot, num_tokens):
+            youngest = max(self._running(), key=_by_order)
+            if youngest is state:
+                return None
+            if youngest.num_in_flight:
+                youngest.is_leaving = True
+                return None
+            self._preempt(youngest)
+        new = self.blocks.extend(slot, num_tokens)
+        state.num_places = self.blocks.num_held(slot)
+        return new
+
+    def _running(self) -> Iterable[RequestState]:
+        yield from self._groups
+        yield from self._prefilling
+
+    def check_integrity(self) -> None:
+        """No block lost or held twice, every slot free or taken, every request in one place."""
+        self.blocks.check_integrity()
+        running = list(self._running())
+        slots = [state.slot for state in running if state.slot is not None]
+        assert sorted([*slots, *self._free_slots]) == list(range(self.limits.max_num_seqs))
+        assert len(running) + len(self._waiting) == len(self._states), "a request was lost"
+        assert self.num_running == len(running), "a group's members were miscounted"
+
+
+def _remove(states: list[RequestState], state: RequestState) -> None:
+    """From a list that is sorted by order."""
+    index = bisect_left(states, state.order, key=_by_order)
+    assert states[index] is state
+    del states[index]

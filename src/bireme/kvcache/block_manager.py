@@ -1,62 +1,283 @@
 """Which block of the cache holds which tokens of which slot: bookkeeping only, no tensors.
 
-A block is a fixed number of token places. Block ids mean the same on every rank and stage. Block 0
-is the null block: padding reads it and nobody writes it.
+A block is a fixed number of token places. Layers that look back equally far are one kind, with
+blocks and a table of their own; block ids mean the same on every rank and stage. Block 0 of each
+kind is the null block: padding reads it and nobody writes it.
+
+A full block is known by a key, the hash of its tokens and of all before them. Its content outlives
+its users until the block is needed: requests that begin alike share it. Steps run in the order in
+which they were scheduled, so a block may be shared before the step that writes it has run, and be
+given away before the last step that reads it has.
 """
 
 from __future__ import annotations
 
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
 from bireme.errors import CapacityError
+from bireme.parallel.layout import CacheKind
 
 NULL_BLOCK = 0
 
 
-class BlockManager:
-    """Free blocks and the block table of each slot.
+def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Of a block that follows the one with key `parent`. Nobody can make two prompts collide."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16, key=parent).digest()
 
-    Invariant: free + used == total - 1 (the null block is neither).
-    """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
+class BlockPool:
+    """The blocks of one kind, each of them free, cached (its content is known, nobody uses it) or
+    used by one or more tables."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))
-        self._tables: dict[int, list[int]] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._num_users = [0] * num_blocks
+        self._keys: dict[int, bytes] = {}
+        self._blocks: dict[bytes, int] = {}
+
+    @property
+    def num_available(self) -> int:
+        return len(self._free) + len(self._cached)
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
     @property
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
     def num_used(self) -> int:
-        return sum(len(table) for table in self._tables.values())
+        return self.num_blocks - 1 - self.num_available
+
+    def take(self) -> int:
+        """A block for new tokens; what was cached longest ago is forgotten first."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            del self._blocks[self._keys.pop(block)]
+        self._num_users[block] = 1
+        return block
+
+    def find(self, key: bytes) -> int | None:
+        return self._blocks.get(key)
+
+    def is_used(self, block: int) -> bool:
+        return self._num_users[block] > 0
+
+    def share(self, block: int) -> None:
+        self._cached.pop(block, None)
+        self._num_users[block] += 1
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Lets others find the block, unless another one holds the same."""
+        if block not in self._keys and key not in self._blocks:
+            self._keys[block], self._blocks[key] = key, block
+
+    def release(self, block: int) -> None:
+        self._num_users[block] -= 1
+        if self._num_users[block]:
+            return
+        if block in self._keys:
+            self._cached[block] = None
+        else:
+            self._free.append(block)
+
+    def forget(self) -> None:
+        """Nothing cached is found from here on."""
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._keys.clear()
+        self._blocks.clear()
+
+    def check_integrity(self, held: Sequence[int]) -> None:
+        """`held`: every block of every table. free + cached + used == total, each in one place."""
+        used = {block for block in held if block != NULL_BLOCK}
+        places = sorted([*self._free, *self._cached, *used])
+        assert places == list(range(1, self.num_blocks)), "a cache block was lost or held twice"
+        counts = [0] * self.num_blocks
+        for block in held:
+            counts[block] += block != NULL_BLOCK
+        assert counts == self._num_users, "a cache block's users were miscounted"
+        assert all(block in self._keys for block in self._cached), "a cached block has no key"
+        assert {key: block for block, key in self._keys.items()} == self._blocks
+
+
+class _Table:
+    """Blocks of one slot in one kind, by position; those below `num_dropped` were let go."""
+
+    def __init__(self, blocks: list[int], num_dropped: int) -> None:
+        self.blocks, self.num_dropped = blocks, num_dropped
+
+    @property
+    def held(self) -> list[int]:
+        return self.blocks[self.num_dropped :]
+
+
+class BlockManager:
+    """Block tables of the slots, one a kind. Invariant of each kind: free + cached + used == total."""
+
+    def __init__(self, kinds: Sequence[CacheKind], block_size: int) -> None:
+        self.block_size = block_size
+        self._windows = [kind.window for kind in kinds]
+        self._pools = [BlockPool(kind.num_blocks) for kind in kinds]
+        self._tables: dict[int, list[_Table]] = {}
+
+    @property
+    def num_kinds(self) -> int:
+        return len(self._pools)
+
+    @property
+    def num_used(self) -> int:
+        return sum(pool.num_used for pool in self._pools)
+
+    @property
+    def num_available(self) -> tuple[int, ...]:
+        return tuple(pool.num_available for pool in self._pools)
+
+    @property
+    def usage(self) -> float:
+        """The used share of the kind that is fullest."""
+        return max(pool.num_used / max(1, pool.num_blocks - 1) for pool in self._pools)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def can_ever_hold(self, num_tokens: int, chunk: int) -> bool:
+        """True if a request of so many tokens, alone, `chunk` at a time, fits."""
+        return all(
+            self._num_at_once(window, num_tokens, chunk) < pool.num_blocks
+            for window, pool in zip(self._windows, self._pools, strict=True)
+        )
+
+    def _num_at_once(self, window: int | None, num_tokens: int, chunk: int) -> int:
+        """Blocks that a request holds at most while it grows to `num_tokens`."""
+        if window is not None:
+            num_tokens = min(num_tokens, window + chunk + self.block_size)
+        return self.blocks_for(num_tokens)
+
+    # --- prefixes ------------------------------------------------------------------------------
+
+    def num_cached_blocks(self, keys: Sequence[bytes]) -> int:
+        """How many of the first blocks are there, in every kind as far back as it looks."""
+        length = len(keys)
+        while length:
+            missing = [
+                self._last_missing(pool, keys, self._first_needed(window, length), length)
+                for window, pool in zip(self._windows, self._pools, strict=True)
+            ]
+            if max(missing) < 0:
+                return length
+            length = min(index for index in missing if index >= 0)
+        return 0
+
+    def _first_needed(self, window: int | None, num_blocks: int) -> int:
+        """The first block that a query behind `num_blocks` full blocks looks at."""
+        if window is None:
+            return 0
+        return max(0, num_blocks * self.block_size - window + 1) // self.block_size
+
+    @staticmethod
+    def _last_missing(pool: BlockPool, keys: Sequence[bytes], first: int, stop: int) -> int:
+        """Of blocks [first, stop), the first that is missing where all before count, else -1."""
+        for index in range(first, stop):
+            if pool.find(keys[index]) is None:
+                return index
+        return -1
+
+    def can_start(
+        self, keys: Sequence[bytes], num_tokens: int, chunk: int, reserve: Sequence[int]
+    ) -> bool:
+        """True if a request of `num_tokens`, of which the blocks `keys` are cached, has room beside
+        `reserve` blocks of each kind."""
+        for window, pool, kept in zip(self._windows, self._pools, reserve, strict=True):
+            needed = self._num_at_once(window, num_tokens, chunk)
+            shared = keys[self._first_needed(window, len(keys)) :]
+            blocks = [block for key in shared if (block := pool.find(key)) is not None]
+            in_use = sum(pool.is_used(block) for block in blocks)
+            if max(needed, len(shared)) - in_use + kept > pool.num_available:
+                return False
+        return True
+
+    def start(self, slot: int, keys: Sequence[bytes]) -> list[list[int]]:
+        """Makes the tables of a slot, which share the cached blocks `keys`; returns them."""
+        tables = []
+        for window, pool in zip(self._windows, self._pools, strict=True):
+            first = self._first_needed(window, len(keys))
+            found = [pool.find(key) for key in keys[first:]]
+            blocks = [NULL_BLOCK if block is None else block for block in found]
+            assert NULL_BLOCK not in blocks, "a prefix was taken that is not cached"
+            for block in blocks:
+                pool.share(block)
+            tables.append(_Table([NULL_BLOCK] * first + blocks, first))
+        self._tables[slot] = tables
+        return [list(table.blocks) for table in tables] if keys else []
+
+    def publish(self, slot: int, index: int, key: bytes) -> None:
+        """Block `index` of the slot is full and has this key."""
+        for pool, table in zip(self._pools, self._tables[slot], strict=True):
+            if index >= table.num_dropped:
+                pool.publish(table.blocks[index], key)
+
+    def forget(self) -> None:
+        """Forgets all prefixes; what is in use stays."""
+        for pool in self._pools:
+            pool.forget()
+
+    # --- growth --------------------------------------------------------------------------------
+
+    def num_held(self, slot: int) -> int:
+        """Tokens that the slot has places for."""
+        return len(self._tables[slot][0].blocks) * self.block_size
+
     def num_missing(self, slot: int, num_tokens: int) -> int:
-        """Blocks that `slot` needs beside those that it has, to hold `num_tokens` tokens."""
-        return max(0, self.blocks_for(num_tokens) - len(self._tables.get(slot, ())))
+        """Blocks of each kind that `slot` needs beside its own to hold `num_tokens` tokens."""
+        return max(0, self.blocks_for(num_tokens) - len(self._tables[slot][0].blocks))
 
-    def can_hold(self, slot: int, num_tokens: int) -> bool:
-        return self.num_missing(slot, num_tokens) <= self.num_free
+    def drop_unseen(self, slot: int, start: int) -> None:
+        """Lets go of blocks that no query from position `start` on looks at."""
+        for window, pool, table in zip(self._windows, self._pools, self._tables[slot], strict=True):
+            if window is None:
+                continue
+            stop = min(len(table.blocks), max(0, start - window + 1) // self.block_size)
+            for index in range(table.num_dropped, stop):
+                pool.release(table.blocks[index])
+            table.num_dropped = max(table.num_dropped, stop)
 
-    def extend(self, slot: int, num_tokens: int) -> list[int]:
-        """Gives `slot` blocks until it holds `num_tokens` tokens; returns the new ones."""
+    def can_extend(self, slot: int, num_tokens: int) -> bool:
         missing = self.num_missing(slot, num_tokens)
-        if missing > self.num_free:
-            raise CapacityError(
-                f"slot {slot} needs {missing} more blocks, {self.num_free} are free"
-            )
-        new = [self._free.pop() for _ in range(missing)]
-        self._tables.setdefault(slot, []).extend(new)
+        return all(missing <= pool.num_available for pool in self._pools)
+
+    def extend(self, slot: int, num_tokens: int) -> list[list[int]]:
+        """Gives `slot` blocks until it holds `num_tokens` tokens; the new ones of each kind, or an
+        empty list. CapacityError where there are not as many."""
+        missing = self.num_missing(slot, num_tokens)
+        if not missing:
+            return []
+        if not self.can_extend(slot, num_tokens):
+            least = min(self.num_available)
+            raise CapacityError(f"slot {slot} needs {missing} more blocks, {least} are free")
+        new = [[pool.take() for _ in range(missing)] for pool in self._pools]
+        for table, blocks in zip(self._tables[slot], new, strict=True):
+            table.blocks.extend(blocks)
         return new
 
     def release(self, slot: int) -> None:
-        """Takes all blocks of `slot` back."""
-        self._free.extend(reversed(self._tables.pop(slot, [])))
+        """Takes all blocks of `slot` back; the last ones are forgotten first."""
+        for pool, table in zip(self._pools, self._tables.pop(slot), strict=True):
+            for block in reversed(table.held):
+                pool.release(block)
 
     def check_integrity(self) -> None:
-        """Every block but the null block is in exactly one place."""
-        held = [block for table in self._tables.values() for block in table]
-        everything = sorted(held + self._free)
-        assert everything == list(range(1, self.num_blocks)), "a cache block was lost or held twice"
+        """Every block but the null blocks is in exactly one place, with the right count of users."""
+        for kind, pool in enumerate(self._pools):
+            pool.check_integrity(
+                [block for tables in self._tables.values() for block in tables[kind].held]
+            )

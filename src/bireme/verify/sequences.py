@@ -103,10 +103,7 @@ class _Batches:
     """Makes the batches of slots that are given their tokens; slot i grows to `max_lens[i]`."""
 
     def __init__(self, plan: WorkerPlan, max_lens: list[int]) -> None:
-        self._blocks = BlockManager(
-            min(kind.num_blocks for kind in plan.kinds), plan.config.block_size
-        )
-        self._num_kinds = len(plan.kinds)
+        self._blocks = BlockManager(plan.kinds, plan.config.block_size)
         self._max_tokens = plan.config.max_num_batched_tokens
         self._setups = [
             SlotSetup(slot, max_len, SamplingSetup(seed=0)) for slot, max_len in enumerate(max_lens)
@@ -124,7 +121,7 @@ class _Batches:
                     start=start,
                     num_tokens=stop - start,
                     token_ids=ids[slot][start:stop],
-                    new_blocks=[self._blocks.extend(slot, stop)] * self._num_kinds,
+                    new_blocks=self._extended(slot, start, stop),
                     samples=stop == ends[slot],
                 )
                 for slot, start, stop in step
@@ -133,6 +130,11 @@ class _Batches:
             batches.append(ScheduledBatch(0, self._next_step_id, setups, pieces))
             self._next_step_id += 1
         return batches
+
+    def _extended(self, slot: int, start: int, stop: int) -> list[list[int]]:
+        if start == 0:
+            self._blocks.start(slot, [])
+        return self._blocks.extend(slot, stop)
 
     def _cut(self, ranges: list[Range]) -> list[list[Range]]:
         """The same tokens in steps that are filled one after another."""
