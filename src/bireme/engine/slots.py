@@ -67,7 +67,7 @@ class Workspace:
 
     def keeps_biases(self, groups: list[SequenceGroup], num_windows: int) -> bool:
         """True if the biases of all groups fit, one for each length of window."""
-        pairs = sum(group.rows.numel() * group.context.shape[1] for group in groups)
+        pairs = sum(group.rows.numel() * group.num_context for group in groups)
         return pairs * self.score_bytes * num_windows <= self.num_bytes // 4
 
 
@@ -99,10 +99,12 @@ class Slots:
         device: torch.device,
     ) -> None:
         self._shape, self._rope, self._workspace = shape, rope, workspace
-        self._caches, self._num_windows = caches, len(windows)
+        self._caches = caches
         self._dtype, self._device = dtype, device
         max_blocks = -(-shape.max_model_len // shape.block_size)
-        self._tables: NDArray[np.int64] = np.zeros((shape.num_slots, max_blocks), dtype=np.int64)
+        self._tables: dict[int | None, NDArray[np.int64]] = {
+            window: np.zeros((shape.num_slots, max_blocks), dtype=np.int64) for window in windows
+        }
         self._table_sizes = [0] * shape.num_slots
         self._setups: dict[int, SlotSetup] = {}
         self._has_own_frequencies = rope is not None and depends_on_length(rope)
@@ -117,11 +119,15 @@ class Slots:
         for setup in batch.setups:
             self._set_up(setup)
         for piece in batch.pieces:
-            if not piece.new_blocks:
-                continue
-            new, size = piece.new_blocks[0], self._table_sizes[piece.slot]
-            self._tables[piece.slot, size : size + len(new)] = new
-            self._table_sizes[piece.slot] = size + len(new)
+            if piece.new_blocks:
+                self._extend(piece.slot, piece.new_blocks)
+
+    def _extend(self, slot: int, new_blocks: list[list[int]]) -> None:
+        size, added = self._table_sizes[slot], len(new_blocks[0])
+        for kind, blocks in zip(self._shape.kinds, new_blocks, strict=True):
+            if kind.window in self._tables:  # other stages may have layers of other kinds
+                self._tables[kind.window][slot, size : size + added] = blocks
+        self._table_sizes[slot] = size + added
 
     def setups(self, slots: list[int]) -> list[SlotSetup]:
         return [self._setups[slot] for slot in slots]
@@ -144,16 +150,26 @@ class Slots:
         cos, sin = self._rotation(slots, on_device)
         return StepContext(
             positions=on_device,
-            places=torch.from_numpy(self._places(slots, positions)).to(self._device),
+            places=self._places(slots, positions),
             groups=self._groups(pieces),
             caches=self._caches,
             cos=cos,
             sin=sin,
         )
 
-    def _places(self, slots: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        size = self._shape.block_size
-        return self._tables[slots, positions // size] * size + positions % size
+    def _places(
+        self,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        padding: NDArray[np.bool_] | bool = False,
+    ) -> dict[int | None, torch.Tensor]:
+        """Where positions of slots lie in the layers of each window; place 0 for padding."""
+        size, found = self._shape.block_size, {}
+        blocks, offsets = positions // size, positions % size
+        for window, table in self._tables.items():
+            places = table[slots, blocks] * size + offsets
+            found[window] = torch.from_numpy(np.where(padding, 0, places)).to(self._device)
+        return found
 
     def _rotation(
         self, slots: NDArray[np.int64], positions: torch.Tensor
@@ -172,7 +188,7 @@ class Slots:
             for piece, row in zip(pieces, starts, strict=False)
         ]
         groups = [self._group(members) for members in self._together(runs)]
-        keeps = self._workspace.keeps_biases(groups, self._num_windows)
+        keeps = self._workspace.keeps_biases(groups, len(self._tables))
         for group in groups:
             group.keeps_bias = keeps
         return groups
@@ -195,15 +211,13 @@ class Slots:
         first = np.array([run.start for run in runs])
         lengths = first + len(steps)
         context = np.arange(lengths.max())
-        size = self._shape.block_size
         slots = np.array([run.slot for run in runs])
-        places = self._tables[slots][:, context // size] * size + context % size
-        places[context >= lengths[:, None]] = 0
         rows = np.array([run.first_row for run in runs])
         return SequenceGroup(
             rows=torch.from_numpy(rows[:, None] + steps).to(self._device),
             positions=torch.from_numpy(first[:, None] + steps).to(self._device),
-            context=torch.from_numpy(places).to(self._device),
+            context=self._places(slots[:, None], context[None], context >= lengths[:, None]),
+            num_context=len(context),
             lowest=int(first.min()),
             num_at_once=self._workspace.max_queries(len(context)),
         )

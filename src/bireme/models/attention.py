@@ -27,13 +27,14 @@ class SequenceGroup:
     one new token, or one.
 
     rows [B, t] of the step's tokens; positions [B, t], none below `lowest`; context [B, C] places
-    of the cache, padded with place 0. A long run of tokens is attended to `num_at_once` at a time.
-    `keeps_bias`: layers share the bias of the scores.
+    of the cache for the layers of each window, padded with place 0. A long run of tokens is
+    attended to `num_at_once` at a time. `keeps_bias`: layers share the bias of the scores.
     """
 
     rows: torch.Tensor
     positions: torch.Tensor
-    context: torch.Tensor
+    context: dict[int | None, torch.Tensor]
+    num_context: int
     lowest: int
     num_at_once: int
     keeps_bias: bool = True
@@ -48,7 +49,7 @@ class SequenceGroup:
     def seen(self, queries: tuple[int, int], window: int | None) -> tuple[int, int]:
         """The positions that some of the queries look at."""
         first, last = queries
-        stop = self.context.shape[1] - (self.rows.shape[1] - last)
+        stop = self.num_context - (self.rows.shape[1] - last)
         return 0 if window is None else max(0, self.lowest + first - window + 1), stop
 
     def bias(
@@ -71,11 +72,12 @@ class SequenceGroup:
 
 @dataclass
 class StepContext:
-    """What every layer of a stage must know of a step: positions [T], places [T] of the new keys,
-    cos and sin [T, rotary_dim / 2], and the cache of each of the stage's layers."""
+    """What every layer of a stage must know of a step: positions [T], places [T] of the new keys in
+    the layers of each window, cos and sin [T, rotary_dim / 2], and the cache of each of the stage's
+    layers."""
 
     positions: torch.Tensor
-    places: torch.Tensor
+    places: dict[int | None, torch.Tensor]
     groups: list[SequenceGroup]
     caches: dict[int, PagedCache]
     cos: torch.Tensor | None = None
@@ -144,7 +146,7 @@ class PagedAttention(nn.Module):
     ) -> torch.Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H * D]."""
         cache = step.caches[self.layer]
-        cache.write(step.places, k, v)
+        cache.write(step.places[self.window], k, v)
         out = torch.empty_like(q)
         for group in step.groups:
             attended = self._attend(q[group.rows].transpose(1, 2), group, cache)
@@ -155,7 +157,9 @@ class PagedAttention(nn.Module):
         """[B, H, t, D] -> [B, H, t, D]"""
         slices = group.slices
         start = group.seen(slices[0], self.window)[0]
-        keys, values = (x.transpose(1, 2) for x in cache.read(group.context[:, start:]))
+        keys, values = (
+            x.transpose(1, 2) for x in cache.read(group.context[self.window][:, start:])
+        )
         if self._head_index is not None:
             keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
         attend = (

@@ -91,5 +91,5 @@ def _workspace(rank: RankLayout, item_bytes: int, limits: StepLimits) -> int:
     gathered = max(min(budget // 2, limits.num_seqs * longest * place_bytes), longest * place_bytes)
     pairs = max(limits.num_tokens, limits.num_seqs) * longest
     scores = max(min(budget // 4, pairs * score_bytes), longest * score_bytes)
-    places = 8 * limits.num_seqs * longest
+    places = 8 * limits.num_seqs * longest * len({spec.window for spec in rank.kv})
     return gathered + scores + min(budget // 4, pairs * score_bytes) + places
