@@ -2,15 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from bireme.request import CompletionOutput, RequestOutput
+from bireme.outputs import CompletionOutput, RequestOutput
 from bireme.sampling_params import SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
+    from bireme.engine.async_llm import AsyncLLM
     from bireme.engine.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
@@ -20,9 +22,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`LLM` brings torch; the rest of the package's floor does not need it."""
+    """`LLM` and `AsyncLLM` bring torch; the rest of the package's floor does not need it."""
     if name == "LLM":
         from bireme.engine.llm import LLM
 
         return LLM
+    if name == "AsyncLLM":
+        from bireme.engine.async_llm import AsyncLLM
+
+        return AsyncLLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -141,7 +141,9 @@ _LEAST = {
     "max_num_batched_tokens": 1,
     "memory_limit_bytes": 1,
     "workspace_bytes": 1,
+    "max_num_waiting": 1,
 }
+_FLAGS = ("enable_prefix_caching", "deterministic")
 _MOST = {"gpu_memory_utilization": 1.0, "step_timeout_s": 1e6, "start_timeout_s": 1e6}
 
 
@@ -152,6 +154,8 @@ class EngineConfig:
     `memory_limit_bytes` bounds the tensors of one rank; None means what the device has.
     `workspace_bytes` bounds what attention and sampling hold for a moment (one sequence's context
     in one layer apart).
+    `max_num_waiting` bounds the queue. `deterministic` gives a request the same logits, bit by bit,
+    whatever else runs and however its tokens were split over steps.
     `transport` auto is shared memory between the CPUs of a host, else torch.distributed.
     `devices` maps rank i to CUDA device devices[i]; None means rank i on device i.
     """
@@ -170,6 +174,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     memory_limit_bytes: int | None = None
     workspace_bytes: int = 32 * 1024 * 1024
+    enable_prefix_caching: bool = True
+    max_num_waiting: int = 8192
+    deterministic: bool = False
     step_timeout_s: float = 300.0
     start_timeout_s: float = 900.0
 
@@ -182,6 +189,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None or getattr(type(self), name) is not None:
                 _check_whole(name, value, least)
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false")
         for name, most in _MOST.items():
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value <= most:

@@ -200,39 +200,3 @@ class Executor(Protocol):
     def collect(self) -> StepOutput:
         """The next step's output, in submission order. Raises EngineError when a rank failed."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletionOutput:
-    """One continuation of a prompt (vLLM's field names)."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestMetrics:
-    """Seconds on the monotonic clock, from arrival; `ttft_s` is the time to the first token."""
-
-    ttft_s: float
-    e2e_s: float
-    num_tokens: int
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.e2e_s if self.e2e_s else 0.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RequestOutput:
-    """A prompt and its continuation (vLLM's field names)."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: RequestMetrics | None = None

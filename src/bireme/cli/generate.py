@@ -20,9 +20,10 @@ from bireme.config import format_bytes
 from bireme.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from bireme.engine.llm import LLM, Delta, Prompt
+    from bireme.engine.host import Prompt
+    from bireme.engine.llm import LLM
     from bireme.engine.messages import Loaded
-    from bireme.request import RequestOutput
+    from bireme.outputs import Delta, RequestOutput
 
 NAME = "generate"
 SHORT = "Continue or answer prompts, streaming."

@@ -20,9 +20,11 @@ from bireme.checkpoint.opener import match_source, open_folder
 from bireme.checkpoint.prepared import PreparedModel
 from bireme.config import DTYPE_BYTES, EngineConfig, ParallelConfig, format_bytes
 from bireme.engine.executor import WorkerPlan
+from bireme.engine.scheduler import SchedulerLimits
 from bireme.errors import CapacityError, ConfigError, RequestError
 from bireme.model_config import ModelConfig
 from bireme.models.registry import model_layout, rank_layouts
+from bireme.models.rope import depends_on_length
 from bireme.parallel.layout import CacheKind, ModelLayout
 from bireme.parallel.memory import RankMemory, StepLimits, rank_memory
 
@@ -320,6 +322,31 @@ def _cache_kinds(
         CacheKind(window, int(counts[window] * num_requests) + 1)
         for window in sorted(counts, key=lambda window: (window is not None, window))
     )
+
+
+def scheduler_limits(config: ModelConfig, engine: EngineConfig) -> SchedulerLimits:
+    return SchedulerLimits(
+        pp_size=engine.parallel.pp_size,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_size=engine.block_size,
+        max_num_waiting=engine.max_num_waiting,
+        has_prefix_caching=engine.enable_prefix_caching,
+        context_per_token=_context_per_token(config),
+        depends_on_length=config.rope is not None and depends_on_length(config.rope),
+    )
+
+
+def _context_per_token(config: ModelConfig) -> float:
+    """Context tokens whose scores and values take as many multiplications as a token's matrices.
+
+    2 * num_heads * head_dim of them a place and layer; as many as there are weights in a layer."""
+    per_layer = 2 * config.num_heads * config.head_dim
+    attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim * config.hidden_size
+    moe, width = config.moe, config.intermediate_size
+    if moe is not None:
+        width = moe.intermediate_size * moe.num_experts_per_tok
+    return (attention + 3 * width * config.hidden_size) / per_layer
 
 
 def check_prompt(plan: WorkerPlan, index: int, ids: Sequence[int], num_new: int) -> None:

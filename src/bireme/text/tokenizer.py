@@ -55,6 +55,11 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def name_of(self, token_id: int) -> str:
+        """The text of one token by itself, a special one's name."""
+        text: str = self._fast.decode([token_id], skip_special_tokens=False)
+        return text
+
     def decoder(self) -> IncrementalDecoder:
         """A decoder for one stream of ids."""
         return IncrementalDecoder(self._fast)

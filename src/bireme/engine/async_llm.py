@@ -1,0 +1,225 @@
+"""A model for programs on asyncio: `async for output in llm.generate(...)`. The same engine as `LLM`,
+in a thread of its own, for any number of callers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from bireme.engine.engine import Engine, Matcher, TokenEvent
+from bireme.engine.host import EngineHost, Prompt
+from bireme.engine.streams import Opened, PromptStream
+from bireme.errors import EngineError, RequestError, UserError
+from bireme.outputs import Delta, RequestOutput
+from bireme.request import Request
+from bireme.sampling_params import SamplingParams
+
+_Command = tuple[Request, Matcher | None] | str | None  # add, abort by id, or close
+
+
+@dataclass(eq=False)
+class _Listener:
+    """A caller that waits for a prompt's deltas, of which there are at most as many as tokens."""
+
+    opened: Opened
+    deltas: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+
+    @property
+    def stream(self) -> PromptStream:
+        return self.opened.stream
+
+
+class AsyncLLM(EngineHost):
+    """`LLM` on asyncio; settings as there. `async with` starts the ranks and ends them.
+
+        async with AsyncLLM("demo") as llm:
+            async for output in llm.generate("The with statement", SamplingParams(max_tokens=8)):
+                print(output.outputs[0].text)
+
+    Where a rank fails, every caller gets the same RankError.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._listeners: dict[str, tuple[_Listener, int]] = {}  # with the choice, by request id
+        self._thread: threading.Thread | None = None
+        self._error: Exception = EngineError("the engine does not run; enter the AsyncLLM first")
+
+    async def __aenter__(self) -> AsyncLLM:
+        await self.begin()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def begin(self) -> None:
+        """Starts the ranks and the engine's thread, unless they run."""
+        if self._thread is None:
+            engine, loop = await asyncio.to_thread(self.start), asyncio.get_running_loop()
+            thread = threading.Thread(target=self._serve, args=(engine, loop), daemon=True)
+            thread.start()
+            self._thread = thread
+
+    async def aclose(self) -> None:
+        """Ends what runs, then the ranks."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._commands.put(None)
+            await asyncio.to_thread(thread.join)
+        self._fail(EngineError("the engine was closed"))
+        await asyncio.to_thread(self.close)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """All of the answer so far, whenever there is more; the last is `finished`.
+
+        A caller that leaves ends its request. RequestError, or CapacityError where the queue is full.
+        """
+        opened = self._open(prompt, sampling_params, request_id, priority, timeout_s)
+        async with aclosing(self._deltas(opened)) as deltas:
+            async for delta in deltas:
+                yield delta.output or opened.stream.output()
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Delta]:
+        """Like `generate`, in pieces as they come."""
+        opened = self._open(prompt, sampling_params, request_id, priority, timeout_s)
+        async with aclosing(self._deltas(opened)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request, whoever takes its outputs; they get its last one. Unknown ids are ended
+        already."""
+        for name, (listener, choice) in list(self._listeners.items()):
+            if listener.stream.request_id == request_id:
+                self._commands.put(name)
+                event = TokenEvent(name, [], "abort", None, time.monotonic())
+                self._deliver_one(listener, choice, event)
+
+    # --- on the loop ---------------------------------------------------------------------------
+
+    def _open(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        timeout_s: float | None,
+    ) -> Opened:
+        if self._thread is None:
+            raise self._error
+        return self.open(
+            0,
+            prompt,
+            params or SamplingParams(),
+            request_id=request_id,
+            priority=priority,
+            timeout_s=timeout_s,
+        )
+
+    async def _deltas(self, opened: Opened) -> AsyncGenerator[Delta, None]:
+        listener, names = _Listener(opened), [request.request_id for request, _ in opened.requests]
+        if any(name in self._listeners for name in names):
+            raise RequestError(f"request {opened.stream.request_id} is there already")
+        for request, matcher in opened.requests:
+            self._listeners[request.request_id] = (listener, request.choice)
+            self._commands.put((request, matcher))
+        try:
+            is_finished = False
+            while not is_finished:
+                delta = await listener.deltas.get()
+                if isinstance(delta, Exception):
+                    raise delta
+                is_finished = delta.output is not None
+                yield delta
+        finally:
+            for name in names:
+                if self._listeners.pop(name, None) is not None:
+                    self._commands.put(name)
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            if (found := self._listeners.get(event.request_id)) is not None:
+                self._deliver_one(*found, event)
+
+    def _deliver_one(self, listener: _Listener, choice: int, event: TokenEvent) -> None:
+        delta = listener.stream.add(choice, event)
+        if delta is None:
+            return
+        listener.deltas.put_nowait(delta)
+        if delta.finish_reason is not None:
+            del self._listeners[event.request_id]
+            if event.finish_reason is None:  # a stop string was found
+                self._commands.put(event.request_id)
+
+    def _refuse(self, request_id: str, error: Exception) -> None:
+        listener, _ = self._listeners.get(request_id, (None, 0))
+        if listener is not None:
+            listener.deltas.put_nowait(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._error = error
+        for listener in {listener for listener, _ in self._listeners.values()}:
+            listener.deltas.put_nowait(error)
+        self._listeners.clear()
+
+    # --- in the engine's thread ----------------------------------------------------------------
+
+    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+        """Until closed or broken: every failure ends all requests and is told to their callers."""
+
+        def tell(call: Callable[..., None], *args: Any) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(call, *args)
+
+        try:
+            while self._obey(engine, tell):
+                events = engine.step()
+                if events:
+                    tell(self._deliver, events)
+            engine.settle()
+        except Exception as error:
+            tell(self._fail, error)
+
+    def _obey(self, engine: Engine, tell: Callable[..., None]) -> bool:
+        """Does what callers asked for since the last step; waits where there is nothing else to do.
+        False once closed."""
+        is_idle = not engine.has_unfinished and not engine.scheduler.num_in_flight
+        while True:
+            try:
+                command = self._commands.get(block=is_idle)
+            except queue.Empty:
+                return True
+            is_idle = False
+            match command:
+                case None:
+                    return False
+                case str(request_id):
+                    engine.abort(request_id)
+                case (request, matcher):
+                    try:
+                        engine.add(request, matcher)
+                    except UserError as error:
+                        tell(self._refuse, request.request_id, error)

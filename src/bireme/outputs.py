@@ -1,0 +1,73 @@
+"""What a caller gets back (vLLM's names of classes and fields)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Of one token at one place: its log-probability, its rank (1 is the likeliest), its text."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+Logprobs = dict[int, Logprob]  # the chosen token first, then the likeliest
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One continuation of a prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[Logprobs] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestMetrics:
+    """Seconds on the monotonic clock, from arrival; `ttft_s` is the time to the first token."""
+
+    ttft_s: float
+    e2e_s: float
+    num_tokens: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.e2e_s if self.e2e_s else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A prompt and its continuations. `prompt_logprobs` begins with None: nothing comes before the
+    first token."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text of continuation `choice` of prompt `index`; `output` is set with the last piece of its
+    last continuation."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    output: RequestOutput | None
+    choice: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
