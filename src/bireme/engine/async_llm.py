@@ -50,7 +50,9 @@ class AsyncLLM(EngineHost):
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._listeners: dict[str, tuple[_Listener, int]] = {}  # with the choice, by request id
         self._thread: threading.Thread | None = None
-        self._error: Exception = EngineError("the engine does not run; enter the AsyncLLM first")
+        self._error: Exception | None = EngineError(
+            "the engine does not run; enter the AsyncLLM first"
+        )
 
     async def __aenter__(self) -> AsyncLLM:
         await self.begin()
@@ -65,7 +67,7 @@ class AsyncLLM(EngineHost):
             engine, loop = await asyncio.to_thread(self.start), asyncio.get_running_loop()
             thread = threading.Thread(target=self._serve, args=(engine, loop), daemon=True)
             thread.start()
-            self._thread = thread
+            self._thread, self._error = thread, None
 
     async def aclose(self) -> None:
         """Ends what runs, then the ranks."""
@@ -89,7 +91,9 @@ class AsyncLLM(EngineHost):
 
         A caller that leaves ends its request. RequestError, or CapacityError where the queue is full.
         """
-        opened = self._open(prompt, sampling_params, request_id, priority, timeout_s)
+        opened = await asyncio.to_thread(
+            self._open, prompt, sampling_params, request_id, priority, timeout_s
+        )
         async with aclosing(self._deltas(opened)) as deltas:
             async for delta in deltas:
                 yield delta.output or opened.stream.output()
@@ -104,7 +108,9 @@ class AsyncLLM(EngineHost):
         timeout_s: float | None = None,
     ) -> AsyncIterator[Delta]:
         """Like `generate`, in pieces as they come."""
-        opened = self._open(prompt, sampling_params, request_id, priority, timeout_s)
+        opened = await asyncio.to_thread(
+            self._open, prompt, sampling_params, request_id, priority, timeout_s
+        )
         async with aclosing(self._deltas(opened)) as deltas:
             async for delta in deltas:
                 yield delta
@@ -128,7 +134,7 @@ class AsyncLLM(EngineHost):
         priority: int,
         timeout_s: float | None,
     ) -> Opened:
-        if self._thread is None:
+        if self._error is not None:
             raise self._error
         return self.open(
             0,

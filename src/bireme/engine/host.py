@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -32,6 +32,9 @@ from bireme.request import Request
 from bireme.sampling_params import MAX_SEED, SamplingParams
 from bireme.text.tokenizer import Message, Tokenizer, check_text, has_tokenizer
 from bireme.trace import Span, chrome_trace
+
+if TYPE_CHECKING:
+    from bireme.text.grammar import GrammarCompiler
 
 Prompt = str | Sequence[int]
 
@@ -185,7 +188,16 @@ class EngineHost:
     def _matcher(self, params: SamplingParams) -> Matcher | None:
         if params.structured_outputs is None:
             return None
-        raise RequestError("structured outputs are not served yet")
+        if not self.has_tokenizer:
+            raise RequestError(f"{self.model.name} has no tokenizer, which structured outputs need")
+        return self._grammars.matcher(params.structured_outputs)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        from bireme.text.grammar import GrammarCompiler
+
+        eos = self.model.eos_token_ids
+        return GrammarCompiler(self.tokenizer, self.plan.model.vocab_size, eos)
 
 
 def _choices(first: Request) -> list[Request]:

@@ -55,6 +55,14 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
 
+    @property
+    def num_tokens(self) -> int:
+        return int(self._fast.get_vocab_size())
+
+    def to_json(self) -> str:
+        """As in a tokenizer.json."""
+        return str(self._fast.to_str())
+
     def name_of(self, token_id: int) -> str:
         """The text of one token by itself, a special one's name."""
         text: str = self._fast.decode([token_id], skip_special_tokens=False)

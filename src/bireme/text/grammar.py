@@ -1,0 +1,86 @@
+"""What a structured output may go on with: masks of token ids, by llguidance."""
+
+from __future__ import annotations
+
+import json
+
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
+
+from bireme.errors import EngineError, RequestError
+from bireme.sampling_params import StructuredOutputsParams
+from bireme.text.tokenizer import Tokenizer
+
+
+class GrammarMatcher:
+    """How far one text has got in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def accept(self, token_ids: list[int]) -> None:
+        """Goes on by these ids; EngineError for one that its mask forbids."""
+        if not self._matcher.consume_tokens(token_ids):
+            raise EngineError(
+                f"tokens {token_ids} do not fit the grammar: {_one_line(self._matcher.get_error())}"
+            )
+
+    def mask(self) -> bytes:
+        """Bit i % 8 of byte i // 8 allows id i."""
+        return bytes(self._matcher.compute_bitmask())
+
+    @property
+    def is_stopped(self) -> bool:
+        """True once the text is complete and nothing but its end may follow."""
+        return bool(self._matcher.is_stopped())
+
+
+class GrammarCompiler:
+    """Makes matchers for the vocabulary of one model."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> None:
+        num_ids = max(vocab_size, tokenizer.num_tokens)
+        self._tokens = LLTokenizer(
+            tokenizer.to_json(), n_vocab=num_ids, eos_token=sorted(eos_token_ids) or None
+        )
+
+    def matcher(self, wanted: StructuredOutputsParams) -> GrammarMatcher:
+        """RequestError for a schema or a grammar that is none."""
+        try:
+            grammar = _grammar(wanted)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestError(f"structured outputs: {_one_line(str(error))}") from None
+        matcher = LLMatcher(self._tokens, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestError(f"structured outputs: {_one_line(matcher.get_error())}")
+        return GrammarMatcher(matcher)
+
+
+def _grammar(wanted: StructuredOutputsParams) -> str:
+    if wanted.json_object:
+        return _of_schema({"type": "object"})
+    if wanted.json is not None:
+        schema = json.loads(wanted.json) if isinstance(wanted.json, str) else wanted.json
+        return _of_schema(schema)
+    if wanted.regex is not None:
+        return str(LLMatcher.grammar_from_regex(wanted.regex))
+    if wanted.choice is not None:
+        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
+        return str(LLMatcher.grammar_from_lark(f"start: {texts}"))
+    assert wanted.grammar is not None
+    return str(LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar)))
+
+
+def _of_schema(schema: object) -> str:
+    """Written as json.dumps does: with any spaces, a model may write them for ever."""
+    grammar = LLMatcher.grammar_from_json_schema(
+        json.dumps(schema),
+        overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+    )
+    return str(grammar)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300]

@@ -1,0 +1,165 @@
+"""Structured output: whoever keeps to the masks writes what was asked for."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from random import Random
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
+from bireme.errors import EngineError, RequestError
+from bireme.sampling_params import StructuredOutputsParams
+from bireme.text.grammar import GrammarCompiler, GrammarMatcher
+from bireme.text.tokenizer import Tokenizer
+
+LONGEST = 400  # tokens; arrays and strings of the schemas are short
+
+
+@cache
+def demo() -> tuple[PreparedModel, Tokenizer, GrammarCompiler]:
+    model = prepare_model("demo", needs_weights=False)
+    tokenizer = Tokenizer(model.folder)
+    return (
+        model,
+        tokenizer,
+        GrammarCompiler(tokenizer, model.config.vocab_size, model.eos_token_ids),
+    )
+
+
+def allowed(matcher: GrammarMatcher) -> list[int]:
+    mask = matcher.mask()
+    vocab = demo()[0].config.vocab_size
+    return [id_ for id_ in range(vocab) if mask[id_ // 8] >> (id_ % 8) & 1]
+
+
+def walk(wanted: StructuredOutputsParams, random: Random) -> str:
+    """A text of random allowed tokens; the shortest where it grows long."""
+    _, tokenizer, compiler = demo()
+    matcher, ids = compiler.matcher(wanted), list[int]()
+    while not matcher.is_stopped and len(ids) < LONGEST:
+        ids.append(random.choice(allowed(matcher)))
+        matcher.accept(ids[-1:])
+    assert matcher.is_stopped, tokenizer.decode(ids)
+    return tokenizer.decode(ids)
+
+
+LEAVES = st.one_of(
+    st.just({"type": "boolean"}),
+    st.just({"type": "null"}),
+    st.builds(
+        lambda low, size: {"type": "integer", "minimum": low, "maximum": low + size},
+        st.integers(-50, 50),
+        st.integers(0, 99),
+    ),
+    st.integers(0, 6).map(lambda size: {"type": "string", "maxLength": size}),
+    st.lists(st.text("abc \"'{}é", max_size=5), min_size=1, max_size=3, unique=True).map(
+        lambda texts: {"enum": texts}
+    ),
+)
+
+
+def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    objects = st.dictionaries(st.text("xyz-", min_size=1, max_size=4), inner, max_size=3).map(
+        lambda properties: {
+            "type": "object",
+            "properties": properties,
+            "required": sorted(properties)[:2],
+            "additionalProperties": False,
+        }
+    )
+    arrays = st.builds(
+        lambda items, most: {"type": "array", "items": items, "maxItems": most},
+        inner,
+        st.integers(0, 2),
+    )
+    return st.one_of(
+        objects, arrays, st.lists(inner, min_size=1, max_size=2).map(lambda s: {"anyOf": s})
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.recursive(LEAVES, _nested, max_leaves=5), st.integers(0, 2**32).map(Random))
+def test_a_text_within_the_masks_parses_against_its_schema(schema: Any, random: Random) -> None:
+    text = walk(StructuredOutputsParams(json=schema), random)
+    jsonschema.validate(json.loads(text), schema)
+
+
+def test_a_schema_may_be_a_text() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    schema["additionalProperties"] = False  # type: ignore[assignment]
+    text = walk(StructuredOutputsParams(json=json.dumps(schema)), Random(0))
+    assert json.loads(text).keys() == {"a"}
+
+
+def test_regex_choice_and_both_kinds_of_grammar() -> None:
+    random = Random(1)
+    for _ in range(10):
+        pattern = r"\d{2}-[a-c]+x"
+        while len(text := walk(StructuredOutputsParams(regex=r"\d{2}-[a-c]{1,9}x"), random)) > 14:
+            pass
+        assert re.fullmatch(pattern, text)
+        assert walk(StructuredOutputsParams(choice=["yes", 'n"o', "né"]), random) in (
+            "yes",
+            'n"o',
+            "né",
+        )
+        assert walk(StructuredOutputsParams(grammar='start: "a" | "b" "c"'), random) in ("a", "bc")
+        assert walk(StructuredOutputsParams(grammar='root ::= "a" | "b" "c"'), random) in (
+            "a",
+            "bc",
+        )
+
+
+def test_an_object_without_a_schema_is_any_object_and_nothing_else() -> None:
+    _, tokenizer, compiler = demo()
+
+    def fits(text: str) -> bool:
+        matcher = compiler.matcher(StructuredOutputsParams(json_object=True))
+        for id_ in tokenizer.encode(text, add_special_tokens=False):
+            if id_ not in allowed(matcher):
+                return False
+            matcher.accept([id_])
+        return matcher.is_stopped
+
+    assert fits('{"a": [1, {"b": null}], "c": "}"}')
+    assert not fits('[{"a": 1}]')
+    assert not fits('{"a": 1')
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StructuredOutputsParams(regex="(ab"),
+        StructuredOutputsParams(grammar="start: foo"),
+        StructuredOutputsParams(json="{bad"),
+        StructuredOutputsParams(json={"type": "foo"}),
+        StructuredOutputsParams(json={"$ref": "#/nowhere"}),
+    ],
+)
+def test_what_is_no_grammar_is_refused_in_one_line(wanted: StructuredOutputsParams) -> None:
+    with pytest.raises(RequestError) as caught:
+        demo()[2].matcher(wanted)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_outside_the_grammar_is_an_error() -> None:
+    _, tokenizer, compiler = demo()
+    matcher = compiler.matcher(StructuredOutputsParams(choice=["yes"]))
+    with pytest.raises(EngineError, match="do not fit the grammar"):
+        matcher.accept(tokenizer.encode("no", add_special_tokens=False))
+
+
+def test_exactly_one_structure_is_asked_for() -> None:
+    with pytest.raises(RequestError, match="regex, choice"):
+        StructuredOutputsParams(regex="a", choice=["a"])
+    with pytest.raises(RequestError, match="none"):
+        StructuredOutputsParams()
+    with pytest.raises(RequestError, match="choice"):
+        StructuredOutputsParams(choice=[])
