@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from bireme import __version__
-from bireme.cli import export, generate, inspect, shard, verify
+from bireme.cli import bench, export, generate, inspect, shard, verify
 from bireme.errors import EngineError, RankError, UserError
 
 UsageError: Any = typer.BadParameter.__bases__[
@@ -49,6 +49,7 @@ def _root(
 
 for module in (generate, inspect, shard, export, verify):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
+app.add_typer(bench.app, name=bench.NAME, short_help=bench.SHORT)
 
 
 def main() -> None:

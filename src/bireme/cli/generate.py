@@ -16,13 +16,12 @@ import typer
 
 from bireme.cli import options
 from bireme.cli.prompts import read_prompts
-from bireme.config import format_bytes
+from bireme.cli.ranks import print_ranks
 from bireme.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from bireme.engine.host import Prompt
     from bireme.engine.llm import LLM
-    from bireme.engine.messages import Loaded
     from bireme.outputs import Delta, RequestOutput
 
 NAME = "generate"
@@ -78,20 +77,9 @@ def run(
     memory_limit: options.MemoryLimit = None,
     load_format: options.LoadFormat = "auto",
     max_model_len: options.MaxModelLen = None,
-    max_num_seqs: Annotated[
-        int | None,
-        typer.Option(
-            "--max-num-seqs", metavar="N", help="Requests that run at once. [default: 64]"
-        ),
-    ] = None,
-    max_num_batched_tokens: Annotated[
-        int | None,
-        typer.Option(
-            "--max-num-batched-tokens",
-            metavar="N",
-            help="Tokens of a step at most. [default: 2048]",
-        ),
-    ] = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    deterministic: options.Deterministic = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line a prompt.")] = False,
     trace: Annotated[
         Path | None,
@@ -109,7 +97,7 @@ def run(
     config = options.engine_config(
         devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
         load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens, deterministic=deterministic,
     )  # fmt: skip
     sampling = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos,
@@ -125,7 +113,7 @@ def run(
     deltas = llm.stream(ids, params)  # refuses a bad prompt before any process starts
     with llm:
         if not quiet and not as_json:
-            _print_ranks(llm)
+            print_ranks(llm)
         try:
             if as_json:
                 _print_json(deltas)
@@ -148,30 +136,6 @@ def _fitting(sampling: SamplingParams, llm: LLM, ids: list[int]) -> SamplingPara
     """Without --max-tokens: what the context leaves, up to the default."""
     room = llm.plan.max_model_len - len(ids)
     return dataclasses.replace(sampling, max_tokens=max(1, min(_DEFAULT_MAX_TOKENS, room)))
-
-
-def _print_ranks(llm: LLM) -> None:
-    plan = llm.plan
-    print(
-        f"{llm.model.name}: {plan.config.parallel}, {plan.dtype}, {plan.devices[0].partition(':')[0]}",
-        file=sys.stderr,
-    )
-    for name, loaded in zip(plan.rank_names, llm.loaded, strict=True):
-        print(
-            f"  {name}: weights {format_bytes(loaded.weight_bytes)}, cache {format_bytes(loaded.cache_bytes)}, "
-            f"{_read(loaded)} in {loaded.seconds:.2f} s",
-            file=sys.stderr,
-        )
-
-
-def _read(loaded: Loaded) -> str:
-    """What the rank needed of the files; of an artifact also what it fetched, in whole chunks, and
-    verified."""
-    needed = f"read {format_bytes(loaded.needed_bytes)}"
-    if not loaded.verified_bytes:
-        return needed
-    fetched, verified = (format_bytes(n) for n in (loaded.fetched_bytes, loaded.verified_bytes))
-    return f"{needed} (fetched {fetched}, verified {verified})"
 
 
 def _print_text(deltas: Iterator[Delta], num_prompts: int, *, has_text: bool, quiet: bool) -> None:

@@ -76,6 +76,30 @@ MaxModelLen = Annotated[
         help="The longest context in tokens; the model's own if not given.",
     ),
 ]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option("--max-num-seqs", metavar="N", help="Requests that run at once. [default: 64]"),
+]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-num-batched-tokens", metavar="N", help="Tokens of a step at most. [default: 2048]"
+    ),
+]
+PrefixCaching = Annotated[
+    bool,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Share what prompts that begin alike have in common.",
+    ),
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same logits bit by bit, whatever else runs; slower.",
+    ),
+]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -167,3 +191,9 @@ def _keys(path: Path) -> Keys:
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return ()
     return value.keys()
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """RequestError names both."""
+    if value < least:
+        raise RequestError(f"{name}={value} must be at least {least}")

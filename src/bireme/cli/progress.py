@@ -2,18 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TransferSpeedColumn,
+)
 
 
 class Advance(Protocol):
     """Takes how many bytes were done since its last call, and of how many if that is news."""
 
     def __call__(self, num_bytes: int, total: int | None = None, /) -> None: ...
+
+
+@contextmanager
+def count_bar(what: str, total: int, rate: str = "") -> Iterator[Callable[[int, int], None]]:
+    """A bar of `total` things; takes how many more are done, and how many of what `rate` counts."""
+    console, start, counted = Console(stderr=True), time.monotonic(), 0
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[seen]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total, seen="")
+
+        def advance(num_done: int, num_counted: int, /) -> None:
+            nonlocal counted
+            counted += num_counted
+            seen = f"{counted / (time.monotonic() - start):.0f} {rate}" if rate else ""
+            bar.update(task, advance=num_done, seen=seen)
+
+        yield advance
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""How fast it is: workloads, what is measured of them, and how it is told."""

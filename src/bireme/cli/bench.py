@@ -1,0 +1,190 @@
+"""Measure speed in this process: `throughput` of many requests at once, `latency` of one batch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bireme.cli import options
+from bireme.cli.progress import count_bar
+from bireme.cli.ranks import print_ranks
+from bireme.config import format_bytes
+
+if TYPE_CHECKING:
+    from bireme.bench.latency import LatencyResult
+    from bireme.bench.throughput import ThroughputResult
+    from bireme.engine.llm import LLM
+
+NAME = "bench"
+SHORT = "Measure throughput or latency."
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+
+InputLen = Annotated[int, typer.Option("--input-len", metavar="N", help="Tokens of each prompt.")]
+OutputLen = Annotated[
+    int, typer.Option("--output-len", metavar="N", help="Tokens that each prompt is continued by.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of the made-up prompts.")]
+
+
+@app.command("throughput", help=(
+    "Requests and tokens a second, all requests being there from the start. Prompts are made-up ids, "
+    "answers exactly as long as asked for."
+))  # fmt: skip
+def throughput(
+    model: options.Model,
+    tp: options.TensorParallelOrAuto = "1",
+    pp: options.PipelineParallel = None,
+    layers_per_stage: options.LayersPerStage = None,
+    num_prompts: Annotated[
+        int, typer.Option("--num-prompts", metavar="N", help="Requests in all.")
+    ] = 64,
+    input_len: InputLen = 128,
+    output_len: OutputLen = 32,
+    range_ratio: Annotated[
+        float,
+        typer.Option("--range-ratio", metavar="R", help="Lengths vary by this share either way."),
+    ] = 0.0,
+    seed: Seed = 0,
+    dtype: options.DTypeOption = "auto",
+    device: options.Device = "auto",
+    devices: options.Devices = None,
+    memory_limit: options.MemoryLimit = None,
+    load_format: options.LoadFormat = "auto",
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    prefix_caching: options.PrefixCaching = True,
+    deterministic: options.Deterministic = False,
+    as_json: options.JsonOutput = False,
+) -> None:
+    from bireme.bench.throughput import measure_throughput
+    from bireme.bench.workload import Workload
+
+    workload = Workload(
+        num_prompts=num_prompts, input_len=input_len, output_len=output_len,
+        range_ratio=range_ratio, seed=seed,
+    )  # fmt: skip
+    llm = _llm(
+        model, tp, pp, layers_per_stage, dtype=dtype, device=device, devices=devices,
+        memory_limit=memory_limit, load_format=load_format, max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=prefix_caching, deterministic=deterministic,
+    )  # fmt: skip
+    with llm:
+        print_ranks(llm)
+        with count_bar("requests", num_prompts, "tokens/s") as advance:
+            result = measure_throughput(llm, workload, progress=advance)
+    _print(llm, result.as_json(), _throughput_rows(result), as_json)
+
+
+@app.command("latency", help=(
+    "How long one batch of requests takes that begins and ends together: to the first tokens, from "
+    "token to token, and in all."
+))  # fmt: skip
+def latency(
+    model: options.Model,
+    tp: options.TensorParallelOrAuto = "1",
+    pp: options.PipelineParallel = None,
+    layers_per_stage: options.LayersPerStage = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", metavar="N", help="Requests at once.")
+    ] = 8,
+    input_len: InputLen = 32,
+    output_len: OutputLen = 128,
+    num_iters_warmup: Annotated[
+        int, typer.Option("--num-iters-warmup", metavar="N", help="Iterations that do not count.")
+    ] = 2,
+    num_iters: Annotated[
+        int, typer.Option("--num-iters", metavar="N", help="Iterations that count.")
+    ] = 8,
+    seed: Seed = 0,
+    dtype: options.DTypeOption = "auto",
+    device: options.Device = "auto",
+    devices: options.Devices = None,
+    memory_limit: options.MemoryLimit = None,
+    load_format: options.LoadFormat = "auto",
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    prefix_caching: options.PrefixCaching = True,
+    deterministic: options.Deterministic = False,
+    as_json: options.JsonOutput = False,
+) -> None:
+    from bireme.bench.latency import measure_latency
+    from bireme.bench.workload import Workload
+
+    workload = Workload(
+        num_prompts=batch_size, input_len=input_len, output_len=output_len, seed=seed
+    )
+    options.check_at_least("num_iters_warmup", num_iters_warmup, 0)
+    options.check_at_least("num_iters", num_iters, 1)
+    llm = _llm(
+        model, tp, pp, layers_per_stage, dtype=dtype, device=device, devices=devices,
+        memory_limit=memory_limit, load_format=load_format, max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=prefix_caching, deterministic=deterministic,
+    )  # fmt: skip
+    with llm:
+        print_ranks(llm)
+        with count_bar("iterations", num_iters_warmup + num_iters) as advance:
+            result = measure_latency(
+                llm,
+                workload,
+                num_warmup=num_iters_warmup,
+                num_iterations=num_iters,
+                done=lambda: advance(1, 0),
+            )
+    _print(llm, result.as_json(), _latency_rows(result), as_json)
+
+
+def _llm(model: str, tp: str, pp: int | None, layers_per_stage: str | None, **settings: Any) -> LLM:
+    from bireme.engine.llm import LLM
+
+    return LLM(
+        model,
+        **options.parallel_settings(tp, pp, layers_per_stage),
+        **options.engine_config(**settings),
+    )
+
+
+def _print(llm: LLM, result: dict[str, Any], rows: list[tuple[str, str]], as_json: bool) -> None:
+    if as_json:
+        about = {
+            "model": llm.model.name,
+            "layout": str(llm.config.parallel),
+            "dtype": llm.plan.dtype,
+        }
+        print(json.dumps({**about, **result}, indent=1))
+        return
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}", file=sys.stdout)
+
+
+def _throughput_rows(result: ThroughputResult) -> list[tuple[str, str]]:
+    return [
+        ("requests", f"{result.workload.num_prompts}, in {result.elapsed_s:.2f} s"),
+        ("tokens in, out", f"{result.num_input_tokens}, {result.num_output_tokens}"),
+        ("requests/s", f"{result.requests_per_s:.2f}"),
+        ("tokens/s in all", f"{result.total_tokens_per_s:.0f}"),
+        ("output tokens/s", f"{result.output_tokens_per_s:.0f}"),
+        ("preemptions", f"{result.num_preemptions}"),
+    ]
+
+
+def _latency_rows(result: LatencyResult) -> list[tuple[str, str]]:
+    def told(figures: dict[str, float]) -> str:
+        return ", ".join(f"{name} {value * 1000:.1f} ms" for name, value in figures.items())
+
+    rate = f"{format_bytes(result.weight_bytes_per_s)}/s"
+    return [
+        ("in all", told(result.percentiles(lambda it: it.total_s))),
+        ("to the first tokens", told(result.percentiles(lambda it: it.first_s))),
+        ("from token to token", f"median {result.step_s * 1000:.2f} ms"),
+        ("output tokens/s", f"{result.output_tokens_per_s:.1f}"),
+        ("weights read", f"{rate} ({format_bytes(result.weight_bytes)} a step)"),
+    ]
