@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from bireme import LLM, SamplingParams
+from bireme.engine.budget import memory_of
 from bireme.engine.pool import RankProcess, WorkerPool
-from bireme.engine.prepare import memory_of
 from bireme.models.registry import model_layout
 
 MIB = 1024 * 1024

@@ -216,9 +216,12 @@ def test_with_another_value_in_any_field_that_is_read_parity_fails(
         changed_plan = make_plan(changed, engine_config())
         plan = dataclasses.replace(  # as long a context, whatever the field says of it
             changed_plan,
-            kinds=tuple(
-                dataclasses.replace(kind, num_blocks=whole.kinds[0].num_blocks)
-                for kind in changed_plan.kinds
+            budget=dataclasses.replace(
+                changed_plan.budget,
+                kinds=tuple(
+                    dataclasses.replace(kind, num_blocks=whole.kinds[0].num_blocks)
+                    for kind in changed_plan.kinds
+                ),
             ),
             max_model_len=whole.max_model_len,
         )

@@ -42,7 +42,8 @@ def run(
 ) -> int:
     from bireme.checkpoint.hub import resolve_model
     from bireme.checkpoint.prepared import prepare_model
-    from bireme.engine.prepare import memory_of, resolve_dtype
+    from bireme.engine.budget import memory_of
+    from bireme.engine.prepare import resolve_dtype
     from bireme.models.registry import model_layout
 
     if check:
@@ -86,7 +87,7 @@ def _print(
     memory: list[RankMemory],
     dtype: str,
 ) -> None:
-    from bireme.engine.prepare import resolve_max_model_len
+    from bireme.engine.budget import resolve_max_model_len
     from bireme.parallel.summary import param_rows
 
     console = Console()

@@ -24,6 +24,7 @@ def print_ranks(llm: EngineHost) -> None:
             f"{_read(loaded)} in {loaded.seconds:.2f} s",
             file=sys.stderr,
         )
+    print(f"  {plan.budget.describe(plan.rank_names)}", file=sys.stderr)
 
 
 def _read(loaded: Loaded) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bireme.checkpoint.names import NameMap
 from bireme.config import DTYPE_BYTES, EngineConfig
+from bireme.engine.budget import CacheBudget
 from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
@@ -34,10 +35,14 @@ class WorkerPlan:
     layers_per_stage: tuple[int, ...]
     folder: Path | None
     names: NameMap
-    kinds: tuple[CacheKind, ...]
+    budget: CacheBudget
     max_model_len: int
     dtype: str
     devices: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[CacheKind, ...]:
+        return self.budget.kinds
 
     @property
     def rank_names(self) -> list[str]:

@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 from bireme.checkpoint.artifact import Artifact
@@ -19,14 +18,22 @@ from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.opener import match_source, open_folder
 from bireme.checkpoint.prepared import PreparedModel
 from bireme.config import DTYPE_BYTES, EngineConfig, ParallelConfig, format_bytes
+from bireme.engine.budget import (
+    CacheBudget,
+    cache_budget,
+    least_bytes,
+    memory_of,
+    resolve_max_model_len,
+    step_limits,
+)
 from bireme.engine.executor import WorkerPlan
 from bireme.engine.scheduler import SchedulerLimits
 from bireme.errors import CapacityError, ConfigError, RequestError
 from bireme.model_config import ModelConfig
 from bireme.models.registry import model_layout, rank_layouts
 from bireme.models.rope import depends_on_length
-from bireme.parallel.layout import CacheKind, ModelLayout
-from bireme.parallel.memory import RankMemory, StepLimits, rank_memory
+from bireme.parallel.layout import ModelLayout
+from bireme.parallel.memory import rank_memory
 
 
 def resolve_dtype(config: ModelConfig, engine: EngineConfig) -> str:
@@ -127,37 +134,6 @@ def _cgroup_bytes() -> list[int]:
     return found
 
 
-def resolve_max_model_len(config: ModelConfig, engine: EngineConfig) -> int:
-    longest = config.max_model_len
-    if engine.max_model_len is not None and engine.max_model_len > longest:
-        raise ConfigError(
-            f"max_model_len={engine.max_model_len} exceeds the model's context of {longest} tokens; "
-            f"use at most {longest}"
-        )
-    return engine.max_model_len or longest
-
-
-def memory_of(
-    config: ModelConfig, layout: ModelLayout, engine: EngineConfig, dtype: str
-) -> list[RankMemory]:
-    """What each rank of the layout needs."""
-    limits = _step_limits(config, engine)
-    return [
-        rank_memory(config, layout.widths, rank, DTYPE_BYTES[dtype], limits)
-        for rank in layout.ranks
-    ]
-
-
-def _step_limits(config: ModelConfig, engine: EngineConfig) -> StepLimits:
-    longest = resolve_max_model_len(config, engine)
-    return StepLimits(
-        num_tokens=min(engine.max_num_batched_tokens, longest * engine.max_num_seqs),
-        num_seqs=engine.max_num_seqs,
-        max_model_len=longest,
-        workspace_bytes=engine.workspace_bytes,
-    )
-
-
 def smallest_fit(
     config: ModelConfig, engine: EngineConfig, memory: DeviceMemory, max_ranks: int = MAX_RANKS
 ) -> ParallelConfig | None:
@@ -188,9 +164,9 @@ def _fits(
     config: ModelConfig, engine: EngineConfig, parallel: ParallelConfig, dtype: str, limit: int
 ) -> bool:
     """True if every rank fits; ranks behind the first that does not are never laid out."""
-    limits = _step_limits(config, engine)
+    limits = step_limits(config, engine)
     return all(
-        _least_bytes(
+        least_bytes(
             config,
             engine,
             rank_memory(config, parallel.widths, rank, DTYPE_BYTES[dtype], limits),
@@ -198,26 +174,6 @@ def _fits(
         <= limit
         for rank in rank_layouts(config, parallel)
     )
-
-
-def _blocks_of_request(config: ModelConfig, engine: EngineConfig) -> dict[int | None, int]:
-    """Cache blocks that one request of the longest length holds at once, by the layers' window.
-
-    A windowed layer keeps what the first new token of a step looks back at, and the step's tokens.
-    """
-    longest, block = resolve_max_model_len(config, engine), engine.block_size
-    most = {
-        window: longest if window is None else window + engine.max_num_batched_tokens + block
-        for window in set(config.windows)
-    }
-    return {window: -(-min(tokens, longest) // block) for window, tokens in most.items()}
-
-
-def _least_bytes(config: ModelConfig, engine: EngineConfig, rank: RankMemory) -> int:
-    """With the cache of one request of the longest length and the null blocks."""
-    blocks = _blocks_of_request(config, engine)
-    tokens = {window: (count + 1) * engine.block_size for window, count in blocks.items()}
-    return rank.total(0) + rank.cache_bytes(tokens)
 
 
 def resolve_auto_width(model: PreparedModel, engine: EngineConfig) -> EngineConfig:
@@ -248,7 +204,7 @@ def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
     else:
         folder, names = model.folder, _match(model, layout)
     devices = resolve_devices(engine)
-    kinds = _cache_kinds(model, layout, engine, dtype, devices)
+    budget = _budget(model, layout, engine, dtype, devices)
     bounds = {rank.stage: rank.layers for rank in layout.ranks}
     return WorkerPlan(
         model=config,
@@ -256,7 +212,7 @@ def make_plan(model: PreparedModel, engine: EngineConfig) -> WorkerPlan:
         layers_per_stage=tuple(stop - start for start, stop in bounds.values()),
         folder=folder,
         names=names,
-        kinds=kinds,
+        budget=budget,
         max_model_len=max_len,
         dtype=dtype,
         devices=devices,
@@ -291,37 +247,25 @@ def _remedy(config: ModelConfig, engine: EngineConfig, memory: DeviceMemory, dty
     return f"its weights alone are {format_bytes(weights)}, more than {holds}; use larger devices"
 
 
-def _cache_kinds(
+def _budget(
     model: PreparedModel,
     layout: ModelLayout,
     engine: EngineConfig,
     dtype: str,
     devices: tuple[str, ...],
-) -> tuple[CacheKind, ...]:
-    """Cache blocks of each kind: all that can be used, or as many as fit the rank with least room,
-    in the proportion in which the longest request holds them."""
+) -> CacheBudget:
+    """CapacityError, with what would fit, where a rank cannot hold one request."""
     memory = device_memory(engine, devices)
     limit = memory.of_rank(engine.parallel.world_size)
     ranks = memory_of(model.config, layout, engine, dtype)
-    needed = max(_least_bytes(model.config, engine, rank) for rank in ranks)
+    needed = max(least_bytes(model.config, engine, rank) for rank in ranks)
     if needed > limit:
         remedy = _remedy(model.config, engine, memory, dtype)
         raise CapacityError(
             f"{model.name} at {engine.parallel} needs {format_bytes(needed)} a rank, "
             f"has {format_bytes(limit)}; {remedy}"
         )
-    counts = _blocks_of_request(model.config, engine)
-    null = dict.fromkeys(counts, engine.block_size)
-    one = {window: count * engine.block_size for window, count in counts.items()}
-    num_requests = min(
-        Fraction(limit - rank.total(0) - rank.cache_bytes(null), rank.cache_bytes(one))
-        for rank in ranks
-    )
-    num_requests = min(num_requests, Fraction(engine.max_num_seqs))
-    return tuple(
-        CacheKind(window, int(counts[window] * num_requests) + 1)
-        for window in sorted(counts, key=lambda window: (window is not None, window))
-    )
+    return cache_budget(model.config, engine, ranks, limit)
 
 
 def scheduler_limits(config: ModelConfig, engine: EngineConfig) -> SchedulerLimits:
