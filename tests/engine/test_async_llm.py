@@ -1,0 +1,160 @@
+"""`AsyncLLM`: many callers on one engine, each of whom may leave, be late, or be refused."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from bireme import LLM, AsyncLLM, SamplingParams
+from bireme.engine.pool import WorkerPool
+from bireme.errors import CapacityError, EngineError, RankError, RequestError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+
+
+def serve(pool: WorkerPool, use: Callable[[AsyncLLM], Awaitable[None]], **settings: Any) -> None:
+    """Runs `use` on an engine of two stages."""
+
+    async def main() -> None:
+        settings.setdefault("pipeline_parallel_size", 2)
+        async with AsyncLLM("demo", dtype="float32", pool=pool, **settings) as llm:
+            await asyncio.wait_for(use(llm), 120)
+
+    asyncio.run(main())
+
+
+async def answer(llm: AsyncLLM, prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
+    *_, last = [output async for output in llm.generate(prompt, params)]
+    assert last.finished
+    return last.outputs[0].token_ids
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    while not is_so():
+        await asyncio.sleep(0.01)
+
+
+def test_many_callers_get_what_each_would_get_alone(pool: WorkerPool) -> None:
+    prompts = [[index + 5, 7, 9] for index in range(12)]
+    with LLM("demo", dtype="float32", pool=pool) as llm:
+        alone = [output.outputs[0].token_ids for output in llm.generate(prompts, GREEDY)]
+
+    async def use(llm: AsyncLLM) -> None:
+        together = await asyncio.gather(*[answer(llm, prompt) for prompt in prompts])
+        assert list(together) == alone
+
+    serve(pool, use)
+
+
+def test_outputs_grow_and_deltas_add_up(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        outputs = [output async for output in llm.generate("The with statement", GREEDY)]
+        texts = [output.outputs[0].text for output in outputs]
+        assert all(after.startswith(before) for before, after in pairwise(texts))
+        deltas = [delta async for delta in llm.stream("The with statement", GREEDY)]
+        assert "".join(delta.text for delta in deltas) == texts[-1]
+        assert [delta.finish_reason for delta in deltas][-1] == "length"
+
+    serve(pool, use)
+
+
+def test_a_caller_that_leaves_frees_its_request(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        async for _ in llm.generate([5, 6], LONG):
+            break
+        task = asyncio.create_task(answer(llm, [5, 7], LONG))
+        scheduler = llm.start().scheduler
+        await until(lambda: scheduler.num_running > 0)
+        task.cancel()
+        await until(lambda: not scheduler.has_unfinished)
+        assert await answer(llm, [5, 6, 7])
+
+    serve(pool, use)
+
+
+def test_an_aborted_request_tells_its_caller(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        reasons = []
+        async for output in llm.generate([5, 6], LONG, "mine"):
+            reasons.append(output.outputs[0].finish_reason)
+            await llm.abort("mine")
+        assert reasons[-1] == "abort"
+        assert len(reasons) < 900
+
+    serve(pool, use)
+
+
+def test_a_deadline_ends_a_request(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        *_, last = [output async for output in llm.generate([5], LONG, timeout_s=0.2)]
+        assert last.outputs[0].finish_reason == "timeout"
+
+    serve(pool, use)
+
+
+def test_a_full_queue_a_known_id_and_bad_parameters_are_refused(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        tasks = [asyncio.create_task(answer(llm, [5, 6], LONG))]
+        await until(lambda: llm.start().scheduler.num_running == 1)
+        tasks.append(asyncio.create_task(answer(llm, [5, 7], LONG)))
+        await until(lambda: llm.start().scheduler.num_waiting == 1)
+        with pytest.raises(CapacityError, match="1 requests wait already"):
+            await answer(llm, [5])
+        with pytest.raises(RequestError, match="ids go from 0"):
+            await answer(llm, [5, 10**6])
+        with pytest.raises(RequestError, match="logit_bias"):
+            await answer(llm, [5], SamplingParams(logit_bias={10**6: 1.0}))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await until(lambda: not llm.start().scheduler.has_unfinished)
+
+    serve(pool, use, max_num_seqs=1, max_num_waiting=1)
+
+
+def test_a_rank_that_is_killed_ends_every_request_with_its_name(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        tasks = [asyncio.create_task(answer(llm, [5, index], LONG)) for index in range(4)]
+        await until(lambda: llm.start().scheduler.num_running == 4)
+        victim = pool.take(2)[1]
+        os.kill(victim.process.pid, signal.SIGKILL)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, RankError) for result in results), results
+        assert {str(result) for result in results} == {
+            "rank 1 (stage 1, tp 0): its process was killed by signal 9"
+        }
+        with pytest.raises(RankError):
+            await answer(llm, [5])
+
+    serve(pool, use)
+
+
+def test_without_ranks_nothing_is_served() -> None:
+    async def use() -> None:
+        with pytest.raises(EngineError, match="does not run"):
+            await answer(AsyncLLM("demo"), [5])
+
+    asyncio.run(use())
+
+
+def test_stop_strings_end_a_request_and_do_not_show(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        *_, whole = [output async for output in llm.generate("The with statement", GREEDY)]
+        text = whole.outputs[0].text
+        stop = text[8:14]
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, stop=[stop])
+        outputs = [output async for output in llm.generate("The with statement", params)]
+        last = outputs[-1].outputs[0]
+        assert (last.finish_reason, last.stop_reason) == ("stop", stop)
+        assert last.text == text[: text.index(stop)]
+        assert all(text.startswith(output.outputs[0].text) for output in outputs)
+        await until(lambda: not llm.start().scheduler.has_unfinished)
+
+    serve(pool, use)
