@@ -21,6 +21,7 @@ from bireme.parallel.layout import CacheKind
 from bireme.parallel.mesh import Mesh
 from bireme.parallel.pipeline import stage_ranks
 from bireme.parallel.shm import SegmentPlan
+from bireme.parallel.shm_helper import load_helper
 from bireme.request import ScheduledBatch, StepMasks, StepOutput
 from bireme.trace import Span
 
@@ -101,6 +102,7 @@ class WorkerExecutor:
             widths=config.parallel.widths,
             hidden_bytes=config.max_num_batched_tokens * plan.model.hidden_size * item_bytes,
             sampled_bytes=8 * config.max_num_seqs,
+            is_compiled=load_helper() is not None,
         )
         fd, path = shm.create_segment(segment)
         self._held.callback(os.close, fd)
