@@ -24,6 +24,13 @@ _SPINS, _SPINS_WHEN_SHARED = 2000, 20  # from Python: about 100 us and 1 us
 _PAUSES, _PAUSES_WHEN_SHARED = 4000, 40  # compiled: about 100 us and 1 us
 
 
+def create_memory(num_bytes: int, name: str) -> tuple[int, str]:
+    """Anonymous memory: its descriptor, and the path under which children open it."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    os.ftruncate(fd, num_bytes)
+    return fd, f"/proc/{os.getpid()}/fd/{fd}"
+
+
 class Memory:
     """A shared file, mapped, that begins with counters; unmapped when nobody refers to it any more.
 

@@ -9,7 +9,6 @@ x86-64 only: plain stores become visible there in the order in which they were m
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from bireme.errors import EngineError, PeerLost
-from bireme.parallel.counters import LINE_BYTES, Counter, Memory
+from bireme.parallel.counters import LINE_BYTES, Counter, Memory, create_memory
 from bireme.parallel.links import HEADER_BYTES, Stated
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.shm_helper import Group
@@ -96,13 +95,6 @@ class Ring:
 
     def slot_at(self, count: int) -> int:
         return self.start + count % self.depth * self.slot_bytes
-
-
-def create_memory(num_bytes: int, name: str) -> tuple[int, str]:
-    """Anonymous memory: its descriptor, and the path under which children open it."""
-    fd = os.memfd_create(name, os.MFD_CLOEXEC)
-    os.ftruncate(fd, num_bytes)
-    return fd, f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def create_segment(plan: SegmentPlan) -> tuple[int, str]:
