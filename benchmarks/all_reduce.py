@@ -1,4 +1,5 @@
-"""Latency of an all-reduce between two pinned ranks: shared memory beside gloo, in one run.
+"""Latency of an all-reduce between two pinned ranks: shared memory, with the compiled helper and from
+Python, beside gloo, in one run.
 
     python benchmarks/all_reduce.py [--seconds 2]
 
@@ -28,17 +29,24 @@ from bireme.parallel.shm import SegmentPlan, create_segment
 from bireme.trace import SpanRing
 
 SIZES = (2 << 10, 16 << 10, 128 << 10, 1 << 20, 8 << 20)  # bytes
-PLAN = SegmentPlan(widths=(2,), hidden_bytes=1, sampled_bytes=1)
-TRANSPORTS = ("gloo", "shared memory")
+TRANSPORTS = ("gloo", "shared memory", "shared memory from Python")
 
 
-def measure(rank: int, store: str, segment: str, seconds: float) -> dict[int, float]:
+def plan(transport: str) -> SegmentPlan:
+    return SegmentPlan(
+        widths=(2,), hidden_bytes=1, sampled_bytes=1, is_compiled=transport == "shared memory"
+    )
+
+
+def measure(
+    rank: int, transport: str, store: str, segment: str, seconds: float
+) -> dict[int, float]:
     """Median microseconds of each size, as one rank sees it."""
     os.sched_setaffinity(0, {rank})
     torch.set_num_threads(1)
     comm = join(
-        PLAN.widths, rank, Path(store), torch.device("cpu"), 60.0, SpanRing.create(1024),
-        (segment, PLAN) if segment else None,
+        (2,), rank, Path(store), torch.device("cpu"), 60.0, SpanRing.create(1024),
+        (segment, plan(transport)) if segment else None,
     )  # fmt: skip
     group = comm.mesh.tensor
     found = {}
@@ -57,7 +65,7 @@ def measure(rank: int, store: str, segment: str, seconds: float) -> dict[int, fl
 def run_pair(transport: str, seconds: float) -> dict[int, float]:
     """Medians of rank 0, of two processes that meet and measure."""
     with tempfile.TemporaryDirectory() as folder:
-        fd, path = create_segment(PLAN)
+        fd, path = create_segment(plan(transport))
         command = [
             sys.executable,
             __file__,
@@ -65,8 +73,10 @@ def run_pair(transport: str, seconds: float) -> dict[int, float]:
             str(seconds),
             "--store",
             f"{folder}/store",
+            "--transport",
+            transport,
         ]
-        command += ["--segment", path] if transport == "shared memory" else []
+        command += ["--segment", path] if transport != "gloo" else []
         ranks = [
             subprocess.Popen(
                 [*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True,
@@ -86,10 +96,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)
+    parser.add_argument("--transport", help=argparse.SUPPRESS)
     parser.add_argument("--segment", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank is not None:
-        print(json.dumps(measure(given.rank, given.store, given.segment, given.seconds)))
+        print(
+            json.dumps(
+                measure(given.rank, given.transport, given.store, given.segment, given.seconds)
+            )
+        )
         return
     runs = {name: [] for name in TRANSPORTS}  # type: dict[str, list[dict[int, float]]]
     for _ in range(3):
@@ -98,8 +113,8 @@ def main() -> None:
     best = {name: {n: min(run[n] for run in runs[name]) for n in SIZES} for name in TRANSPORTS}
     table = Table("bytes", *(f"{name}, us" for name in TRANSPORTS), "times faster")
     for size in SIZES:
-        gloo, shared = (best[name][size] for name in TRANSPORTS)
-        table.add_row(f"{size:,}", f"{gloo:.1f}", f"{shared:.1f}", f"{gloo / shared:.1f}")
+        taken = [best[name][size] for name in TRANSPORTS]
+        table.add_row(f"{size:,}", *(f"{us:.1f}" for us in taken), f"{taken[0] / taken[1]:.1f}")
     Console().print(table)
     kept = {
         name: {str(size): round(value, 2) for size, value in best[name].items()} for name in best

@@ -12,8 +12,6 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -78,6 +76,24 @@ class Now:
         return self.kind is not None and _CATEGORY.get(self.kind) in ("collective", "transfer")
 
 
+class OpenSpan:
+    """A span that is being measured. A class of its own: a generator costs a sum a tenth of its time."""
+
+    __slots__ = ("_kind", "_num_bytes", "_outer", "_ring", "_start_ns")
+
+    def __init__(self, ring: SpanRing, kind: SpanKind, num_bytes: int) -> None:
+        self._ring, self._kind, self._num_bytes = ring, kind, num_bytes
+
+    def __enter__(self) -> None:
+        self._outer = self._ring.begin(self._kind)
+        self._start_ns = time.monotonic_ns()
+
+    def __exit__(self, *_: object) -> None:
+        ring = self._ring
+        ring.write(self._kind, self._start_ns, time.monotonic_ns(), self._num_bytes)
+        ring.end(self._outer)
+
+
 class SpanRing:
     """A ring of span records in shared memory, known by its file descriptor."""
 
@@ -127,18 +143,20 @@ class SpanRing:
         self._count += 1
         self._written[0] = self._count  # one store, after the record: no torn reads
 
-    @contextmanager
-    def span(self, kind: SpanKind, num_bytes: int = 0) -> Iterator[None]:
-        outer, self._open = self._open, int(kind)
+    def span(self, kind: SpanKind, num_bytes: int = 0) -> OpenSpan:
+        """What is done inside it becomes a record."""
+        return OpenSpan(self, kind, num_bytes)
+
+    def begin(self, kind: int) -> int:
+        """Opens a span; the kind of the one around it."""
+        outer, self._open = self._open, kind
         self._num_begun += 1
         self._mark()
-        start = time.monotonic_ns()
-        try:
-            yield
-        finally:
-            self.write(kind, start, time.monotonic_ns(), num_bytes)
-            self._open = outer
-            self._mark()
+        return outer
+
+    def end(self, outer: int) -> None:
+        self._open = outer
+        self._mark()
 
     def now(self) -> Now:
         """What the writer was in the middle of when it last began or ended a span."""

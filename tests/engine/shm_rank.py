@@ -1,4 +1,4 @@
-"""One rank of a world over shared memory, for tests: `python shm_rank.py WHAT RANK WIDTHS PATH`."""
+"""One rank of a world over shared memory, for tests: `python shm_rank.py WHAT RANK PLAN PATH`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import signal
 import sys
 
+import msgspec
 import torch
 
 from bireme.errors import PeerLost
-from bireme.parallel.shm import CHUNK_BYTES, Segment, SegmentPlan, ShmGroup
+from bireme.parallel.shm import CHUNK_BYTES, Segment, SegmentPlan, ShmGroup, join_group
 from bireme.trace import SpanRing
 
-DTYPES = (torch.float32, torch.bfloat16, torch.int64)
-SIZES = (1, 300, CHUNK_BYTES // 4 + 7)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+SIZES = (1, 300, 1025, CHUNK_BYTES // 4 + 7)
+NUM_ROUNDS = 200
 
 
 def addend(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -34,18 +36,27 @@ def sums(group: ShmGroup, rank: int) -> list[str]:
     return found
 
 
+def rounds(group: ShmGroup, rank: int) -> float:
+    """Many small sums: ranks that share a core must take turns."""
+    x = torch.zeros(512)
+    for _ in range(NUM_ROUNDS):
+        group.all_reduce(x.fill_(rank))
+    return x[0].item()
+
+
 def bits(x: torch.Tensor) -> str:
     return str(hash(x.contiguous().view(torch.uint8).numpy().tobytes()))
 
 
 def main() -> None:
     what, rank = sys.argv[1], int(sys.argv[2])
-    widths = tuple(json.loads(sys.argv[3]))
-    plan = SegmentPlan(widths=widths, hidden_bytes=4096, sampled_bytes=64)
+    plan = msgspec.json.decode(sys.argv[3], type=SegmentPlan)
     segment = Segment(sys.argv[4], plan, 2.0 if what == "late" else 60.0)
-    group = ShmGroup(segment, rank, SpanRing.create(64))
+    group = join_group(segment, rank, SpanRing.create(64))
     if what == "sums":
         print(json.dumps(sums(group, rank)))
+    elif what == "rounds":
+        print(rounds(group, rank))
     elif rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     else:

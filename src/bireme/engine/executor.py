@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from bireme.checkpoint.names import NameMap
 from bireme.config import DTYPE_BYTES, EngineConfig
 from bireme.engine.budget import CacheBudget
+from bireme.engine.channel import QueueSteps, RingSteps, Steps, open_channel
+from bireme.engine.deadline import Patience, StepCost
 from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
 from bireme.model_config import ModelConfig
 from bireme.parallel import shm
+from bireme.parallel.broadcast import RingPlan
+from bireme.parallel.counters import create_memory
 from bireme.parallel.layout import CacheKind
 from bireme.parallel.mesh import Mesh
-from bireme.parallel.pipeline import stage_ranks
 from bireme.parallel.shm import SegmentPlan
-from bireme.request import ScheduledBatch, StepMasks, StepOutput
+from bireme.parallel.shm_helper import load_helper
+from bireme.request import ScheduledBatch, StepHeader, StepMasks, StepOutput
 from bireme.trace import Span
 
 
@@ -54,12 +60,20 @@ def threads_per_rank(num_ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // num_ranks)
 
 
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    header: StepHeader
+    num_tokens: int
+    submitted: float  # seconds of the monotonic clock
+
+
 class WorkerExecutor:
     """Ranks of one model in processes of `pool`."""
 
     def __init__(self, plan: WorkerPlan, pool: WorkerPool) -> None:
         self._plan = plan
-        self._waiting: deque[tuple[int, int]] = deque()
+        self._waiting: deque[_InFlight] = deque()
+        self._cost, self._last_output = StepCost(), 0.0
         self._held = ExitStack()  # what the ranks share, for as long as their world is there
         self._world = World(
             pool, plan.rank_names, plan.config.parallel.widths, plan.config.step_timeout_s
@@ -82,6 +96,9 @@ class WorkerExecutor:
         segment, meeting = self._segment(), ""
         if segment is None:  # NCCL meets here again whenever it makes a communicator
             meeting = self._held.enter_context(tempfile.TemporaryDirectory(prefix="bireme-"))
+        steps = self._steps(meeting)
+        self._world.channel = open_channel(steps)
+        self._held.callback(self._world.channel.close)
         for rank, device in enumerate(plan.devices):
             command = Join(
                 widths=plan.config.parallel.widths,
@@ -90,6 +107,7 @@ class WorkerExecutor:
                 device=device,
                 num_threads=threads_per_rank(len(plan.devices)),
                 timeout_s=plan.config.step_timeout_s,
+                steps=steps,
                 segment=segment,
             )
             self._world.send(rank, command)
@@ -106,10 +124,21 @@ class WorkerExecutor:
             widths=config.parallel.widths,
             hidden_bytes=config.max_num_batched_tokens * plan.model.hidden_size * item_bytes,
             sampled_bytes=8 * config.max_num_seqs,
+            is_compiled=load_helper() is not None,
         )
         fd, path = shm.create_segment(segment)
         self._held.callback(os.close, fd)
         return path, segment
+
+    def _steps(self, meeting: str) -> Steps:
+        """Where commands go: through memory, or through sockets in the folder `meeting`."""
+        num_ranks = len(self._plan.devices)
+        if self._plan.config.transport == "distributed" or not shm.is_supported():
+            return QueueSteps(tuple(f"ipc://{meeting}/steps-{rank}" for rank in range(num_ranks)))
+        ring = RingPlan(num_readers=num_ranks, is_compiled=load_helper() is not None)
+        fd, path = create_memory(ring.num_bytes, "bireme-steps")
+        self._held.callback(os.close, fd)
+        return RingSteps(path, ring)
 
     def _load(self) -> list[Loaded]:
         plan = self._plan
@@ -134,16 +163,22 @@ class WorkerExecutor:
         return self._world.is_broken
 
     def submit(self, batch: ScheduledBatch) -> None:
-        self._waiting.append((batch.incarnation, batch.step_id))
-        self._world.send_all(Execute(batch))
+        self._waiting.append(_InFlight(batch.header, batch.num_tokens, time.monotonic()))
+        self._world.send_all(Execute(batch), self._patience(len(self._waiting)))
 
     def give_masks(self, masks: StepMasks) -> None:
-        for rank in stage_ranks(self._plan.config.parallel.widths)[-1]:
-            self._world.send(rank, Masks(masks))
+        self._world.send_all(Masks(masks), self._patience(len(self._waiting)))
+
+    def _patience(self, num_batches: int) -> Patience:
+        """With the oldest `num_batches` in flight."""
+        limit_s = self._plan.config.step_timeout_s
+        ahead = [step.num_tokens for step in islice(self._waiting, num_batches)]
+        return Patience(self._cost.patience_s(ahead, limit_s), limit_s)
 
     def collect(self) -> StepOutput:
-        expected = self._waiting[0]
-        reply = self._world.step_reply(self._plan.config.step_timeout_s, expected[1])
+        expected = self._waiting[0].header
+        was_there = self._world.has_reply()
+        reply = self._world.step_reply(self._patience(1), expected[1])
         if not isinstance(reply, Output):
             raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")
         output = reply.output
@@ -151,8 +186,13 @@ class WorkerExecutor:
             raise EngineError(
                 f"step {output.step_id} was answered where {expected[1]} was expected"
             )
-        self._waiting.popleft()
+        self._observe(self._waiting.popleft(), is_bound=was_there)
         return output
+
+    def _observe(self, step: _InFlight, *, is_bound: bool) -> None:
+        now = time.monotonic()
+        begun, self._last_output = max(step.submitted, self._last_output), now
+        self._cost.observe(step.num_tokens, now - begun, is_bound=is_bound)
 
     def give_up(self) -> None:
         """Ends the ranks at once; their spans can still be read."""

@@ -1,6 +1,7 @@
-"""What the driver and its ranks say to each other: msgpack in frames over a socket pair.
+"""What the driver and its ranks say to each other: msgpack, and nothing is ever unpickled.
 
-A frame is 4 bytes of length and one message. Nothing is ever unpickled.
+Join, and every reply, go over a rank's socket pair in frames: 4 bytes of length and one message.
+What follows Join goes to all ranks at once (`channel.py`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,19 @@ import msgspec
 
 from bireme.checkpoint.names import NameMap
 from bireme.config import EngineConfig
+from bireme.engine.channel import Steps
 from bireme.model_config import ModelConfig
+from bireme.parallel.broadcast import MAX_FRAME_BYTES
 from bireme.parallel.layout import CacheKind
 from bireme.parallel.shm import SegmentPlan
 from bireme.request import ScheduledBatch, StepMasks, StepOutput
 
 _LENGTH = struct.Struct("<I")
-MAX_FRAME_BYTES = 1 << 30
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
     """Become `rank` of a world of sum(widths) ranks that meet at `store_path`, or share `segment`
-    (its path and its plan)."""
+    (its path and its plan); further commands come over `steps`."""
 
     widths: tuple[int, ...]
     rank: int
@@ -31,6 +33,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     device: str
     num_threads: int
     timeout_s: float
+    steps: Steps
     segment: tuple[str, SegmentPlan] | None = None
 
 
@@ -105,6 +108,14 @@ Reply = Done | Loaded | Output | Failed
 _ENCODER = msgspec.msgpack.Encoder()
 _COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 _REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(command: Command) -> bytes:
+    return _ENCODER.encode(command)
+
+
+def decode(body: bytes | bytearray) -> Command:
+    return _COMMANDS.decode(body)
 
 
 def frame(message: Command | Reply) -> bytes:

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import bireme
+from bireme.engine.channel import StepChannel
 from bireme.engine.culprit import Standing, find_culprit, is_stopped
-from bireme.engine.messages import Command, Failed, Reply, frame, receive_reply
+from bireme.engine.deadline import Patience
+from bireme.engine.messages import Command, Failed, Reply, encode, frame, receive_reply
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
-from bireme.trace import SpanRing
+from bireme.trace import Now, SpanRing
 
 _GRACE_S = 2.0  # for the first cause to arrive once a failure was seen
 _EXIT_S = 5.0
@@ -138,24 +140,33 @@ class World:
             rank.sock.settimeout(timeout_s)
             self._selector.register(rank.sock, selectors.EVENT_READ, index)
         self.is_broken = False
+        self._timeout_s = timeout_s
+        self.channel: StepChannel | None = None  # through which all are told what follows Join
 
     def close(self) -> None:
         """Lets go of the ranks; nothing can be sent or received from here on."""
         self.is_broken = True
         self._selector.close()
 
-    def send(self, index: int, command: Command) -> None:
-        self._send(index, frame(command))
-
-    def send_all(self, command: Command) -> None:
+    def send_all(self, command: Command, patience: Patience | None = None) -> None:
         """The same to every rank, encoded once."""
-        data = frame(command)
-        for index in range(len(self.ranks)):
-            self._send(index, data)
+        assert self.channel is not None
+        patience = patience or Patience(self._timeout_s, self._timeout_s)
 
-    def _send(self, index: int, data: bytes) -> None:
+        def watch(index: int) -> None:
+            rank = self.ranks[index]
+            if rank.process.poll() is not None:
+                self._fail({index: None})
+            sign = index, rank.spans.now()
+            if time.monotonic() >= patience.next_look and patience.is_over(sign):
+                raise self._no_answer({index}, "taking a command")
+
+        self.channel.send(encode(command), watch)
+
+    def send(self, index: int, command: Command) -> None:
+        """To one rank, over its socket."""
         try:
-            self.ranks[index].sock.sendall(data)
+            self.ranks[index].sock.sendall(frame(command))
         except TimeoutError:  # its buffer is full and it reads nothing
             raise self._no_answer({index}, "taking a command") from None
         except (BrokenPipeError, ConnectionResetError):
@@ -172,14 +183,26 @@ class World:
             replies[found[0]] = found[1]
         return [replies[index] for index in range(len(self.ranks))]
 
-    def step_reply(self, timeout_s: float, step_id: int) -> Reply:
+    def has_reply(self) -> bool:
+        return bool(self._selector.select(0))
+
+    def step_reply(self, patience: Patience, step_id: int) -> Reply:
         """The next reply of any rank, which should be the output of step `step_id`."""
-        found = self._next(time.monotonic() + timeout_s, step_id)
-        if found is not None:
-            return found[1]
+        while (found := self._next(patience.next_look, step_id)) is None:
+            if patience.is_over(self._sign_of_life(step_id)):
+                raise self._late_answer(step_id)
+        return found[1]
+
+    def _sign_of_life(self, step_id: int) -> tuple[int | None, Now | None]:
+        """The rank that keeps a step from its end, and what it is in the middle of."""
+        standings = self._standings()
+        culprit = find_culprit(standings, step_id)
+        return culprit, None if culprit is None else standings[culprit].now
+
+    def _late_answer(self, step_id: int) -> RankError:
         error = self._late(step_id)
         self._break()
-        raise error or RankError("the answering rank", f"did not answer step {step_id} in time")
+        return error or RankError("the answering rank", f"did not answer step {step_id} in time")
 
     def _next(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
         """The next rank that replies, with its reply; None if there is none by the deadline."""
@@ -205,17 +228,20 @@ class World:
 
     def _late(self, step_id: int, given_up: Collection[int] = ()) -> RankError | None:
         """Names the rank that keeps a step from its end, beside those that waited in vain."""
-        standings = {
-            index: self._standing(index, stage)
-            for stage, members in enumerate(stage_ranks(self._widths))
-            for index in members
-            if index not in given_up
-        }
+        standings = self._standings(given_up)
         culprit = find_culprit(standings, step_id)
         if culprit is None:
             return None
         seen = standings[culprit].describe(step_id)
         return RankError(self._names[culprit], f"did not finish step {step_id} in time ({seen})")
+
+    def _standings(self, given_up: Collection[int] = ()) -> dict[int, Standing]:
+        return {
+            index: self._standing(index, stage)
+            for stage, members in enumerate(stage_ranks(self._widths))
+            for index in members
+            if index not in given_up
+        }
 
     def _standing(self, index: int, stage: int) -> Standing:
         rank = self.ranks[index]

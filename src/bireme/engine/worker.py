@@ -1,8 +1,9 @@
 """One rank's process: `python -m bireme.engine.worker SOCKET_FD SPANS_FD`.
 
-The main thread executes commands in their order; a second one reads them. When the driver is gone
-the reader ends the process at once, whatever the main thread waits for, so that no rank outlives
-its driver. A worker can leave one world and join the next.
+The main thread executes commands in their order. It takes them from its world's step channel, or,
+while it is in none, from the socket, which a second thread reads. When the driver is gone that one
+ends the process at once, whatever the main thread waits for, so that no rank outlives its driver.
+A worker can leave one world and join the next.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections import deque
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -26,6 +28,7 @@ from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import TensorSource
 from bireme.engine.capture import StepCapture
+from bireme.engine.channel import StepSource, open_source
 from bireme.engine.messages import (
     Capture,
     Command,
@@ -39,6 +42,7 @@ from bireme.engine.messages import (
     Masks,
     Output,
     Reply,
+    decode,
     receive_command,
     send,
 )
@@ -58,27 +62,44 @@ class Commands:
     """What the driver asked for, in its order; a step's masks can be taken out of turn."""
 
     def __init__(self) -> None:
-        self._read: queue.SimpleQueue[Command | Exception] = queue.SimpleQueue()
-        self._set_aside: deque[Command | Exception] = deque()
-        self.put = self._read.put
+        self._read: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._steps: StepSource | None = None
+        self._set_aside: deque[Command] = deque()
+        self._early: dict[StepHeader, StepMasks] = {}
+        self.put = self._read.put  # what came over the socket
 
-    def next(self) -> Command | Exception:
-        return self._set_aside.popleft() if self._set_aside else self._read.get()
+    def follow(self, steps: StepSource | None) -> None:
+        """From here on commands come over `steps`; None: over the socket."""
+        if self._steps is not None:
+            self._steps.close()
+        self._steps = steps
+
+    def next(self) -> Command:
+        if self._set_aside:
+            return self._set_aside.popleft()
+        if self._steps is None:
+            return self._read.get()
+        body = self._steps.receive()
+        assert body is not None
+        return decode(body)
 
     def await_masks(self, header: StepHeader, timeout_s: float) -> StepMasks:
         """The masks of a step; PeerLost where they do not come in time."""
+        assert self._steps is not None
         deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                command = self._read.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise PeerLost(f"the masks of step {header[1]} did not come in time") from None
+        while header not in self._early:
+            body = self._steps.receive(max(1e-3, deadline - time.monotonic()))
+            if body is None:
+                raise PeerLost(f"the masks of step {header[1]} did not come in time")
+            command = decode(body)
             if isinstance(command, Masks):
                 masks = command.masks
-                if (masks.incarnation, masks.step_id) == header:
-                    return masks
+                self._early[masks.incarnation, masks.step_id] = masks
             else:
                 self._set_aside.append(command)
+        found = self._early[header]
+        self._early = {key: masks for key, masks in self._early.items() if key > header}
+        return found
 
 
 class Worker:
@@ -110,7 +131,8 @@ class Worker:
                 return Done()
 
     def leave(self) -> None:
-        """Gives the groups, the model and its memory back."""
+        """Gives the groups, the model and its memory back; commands come over the socket again."""
+        self._commands.follow(None)
         runner, comm = self._runner, self._comm
         self._runner = self._comm = None
         if runner is not None:
@@ -141,6 +163,7 @@ class Worker:
             self._spans,
             command.segment,
         )
+        self._commands.follow(open_source(command.steps, command.rank))
         return Done()
 
     def _load(self, command: Load) -> Loaded:
@@ -212,10 +235,9 @@ def _read_commands(sock: socket.socket, commands: Commands) -> None:
     try:
         while (command := receive_command(sock)) is not None:
             commands.put(command)
-    except Exception as error:  # what cannot be read: the main thread says so and ends
-        commands.put(error)
-    else:
-        os._exit(0)
+    except Exception as error:
+        _end(sock, error)
+    os._exit(0)
 
 
 def _answer(sock: socket.socket, reply: Reply) -> None:
@@ -223,6 +245,12 @@ def _answer(sock: socket.socket, reply: Reply) -> None:
         send(sock, reply)
     except ConnectionError:
         os._exit(0)  # the driver is gone, and with it everyone who could read this
+
+
+def _end(sock: socket.socket, error: Exception) -> NoReturn:
+    """Of a rank that cannot read what it is told."""
+    _answer(sock, _failure(error))
+    os._exit(1)
 
 
 def main() -> None:
@@ -234,10 +262,10 @@ def main() -> None:
     worker = Worker(SpanRing(int(sys.argv[2])), commands)
     threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
     while True:
-        command = commands.next()
-        if isinstance(command, Exception):
-            _answer(sock, _failure(command))
-            os._exit(1)
+        try:
+            command = commands.next()
+        except Exception as error:
+            _end(sock, error)
         try:
             reply = worker.handle(command)
         except Exception as error:  # every failure becomes a message to the driver

@@ -22,7 +22,7 @@ from bireme.errors import PeerLost
 from bireme.parallel.links import HEADER_BYTES, Receiver, Sender, Stated
 from bireme.parallel.mesh import Alone, Mesh
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
-from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmGroup, ShmReceiver, ShmSender
+from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmReceiver, ShmSender, join_group
 from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanRing
 
@@ -191,7 +191,7 @@ def _over_shared_memory(
         return mine[0] if mine else None
 
     hidden, sampled = rings[:num_forward], rings[num_forward:]
-    group = ShmGroup(segment, rank, spans) if mesh.tp_size > 1 else Alone()
+    group = join_group(segment, rank, spans) if mesh.tp_size > 1 else Alone()
     return Communicator(
         Mesh(widths, rank, group),
         sender(hidden),

@@ -1,36 +1,35 @@
 """Shared memory between the ranks of one host: sums, gathers and hand-over on CPU.
 
-All ranks map one segment. Each counter in it is raised by one rank and awaited by others: a waiter
-spins for a moment, then sleeps in a futex until a deadline, so that ranks that share a core get on.
-A sum is taken in rank order by every rank for itself, and so is bitwise the same on all of them.
+All ranks map one segment. Each counter in it (`counters.py`) is raised by one rank and awaited by
+others. A sum is taken in rank order by every rank for itself, and so is bitwise the same on all of
+them, compiled or not.
 x86-64 only: plain stores become visible there in the order in which they were made.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from bireme.errors import EngineError, PeerLost
+from bireme.parallel.counters import LINE_BYTES, Counter, Memory, create_memory
 from bireme.parallel.links import HEADER_BYTES, Stated
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
+from bireme.parallel.shm_helper import Group
 from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanRing
 
 CHUNK_BYTES = 1 << 20  # of a sum at a time: what stays in a core's cache
-_LINE_BYTES = 64
-_FUTEX, _WAIT, _WAKE = 202, 0, 1  # x86-64
-_LIBC = ctypes.CDLL(None)
-_SLEEP_NS = 2_000_000  # a wake-up that crossed a sleeper's check costs this much at most
-_BEFORE = 1 << 31  # of a difference modulo 2^32: a count that was not reached yet
-_SPINS, _SPINS_WHEN_SHARED = 2000, 20  # about 100 us and 1 us
+_KINDS = {  # what the compiled helper sums, by its place in KINDS there
+    dtype: kind
+    for kind, dtype in enumerate(
+        (torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.float16)
+    )
+}
 
 
 def is_supported() -> bool:
@@ -38,7 +37,7 @@ def is_supported() -> bool:
 
 
 def _up(num_bytes: int) -> int:
-    return -(-num_bytes // _LINE_BYTES) * _LINE_BYTES
+    return -(-num_bytes // LINE_BYTES) * LINE_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +45,13 @@ class SegmentPlan:
     """What lies where in the segment of a world: counters, buffers of sums, rings of messages.
 
     Each edge has a ring of `depth` messages of at most `hidden_bytes` or `sampled_bytes`. Memory
-    is taken by pages as they are first written.
+    is taken by pages as they are first written. `is_compiled`: all ranks use the compiled helper.
     """
 
     widths: tuple[int, ...]
     hidden_bytes: int
     sampled_bytes: int
+    is_compiled: bool = False
 
     @property
     def depth(self) -> int:
@@ -69,7 +69,7 @@ class SegmentPlan:
         return sum(self.widths) + 2 * len(self._edges)
 
     def buffer_at(self, rank: int, parity: int) -> int:
-        return _up(self.num_counters * _LINE_BYTES) + (2 * rank + parity) * CHUNK_BYTES
+        return _up(self.num_counters * LINE_BYTES) + (2 * rank + parity) * CHUNK_BYTES
 
     def rings(self) -> Iterator[tuple[Edge, Ring]]:
         """Forward edges, then those of sampled ids."""
@@ -98,10 +98,7 @@ class Ring:
 
 
 def create_segment(plan: SegmentPlan) -> tuple[int, str]:
-    """Anonymous memory for `plan`: its descriptor, and the path under which children open it."""
-    fd = os.memfd_create("bireme-world", os.MFD_CLOEXEC)
-    os.ftruncate(fd, plan.num_bytes)
-    return fd, f"/proc/{os.getpid()}/fd/{fd}"
+    return create_memory(plan.num_bytes, "bireme-world")
 
 
 class Segment:
@@ -109,53 +106,40 @@ class Segment:
 
     def __init__(self, path: str, plan: SegmentPlan, timeout_s: float) -> None:
         self.plan, self.timeout_s = plan, timeout_s
-        with open(path, "r+b") as file:
-            self._map = mmap.mmap(file.fileno(), plan.num_bytes)
-        self.words = memoryview(self._map)[: plan.num_counters * _LINE_BYTES].cast("I")
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        is_shared = sum(plan.widths) > len(os.sched_getaffinity(0))
-        self.num_spins = _SPINS_WHEN_SHARED if is_shared else _SPINS
+        self.memory = Memory(
+            path, plan.num_bytes, plan.num_counters, sum(plan.widths), is_compiled=plan.is_compiled
+        )
+        self.bytes = torch.frombuffer(self.memory.map, dtype=torch.uint8)
+        self.raw = self.memory.raw
 
-    def counter(self, index: int, whose: str) -> Counter:
-        return Counter(self, index, whose)
-
-    def raw(self, start: int, num_bytes: int) -> memoryview:
-        return memoryview(self._map)[start : start + num_bytes]
+    def counter(self, index: int, whose: int) -> RankCounter:
+        return RankCounter(self.memory.counter(index), whose, self.timeout_s)
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+@dataclass(frozen=True, slots=True)
+class RankCounter:
+    """A counter that rank `whose` raises; PeerLost where it does not in time."""
 
-
-class Counter:
-    """A count modulo 2^32 on a cache line of its own; the word behind it says that someone sleeps."""
-
-    def __init__(self, segment: Segment, index: int, whose: str) -> None:
-        self._words, self._at = segment.words, index * _LINE_BYTES // 4
-        self._address = ctypes.c_void_p(segment.address + index * _LINE_BYTES)
-        self._num_spins, self._timeout_s, self._whose = segment.num_spins, segment.timeout_s, whose
-        self._pause = ctypes.byref(_Timespec(0, _SLEEP_NS))
+    counter: Counter
+    whose: int
+    timeout_s: float
 
     def raise_to(self, count: int) -> None:
-        self._words[self._at] = count & 0xFFFFFFFF
-        if self._words[self._at + 1]:
-            self._words[self._at + 1] = 0
-            _LIBC.syscall(_FUTEX, self._address, _WAKE, 0x7FFFFFFF, None, None, 0)
+        self.counter.raise_to(count)
 
     def await_count(self, count: int) -> None:
-        """Returns once the count is reached; PeerLost after the segment's deadline."""
-        words, at = self._words, self._at
-        for _ in range(self._num_spins):
-            if not (words[at] - count) & _BEFORE:
-                return
-        deadline = time.monotonic() + self._timeout_s
-        while ((seen := words[at]) - count) & _BEFORE:
-            words[at + 1] = 1
-            value = ctypes.c_uint(seen)
-            _LIBC.syscall(_FUTEX, self._address, _WAIT, value, self._pause, None, 0)
-            if time.monotonic() > deadline:
-                raise PeerLost(f"{self._whose} did not come within {self._timeout_s:g} s")
+        if not self.counter.await_count(count, self.timeout_s):
+            raise late(self.whose, self.timeout_s)
+
+
+def late(rank: int, timeout_s: float) -> PeerLost:
+    return PeerLost(f"rank {rank} did not come within {timeout_s:g} s")
+
+
+def join_group(segment: Segment, rank: int, spans: SpanRing) -> ShmGroup:
+    """The tensor group of `rank`."""
+    made = ShmGroup if segment.memory.helper is None else CompiledGroup
+    return made(segment, rank, spans)
 
 
 class ShmGroup:
@@ -166,7 +150,7 @@ class ShmGroup:
         self._segment, self._spans, self._count = segment, spans, 0
         ranks = next(ranks for ranks in stage_ranks(segment.plan.widths) if rank in ranks)
         self._ranks, self._me = ranks, rank - ranks.start
-        counters = [segment.counter(other, f"rank {other}") for other in ranks]
+        counters = [segment.counter(other, other) for other in ranks]
         self._mine = counters.pop(self._me)
         self._others = counters
 
@@ -206,6 +190,60 @@ class ShmGroup:
         return parts
 
 
+class CompiledGroup(ShmGroup):
+    """The same in one call each: the helper's C knows the chunks and the two buffers as well."""
+
+    def __init__(self, segment: Segment, rank: int, spans: SpanRing) -> None:
+        super().__init__(segment, rank, spans)
+        memory, plan, size = segment.memory, segment.plan, len(self._ranks)
+        assert memory.helper is not None
+        self._sum, self._gather = memory.helper.all_reduce, memory.helper.all_gather
+        counters = [memory.address + other * LINE_BYTES for other in self._ranks]
+        buffers = [
+            memory.address + plan.buffer_at(other, parity)
+            for other in self._ranks
+            for parity in (0, 1)
+        ]
+        self._group = Group(
+            size=size,
+            me=self._me,
+            num_spins=memory.num_spins,
+            timeout_ns=int(segment.timeout_s * 1e9),
+            counters=(ctypes.c_void_p * size)(*counters),
+            buffers=(ctypes.c_void_p * (2 * size))(*buffers),
+        )
+        self._given = ctypes.byref(self._group)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        kind = _KINDS.get(x.dtype)
+        if kind is None or not x.is_contiguous():
+            return super().all_reduce(x)
+        num_bytes = x.nbytes
+        with self._spans.span(SpanKind.ALL_REDUCE, num_bytes):
+            first = self._take(num_bytes)
+            self._check(self._sum(self._given, x.data_ptr(), num_bytes, kind, first))
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(len(self._ranks), *x.shape)
+        num_bytes = x.nbytes
+        with self._spans.span(SpanKind.ALL_GATHER, out.nbytes):
+            first = self._take(num_bytes)
+            self._check(self._gather(self._given, x.data_ptr(), out.data_ptr(), num_bytes, first))
+        return out
+
+    def _take(self, num_bytes: int) -> int:
+        """The count of the first of the exchanges that so many bytes need."""
+        first = self._count + 1 & 0xFFFFFFFF
+        self._count += -(-num_bytes // CHUNK_BYTES)
+        return first
+
+    def _check(self, late_one: int) -> None:
+        if late_one >= 0:
+            raise late(self._ranks[late_one], self._segment.timeout_s)
+
+
 def _sum_into(out: torch.Tensor, parts: Sequence[torch.Tensor]) -> None:
     if len(parts) == 2:
         torch.add(*parts, out=out)
@@ -230,8 +268,8 @@ class ShmSender:
         self._edges = [
             (
                 ring,
-                segment.counter(ring.counter, f"rank {edge.src}"),
-                segment.counter(ring.counter + 1, f"rank {edge.dst}"),
+                segment.counter(ring.counter, edge.src),
+                segment.counter(ring.counter + 1, edge.dst),
             )
             for edge, ring in edges
         ]
@@ -265,8 +303,8 @@ class ShmReceiver:
 
     def __init__(self, segment: Segment, edge: Edge, ring: Ring, spans: SpanRing) -> None:
         self._segment, self._edge, self._ring, self._spans = segment, edge, ring, spans
-        self._written = segment.counter(ring.counter, f"rank {edge.src}")
-        self._taken = segment.counter(ring.counter + 1, f"rank {edge.dst}")
+        self._written = segment.counter(ring.counter, edge.src)
+        self._taken = segment.counter(ring.counter + 1, edge.dst)
         self._count = 0
 
     def receive(

@@ -1,0 +1,60 @@
+"""How long the driver waits for a step: learned from what steps took, and longer while ranks get on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Iterable
+
+LEAST_S = 2.0
+_TIMES_EXPECTED = 5.0
+_DECAY = 0.99  # of the worst that was seen, at each further step of that size
+
+
+class StepCost:
+    """The worst seconds of a step, by its tokens in powers of two; old ones fade."""
+
+    def __init__(self) -> None:
+        self._worst: dict[int, float] = {}
+
+    def observe(self, num_tokens: int, seconds: float, *, is_bound: bool = False) -> None:
+        """`is_bound`: it took at most so long, for nobody was looking when it ended."""
+        bucket = num_tokens.bit_length()
+        known = self._worst.get(bucket)
+        if known is None:
+            self._worst[bucket] = seconds
+        elif not is_bound or seconds < known:
+            self._worst[bucket] = max(seconds, _DECAY * known)
+
+    def expected_s(self, num_tokens: int) -> float | None:
+        """As the next larger size that was seen, else in proportion to the largest; None before any."""
+        if not self._worst:
+            return None
+        bucket, largest = num_tokens.bit_length(), max(self._worst)
+        if bucket > largest:
+            return self._worst[largest] * (1 << (bucket - largest))
+        return self._worst[min(seen for seen in self._worst if seen >= bucket)]
+
+    def patience_s(self, batches: Iterable[int], limit_s: float) -> float:
+        """For the last of these batches (tokens), the others being ahead of it."""
+        expected = [self.expected_s(num_tokens) for num_tokens in batches]
+        known = [seconds for seconds in expected if seconds is not None]
+        if len(known) < len(expected):
+            return limit_s
+        return min(limit_s, max(LEAST_S, _TIMES_EXPECTED * sum(known)))
+
+
+class Patience:
+    """Ends when two looks, half of `patience_s` apart, find the same sign of life; at `limit_s` anyway."""
+
+    def __init__(self, patience_s: float, limit_s: float) -> None:
+        now = time.monotonic()
+        self._half_s, self._limit = patience_s / 2, now + limit_s
+        self._last: Hashable = None
+        self.next_look = min(self._limit, now + self._half_s)
+
+    def is_over(self, sign: Hashable) -> bool:
+        """A look. `sign` is never None."""
+        now = time.monotonic()
+        has_moved, self._last = sign != self._last, sign
+        self.next_look = min(self._limit, now + self._half_s)
+        return not has_moved or now >= self._limit
