@@ -61,13 +61,13 @@ def _likeliest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids int64 and logits float32, both [R, K], the likeliest first, of equals the lower id.
 
-    A logit and its id are one key of 63 bits, so that no two are equal.
+    A logit and its id are one key of 63 bits, so that no two are equal. Padding comes after all ids,
+    for it is -inf and its ids would be the highest.
     """
     size = (1 << _ID_BITS) - 1
     order = sortable(logits + 0.0).long() + 2**31  # -0.0 becomes 0.0
     ids = torch.arange(logits.shape[1], device=logits.device) + shard.first_id
     keys = (order << _ID_BITS) | (size - ids)
-    keys[:, shard.num_real :] = -1
     keys = keys.topk(min(num_top, keys.shape[1]), dim=1).values
     everyone = shard.group.all_gather(keys.contiguous()).transpose(0, 1).flatten(1)  # [R, tp * K]
     best = everyone.topk(num_top, dim=1).values
