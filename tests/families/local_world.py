@@ -31,7 +31,7 @@ from bireme.parallel.collectives import Communicator
 from bireme.parallel.layers import materialise, named_layouts
 from bireme.parallel.mesh import Alone, Mesh, TensorGroup
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_specs
-from bireme.request import ScheduledBatch, StepMasks, StepOutput
+from bireme.request import ScheduledBatch, StepHeader, StepMasks, StepOutput
 from bireme.trace import SpanRing
 from thread_group import ThreadGroup
 
@@ -92,7 +92,7 @@ class LocalExecutor:
         self.runners = [self._runner(rank) for rank in range(sum(widths))]
         self._threads = ThreadPoolExecutor(len(self.runners))
         self._outputs: deque[StepOutput] = deque()
-        self.masks: deque[StepMasks] = deque()  # of the steps to come
+        self.masks: deque[StepMasks] = deque()  # of the steps to come; each rank looks up its own
 
     def _mesh(self, rank: int) -> Mesh:
         mesh = Mesh(self.plan.config.parallel.widths, rank)
@@ -127,7 +127,7 @@ class LocalExecutor:
         )
         return ModelRunner(
             plan.model, model, comm, shape, plan.config.workspace_bytes, torch.device("cpu"), dtype,
-            self._rings[rank], lambda _header: self.masks.popleft(),
+            self._rings[rank], self._masks_of,
         )  # fmt: skip
 
     def _source(self, model: StageModel) -> TensorSource:
@@ -137,7 +137,11 @@ class LocalExecutor:
         sources = {piece.source.name: piece.source for piece in pieces}
         return DummySource(sources, self.plan.config.seed)
 
+    def _masks_of(self, header: StepHeader) -> StepMasks:
+        return next(masks for masks in self.masks if (masks.incarnation, masks.step_id) == header)
+
     def submit(self, batch: ScheduledBatch) -> None:
+        """Executes the step at once: what its masked slots need must be in `masks` already."""
         outputs = list(self._threads.map(lambda runner: self._execute(runner, batch), self.runners))
         self._outputs.extend(output for output in outputs if output is not None)
 

@@ -7,23 +7,20 @@ Shapes: T tokens, D hidden size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from bireme.engine.capture import StepCapture
-from bireme.engine.sampler import SamplingRows, sample
+from bireme.engine.sampling.sampler import MaskSource, Sampler
+from bireme.engine.sampling.shard import Shard
 from bireme.engine.slots import CacheShape, Slots, Workspace
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.models.attention import PagedAttention
 from bireme.models.blocks import StageModel
 from bireme.parallel.collectives import Communicator
-from bireme.request import ScheduledBatch, StepHeader, StepMasks, StepOutput
+from bireme.request import ScheduledBatch, StepOutput
 from bireme.trace import SpanKind, SpanRing
-
-MaskSource = Callable[[StepHeader], StepMasks]  # returns once the masks of a step have come
 
 
 class ModelRunner:
@@ -43,7 +40,6 @@ class ModelRunner:
     ) -> None:
         self.config, self.model, self.comm = config, model, comm
         self.device, self.dtype, self.spans = device, dtype, spans
-        self._workspace_bytes, self._masks = workspace_bytes, masks
         attentions = [module for module in model.modules() if isinstance(module, PagedAttention)]
         self.caches = {
             module.layer: PagedCache(
@@ -69,6 +65,13 @@ class ModelRunner:
         )
         self._last_ids = torch.zeros(cache.num_slots, dtype=torch.int64, device=device)
         self._expected_ids: deque[tuple[tuple[int, int], list[int]]] = deque()
+        mesh = comm.mesh
+        self._sampler: Sampler | None = None
+        if mesh.is_last_stage:
+            shard = Shard.of(config.vocab_size, mesh.tp_size, mesh.tp_rank, mesh.tensor)
+            self._sampler = Sampler(
+                model.logits, shard, masks, cache.num_slots, workspace_bytes, device
+            )
         self.capture: StepCapture | None = None
 
     @property
@@ -95,7 +98,9 @@ class ModelRunner:
             x = self.model(x, step)
         if not mesh.is_last_stage:
             self.comm.hidden_sender.send(header, x)
-        output = self._sample(batch, x, header) if mesh.is_last_stage else None
+        output = None
+        if self._sampler is not None:
+            output = self._sample(self._sampler, batch, x)
         if mesh.is_first_stage and not mesh.is_last_stage and batch.sampling_slots:
             self._expected_ids.append((header, batch.sampling_slots))
         if self.capture is not None:
@@ -145,51 +150,17 @@ class ModelRunner:
     # --- output --------------------------------------------------------------------------------
 
     def _sample(
-        self, batch: ScheduledBatch, x: torch.Tensor, header: tuple[int, int]
+        self, sampler: Sampler, batch: ScheduledBatch, x: torch.Tensor
     ) -> StepOutput | None:
-        """Samples the last token of each piece that asks for it, on every rank of the stage."""
-        mesh = self.comm.mesh
-        slots = batch.sampling_slots
-        ends = np.cumsum([piece.num_tokens for piece in batch.pieces]) - 1
-        sampled = [index for index, piece in enumerate(batch.pieces) if piece.samples]
+        """Gives each piece that asks for it its next id, on every rank of the stage."""
         if self.capture is not None:
             assert self.model.head is not None
             self.capture.add_logits(self.model.logits(x)[:, : self.model.head.logits.num_real])
-        ids: list[int] = []
-        if slots:
-            with self.spans.span(SpanKind.SAMPLE):
-                logits = self.model.logits(x[ends[sampled]]).float()
-                positions = [
-                    batch.pieces[index].start + batch.pieces[index].num_tokens for index in sampled
-                ]
-                rows = self._rows(slots, positions)
-                new = sample(logits, self._first_id, rows, mesh.tensor, self._workspace_bytes)
-                self._keep_ids(slots, new)
-                self.comm.sampled_sender.send(header, new)
-                ids = new.tolist() if mesh.answers else []
-        if not mesh.answers:
-            return None
-        return StepOutput(batch.incarnation, batch.step_id, slots, [[id_] for id_ in ids])
-
-    @property
-    def _first_id(self) -> int:
-        assert self.model.head is not None
-        return self.model.head.logits.first_id
-
-    def _rows(self, slots: list[int], positions: list[int]) -> SamplingRows:
-        setups = [setup.sampling for setup in self._slots.setups(slots)]
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.device)
-
-        return SamplingRows(
-            temperature=column([setup.temperature for setup in setups], torch.float32),
-            top_k=column([setup.top_k for setup in setups], torch.int64),
-            top_p=column([setup.top_p for setup in setups], torch.float32),
-            seeds=column([setup.seed for setup in setups], torch.int64),
-            positions=column(positions, torch.int64),
-            is_random=any(setup.temperature > 0 for setup in setups),
-            is_filtered=any(
-                setup.temperature > 0 and (setup.top_k or setup.top_p < 1) for setup in setups
-            ),
-        )
+        chosen = None
+        with self.spans.span(SpanKind.SAMPLE):
+            sampler.set_up(batch.setups)
+            if batch.sampling_slots:
+                chosen = sampler.choose(batch, x)
+                self._last_ids.index_copy_(0, chosen.slots, chosen.ids)
+                self.comm.sampled_sender.send(batch.header, chosen.ids)
+            return sampler.output(batch, x, chosen, answers=self.comm.mesh.answers)

@@ -86,7 +86,7 @@ class _Run:
 
 
 class Slots:
-    """Block tables and setups of the slots, kept on the host, and steps made of them."""
+    """Block tables of the slots, kept on the host, and steps made of them."""
 
     def __init__(
         self,
@@ -106,7 +106,6 @@ class Slots:
             window: np.zeros((shape.num_slots, max_blocks), dtype=np.int64) for window in windows
         }
         self._table_sizes = [0] * shape.num_slots
-        self._setups: dict[int, SlotSetup] = {}
         self._has_own_frequencies = rope is not None and depends_on_length(rope)
         self._frequencies: torch.Tensor | None = None
         if rope is not None:
@@ -129,11 +128,7 @@ class Slots:
                 self._tables[kind.window][slot, size : size + added] = blocks
         self._table_sizes[slot] = size + added
 
-    def setups(self, slots: list[int]) -> list[SlotSetup]:
-        return [self._setups[slot] for slot in slots]
-
     def _set_up(self, setup: SlotSetup) -> None:
-        self._setups[setup.slot] = setup
         self._table_sizes[setup.slot] = 0
         if self._has_own_frequencies and self._frequencies is not None and self._rope is not None:
             frequencies = inverse_frequencies(self._rope, setup.max_len)

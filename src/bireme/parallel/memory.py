@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from bireme.model_config import ModelConfig
 from bireme.parallel.layout import RankLayout, vocabulary_width
 
-_HISTOGRAM_BYTES = 4 * 8 * 2048  # of a sampled row, its sums and their copies (`engine/sampler.py`)
+# of a sampled row, its sums and their copies (`engine/sampling/choosing.py`)
+_HISTOGRAM_BYTES = 4 * 8 * 2048
+_SAID_BYTES = 4  # of a token that penalties must know (`engine/sampling/penalties.py`)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,11 @@ def rank_memory(
     logits = 0
     if rank.stage == len(widths) - 1:
         width = vocabulary_width(config.vocab_size, widths[-1])
-        logits = limits.num_seqs * (width * (4 + 2 * item_bytes) + _HISTOGRAM_BYTES)
+        # what was said stays, but attention has no logits beside it, and sampling no places
+        row = max(
+            width * (4 + 2 * item_bytes) + _HISTOGRAM_BYTES, _SAID_BYTES * limits.max_model_len
+        )
+        logits = limits.num_seqs * row
     cached: Counter[int | None] = Counter()
     for spec in rank.kv:
         cached[spec.window] += spec.elements_per_token * item_bytes

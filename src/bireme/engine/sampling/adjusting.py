@@ -1,0 +1,113 @@
+"""What is done to logits before an id is chosen: biases, penalties, bans, masks, in this order.
+
+vLLM's order, but for bans and masks, which it applies first: -inf stays -inf, so that is the same.
+Shapes: S sampled rows, V local vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bireme.engine.sampling.penalties import Penalties
+from bireme.engine.sampling.shard import Shard
+from bireme.request import SlotSetup
+
+_BYTES_PER_MASKED_LOGIT = 16  # a bit as a byte, thrice, and a number to add, twice
+
+
+@dataclass(frozen=True)
+class _Edits:
+    """Columns of this shard that a slot's biases and bans touch: int64, and float32 of each bias."""
+
+    biased: torch.Tensor
+    biases: torch.Tensor
+    stops: torch.Tensor
+    min_len: int
+
+    def touch(self, position: int) -> bool:
+        return len(self.biased) > 0 or position < self.min_len
+
+
+class Adjustments:
+    """What the slots ask for; most slots ask for nothing and cost nothing."""
+
+    def __init__(self, shard: Shard, workspace_bytes: int, device: torch.device) -> None:
+        self._shard, self._device = shard, device
+        self._penalties = Penalties(shard, workspace_bytes, device)
+        self._edits: dict[int, _Edits] = {}
+
+    def set_up(self, setup: SlotSetup) -> None:
+        sampling = setup.sampling
+        self._penalties.set_up(setup)
+        self._edits.pop(setup.slot, None)
+        if not sampling.logit_bias and not (sampling.stop_ids and sampling.min_len):
+            return
+        here = [(id_, bias) for id_, bias in sampling.logit_bias if self._shard.holds(id_)]
+        biased = self._shard.columns(id_ for id_, _ in here)
+        self._edits[setup.slot] = _Edits(
+            torch.tensor(biased, dtype=torch.int64).to(self._device),
+            torch.tensor([bias for _, bias in here], dtype=torch.float32).to(self._device),
+            torch.tensor(self._shard.columns(sampling.stop_ids), dtype=torch.int64).to(
+                self._device
+            ),
+            sampling.min_len,
+        )
+
+    def touch(self, slots: Sequence[int], positions: Sequence[int]) -> bool:
+        """True if anything is to be changed for the tokens of these positions."""
+        return any(
+            slot in self._penalties or (slot in self._edits and self._edits[slot].touch(position))
+            for slot, position in zip(slots, positions, strict=True)
+        )
+
+    def apply(self, logits: torch.Tensor, slots: Sequence[int], positions: Sequence[int]) -> None:
+        """Changes logits [S, V] of slots that are about to get the token of that position."""
+        edited = [
+            (logits[row], self._edits[slot], position)
+            for row, (slot, position) in enumerate(zip(slots, positions, strict=True))
+            if slot in self._edits and self._edits[slot].touch(position)
+        ]
+        for own, edits, _ in edited:
+            own.index_add_(0, edits.biased, edits.biases)
+        self._penalties.apply(logits, slots, positions)
+        for own, edits, position in edited:
+            if position < edits.min_len:
+                own.index_fill_(0, edits.stops, float("-inf"))
+
+    def append(self, slots: Sequence[int], positions: Sequence[int], ids: torch.Tensor) -> None:
+        """Takes the ids [S] that were chosen for these positions."""
+        self._penalties.append(slots, positions, ids)
+
+
+def apply_masks(
+    logits: torch.Tensor,
+    rows: Sequence[int],
+    masks: Sequence[bytes],
+    shard: Shard,
+    workspace_bytes: int,
+) -> None:
+    """Forbids ids in some rows of logits [S, V]; bit i % 8 of byte i // 8 of a row's mask allows i."""
+    num_at_once = max(1, workspace_bytes // (_BYTES_PER_MASKED_LOGIT * logits.shape[1]))
+    for start in range(0, len(rows), num_at_once):
+        tile = slice(start, start + num_at_once)
+        packed = np.stack([_own_bytes(mask, shard, logits.shape[1]) for mask in masks[tile]])
+        bits = torch.from_numpy(packed).to(logits.device).unsqueeze(2)
+        bits = (bits >> torch.arange(8, dtype=torch.uint8, device=logits.device)).bitwise_and_(1)
+        skipped = shard.first_id % 8
+        allowed = bits.flatten(1)[:, skipped : skipped + logits.shape[1]].bool()
+        addend = torch.zeros(allowed.shape, device=logits.device)
+        addend.masked_fill_(~allowed, float("-inf"))
+        logits.index_add_(0, torch.tensor(rows[tile]).to(logits.device), addend)
+
+
+def _own_bytes(mask: bytes, shard: Shard, width: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
+    """The bytes that have the bits of this shard's columns; behind the mask's end nothing is allowed."""
+    first = shard.first_id // 8
+    own = np.zeros(-(-(shard.first_id + width) // 8) - first, dtype=np.uint8)
+    given = np.frombuffer(mask, dtype=np.uint8)[first : first + len(own)]
+    own[: len(given)] = given
+    return own

@@ -1,0 +1,173 @@
+"""One step's sampling on one rank of the last stage; every rank of its group does the same.
+
+Slots ask for it when they are set up: what they ask for stays on the device, so that a step costs
+what its own rows asked for. Masks are waited for when everything but the choice is done, for all
+slots: their ids leave in one message anyway.
+Shapes: T tokens, D hidden size, S sampled rows, V local vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from bireme.engine.sampling.adjusting import Adjustments, apply_masks
+from bireme.engine.sampling.choosing import choose
+from bireme.engine.sampling.columns import SlotColumns
+from bireme.engine.sampling.logprobs import in_tiles, to_host
+from bireme.engine.sampling.prompts import PromptPart, prompt_parts, told_prompts
+from bireme.engine.sampling.shard import Shard
+from bireme.errors import EngineError
+from bireme.request import (
+    SamplingSetup,
+    ScheduledBatch,
+    SlotSetup,
+    StepHeader,
+    StepMasks,
+    StepOutput,
+    TokenLogprobs,
+)
+
+MaskSource = Callable[[StepHeader], StepMasks]  # returns once the masks of a step have come
+Logits = Callable[[torch.Tensor], torch.Tensor]  # hidden states [R, D] -> [R, V]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The new ids [S] of the slots [S] of a step, and the model's own logits, float32 [S, V], which
+    are intact if a slot asks for log-probabilities."""
+
+    slots: torch.Tensor
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
+class Sampler:
+    """What the slots of the last stage ask for, and the answer."""
+
+    def __init__(
+        self,
+        logits: Logits,
+        shard: Shard,
+        masks: MaskSource,
+        num_slots: int,
+        workspace_bytes: int,
+        device: torch.device,
+    ) -> None:
+        self._logits, self._shard, self._masks = logits, shard, masks
+        self._workspace_bytes, self._device = workspace_bytes, device
+        self._setups: dict[int, SamplingSetup] = {}
+        self._columns = SlotColumns(num_slots, device)
+        self._adjustments = Adjustments(shard, workspace_bytes, device)
+
+    def set_up(self, setups: Sequence[SlotSetup]) -> None:
+        for setup in setups:
+            self._setups[setup.slot] = setup.sampling
+            self._adjustments.set_up(setup)
+        self._columns.set_up(setups)
+
+    def choose(self, batch: ScheduledBatch, x: torch.Tensor) -> Chosen:
+        """The next id of each slot that samples, from the hidden states [T, D] of the step."""
+        ends = accumulate(piece.num_tokens for piece in batch.pieces)
+        sampled = [
+            (piece.slot, piece.start + piece.num_tokens, end - 1)
+            for piece, end in zip(batch.pieces, ends, strict=True)
+            if piece.samples
+        ]
+        slots, positions, rows = (list(column) for column in zip(*sampled, strict=True))
+        on_device = torch.tensor([slots, positions, rows]).to(self._device, non_blocking=True)
+        logits = self._logits(x[on_device[2]]).float()
+        adjusted = self._adjusted(batch, logits, slots, positions)
+        groups = self._columns.groups(slots, on_device[0], on_device[1])
+        ids = choose(adjusted, self._shard, groups, self._workspace_bytes)
+        self._adjustments.append(slots, positions, ids)
+        return Chosen(on_device[0], ids, logits)
+
+    def output(
+        self, batch: ScheduledBatch, x: torch.Tensor, chosen: Chosen | None, *, answers: bool
+    ) -> StepOutput | None:
+        """What the rank that answers tells the engine; all others work on it too, and return None."""
+        logprobs = self._logprobs(batch.sampling_slots, chosen) if chosen is not None else None
+        prompts = prompt_parts(batch.pieces, self._setups)
+        prompt_logprobs = self._prompt_logprobs(prompts, x) if prompts else None
+        if not answers:
+            return None
+        return StepOutput(
+            batch.incarnation,
+            batch.step_id,
+            batch.sampling_slots,
+            [[id_] for id_ in chosen.ids.tolist()] if chosen is not None else [],
+            self._told(batch.sampling_slots, logprobs) if logprobs is not None else [],
+            told_prompts(prompts, prompt_logprobs) if prompt_logprobs is not None else [],
+        )
+
+    # --- before the choice ---------------------------------------------------------------------
+
+    def _adjusted(
+        self,
+        batch: ScheduledBatch,
+        logits: torch.Tensor,
+        slots: Sequence[int],
+        positions: Sequence[int],
+    ) -> torch.Tensor:
+        """The logits to choose from: the model's own where nothing is to be changed."""
+        needs_mask = [piece.needs_mask for piece in batch.pieces if piece.samples]
+        masked = [row for row, needs in enumerate(needs_mask) if needs]
+        if not masked and not self._adjustments.touch(slots, positions):
+            return logits
+        if self._asking(slots):
+            logits = logits.clone()
+        self._adjustments.apply(logits, slots, positions)
+        if masked:
+            masks = _masks_of(self._masks(batch.header), [slots[row] for row in masked])
+            apply_masks(logits, masked, masks, self._shard, self._workspace_bytes)
+        return logits
+
+    # --- log-probabilities ---------------------------------------------------------------------
+
+    def _asking(self, slots: Sequence[int]) -> list[int]:
+        """Rows of the slots that want log-probabilities of their new tokens."""
+        return [
+            row for row, slot in enumerate(slots) if self._setups[slot].num_logprobs is not None
+        ]
+
+    def _logprobs(self, slots: Sequence[int], chosen: Chosen) -> torch.Tensor | None:
+        asking = self._asking(slots)
+        if not asking:
+            return None
+        rows = torch.tensor(asking).to(self._device)
+        num_top = max(self._setups[slots[row]].num_logprobs or 0 for row in asking)
+        return in_tiles(
+            lambda some: chosen.logits[some], rows, chosen.ids[rows], num_top,
+            self._shard, self._workspace_bytes,
+        )  # fmt: skip
+
+    def _told(self, slots: Sequence[int], logprobs: torch.Tensor) -> list[list[TokenLogprobs]]:
+        """One list a slot; empty for those that did not ask."""
+        asking = self._asking(slots)
+        counts = [self._setups[slots[row]].num_logprobs or 0 for row in asking]
+        told: list[list[TokenLogprobs]] = [[] for _ in slots]
+        for row, of_token in zip(asking, to_host(logprobs, counts), strict=True):
+            told[row] = [of_token]
+        return told
+
+    def _prompt_logprobs(self, parts: Sequence[PromptPart], x: torch.Tensor) -> torch.Tensor:
+        rows = [part.first_row + at for part in parts for at in range(len(part.targets))]
+        targets = [id_ for part in parts for id_ in part.targets]
+        on_device = torch.tensor([rows, targets]).to(self._device)
+        num_top = max(part.num_top for part in parts)
+        return in_tiles(
+            lambda some: self._logits(x[some]), on_device[0], on_device[1], num_top,
+            self._shard, self._workspace_bytes,
+        )  # fmt: skip
+
+
+def _masks_of(given: StepMasks, slots: Sequence[int]) -> list[bytes]:
+    masks = dict(zip(given.slots, given.masks, strict=True))
+    for slot in slots:
+        if slot not in masks:
+            raise EngineError(f"step {given.step_id} came with no mask for slot {slot}")
+    return [masks[slot] for slot in slots]
