@@ -92,6 +92,8 @@ class LocalExecutor:
         self.runners = [self._runner(rank) for rank in range(sum(widths))]
         self._threads = ThreadPoolExecutor(len(self.runners))
         self._outputs: deque[StepOutput] = deque()
+        if plan.config.deterministic:
+            list(self._threads.map(ModelRunner.make_deterministic, self.runners))
         self.masks: deque[StepMasks] = deque()  # of the steps to come; each rank looks up its own
 
     def _mesh(self, rank: int) -> Mesh:

@@ -42,7 +42,9 @@ def _run(
         )  # type: ignore[arg-type]
         for slot, more in enumerate(asked)
     ]
-    blocks = BlockManager(min(kind.num_blocks for kind in plan.kinds), plan.config.block_size)
+    blocks = BlockManager(plan.kinds, plan.config.block_size)
+    for slot in range(2):
+        blocks.start(slot, [])
     steps = [*pairwise([0, *cuts, 16]), *((16 + at, 17 + at) for at in range(NUM_NEW - 1))]
     executor = LocalExecutor(plan)
     if is_masked:
@@ -53,7 +55,7 @@ def _run(
         pieces = [
             ScheduledPiece(
                 slot, start, stop - start, prompts[slot][start:stop] if stop <= 16 else None,
-                [blocks.extend(slot, stop)] * len(plan.kinds), stop >= 16,
+                blocks.extend(slot, stop), stop >= 16,
                 needs_mask=is_masked and slot == 1 and stop == steps[-1][1],
             )
             for slot in range(2)

@@ -14,6 +14,7 @@ from bireme.engine.capture import StepCapture
 from bireme.engine.sampling.sampler import MaskSource, Sampler
 from bireme.engine.sampling.shard import Shard
 from bireme.engine.slots import CacheShape, Slots, Workspace
+from bireme.engine.tiles import SIZES, TiledModel, tile_model
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.models.attention import PagedAttention
@@ -70,8 +71,9 @@ class ModelRunner:
         if mesh.is_last_stage:
             shard = Shard.of(config.vocab_size, mesh.tp_size, mesh.tp_rank, mesh.tensor)
             self._sampler = Sampler(
-                model.logits, shard, masks, cache.num_slots, workspace_bytes, device
+                self._logits, shard, masks, cache.num_slots, workspace_bytes, device
             )
+        self._tiled: TiledModel | None = None
         self.capture: StepCapture | None = None
 
     @property
@@ -92,10 +94,10 @@ class ModelRunner:
     def _execute(self, batch: ScheduledBatch) -> StepOutput | None:
         mesh, header = self.comm.mesh, (batch.incarnation, batch.step_id)
         self._slots.apply(batch)
-        step = self._slots.context(batch.pieces)
+        step = self._slots.context(batch.pieces) if self._tiled is None else None
         x = self._input(batch, header)
         with self.spans.span(SpanKind.COMPUTE):
-            x = self.model(x, step)
+            x = self.model(x, step) if self._tiled is None else self._tiled(x, batch.pieces)
         if not mesh.is_last_stage:
             self.comm.hidden_sender.send(header, x)
         output = None
@@ -106,6 +108,21 @@ class ModelRunner:
         if self.capture is not None:
             self.capture.finish_step(batch)
         return output
+
+    def make_deterministic(self) -> None:
+        """From here on a token's result does not depend on what else runs; before the first step, and
+        on all ranks of a tensor group together."""
+        count = min(2 * SIZES[0], self._slots.num_places)
+        generator = torch.Generator().manual_seed(0)
+        if self.comm.mesh.is_first_stage:
+            inputs = torch.randint(self.config.vocab_size, (count,), generator=generator)
+        else:
+            inputs = torch.randn(count, self.config.hidden_size, generator=generator).to(self.dtype)
+        self._tiled = tile_model(self.model, self._slots, self.comm.mesh, inputs.to(self.device))
+
+    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[S, D] -> [S, V]"""
+        return self.model.logits(x) if self._tiled is None else self._tiled.logits(x)
 
     def drain(self) -> None:
         """Takes every message that is still under way to this rank, and delivers its own."""
@@ -155,7 +172,7 @@ class ModelRunner:
         """Gives each piece that asks for it its next id, on every rank of the stage."""
         if self.capture is not None:
             assert self.model.head is not None
-            self.capture.add_logits(self.model.logits(x)[:, : self.model.head.logits.num_real])
+            self.capture.add_logits(self._logits(x)[:, : self.model.head.logits.num_real])
         chosen = None
         with self.spans.span(SpanKind.SAMPLE):
             sampler.set_up(batch.setups)

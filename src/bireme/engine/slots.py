@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
-from bireme.models.attention import PagedAttention, SequenceGroup, StepContext
+from bireme.models.attention import PagedAttention, SequenceGroup, StepContext, Tile
 from bireme.models.rope import depends_on_length, inverse_frequencies
 from bireme.parallel.layout import CacheKind, StepWork
-from bireme.request import ScheduledBatch, ScheduledPiece, SlotSetup
+from bireme.request import SamplingSetup, ScheduledBatch, ScheduledPiece, SlotSetup
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,18 @@ class Slots:
             frequencies = inverse_frequencies(rope, shape.max_model_len)
             self._frequencies = frequencies.repeat(rows, 1).to(device)
 
+    @property
+    def num_places(self) -> int:
+        """Tokens that one request can have in every layer at once."""
+        fewest = min((kind.num_blocks - 1 for kind in self._shape.kinds), default=0)
+        return min(self._shape.max_model_len, fewest * self._shape.block_size)
+
+    def try_on(self, num_tokens: int) -> None:
+        """Gives slot 0 the first blocks of the cache, which no request has yet."""
+        self._set_up(SlotSetup(0, num_tokens, SamplingSetup(seed=0)))
+        blocks = list(range(1, 1 - (-num_tokens // self._shape.block_size)))
+        self._extend(0, [blocks] * len(self._shape.kinds))
+
     def apply(self, batch: ScheduledBatch) -> None:
         """Takes new requests in, and the blocks that the batch's pieces got."""
         for setup in batch.setups:
@@ -150,6 +163,33 @@ class Slots:
             caches=self._caches,
             cos=cos,
             sin=sin,
+        )
+
+    def tile(
+        self, slots: NDArray[np.int64], positions: NDArray[np.int64], num_rows: int
+    ) -> StepContext:
+        """Of rows at positions of slots, padded to `num_rows` with rows that see one place."""
+        num_real = len(slots)
+        padding = (0, num_rows - num_real)
+        slots, positions = np.pad(slots, padding), np.pad(positions, padding)
+        num_context = -(-int(positions.max() + 1) // SPLIT) * SPLIT
+        context = np.arange(num_context)[None]
+        is_unseen = context > positions[:, None]
+        is_unseen[num_real:] = True
+        last = self._shape.max_model_len - 1
+        on_device = torch.from_numpy(positions).to(self._device)
+        cos, sin = self._rotation(slots, on_device)
+        return StepContext(
+            positions=on_device,
+            places=self._places(slots[:num_real], positions[:num_real]),
+            groups=[],
+            caches=self._caches,
+            cos=cos,
+            sin=sin,
+            tile=Tile(
+                on_device,
+                self._places(slots[:, None], np.minimum(context, last), is_unseen),
+            ),
         )
 
     def _places(

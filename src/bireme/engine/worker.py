@@ -186,6 +186,8 @@ class Worker:
             command.model, model, self._comm, cache, config.workspace_bytes, self._device, dtype,
             self._spans, lambda header: self._commands.await_masks(header, config.step_timeout_s),
         )  # fmt: skip
+        if config.deterministic:
+            self._runner.make_deterministic()
         read = source.stats if isinstance(source, Artifact) else None
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(

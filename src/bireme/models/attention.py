@@ -6,7 +6,7 @@ t tokens a sequence, C context tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from bireme.kernels.attention import attention, attention_bias, grouped_query_attention
 from bireme.kernels.functional import apply_rope
+from bireme.kernels.tiled_attention import SPLIT, Scoring, tiled_attention
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
@@ -71,6 +72,16 @@ class SequenceGroup:
 
 
 @dataclass
+class Tile:
+    """A fixed number of rows that a stage computes alike, whoever they belong to: positions [N], and
+    context [N, C] places of the cache for the layers of each window, C a multiple of a split. The
+    last rows may be padding: nothing of theirs is written."""
+
+    positions: torch.Tensor
+    context: dict[int | None, torch.Tensor]
+
+
+@dataclass
 class StepContext:
     """What every layer of a stage must know of a step: positions [T], places [T] of the new keys in
     the layers of each window, cos and sin [T, rotary_dim / 2], and the cache of each of the stage's
@@ -82,6 +93,7 @@ class StepContext:
     caches: dict[int, PagedCache]
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
+    tile: Tile | None = None
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
@@ -145,8 +157,10 @@ class PagedAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: StepContext
     ) -> torch.Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H * D]."""
-        cache = step.caches[self.layer]
-        cache.write(step.places[self.window], k, v)
+        cache, places = step.caches[self.layer], step.places[self.window]
+        cache.write(places, k[: len(places)], v[: len(places)])
+        if step.tile is not None:
+            return self._attend_tile(q, step.tile, cache).flatten(1)
         out = torch.empty_like(q)
         for group in step.groups:
             attended = self._attend(q[group.rows].transpose(1, 2), group, cache)
@@ -172,6 +186,23 @@ class PagedAttention(nn.Module):
             k, v = keys[:, :, first:stop], values[:, :, first:stop]
             parts.append(attend(q[:, :, slice(*queries)], k, v, bias, self.scale, self.cap))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _attend_tile(self, q: torch.Tensor, tile: Tile, cache: PagedCache) -> torch.Tensor:
+        """[N, H, D] -> [N, H, D]"""
+        scoring = Scoring(self.scale, self.cap, self._slopes, self.window)
+        return tiled_attention(q, self._splits(tile, cache), tile.positions, scoring)
+
+    def _splits(
+        self, tile: Tile, cache: PagedCache
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        context = tile.context[self.window]
+        for first in range(0, context.shape[1], SPLIT):
+            keys, values = (
+                x.transpose(1, 2) for x in cache.read(context[:, first : first + SPLIT])
+            )
+            if self._head_index is not None:
+                keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
+            yield first, keys, values
 
 
 class Attention(nn.Module):
