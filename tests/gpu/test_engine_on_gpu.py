@@ -1,0 +1,67 @@
+"""The engine on a CUDA device: exact in a crowd, structured, with log-probabilities."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bireme import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from bireme.engine.pool import WorkerPool
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+PROMPTS = [[7 + index, *range(40, 40 + 9 * index)] for index in range(6)]
+
+
+def greedy(**more: object) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, **more)  # type: ignore[arg-type]
+
+
+def logprobs(output: RequestOutput) -> list[dict[int, float]]:
+    found = output.outputs[0].logprobs
+    assert found is not None
+    return [{id_: item.logprob for id_, item in place.items()} for place in found]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_deterministic_logits_do_not_depend_on_the_crowd(pool: WorkerPool, dtype: str) -> None:
+    params = greedy(logprobs=5)
+    with LLM(
+        "demo", device="cuda", dtype=dtype, pool=pool, deterministic=True,
+        max_num_batched_tokens=17, max_num_seqs=4,
+    ) as llm:  # fmt: skip
+        together = llm.generate([*PROMPTS, *PROMPTS], params)
+        alone = [llm.generate([prompt], params)[0] for prompt in PROMPTS]
+        assert llm.start().scheduler.num_prefix_hits > 0
+    for crowd, single in zip(together, alone + alone, strict=True):
+        assert crowd.outputs[0].token_ids == single.outputs[0].token_ids
+        for mine, theirs in zip(logprobs(crowd), logprobs(single), strict=True):
+            # a logit that differs in its last bit would show; float64 sums of other shapes do not
+            assert mine == pytest.approx(theirs, abs=1e-11)
+
+
+def test_sampling_features_choose_on_a_gpu_as_on_a_cpu(pool: WorkerPool) -> None:
+    params = [
+        greedy(repetition_penalty=1.3, logprobs=3, prompt_logprobs=2),
+        greedy(frequency_penalty=0.7, presence_penalty=0.2, logit_bias={70: 4.0}),
+        SamplingParams(temperature=0.9, min_p=0.05, seed=4, max_tokens=24, min_tokens=20),
+        SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=5, max_tokens=24),
+        SamplingParams(
+            temperature=1.0, seed=6, max_tokens=60,
+            structured_outputs=StructuredOutputsParams(json={"enum": ["red", "green", [1, 2]]}),
+        ),
+    ]  # fmt: skip
+    found = []
+    for device in ("cpu", "cuda"):
+        with LLM("demo", device=device, dtype="float32", pool=pool) as llm:
+            found.append(llm.generate(PROMPTS[: len(params)], params))
+    for cpu, cuda in zip(*found, strict=True):
+        assert cpu.outputs[0].token_ids == cuda.outputs[0].token_ids
+    for mine, theirs in zip(logprobs(found[0][0]), logprobs(found[1][0]), strict=True):
+        assert mine.keys() == theirs.keys()
+        assert all(abs(mine[id_] - theirs[id_]) < 1e-3 for id_ in mine)
+    assert json.loads(found[1][4].outputs[0].text) in ["red", "green", [1, 2]]
