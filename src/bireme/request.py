@@ -197,6 +197,11 @@ class Executor(Protocol):
         """Lets the masked slots of a submitted step be sampled; returns at once."""
         ...
 
+    def wait(self, wake: int) -> bool:
+        """True once `collect` need not be waited for (or has waited too long), False if the file
+        descriptor `wake` becomes readable before."""
+        ...
+
     def collect(self) -> StepOutput:
         """The next step's output, in submission order. Raises EngineError when a rank failed."""
         ...

@@ -14,6 +14,7 @@ import pytest
 from bireme import LLM, AsyncLLM, SamplingParams
 from bireme.engine.pool import WorkerPool
 from bireme.errors import CapacityError, EngineError, RankError, RequestError
+from bireme.request import ScheduledBatch
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
@@ -156,5 +157,37 @@ def test_stop_strings_end_a_request_and_do_not_show(pool: WorkerPool) -> None:
         assert last.text == text[: text.index(stop)]
         assert all(text.startswith(output.outputs[0].text) for output in outputs)
         await until(lambda: not llm.start().scheduler.has_unfinished)
+
+    serve(pool, use)
+
+
+def test_a_new_request_is_scheduled_while_a_step_of_another_is_in_flight(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when its output has come: there is room for another batch."""
+
+    async def use(llm: AsyncLLM) -> None:
+        scheduler, executor = llm.start().scheduler, llm.executor
+        submit = executor.submit
+        first_seen = asyncio.Event()
+        loop, in_flight = asyncio.get_running_loop(), []
+
+        def submitting(batch: ScheduledBatch) -> None:
+            in_flight.append(scheduler.num_in_flight)
+            submit(batch)
+            loop.call_soon_threadsafe(first_seen.set)
+
+        monkeypatch.setattr(executor, "submit", submitting)
+        stopped = pool.take(2)[1].process.pid
+        os.kill(stopped, signal.SIGSTOP)  # nothing is answered from here on
+        try:
+            first = asyncio.create_task(answer(llm, [5, 6]))
+            await first_seen.wait()
+            second = asyncio.create_task(answer(llm, [7, 8]))
+            await until(lambda: len(in_flight) > 1)
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        await asyncio.gather(first, second)
+        assert in_flight[:2] == [1, 2]
 
     serve(pool, use)

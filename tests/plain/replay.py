@@ -146,6 +146,9 @@ class ReplayExecutor:
     def give_up(self) -> None:
         raise AssertionError("nothing is interrupted here")
 
+    def wait(self, wake: int) -> bool:
+        return True
+
     def collect(self) -> StepOutput:
         batch = self._batches.popleft()
         for stage in self._stages:

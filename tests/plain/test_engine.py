@@ -33,6 +33,9 @@ class Scripted:
     def give_up(self) -> None:
         pass
 
+    def wait(self, wake: int) -> bool:
+        return True
+
     def collect(self) -> StepOutput:
         self.at_collect()
         batch = self.in_flight.popleft()

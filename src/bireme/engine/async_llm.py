@@ -4,10 +4,12 @@ in a thread of its own, for any number of callers at once."""
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,40 @@ from bireme.request import Request
 from bireme.sampling_params import SamplingParams
 
 _Command = tuple[Request, Matcher | None] | str | None  # add, abort by id, or close
+
+
+class _Inbox:
+    """Commands for the engine's thread; `wake` is readable while some may be there."""
+
+    def __init__(self) -> None:
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._reader, self._writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        weakref.finalize(self, _close, self._reader, self._writer)
+
+    @property
+    def wake(self) -> int:
+        return self._reader
+
+    def put(self, command: _Command) -> None:
+        self._commands.put(command)
+        with suppress(BlockingIOError):  # full: it is readable already
+            os.write(self._writer, b"\0")
+
+    def take(self, *, block: bool) -> Iterator[_Command]:
+        """All that are there; waits for one if asked to."""
+        with suppress(BlockingIOError):
+            os.read(self._reader, 1 << 16)
+        try:
+            while True:
+                yield self._commands.get(block=block)
+                block = False
+        except queue.Empty:
+            return
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 @dataclass(eq=False)
@@ -47,7 +83,7 @@ class AsyncLLM(EngineHost):
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._commands = _Inbox()
         self._listeners: dict[str, tuple[_Listener, int]] = {}  # with the choice, by request id
         self._thread: threading.Thread | None = None
         self._error: Exception | None = EngineError(
@@ -202,7 +238,7 @@ class AsyncLLM(EngineHost):
 
         try:
             while self._obey(engine, tell):
-                events = engine.step()
+                events = engine.step(self._commands.wake)
                 if events:
                     tell(self._deliver, events)
             engine.settle()
@@ -213,12 +249,7 @@ class AsyncLLM(EngineHost):
         """Does what callers asked for since the last step; waits where there is nothing else to do.
         False once closed."""
         is_idle = not engine.has_unfinished and not engine.scheduler.num_in_flight
-        while True:
-            try:
-                command = self._commands.get(block=is_idle)
-            except queue.Empty:
-                return True
-            is_idle = False
+        for command in self._commands.take(block=is_idle):
             match command:
                 case None:
                     return False
@@ -229,3 +260,4 @@ class AsyncLLM(EngineHost):
                         engine.add(request, matcher)
                     except UserError as error:
                         tell(self._refuse, request.request_id, error)
+        return True

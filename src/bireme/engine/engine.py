@@ -93,17 +93,26 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
 
-    def step(self) -> list[TokenEvent]:
-        """Submits what can be, and takes the oldest step's tokens. Ends requests whose time is up."""
+    def step(self, wake: int | None = None) -> list[TokenEvent]:
+        """Submits what can be, and takes the oldest step's tokens. Ends requests whose time is up.
+
+        Where more could be submitted, it returns early once the descriptor `wake` is readable.
+        """
         events = [self._event(News(state, [], [])) for state in self._expired()]
         while (batch := self.scheduler.schedule()) is not None:
             self._executor.submit(batch)
             self._await_masks(batch)
         self._give_masks()
-        if self.scheduler.num_in_flight:
+        if self.scheduler.num_in_flight and self._is_worth_waiting(wake):
             news = self.scheduler.update(self._executor.collect())
             events += [self._event(self._matched(item)) for item in news]
         return events
+
+    def _is_worth_waiting(self, wake: int | None) -> bool:
+        scheduler = self.scheduler
+        if wake is None or scheduler.num_in_flight >= scheduler.max_in_flight:
+            return True
+        return self._executor.wait(wake)
 
     def run(self, requests: Iterable[tuple[Request, Matcher | None]]) -> Iterator[TokenEvent]:
         """Yields tokens as they come, until all requests have ended; no more wait than may.

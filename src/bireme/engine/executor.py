@@ -175,6 +175,12 @@ class WorkerExecutor:
         ahead = [step.num_tokens for step in islice(self._waiting, num_batches)]
         return Patience(self._cost.patience_s(ahead, limit_s), limit_s)
 
+    def wait(self, wake: int) -> bool:
+        """After a deadline as `collect` has, it is `collect` that complains."""
+        step, limit_s = self._waiting[0], self._plan.config.step_timeout_s
+        patience_s = self._cost.patience_s([step.num_tokens], limit_s)
+        return self._world.wait(wake, max(step.submitted, self._last_output) + patience_s)
+
     def collect(self) -> StepOutput:
         expected = self._waiting[0].header
         was_there = self._world.has_reply()

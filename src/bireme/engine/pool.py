@@ -183,6 +183,15 @@ class World:
             replies[found[0]] = found[1]
         return [replies[index] for index in range(len(self.ranks))]
 
+    def wait(self, wake: int, until: float) -> bool:
+        """False if `wake` becomes readable before a rank replies and before that time."""
+        self._selector.register(wake, selectors.EVENT_READ)
+        try:
+            events = self._selector.select(max(0.0, until - time.monotonic()))
+        finally:
+            self._selector.unregister(wake)
+        return not events or any(key.fd != wake for key, _ in events)
+
     def has_reply(self) -> bool:
         return bool(self._selector.select(0))
 

@@ -28,6 +28,9 @@ class ScriptedExecutor:
     def give_up(self) -> None:
         self.is_broken = True
 
+    def wait(self, wake: int) -> bool:
+        return True
+
     def collect(self) -> StepOutput:
         batch = self._in_flight.popleft()
         for setup in batch.setups:

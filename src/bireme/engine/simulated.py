@@ -67,6 +67,9 @@ class SimulatedExecutor:
     def give_up(self) -> None:
         self.is_broken = True
 
+    def wait(self, wake: int) -> bool:
+        return True
+
     def collect(self) -> StepOutput:
         """Takes the clock to the end of the oldest step."""
         batch, submitted_s = self._submitted.popleft()
