@@ -40,7 +40,8 @@ MIN_CHUNK_TOKENS = 256
 @dataclass(frozen=True, kw_only=True)
 class SchedulerLimits:
     """`context_per_token`: the context length (tokens) at which attending to it costs a token as
-    much as the rest of its work. `prefix_salt` is hashed with every prompt."""
+    much as the rest of its work. `depends_on_length`: keys and values are those of requests with
+    the same longest length only."""
 
     pp_size: int
     max_num_seqs: int
@@ -79,9 +80,8 @@ class Scheduler:
         self.limits = limits
         self.blocks = BlockManager(kinds, limits.block_size)
         self.max_in_flight = limits.pp_size + 1
-        self.num_preemptions = self.num_prefix_queries = self.num_prefix_hits = (
-            0  # last two: tokens
-        )
+        self.num_preemptions = 0
+        self.num_prefix_queries = self.num_prefix_hits = 0  # tokens
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._states: dict[str, RequestState] = {}
         self._waiting: list[RequestState] = []  # by order
@@ -220,7 +220,7 @@ class Scheduler:
     def _choose_decodes(self, group: int, choice: _Choice) -> None:
         self._groups.level(group)
         budget, step_id = self.limits.max_num_batched_tokens, self._next_step_id
-        apart = 1 if not self._waiting and not self._prefilling else self.limits.pp_size
+        apart = self.limits.pp_size if self._prefilling else 1
         pieces, sampled = choice.pieces, choice.sampled
         for state in self._groups.decoding(group):
             num_in_flight = state.num_in_flight
@@ -418,6 +418,7 @@ class Scheduler:
     def _share_prefix(self, state: RequestState, slot: int) -> None:
         """Just before its first chunk: even a prompt of the same batch may have begun alike."""
         keys = self._cached_keys(state)
+        self.blocks.release(slot)  # where it could not begin before, what it shared then
         state.shared = self.blocks.start(slot, keys)
         state.num_published = len(keys)
         state.num_computed = state.num_cached = state.num_places = self.blocks.num_held(slot)
