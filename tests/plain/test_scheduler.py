@@ -101,7 +101,7 @@ KINDS = st.sampled_from(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(
     st.integers(8, 20),
     st.integers(1, 4),

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 import sys
-from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
+from bireme.engine.chunks import equal_chunk, tokens_at_once
 from bireme.engine.decode_groups import DecodeGroups
 from bireme.engine.request_state import News, RequestState
+from bireme.engine.waiting_queue import Deadlines, OrderedRequests
 from bireme.errors import CapacityError
 from bireme.kvcache.block_manager import BlockManager, block_key
 from bireme.parallel.layout import CacheKind
@@ -34,7 +34,6 @@ from bireme.request import (
 )
 
 PRIORITY_SPAN_S = 30.0
-MIN_CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,6 @@ class _Choice:
 
 
 _NO_BLOCKS: list[list[int]] = []
-_by_order = attrgetter("order")
 
 
 class Scheduler:
@@ -84,11 +82,11 @@ class Scheduler:
         self.num_prefix_queries = self.num_prefix_hits = 0  # tokens
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self._states: dict[str, RequestState] = {}
-        self._waiting: list[RequestState] = []  # by order
-        self._prefilling: list[RequestState] = []  # by order
+        self._waiting = OrderedRequests()
+        self._prefilling = OrderedRequests()
         self._groups = DecodeGroups(limits.pp_size, limits.context_per_token)
         self._slots: list[RequestState | None] = [None] * limits.max_num_seqs
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines = Deadlines()
         self._in_flight: deque[_InFlight] = deque()
         self._num_added = 0
         self._next_step_id = 0
@@ -116,9 +114,8 @@ class Scheduler:
         state.needs_mask = request.params.structured_outputs is not None
         self._num_added += 1
         self._states[request.request_id] = state
-        insort(self._waiting, state, key=_by_order)
-        if request.deadline_s is not None:
-            insort(self._deadlines, (request.deadline_s, request.request_id))
+        self._waiting.add(state)
+        self._deadlines.add(state)
         return state
 
     def abort(self, request_id: str, reason: str = "abort") -> RequestState | None:
@@ -137,12 +134,10 @@ class Scheduler:
 
     def take_expired(self, now_s: float) -> list[RequestState]:
         """Ends the requests whose deadline has passed."""
-        ended = []
-        while self._deadlines and self._deadlines[0][0] <= now_s:
-            _, request_id = self._deadlines.pop(0)
-            state = self.abort(request_id, "timeout")
-            ended += [state] if state is not None else []
-        return ended
+        late = [self._states[request_id] for request_id in self._deadlines.passed(now_s)]
+        for state in late:
+            self.abort(state.request.request_id, "timeout")
+        return late
 
     @property
     def has_unfinished(self) -> bool:
@@ -174,13 +169,9 @@ class Scheduler:
 
     def _end(self, state: RequestState) -> None:
         del self._states[state.request.request_id]
-        if state.request.deadline_s is not None:
-            at = (state.request.deadline_s, state.request.request_id)
-            index = bisect_left(self._deadlines, at)
-            if index < len(self._deadlines) and self._deadlines[index] == at:
-                del self._deadlines[index]
+        self._deadlines.remove(state)
         if state.slot is None:
-            _remove(self._waiting, state)
+            self._waiting.remove(state)
         else:
             self._leave_slot(state)
 
@@ -188,7 +179,7 @@ class Scheduler:
         """At once: whoever gets the blocks or the slot next is executed later, by step_id order."""
         assert state.slot is not None
         if not self._groups.leave(state):
-            _remove(self._prefilling, state)
+            self._prefilling.remove(state)
         self.blocks.release(state.slot)
         self._free_slots.append(state.slot)
         self._slots[state.slot] = None
@@ -251,16 +242,22 @@ class Scheduler:
         budget = self.limits.max_num_batched_tokens - len(choice.pieces)
         if not self._prefilling:
             return
-        most = self._most_at_once()
-        for state in tuple(self._prefilling):
+        limits = self.limits
+        given = sum(state.num_given for state in self._prefilling)
+        most = tokens_at_once(given, limits.pp_size, limits.max_num_batched_tokens)
+        for state in self._prefilling:
             if budget <= 0:
                 return
             if state.slot is None or (state.is_new and state.group != group):
                 continue
             if state.is_new:
                 self._share_prefix(state, state.slot)
-            num_tokens = self._chunk(state, min(budget, most))
-            blocks = self._grow(state, state.num_computed, state.num_computed + num_tokens)
+            start = state.num_computed
+            num_tokens = equal_chunk(
+                start, min(budget, most), limits.context_per_token, limits.block_size
+            )
+            num_tokens = min(num_tokens, state.num_given - start)
+            blocks = self._grow(state, start, start + num_tokens)
             if blocks is None:
                 return
             budget -= num_tokens
@@ -295,28 +292,8 @@ class Scheduler:
             choice.sampled.append(state)
             state.num_in_flight += 1
             state.last_step_id = self._next_step_id
-            _remove(self._prefilling, state)
+            self._prefilling.remove(state)
             self._groups.begin_decoding(state)
-
-    def _most_at_once(self) -> int:
-        """Tokens of prompts in one step: with stages, few enough that chunks follow one another
-        through them and none works alone."""
-        most, num_stages = self.limits.max_num_batched_tokens, self.limits.pp_size
-        if num_stages == 1:
-            return most
-        given = sum(state.num_given for state in self._prefilling)
-        return min(most, max(MIN_CHUNK_TOKENS, -(-given // (2 * num_stages))))
-
-    def _chunk(self, state: RequestState, budget: int) -> int:
-        """Tokens that cost as much as `budget` tokens at a prompt's beginning: fewer where there is
-        more to attend to."""
-        start, ratio = state.num_computed, self.limits.context_per_token
-        num_tokens = budget
-        if math.isfinite(ratio):  # n (1 + (start + n / 2) / ratio) is what n tokens cost
-            cost = budget * (1 + budget / (2 * ratio))
-            num_tokens = int(math.sqrt((ratio + start) ** 2 + 2 * ratio * cost) - ratio - start)
-            num_tokens = max(num_tokens, min(budget, self.limits.block_size))
-        return min(num_tokens, state.num_given - start)
 
     def _publish(self, state: RequestState) -> None:
         """Blocks that are full, under way, and whose tokens are known can be shared."""
@@ -364,7 +341,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
-            state, available = self._waiting[0], self.blocks.num_available
+            state, available = self._waiting.first, self.blocks.num_available
             if self._refused == (state, available):
                 return
             keys = self._cached_keys(state)
@@ -373,7 +350,7 @@ class Scheduler:
             if not self.blocks.can_start(keys, num_tokens, chunk, self._reserve()):
                 self._refused = (state, available)
                 return
-            del self._waiting[0]
+            self._waiting.remove(state)
             self._start(state)
 
     def _reserve(self) -> list[int]:
@@ -413,7 +390,7 @@ class Scheduler:
         self.blocks.start(slot, [])
         self._slots[slot] = state
         self._groups.join(state)
-        insort(self._prefilling, state, key=_by_order)
+        self._prefilling.add(state)
 
     def _share_prefix(self, state: RequestState, slot: int) -> None:
         """Just before its first chunk: even a prompt of the same batch may have begun alike."""
@@ -429,7 +406,7 @@ class Scheduler:
         state.is_leaving = False
         state.num_preemptions += 1
         self.num_preemptions += 1
-        insort(self._waiting, state, key=_by_order)
+        self._waiting.add(state)
 
     def _grow(self, state: RequestState, start: int, num_tokens: int) -> list[list[int]] | None:
         """Blocks until the request holds `num_tokens`, taken from the youngest if need be; None where
@@ -438,7 +415,7 @@ class Scheduler:
         assert slot is not None
         self.blocks.drop_unseen(slot, start)
         while not self.blocks.can_extend(slot, num_tokens):
-            youngest = max(self._running(), key=_by_order)
+            youngest = max(self._running(), key=lambda state: state.order)
             if youngest is state:
                 return None
             if youngest.num_in_flight:
@@ -461,10 +438,3 @@ class Scheduler:
         assert sorted([*slots, *self._free_slots]) == list(range(self.limits.max_num_seqs))
         assert len(running) + len(self._waiting) == len(self._states), "a request was lost"
         assert self.num_running == len(running), "a group's members were miscounted"
-
-
-def _remove(states: list[RequestState], state: RequestState) -> None:
-    """From a list that is sorted by order."""
-    index = bisect_left(states, state.order, key=_by_order)
-    assert states[index] is state
-    del states[index]
