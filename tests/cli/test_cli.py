@@ -76,7 +76,8 @@ def test_json_lines_have_the_promised_keys(
     assert lines[1]["prompt_token_ids"] == [5, 6, 7]
     for line in lines:
         assert list(line) == [
-            "index", "prompt_token_ids", "token_ids", "text", "finish_reason", "ttft_s", "tokens_per_s",
+            "index", "choice", "prompt_token_ids", "token_ids", "text", "finish_reason", "stop_reason",
+            "ttft_s", "tokens_per_s",
         ]  # fmt: skip
         assert len(line["token_ids"]) == 5
         assert line["finish_reason"] == "length"
@@ -103,6 +104,63 @@ def test_several_prompts_and_a_trace(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "--- prompt 0" in out
     assert "--- prompt 1" in out
     assert len(json.loads(trace.read_text())["traceEvents"]) > 20
+
+
+def test_several_answers_are_printed_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["generate", "demo", "The", "--n", "2", "--temperature", "1", "--seed", "1"]
+    asked += ["--max-tokens", "6", "--ignore-eos"]
+    out = cli(capsys, *asked, "--echo", "-q")[1]
+    lines = [json.loads(line) for line in cli(capsys, *asked, "--json")[1].splitlines()]
+    assert [line["choice"] for line in lines] == [0, 1]
+    assert lines[0]["text"] != lines[1]["text"]
+    assert out == "".join(
+        f"--- prompt 0, answer {line['choice']}\nThe{line['text']}\n" for line in lines
+    )
+
+
+def test_an_echoed_question_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["generate", "demo", "What does math.sqrt do?", "--chat", "--echo", "-q"]
+    out = cli(capsys, *asked, "--stop", "square", "--max-tokens", "20")[1]
+    assert out == "What does math.sqrt do?\nmath.sqrt(x, /)\n\nReturn the \n"
+
+
+def test_json_shows_how_likely_tokens_were(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["generate", "demo", "The with statement is", "--max-tokens", "3", "--json", "--echo"]
+    line = json.loads(cli(capsys, *asked, "--logprobs", "2", "--prompt-logprobs", "1")[1])
+    assert line["prompt"] == "The with statement is"
+    assert [entry["id"] for entry in line["logprobs"]] == line["token_ids"]
+    for entry in line["logprobs"]:  # greedy
+        assert entry["rank"] == 1
+        assert [top["rank"] for top in entry["top_logprobs"]] == [1, 2]
+    assert line["prompt_logprobs"][0] is None
+    told = [entry["id"] for entry in line["prompt_logprobs"][1:]]
+    assert told == line["prompt_token_ids"][1:]
+    for entry in line["prompt_logprobs"][1:]:
+        assert entry["top_logprobs"][0]["rank"] == 1
+        assert entry["id"] in [top["id"] for top in entry["top_logprobs"]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "matches"),
+    [
+        (["--json-schema", '{"enum": ["é", 12, null]}'], r'"é"|12|null'),
+        (["--json-schema", "FILE"], r'"é"|12|null'),
+        (["--regex", "[a-f]{3}x"], r"[a-f]{3}x"),
+        (["--choice", "yes", "--choice", "no"], r"yes|no"),
+        (["--grammar", "LARK"], r"(ab)+c"),
+    ],
+    ids=str,
+)
+def test_an_answer_has_the_form_that_was_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: list[str], matches: str
+) -> None:
+    (tmp_path / "FILE").write_text('{"enum": ["é", 12, null]}')
+    (tmp_path / "LARK").write_text('start: ("ab")~1..5 "c"')
+    given = [str(tmp_path / text) if (tmp_path / text).exists() else text for text in asked]
+    sampled = ["--temperature", "1", "--max-tokens", "40", "-q"]
+    status, out, _ = cli(capsys, "generate", "demo", "x", *given, *sampled)
+    assert status == 0
+    assert re.fullmatch(matches, out[:-1])
 
 
 def test_a_seed_repeats_a_draw(capsys: pytest.CaptureFixture[str]) -> None:
@@ -290,6 +348,21 @@ BAD = [
         ["generate", "demo", "x", "--temperature", "-1"],
         "temperature=-1.0 must be a finite number, at least 0",
     ),
+    (["generate", "demo", "x", "--n", "0"], "n=0 must be a whole number from 1 to 128"),
+    (["generate", "demo", "x", "--min-p", "2"], "min_p=2.0 must be a number from 0 to 1"),
+    (["generate", "demo", "x", "--min-tokens", "200"], "min_tokens=200 exceeds max_tokens=128"),
+    (["generate", "demo", "x", "--stop", ""], "of 1 to 1024 characters each"),
+    (["generate", "demo", "x", "--logprobs", "2"], "show with --json alone; add it"),
+    (["generate", "demo", "x", "--logprobs", "21", "--json"], "a whole number from 0 to 20"),
+    (["generate", "demo", "x", "--regex", "["], "unclosed character class"),
+    (
+        ["generate", "demo", "x", "--regex", "a", "--choice", "b"],
+        "name regex, choice; give exactly",
+    ),
+    (["generate", "demo", "x", "--json-schema", '{"type": 5}'], "type must be a string"),
+    (["generate", "demo", "x", "--json-schema", "/nonexistent"], "/nonexistent cannot be read"),
+    (["generate", "demo", "x", "--grammar", "/dev/zero"], "neither a regular file nor a pipe"),
+    (["generate", "demo", "x", "--grammar", "/etc/passwd"], "structured outputs: "),
     (["generate", "demo", "x", "--dtype", "int3"], "dtype 'int3' is not known"),
     (["generate", "demo", "x", "--memory-limit", "much"], "is not a size"),
     (["generate", "demo", "x", "--memory-limit", "1MiB"], "needs"),

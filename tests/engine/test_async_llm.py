@@ -120,6 +120,35 @@ def test_a_full_queue_a_known_id_and_bad_parameters_are_refused(pool: WorkerPool
     serve(pool, use, max_num_seqs=1, max_num_waiting=1)
 
 
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"priority": 10**400}, "priority=1000"),
+        ({"priority": 1.5}, "priority=1.5 must be a whole number"),
+        ({"timeout_s": float("nan")}, "timeout_s=nan must be a number"),
+        ({"timeout_s": -1}, "timeout_s=-1 must be a number of seconds, at least 0"),
+        ({"request_id": 5}, "request_id=5 must be a text"),
+        (
+            {"sampling_params": SamplingParams(stop_token_ids=(2**70,), min_tokens=1)},
+            "stop_token_ids",
+        ),
+        ({"sampling_params": SamplingParams(stop_token_ids=(-1,))}, "ids go from 0 to 2047"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_served_is_refused_and_harms_nobody(
+    pool: WorkerPool, asked: dict[str, Any], says: str
+) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        other = asyncio.create_task(answer(llm, [5, 6]))
+        with pytest.raises(RequestError, match=says):
+            async for _ in llm.generate([5], **asked):
+                pass
+        assert len(await other) == 20
+
+    serve(pool, use)
+
+
 def test_a_rank_that_is_killed_ends_every_request_with_its_name(pool: WorkerPool) -> None:
     async def use(llm: AsyncLLM) -> None:
         tasks = [asyncio.create_task(answer(llm, [5, index], LONG)) for index in range(4)]

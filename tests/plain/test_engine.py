@@ -10,9 +10,11 @@ import pytest
 
 from bireme.engine.engine import Engine
 from bireme.engine.scheduler import Scheduler, SchedulerLimits
+from bireme.engine.scripted import ScriptedExecutor
+from bireme.errors import EngineError
 from bireme.parallel.layout import CacheKind
-from bireme.request import Request, ScheduledBatch, StepMasks, StepOutput
-from bireme.sampling_params import SamplingParams
+from bireme.request import Executor, Request, ScheduledBatch, StepMasks, StepOutput
+from bireme.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 class Scripted:
@@ -43,13 +45,13 @@ class Scripted:
         return StepOutput(batch.incarnation, batch.step_id, slots, [[7]] * len(slots))
 
 
-def engine(executor: Scripted) -> Engine:
+def engine(executor: Executor) -> Engine:
     limits = SchedulerLimits(pp_size=2, max_num_seqs=4, max_num_batched_tokens=16, block_size=4)
     return Engine(Scheduler(limits, [CacheKind(None, 40)]), executor)
 
 
-def request(name: str) -> Request:
-    params = SamplingParams(temperature=0, max_tokens=6)
+def request(name: str, structure: StructuredOutputsParams | None = None) -> Request:
+    params = SamplingParams(temperature=0, max_tokens=6, structured_outputs=structure)
     return Request(request_id=name, prompt_token_ids=(1, 2), params=params, seed=0)
 
 
@@ -88,3 +90,30 @@ def test_a_second_interrupt_does_not_wait() -> None:
     executor = Scripted(twice)
     with pytest.raises(KeyboardInterrupt):
         next(engine(executor).run([(request("a"), None)]))
+
+
+class Failing:
+    """A matcher that takes one token and breaks at the second."""
+
+    is_stopped = False
+    num_taken = 0
+
+    def accept(self, token_ids: list[int]) -> None:
+        self.num_taken += len(token_ids)
+        if self.num_taken > 1:
+            raise EngineError("too many states")
+
+    def mask(self) -> bytes:
+        return b"\xff"
+
+
+def test_a_grammar_that_breaks_ends_its_own_request_alone() -> None:
+    loop = engine(ScriptedExecutor({0: [7] * 6}))
+    structured = request("bad", StructuredOutputsParams(regex="x"))
+    last, tokens = {}, {"bad": 0, "good": 0}
+    for event in loop.run([(structured, Failing()), (request("good"), None)]):
+        last[event.request_id] = event
+        tokens[event.request_id] += len(event.token_ids)
+    assert tokens == {"bad": 1, "good": 6}
+    assert (last["bad"].finish_reason, last["bad"].stop_reason) == ("error", "too many states")
+    assert last["good"].finish_reason == "length"

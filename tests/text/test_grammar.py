@@ -138,6 +138,8 @@ def test_an_object_without_a_schema_is_any_object_and_nothing_else() -> None:
     [
         StructuredOutputsParams(regex="(ab"),
         StructuredOutputsParams(grammar="start: foo"),
+        StructuredOutputsParams(grammar="root ::= ("),
+        StructuredOutputsParams(grammar='a ::= "x"'),
         StructuredOutputsParams(json="{bad"),
         StructuredOutputsParams(json={"type": "foo"}),
         StructuredOutputsParams(json={"$ref": "#/nowhere"}),

@@ -1,28 +1,26 @@
 """Continue prompts (or answer them with --chat), streaming, on one process a rank.
 
-Of several prompts, each is printed whole when it ends.
+Of several prompts, each is printed whole when it ends. So are several answers to one prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bireme.cli import options
+from bireme.cli import options, sampling
+from bireme.cli.answers import print_json, print_text
 from bireme.cli.prompts import read_prompts
 from bireme.cli.ranks import print_ranks
-from bireme.sampling_params import SamplingParams
+from bireme.errors import RequestError
 
 if TYPE_CHECKING:
     from bireme.engine.host import Prompt
     from bireme.engine.llm import LLM
-    from bireme.outputs import Delta, RequestOutput
+    from bireme.sampling_params import SamplingParams
 
 NAME = "generate"
 SHORT = "Continue or answer prompts, streaming."
@@ -57,19 +55,26 @@ def run(
             f"may say something else with another N. [default: {_DEFAULT_MAX_TOKENS}, or what the context leaves]",
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
-    top_k: Annotated[
-        int, typer.Option("--top-k", help="Draw from the k likeliest tokens; 0: from all.")
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option("--top-p", help="Draw from the likeliest tokens of this total probability."),
-    ] = 1.0,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Makes sampling repeatable, at any layout.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
+    n: sampling.Count = 1,
+    temperature: sampling.Temperature = 0.0,
+    top_k: sampling.TopK = 0,
+    top_p: sampling.TopP = 1.0,
+    min_p: sampling.MinP = 0.0,
+    repetition_penalty: sampling.RepetitionPenalty = 1.0,
+    frequency_penalty: sampling.FrequencyPenalty = 0.0,
+    presence_penalty: sampling.PresencePenalty = 0.0,
+    seed: sampling.Seed = None,
+    min_tokens: sampling.MinTokens = 0,
+    ignore_eos: sampling.IgnoreEos = False,
+    stop: sampling.Stop = None,
+    json_schema: sampling.JsonSchema = None,
+    regex: sampling.Regex = None,
+    choice: sampling.Choice = None,
+    grammar: sampling.Grammar = None,
+    logprobs: sampling.TopLogprobs = None,
+    prompt_logprobs: sampling.PromptLogprobs = None,
+    echo: Annotated[
+        bool, typer.Option("--echo", help="Print each prompt before its answers.")
     ] = False,
     dtype: options.DTypeOption = "auto",
     device: options.Device = "auto",
@@ -80,7 +85,7 @@ def run(
     max_num_seqs: options.MaxNumSeqs = None,
     max_num_batched_tokens: options.MaxNumBatchedTokens = None,
     deterministic: options.Deterministic = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line a prompt.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line an answer.")] = False,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -94,31 +99,36 @@ def run(
     given = read_prompts(prompts or [], prompts_file)
     if trace is not None:
         options.check_writable(trace, "trace of ours", options.is_trace)
+    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+        raise RequestError("--logprobs and --prompt-logprobs show with --json alone; add it")
     config = options.engine_config(
         devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
         load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens, deterministic=deterministic,
     )  # fmt: skip
-    sampling = SamplingParams(
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, ignore_eos=ignore_eos,
+    wanted = sampling.sampling_params(
+        n=n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
+        presence_penalty=presence_penalty, seed=seed, min_tokens=min_tokens,
         max_tokens=_DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        ignore_eos=ignore_eos, stop=stop, json_schema=json_schema, regex=regex, choice=choice,
+        grammar=grammar, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
     )  # fmt: skip
     from bireme.engine.llm import LLM
 
     llm = LLM(model, **options.parallel_settings(tp, pp, layers_per_stage), **config)
     ids = [_as_ids(llm, prompt, chat) for prompt in given]
-    params = [
-        sampling if max_tokens is not None else _fitting(sampling, llm, prompt) for prompt in ids
-    ]
-    deltas = llm.stream(ids, params)  # refuses a bad prompt before any process starts
+    params = [wanted if max_tokens is not None else _fitting(wanted, llm, prompt) for prompt in ids]
+    echoed = [_as_text(llm, prompt, chat) if echo else "" for prompt in given]
+    deltas = llm.stream(ids, params)  # refuses what cannot work before any process starts
     with llm:
         if not quiet and not as_json:
             print_ranks(llm)
         try:
             if as_json:
-                _print_json(deltas)
+                print_json(deltas, echoed)
             else:
-                _print_text(deltas, len(given), has_text=llm.has_tokenizer, quiet=quiet)
+                print_text(deltas, len(given) * n, echoed, has_text=llm.has_tokenizer, quiet=quiet)
         finally:
             if trace is not None:  # of a rank that failed, too
                 llm.write_trace(trace)
@@ -132,55 +142,14 @@ def _as_ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:
     return llm.tokenizer.encode(prompt)
 
 
+def _as_text(llm: LLM, prompt: Prompt, chat: bool) -> str:
+    """What --echo prints: a question on a line of its own."""
+    if isinstance(prompt, str):
+        return f"{prompt}\n" if chat else prompt
+    return llm.tokenizer.decode(prompt) if llm.has_tokenizer else " ".join(map(str, prompt)) + " "
+
+
 def _fitting(sampling: SamplingParams, llm: LLM, ids: list[int]) -> SamplingParams:
     """Without --max-tokens: what the context leaves, up to the default."""
     room = llm.plan.max_model_len - len(ids)
     return dataclasses.replace(sampling, max_tokens=max(1, min(_DEFAULT_MAX_TOKENS, room)))
-
-
-def _print_text(deltas: Iterator[Delta], num_prompts: int, *, has_text: bool, quiet: bool) -> None:
-    """One prompt streams; several are printed whole, each when it ends. Without a tokenizer: ids."""
-    for delta in deltas:
-        new = delta.text if has_text else "".join(f"{id_} " for id_ in delta.token_ids)
-        if num_prompts == 1:
-            print(new, end="", flush=True)
-        if delta.output is None:
-            continue
-        if num_prompts == 1:
-            print(flush=True)
-        else:
-            done = delta.output.outputs[0]
-            text = done.text if has_text else " ".join(map(str, done.token_ids))
-            print(f"--- prompt {delta.index}\n{text}", flush=True)
-        if not quiet:
-            _print_metrics(delta.output)
-
-
-def _print_json(deltas: Iterator[Delta]) -> None:
-    for delta in deltas:
-        if delta.output is not None:
-            print(json.dumps(_as_json(delta.index, delta.output)), flush=True)
-
-
-def _print_metrics(output: RequestOutput) -> None:
-    metrics = output.metrics
-    assert metrics is not None
-    print(
-        f"  {metrics.num_tokens} tokens, {output.outputs[0].finish_reason}; first after "
-        f"{metrics.ttft_s * 1000:.0f} ms, {metrics.tokens_per_s:.1f} tokens/s",
-        file=sys.stderr,
-    )
-
-
-def _as_json(index: int, output: RequestOutput) -> dict[str, Any]:
-    completion, metrics = output.outputs[0], output.metrics
-    assert metrics is not None
-    return {
-        "index": index,
-        "prompt_token_ids": output.prompt_token_ids,
-        "token_ids": completion.token_ids,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "ttft_s": round(metrics.ttft_s, 6),
-        "tokens_per_s": round(metrics.tokens_per_s, 3),
-    }

@@ -38,17 +38,22 @@ def _located(texts: Sequence[str], path: Path | None) -> Iterator[tuple[str, Pro
             yield f" ({path}:{number})", _read_line(f"{path}:{number}", line)
 
 
-def _lines(path: Path) -> list[str]:
-    """What other line ends there are (U+2028, U+0085) may lie within a JSON text."""
+def read_text(path: Path) -> str:
+    """RequestError unless it is a file, or a pipe, of text."""
     try:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
             raise RequestError(f"{path} cannot be read: it is neither a regular file nor a pipe")
-        return path.read_bytes().decode("utf-8-sig").split("\n")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"{path} is no UTF-8 text: {error}") from None
+
+
+def _lines(path: Path) -> list[str]:
+    """What other line ends there are (U+2028, U+0085) may lie within a JSON text."""
+    return read_text(path).split("\n")
 
 
 def _read_line(where: str, line: str) -> Prompt:

@@ -14,6 +14,7 @@ from typing import Protocol
 from bireme.engine.interrupt import deferred_interrupts
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.scheduler import Scheduler
+from bireme.errors import EngineError
 from bireme.request import (
     Executor,
     PromptLogprobs,
@@ -32,7 +33,7 @@ class TokenEvent:
     request_id: str
     token_ids: list[int]
     finish_reason: str | None
-    stop_reason: int | None
+    stop_reason: int | str | None
     time_s: float
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
@@ -43,7 +44,7 @@ class Matcher(Protocol):
     """What a request's text must match, as far as it has got."""
 
     def accept(self, token_ids: list[int]) -> None:
-        """Goes on by these ids."""
+        """Goes on by these ids; EngineError where it cannot."""
         ...
 
     def mask(self) -> bytes:
@@ -178,12 +179,17 @@ class Engine:
     # --- structured output ---------------------------------------------------------------------
 
     def _matched(self, news: News) -> News:
-        """Tells the request's matcher; it may end the request."""
+        """Tells the request's matcher; it may end the request, and where it fails, that one alone."""
         state = news.state
         matcher = self._matchers.get(state.request.request_id)
         if matcher is None or not news.token_ids:
             return news
-        matcher.accept(news.token_ids)
+        try:
+            matcher.accept(news.token_ids)
+        except EngineError as error:
+            self.scheduler.abort(state.request.request_id)
+            state.finish_reason, state.stop_reason = "error", str(error)
+            return News(state, [], [])
         if matcher.is_stopped and state.finish_reason is None:
             self.scheduler.abort(state.request.request_id, "stop")
         return news

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bireme.text.grammar import GrammarCompiler
 
 Prompt = str | Sequence[int]
+_LARGEST_PRIORITY = 10**6
 
 
 class EngineHost:
@@ -157,6 +158,7 @@ class EngineHost:
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         check_prompt(self.plan, index, ids, params.max_tokens)
         self._check_params(params)
+        _check_handling(request_id, priority, timeout_s)
         name = request_id if request_id is not None else str(next(self._request_ids))
         arrival_s = time.monotonic()
         first = Request(
@@ -175,11 +177,12 @@ class EngineHost:
 
     def _check_params(self, params: SamplingParams) -> None:
         vocab = self.plan.model.vocab_size
-        outside = [id_ for id_ in params.logit_bias or () if not 0 <= id_ < vocab]
-        if outside:
-            raise RequestError(
-                f"logit_bias names the token id {outside[0]}; ids go from 0 to {vocab - 1}"
-            )
+        for name in ("logit_bias", "stop_token_ids"):
+            outside = [id_ for id_ in getattr(params, name) or () if not 0 <= id_ < vocab]
+            if outside:
+                raise RequestError(
+                    f"{name} names the token id {outside[0]}; ids go from 0 to {vocab - 1}"
+                )
         if params.stop_strings and not self.has_tokenizer:
             raise RequestError(
                 f"{self.model.name} has no tokenizer, so no stop string is ever seen"
@@ -198,6 +201,17 @@ class EngineHost:
 
         eos = self.model.eos_token_ids
         return GrammarCompiler(self.tokenizer, self.plan.model.vocab_size, eos)
+
+
+def _check_handling(request_id: str | None, priority: int, timeout_s: float | None) -> None:
+    if request_id is not None and not isinstance(request_id, str):
+        raise RequestError(f"request_id={request_id!r:.60} must be a text")
+    if type(priority) is not int or abs(priority) > _LARGEST_PRIORITY:
+        raise RequestError(
+            f"priority={priority!r:.60} must be a whole number from -{_LARGEST_PRIORITY} to {_LARGEST_PRIORITY}"
+        )
+    if timeout_s is not None and (type(timeout_s) not in (int, float) or not timeout_s >= 0):
+        raise RequestError(f"timeout_s={timeout_s!r:.60} must be a number of seconds, at least 0")
 
 
 def _choices(first: Request) -> list[Request]:

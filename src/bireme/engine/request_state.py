@@ -33,7 +33,7 @@ class RequestState:
     num_cached: int = 0  # tokens that were found in the cache when it began
     num_preemptions: int = 0
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None  # a token, a stop string, or what went wrong
 
     @property
     def num_prompt(self) -> int:

@@ -50,7 +50,7 @@ class GrammarCompiler:
         """RequestError for a schema or a grammar that is none."""
         try:
             grammar = _grammar(wanted)
-        except (ValueError, TypeError, RecursionError) as error:
+        except Exception as error:  # of a GBNF grammar the library raises bare Exception
             raise RequestError(f"structured outputs: {_one_line(str(error))}") from None
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
