@@ -28,7 +28,7 @@ from bireme.errors import PeerLost
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
 from bireme.parallel.collectives import Communicator
-from bireme.parallel.layers import materialise, named_layouts
+from bireme.parallel.layers import materialise, named_layouts, pack_weights
 from bireme.parallel.mesh import Alone, Mesh, TensorGroup
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_specs
 from bireme.request import ScheduledBatch, StepHeader, StepMasks, StepOutput
@@ -111,6 +111,8 @@ class LocalExecutor:
         dtype = torch_dtype(plan.dtype)
         materialise(model, dtype, torch.device("cpu"))
         load_parameters(model, self._source(model), plan.names)
+        if not plan.config.deterministic:
+            pack_weights(model)
         comm: Any = Communicator(
             mesh,
             LocalSender([wire for edge, wire in self._forward.items() if edge.src == rank]),  # type: ignore[arg-type]

@@ -138,12 +138,12 @@ class ModelRunner:
         if receiver is not None:
             shape = (batch.num_tokens, self.config.hidden_size)
             return receiver.receive(header, shape, self.dtype, self.device)
-        needs_values = any(piece.token_ids is None for piece in batch.pieces)
+        needed = {piece.slot for piece in batch.pieces if piece.token_ids is None}
         # the sender holds pp_size + 1 messages before it waits: one place stays free
-        self._receive_ids(0 if needs_values else self.comm.mesh.pp_size)
+        self._receive_ids(min(self._num_without(needed), self.comm.mesh.pp_size))
         given = [id_ for piece in batch.pieces for id_ in (piece.token_ids or [0])]
         ids = torch.tensor(given, dtype=torch.int64).to(self.device, non_blocking=True)
-        if needs_values:
+        if needed:
             at, starts = [], 0
             for piece in batch.pieces:
                 if piece.token_ids is None:
@@ -152,6 +152,13 @@ class ModelRunner:
             rows, slots = torch.tensor(at, dtype=torch.int64).to(self.device).unbind(1)
             ids[rows] = self._last_ids[slots]
         return ids
+
+    def _num_without(self, needed: set[int]) -> int:
+        """How many of the newest messages under way hold no id of the slots `needed`."""
+        for count, (_, slots) in enumerate(reversed(self._expected_ids)):
+            if not needed.isdisjoint(slots):
+                return count
+        return len(self._expected_ids)
 
     def _receive_ids(self, num_left: int) -> None:
         """Takes sampled ids from the last stage until at most `num_left` messages are under way."""

@@ -242,6 +242,7 @@ class Slots:
         yield from ([run] for run in runs if run.num_tokens > 1)
 
     def _group(self, runs: list[_Run]) -> SequenceGroup:
+        runs = sorted(runs, key=lambda run: run.first_row)
         steps = np.arange(runs[0].num_tokens)
         first = np.array([run.start for run in runs])
         lengths = first + len(steps)

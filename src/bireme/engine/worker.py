@@ -52,7 +52,7 @@ from bireme.errors import EngineError, PeerLost, UserError
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
 from bireme.parallel.collectives import Communicator, join
-from bireme.parallel.layers import materialise, named_layouts
+from bireme.parallel.layers import materialise, named_layouts, pack_weights
 from bireme.parallel.pipeline import stage_specs
 from bireme.request import StepHeader, StepMasks
 from bireme.trace import SpanKind, SpanRing
@@ -178,6 +178,8 @@ class Worker:
         source = _open_source(command, model, mesh.rank)
         with self._spans.span(SpanKind.LOAD):
             needed_bytes = load_parameters(model, source, command.names)
+            if not command.config.deterministic:
+                pack_weights(model)
         config = command.config
         cache = CacheShape(
             command.kinds, config.block_size, config.max_num_seqs, command.max_model_len

@@ -45,11 +45,14 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale + bias) v. q, k, v [B, H, T or C, D] -> [B, H, T, D].
 
-    `cap` caps the scores softly before the bias, which SDPA cannot; then it is spelled out.
+    `cap` caps the scores softly before the bias, which SDPA cannot; then it is spelled out. So it is
+    for one query in a small type on a CPU, where SDPA takes ten times as long.
     """
-    if cap is None:
+    is_slow = q.device.type == "cpu" and q.shape[2] == 1 and q.dtype != torch.float32
+    if cap is None and not is_slow:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = softcap(q @ k.transpose(-1, -2) * scale, cap) + bias
+    scores = q @ k.transpose(-1, -2) * scale
+    scores = (scores if cap is None else softcap(scores, cap)) + bias
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
 
 

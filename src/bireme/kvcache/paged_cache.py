@@ -26,11 +26,16 @@ class PagedCache:
         self.keys[:block_size] = 0  # the null block is read by padding: it must hold numbers
         self.values[:block_size] = 0
 
+        self._heads = torch.arange(num_kv_heads, device=device).unsqueeze(1)
+
     def write(self, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k and v [T, K, D] go to places [T]."""
         self.keys.index_copy_(0, places, k)
         self.values.index_copy_(0, places, v)
 
     def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """places [...] -> keys and values [..., K, D]."""
-        return self.keys[places], self.values[places]
+        """places [B, C] -> keys and values [B, K, C, D], each head's context in one piece."""
+        shape = (len(places), len(self._heads), places.shape[1], -1)
+        rows = (places.unsqueeze(1) * len(self._heads) + self._heads).flatten()  # [B, K, C]
+        keys, values = (x.flatten(0, 1).index_select(0, rows) for x in (self.keys, self.values))
+        return keys.view(shape), values.view(shape)

@@ -27,7 +27,7 @@ class SequenceGroup:
     """Sequences of a step with equal numbers of new tokens, attended to in one call: several with
     one new token, or one.
 
-    rows [B, t] of the step's tokens; positions [B, t], none below `lowest`; context [B, C] places
+    rows [B, t] of the step's tokens, in their order; positions [B, t], none below `lowest`; context [B, C] places
     of the cache for the layers of each window, padded with place 0. A long run of tokens is
     attended to `num_at_once` at a time. `keeps_bias`: layers share the bias of the scores.
     """
@@ -136,7 +136,8 @@ class PagedAttention(nn.Module):
         cut, has_scores = self.cut, self.has_alibi or self.cap is not None
         copied = 2 * cut.num_local_heads * cut.head_dim if self._is_copied else 0
         return StepWork(
-            place_elements=self.kv_spec.elements_per_token + copied,
+            # and for each head its place, then its scores: 12 bytes
+            place_elements=self.kv_spec.elements_per_token + copied + 6 * cut.num_local_heads,
             score_elements=4 + 3 * (cut.num_local_heads if has_scores else 0),
         )
 
@@ -161,6 +162,10 @@ class PagedAttention(nn.Module):
         cache.write(places, k[: len(places)], v[: len(places)])
         if step.tile is not None:
             return self._attend_tile(q, step.tile, cache).flatten(1)
+        if len(step.groups) == 1:  # its rows are the step's
+            rows = q.view(*step.groups[0].rows.shape, *q.shape[1:])
+            attended = self._attend(rows.transpose(1, 2), step.groups[0], cache)
+            return attended.transpose(1, 2).reshape(len(q), -1)
         out = torch.empty_like(q)
         for group in step.groups:
             attended = self._attend(q[group.rows].transpose(1, 2), group, cache)
@@ -171,14 +176,10 @@ class PagedAttention(nn.Module):
         """[B, H, t, D] -> [B, H, t, D]"""
         slices = group.slices
         start = group.seen(slices[0], self.window)[0]
-        keys, values = (
-            x.transpose(1, 2) for x in cache.read(group.context[self.window][:, start:])
-        )
+        keys, values = cache.read(group.context[self.window][:, start:])  # [B, K, C, D]
         if self._head_index is not None:
             keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
-        attend = (
-            attention if keys.shape[1] == q.shape[1] else grouped_query_attention
-        )  # [B, K, C, D]
+        attend = attention if keys.shape[1] == q.shape[1] else grouped_query_attention
         parts = []
         for queries in slices:
             bias = group.bias(queries, self.window, self._slopes, q.dtype)
@@ -197,9 +198,7 @@ class PagedAttention(nn.Module):
     ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         context = tile.context[self.window]
         for first in range(0, context.shape[1], SPLIT):
-            keys, values = (
-                x.transpose(1, 2) for x in cache.read(context[:, first : first + SPLIT])
-            )
+            keys, values = cache.read(context[:, first : first + SPLIT])
             if self._head_index is not None:
                 keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
             yield first, keys, values

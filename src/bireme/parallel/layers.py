@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bireme.kernels.functional import softcap
+from bireme.kernels.linear import can_be_packed, linear, pack
 from bireme.parallel import layout
 from bireme.parallel.layout import IDENTITY, HeadCut, ParamLayout, Rows, Source, View
 from bireme.parallel.mesh import Mesh
@@ -46,6 +47,16 @@ def materialise(model: nn.Module, dtype: torch.dtype, device: torch.device) -> N
     for _, module, attribute, param_layout in named_layouts(model):
         storage = torch.empty(param_layout.shape, dtype=dtype, device=device)
         setattr(module, attribute, nn.Parameter(storage, requires_grad=False))
+
+
+def pack_weights(model: nn.Module) -> None:
+    """Brings what is only multiplied by into the order that a CPU multiplies fastest by."""
+    for module in model.modules():
+        if not isinstance(module, ColumnParallelLinear | RowParallelLinear | ParallelHead):
+            continue
+        weight = module._parameters.get("weight")  # none of its own in a tied head
+        if weight is not None and can_be_packed(weight):
+            module.weight = nn.Parameter(pack(weight), requires_grad=False)
 
 
 class ReplicatedParameter(ParallelModule):
@@ -90,7 +101,7 @@ class ColumnParallelLinear(ParallelModule):
     weight: nn.Parameter
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self._parameters.get("bias"))
+        return linear(x, self.weight, self._parameters.get("bias"))
 
 
 class QKVParallelLinear(ColumnParallelLinear):
@@ -211,7 +222,7 @@ class RowParallelLinear(ParallelModule):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's addend."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.mesh.tensor.all_reduce(self.partial(x))
@@ -273,7 +284,7 @@ class ParallelHead(ParallelModule):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = F.linear(x, self._tied[0].weight if self._tied else self.weight)
+        logits = linear(x, self._tied[0].weight if self._tied else self.weight)
         if self.cap is not None:
             logits = softcap(logits, self.cap)
         logits[:, self.num_real :] = float("-inf")

@@ -1,0 +1,1 @@
+"""What a run did with its time, from the spans of its ranks."""

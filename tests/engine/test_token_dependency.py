@@ -1,0 +1,75 @@
+"""Stages that wait for nothing but ids: hardly ever with a batch a stage, mostly with one in all.
+
+Real processes, each slowed inside its COMPUTE span without using a core, by a `sitecustomize.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bireme import LLM, SamplingParams
+from bireme.engine.pool import WorkerPool
+from bireme.engine.scheduler import Scheduler
+from bireme.observe.token_dependency import token_dependency_shares
+
+NUM_STAGES, NUM_TOKENS = 4, 10
+SLOW = """
+    import time
+    from bireme.models.blocks import StageModel
+
+    forward = StageModel.forward
+
+    def slow_forward(self, x, step):
+        time.sleep(0.08)
+        return forward(self, x, step)
+
+    StageModel.forward = slow_forward
+"""
+
+
+@pytest.fixture
+def llm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LLM]:
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(SLOW))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with WorkerPool() as own, LLM("demo", pipeline_parallel_size=NUM_STAGES, pool=own) as model:
+        yield model
+
+
+def put_one_batch_in_flight(llm: LLM) -> None:
+    engine = llm.start()
+    limits = replace(engine.scheduler.limits, pp_size=1)  # all requests in each batch
+    engine.scheduler = Scheduler(limits, llm.plan.kinds)
+    engine.scheduler.max_in_flight = 1
+
+
+def shares(llm: LLM, num_requests: int) -> list[float]:
+    """Of the steps in the middle: prompts are in, and no request has ended."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    llm.generate([[5 + index, 6, 7] for index in range(num_requests)], params)
+    stages = list(llm.spans().values())
+    last = max(span.step_id for span in stages[0])
+    margin = NUM_STAGES + 1
+    return token_dependency_shares(stages, 2 * margin, last - margin)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_requests", [4, 8])
+def test_no_stage_waits_for_ids_where_each_has_a_batch(llm: LLM, num_requests: int) -> None:
+    found = shares(llm, num_requests)
+    assert max(found) < 0.05, found
+
+
+@pytest.mark.slow
+def test_stages_wait_for_ids_where_one_batch_is_in_flight(llm: LLM) -> None:
+    put_one_batch_in_flight(llm)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    llm.generate([[5 + index, 6, 7] for index in range(4)], params)
+    stages = list(llm.spans().values())
+    found = token_dependency_shares(stages, 2, NUM_TOKENS - 1)
+    assert min(found) > 0.5, found
