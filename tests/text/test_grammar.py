@@ -151,6 +151,20 @@ def test_what_is_no_grammar_is_refused_in_one_line(wanted: StructuredOutputsPara
     assert "\n" not in str(caught.value)
 
 
+def test_answers_in_one_grammar_do_not_disturb_one_another() -> None:
+    """Their matchers are copies; more of them than are made of one compiled grammar."""
+    _, tokenizer, compiler = demo()
+    wanted, first = StructuredOutputsParams(regex="(ab|cd)e"), tokenizer.encode("ab")[-1:]
+    began = compiler.matcher(wanted)
+    fresh = allowed(began)
+    began.accept(first)
+    going_on = allowed(began)
+    assert going_on != fresh
+    for _ in range(300):
+        assert allowed(compiler.matcher(wanted)) == fresh
+    assert allowed(began) == going_on
+
+
 def test_a_token_outside_the_grammar_is_an_error() -> None:
     _, tokenizer, compiler = demo()
     matcher = compiler.matcher(StructuredOutputsParams(choice=["yes"]))

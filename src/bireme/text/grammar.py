@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
+from functools import lru_cache
 
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
@@ -10,6 +13,9 @@ from llguidance.gbnf_to_lark import any_to_lark
 from bireme.errors import EngineError, RequestError
 from bireme.sampling_params import StructuredOutputsParams
 from bireme.text.tokenizer import Tokenizer
+
+_NUM_TEMPLATES = 32
+_COPIES_OF_TEMPLATE = 256
 
 
 class GrammarMatcher:
@@ -35,8 +41,22 @@ class GrammarMatcher:
         return bool(self._matcher.is_stopped())
 
 
+class _Template:
+    """A compiled grammar to be copied. Copies share what their lexers find out, which is bounded: it is
+    compiled again after so many of them."""
+
+    def __init__(self, compile_it: Callable[[], LLMatcher]) -> None:
+        self._compile, self._num_copies = compile_it, itertools.count(1)
+        self._matcher = compile_it()
+
+    def copy(self) -> LLMatcher:
+        if next(self._num_copies) % _COPIES_OF_TEMPLATE == 0:
+            self._matcher = self._compile()
+        return self._matcher.deep_copy()
+
+
 class GrammarCompiler:
-    """Makes matchers for the vocabulary of one model."""
+    """Makes matchers for the vocabulary of one model; remembers the last grammars. For any thread."""
 
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]
@@ -45,6 +65,9 @@ class GrammarCompiler:
         self._tokens = LLTokenizer(
             tokenizer.to_json(), n_vocab=num_ids, eos_token=sorted(eos_token_ids) or None
         )
+        self._template = lru_cache(_NUM_TEMPLATES)(
+            lambda grammar: _Template(lambda: self._compiled(grammar))
+        )
 
     def matcher(self, wanted: StructuredOutputsParams) -> GrammarMatcher:
         """RequestError for a schema or a grammar that is none."""
@@ -52,10 +75,13 @@ class GrammarCompiler:
             grammar = _grammar(wanted)
         except Exception as error:  # of a GBNF grammar the library raises bare Exception
             raise RequestError(f"structured outputs: {_one_line(str(error))}") from None
+        return GrammarMatcher(self._template(grammar).copy())
+
+    def _compiled(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokens, grammar, log_level=0)
         if matcher.is_error():
             raise RequestError(f"structured outputs: {_one_line(matcher.get_error())}")
-        return GrammarMatcher(matcher)
+        return matcher
 
 
 def _grammar(wanted: StructuredOutputsParams) -> str:

@@ -16,7 +16,16 @@ from bireme.engine.sampling.penalties import Penalties
 from bireme.engine.sampling.shard import Shard
 from bireme.request import SlotSetup
 
-_BYTES_PER_MASKED_LOGIT = 16  # a bit as a byte, thrice, and a number to add, twice
+_BYTES_PER_MASKED_LOGIT = 16  # a number to add, twice, and an eighth of an index
+
+# [256, 8]: what each byte of a mask adds to its eight logits
+_ADDENDS = torch.where(
+    torch.from_numpy(
+        np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    ).bool(),
+    0.0,
+    float("-inf"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,16 +101,13 @@ def apply_masks(
 ) -> None:
     """Forbids ids in some rows of logits [S, V]; bit i % 8 of byte i // 8 of a row's mask allows i."""
     num_at_once = max(1, workspace_bytes // (_BYTES_PER_MASKED_LOGIT * logits.shape[1]))
+    addends, skipped = _ADDENDS.to(logits.device), shard.first_id % 8
     for start in range(0, len(rows), num_at_once):
         tile = slice(start, start + num_at_once)
         packed = np.stack([_own_bytes(mask, shard, logits.shape[1]) for mask in masks[tile]])
-        bits = torch.from_numpy(packed).to(logits.device).unsqueeze(2)
-        bits = (bits >> torch.arange(8, dtype=torch.uint8, device=logits.device)).bitwise_and_(1)
-        skipped = shard.first_id % 8
-        allowed = bits.flatten(1)[:, skipped : skipped + logits.shape[1]].bool()
-        addend = torch.zeros(allowed.shape, device=logits.device)
-        addend.masked_fill_(~allowed, float("-inf"))
-        logits.index_add_(0, torch.tensor(rows[tile]).to(logits.device), addend)
+        added = addends[torch.from_numpy(packed).to(logits.device).int()].flatten(1)
+        index = torch.tensor(rows[tile]).to(logits.device)
+        logits.index_add_(0, index, added[:, skipped : skipped + logits.shape[1]])
 
 
 def _own_bytes(mask: bytes, shard: Shard, width: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
