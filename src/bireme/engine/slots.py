@@ -246,14 +246,17 @@ class Slots:
         steps = np.arange(runs[0].num_tokens)
         first = np.array([run.start for run in runs])
         lengths = first + len(steps)
-        context = np.arange(lengths.max())
+        num_context, size = int(lengths.max()), self._shape.block_size
+        if len(steps) == 1:  # whole blocks: a kernel is made for each size, and not for each token
+            num_context = -(-num_context // size) * size
+        context = np.arange(num_context)
         slots = np.array([run.slot for run in runs])
         rows = np.array([run.first_row for run in runs])
         return SequenceGroup(
             rows=torch.from_numpy(rows[:, None] + steps).to(self._device),
             positions=torch.from_numpy(first[:, None] + steps).to(self._device),
             context=self._places(slots[:, None], context[None], context >= lengths[:, None]),
-            num_context=len(context),
+            num_context=num_context,
             lowest=int(first.min()),
-            num_at_once=self._workspace.max_queries(len(context)),
+            num_at_once=self._workspace.max_queries(num_context),
         )

@@ -1,0 +1,133 @@
+"""Tokens per second of decoding at (1,1), (2,1) and (1,2), beside the floor that memory sets.
+
+    python benchmarks/decode.py [--rounds 7] [--tokens 48] [--batches 1,8,32]
+
+A Llama of 16 layers, hidden size 1024, with dummy weights in bfloat16. All layouts are up at once and
+are measured in turn, `--rounds` times; ranks that wait sleep. Prints medians of the time between two
+tokens of a request. The floor: bytes that a step must read (all weights but the embedding) by what
+all cores together read from memory a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from bireme import LLM
+from bireme.bench.latency import measure_latency
+from bireme.bench.workload import Workload
+
+LAYOUTS = [(1, 1), (2, 1), (1, 2)]
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
+    "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
+    "num_key_value_heads": 16, "vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "hidden_act": "silu", "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+@contextmanager
+def model_folder(config: dict[str, Any]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        yield Path(folder)
+
+
+def read_bytes_per_s() -> float:
+    """What all cores together read of memory that no cache holds."""
+    x = torch.ones(1 << 27, dtype=torch.float32)  # 512 MiB
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        x.sum()
+        return time.perf_counter() - start
+
+    return x.nbytes / min(seconds() for _ in range(7))
+
+
+def step_bytes(llm: LLM) -> int:
+    """Of weights that a step reads: of the embedding it looks up a row a token."""
+    embedding = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
+    return sum(rank.weight_bytes for rank in llm.loaded) - embedding
+
+
+def step_s(llm: LLM, batch: int, num_tokens: int, seed: int) -> float:
+    workload = Workload(num_prompts=batch, input_len=32, output_len=num_tokens, seed=seed)
+    return measure_latency(llm, workload, num_warmup=0, num_iterations=1).step_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--name", default="decode-16x1024", help="Of the kept result; empty: none.")
+    arguments = parser.parse_args()
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    found: dict[tuple[int, int], dict[int, list[float]]] = {}
+    rates = []
+    with ExitStack() as stack:
+        folder = stack.enter_context(model_folder(CONFIG))
+        llms = {
+            (tp, pp): stack.enter_context(
+                LLM(
+                    folder, tensor_parallel_size=tp, pipeline_parallel_size=pp, device="cpu",
+                    load_format="dummy", max_model_len=512, max_num_seqs=32,
+                    memory_limit_bytes=3 << 30,
+                )
+            )
+            for tp, pp in LAYOUTS
+        }  # fmt: skip
+        for round_ in range(arguments.rounds + 1):  # the first warms up and is not counted
+            rates.append(read_bytes_per_s())
+            for batch in batches:
+                for layout, llm in llms.items():
+                    seconds = step_s(llm, batch, arguments.tokens, round_)
+                    if round_:
+                        found.setdefault(layout, {}).setdefault(batch, []).append(seconds)
+        num_bytes = step_bytes(llms[1, 1])
+    floor_s = num_bytes / max(rates)
+    show(found, batches, floor_s)
+    result = {
+        "model": CONFIG,
+        "tokens": arguments.tokens,
+        "step_bytes": num_bytes,
+        "read_bytes_per_s": rates,
+        "floor_s": floor_s,
+        "step_s": {f"tp {tp} x pp {pp}": found[tp, pp] for tp, pp in found},
+    }
+    if arguments.name:
+        record.write(arguments.name, ["bireme", "torch"], result)
+
+
+def show(
+    found: dict[tuple[int, int], dict[int, list[float]]], batches: list[int], floor_s: float
+) -> None:
+    table = Table(f"floor {floor_s * 1e3:.1f} ms", *(f"batch {batch}" for batch in batches))
+    for (tp, pp), by_batch in found.items():
+        medians = {batch: statistics.median(by_batch[batch]) for batch in batches}
+        table.add_row(
+            f"tp {tp} x pp {pp}",
+            *(f"{s * 1e3:.1f} ms (best {min(by_batch[b]) * 1e3:.1f}), {b / s:.0f}/s"
+              for b, s in medians.items()),
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
