@@ -36,7 +36,7 @@ def blocks(text: str) -> list[Block]:
 
 
 _VOLATILE = re.compile(
-    r"\d+(\.\d+)?(?= (s|ms|tokens/s)\b)"  # times and rates
+    r"\d+(\.\d+)?(?= (s|ms|tokens/s|requests/s)\b)"  # times and rates
     r"|\d\.\d+e-\d+"  # 1.24e-05: what rounding makes of a logit
 )
 
@@ -94,7 +94,9 @@ def test_the_readme_shows_what_the_demo_prints() -> None:
     check_shown(shown, run([sys.executable, str(ROOT / "examples" / "demo.py")], ROOT))
 
 
-@pytest.mark.parametrize("name", ["generate.py", "chat.py", "read_a_layout.py"])
+@pytest.mark.parametrize(
+    "name", ["generate.py", "chat.py", "async_chat.py", "structured.py", "read_a_layout.py"]
+)
 def test_examples_run(name: str, tmp_path: Path) -> None:
     assert run([sys.executable, str(ROOT / "examples" / name)], tmp_path)
 

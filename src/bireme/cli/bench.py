@@ -166,12 +166,14 @@ def _print(llm: LLM, result: dict[str, Any], rows: list[tuple[str, str]], as_jso
 
 
 def _throughput_rows(result: ThroughputResult) -> list[tuple[str, str]]:
+    rates = (
+        f"{result.requests_per_s:.2f} requests/s, {result.total_tokens_per_s:.0f} tokens/s in all, "
+        f"{result.output_tokens_per_s:.0f} tokens/s of output"
+    )
     return [
         ("requests", f"{result.workload.num_prompts}, in {result.elapsed_s:.2f} s"),
         ("tokens in, out", f"{result.num_input_tokens}, {result.num_output_tokens}"),
-        ("requests/s", f"{result.requests_per_s:.2f}"),
-        ("tokens/s in all", f"{result.total_tokens_per_s:.0f}"),
-        ("output tokens/s", f"{result.output_tokens_per_s:.0f}"),
+        ("rates", rates),
         ("preemptions", f"{result.num_preemptions}"),
     ]
 
@@ -185,6 +187,6 @@ def _latency_rows(result: LatencyResult) -> list[tuple[str, str]]:
         ("in all", told(result.percentiles(lambda it: it.total_s))),
         ("to the first tokens", told(result.percentiles(lambda it: it.first_s))),
         ("from token to token", f"median {result.step_s * 1000:.2f} ms"),
-        ("output tokens/s", f"{result.output_tokens_per_s:.1f}"),
+        ("rate", f"{result.output_tokens_per_s:.1f} tokens/s of output"),
         ("weights read", f"{rate} ({format_bytes(result.weight_bytes)} a step)"),
     ]
