@@ -133,6 +133,24 @@ def test_an_object_without_a_schema_is_any_object_and_nothing_else() -> None:
     assert not fits('{"a": 1')
 
 
+def _chain(num_rules: int) -> str:
+    rules = [f'e{at}: "a" e{at + 1} | "b"' for at in range(num_rules)]
+    return "\n".join(["start: e0", *rules, f'e{num_rules}: "c"'])
+
+
+def _chained_schema(num_rules: int) -> dict[str, Any]:
+    chained = {
+        f"d{at}": {"type": "array", "items": {"$ref": f"#/$defs/d{at + 1}"}}
+        for at in range(num_rules)
+    }
+    return {"$defs": {**chained, f"d{num_rules}": {"type": "null"}}, "$ref": "#/$defs/d0"}
+
+
+def test_long_chains_of_rules_that_the_library_bears_are_served() -> None:
+    for wanted in ({"grammar": _chain(900)}, {"json": _chained_schema(500)}):
+        assert not demo()[2].matcher(StructuredOutputsParams(**wanted)).is_stopped  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "wanted",
     [
@@ -143,6 +161,10 @@ def test_an_object_without_a_schema_is_any_object_and_nothing_else() -> None:
         StructuredOutputsParams(json="{bad"),
         StructuredOutputsParams(json={"type": "foo"}),
         StructuredOutputsParams(json={"$ref": "#/nowhere"}),
+        StructuredOutputsParams(grammar=_chain(3000)),
+        StructuredOutputsParams(json=_chained_schema(3000)),
+        StructuredOutputsParams(regex="a" * 70_000),
+        StructuredOutputsParams(choice=["a" * 70_000]),
     ],
 )
 def test_what_is_no_grammar_is_refused_in_one_line(wanted: StructuredOutputsParams) -> None:

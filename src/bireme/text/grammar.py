@@ -14,6 +14,8 @@ from bireme.errors import EngineError, RequestError
 from bireme.sampling_params import StructuredOutputsParams
 from bireme.text.tokenizer import Tokenizer
 
+_MAX_CHARACTERS = 1 << 16
+_MAX_RULES = 1000
 _NUM_TEMPLATES = 32
 _COPIES_OF_TEMPLATE = 256
 
@@ -91,18 +93,32 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
         schema = json.loads(wanted.json) if isinstance(wanted.json, str) else wanted.json
         return _of_schema(schema)
     if wanted.regex is not None:
+        _check_size(wanted.regex, 0)
         return str(LLMatcher.grammar_from_regex(wanted.regex))
     if wanted.choice is not None:
         texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
+        _check_size(texts, 0)
         return str(LLMatcher.grammar_from_lark(f"start: {texts}"))
     assert wanted.grammar is not None
+    _check_size(wanted.grammar, wanted.grammar.count(":") - wanted.grammar.count("::"))
     return str(LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar)))
+
+
+def _check_size(text: str, num_rules: int) -> None:
+    """ValueError for more than the library is known to bear: chains of 2,500 rules overflow its stack,
+    which ends the process, and it compiles 64 KiB in seconds."""
+    if len(text) > _MAX_CHARACTERS:
+        raise ValueError(f"{len(text)} characters are too many; use at most {_MAX_CHARACTERS}")
+    if num_rules > _MAX_RULES:
+        raise ValueError(f"{num_rules} rules are too many; use at most {_MAX_RULES}")
 
 
 def _of_schema(schema: object) -> str:
     """Written as json.dumps does: with any spaces, a model may write them for ever."""
+    text = json.dumps(schema)
+    _check_size(text, text.count("$ref"))
     grammar = LLMatcher.grammar_from_json_schema(
-        json.dumps(schema),
+        text,
         overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
     )
     return str(grammar)
