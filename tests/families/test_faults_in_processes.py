@@ -26,13 +26,15 @@ MODEL: PreparedModel = prepare_model("demo")
 NO_FAULT = ""
 AN_ALL_REDUCE_DROPPED = """
     from bireme.parallel.layers import RowParallelLinear
-    from bireme.parallel.shm import ShmGroup
+    from bireme.parallel.shm import CompiledGroup, ShmGroup
 
-    whole_forward, whole_sum = RowParallelLinear.forward, ShmGroup.all_reduce
+    whole_forward = RowParallelLinear.forward
+    whole_sums = {group: group.all_reduce for group in (CompiledGroup, ShmGroup)}
 
     def forward(self, x):
         is_faulty = self.layouts["weight"].name == "model.layers.1.self_attn.o_proj.weight"
-        ShmGroup.all_reduce = (lambda group, addend: addend) if is_faulty else whole_sum
+        for group, whole_sum in whole_sums.items():
+            group.all_reduce = (lambda group, addend: addend) if is_faulty else whole_sum
         return whole_forward(self, x)
 
     RowParallelLinear.forward = forward
