@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +14,9 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_LOGIT_BIAS = 1024
 MAX_STOPS = 64
+MAX_STOP_TOKEN_IDS = 1024
+MAX_TEXTS = 1024  # of a structured choice
+MAX_TEMPERATURE = 100
 _LONGEST_STOP = 1024  # characters
 
 
@@ -53,7 +55,7 @@ _STRUCTURES: dict[str, Callable[[Any], bool]] = {
     "regex": lambda value: isinstance(value, str),
     "choice": lambda value: (
         isinstance(value, list | tuple)
-        and len(value) > 0
+        and 0 < len(value) <= MAX_TEXTS
         and all(isinstance(item, str) and item for item in value)
     ),
     "grammar": lambda value: isinstance(value, str),
@@ -151,8 +153,8 @@ _RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
     (
         "temperature",
         _NUMBER,
-        lambda t: 0 <= t < math.inf,
-        "a finite number, at least 0; 0 is greedy",
+        lambda t: 0 <= t <= MAX_TEMPERATURE,
+        f"a number from 0 to {MAX_TEMPERATURE}; 0 is greedy",
     ),
     (
         "top_k",
@@ -162,7 +164,7 @@ _RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
     ),
     ("top_p", _NUMBER, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
     ("min_p", _NUMBER, lambda p: 0 <= p <= 1, "a number from 0 to 1"),
-    ("repetition_penalty", _NUMBER, lambda p: 0 < p < math.inf, "a finite number above 0"),
+    ("repetition_penalty", _NUMBER, lambda p: 0.01 <= p <= 100, "a number from 0.01 to 100"),
     ("frequency_penalty", _NUMBER, lambda p: -2 <= p <= 2, _PENALTY),
     ("presence_penalty", _NUMBER, lambda p: -2 <= p <= 2, _PENALTY),
     (
@@ -184,8 +186,12 @@ _RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
     (
         "stop_token_ids",
         Collection,
-        lambda ids: not isinstance(ids, str) and all(type(id_) is int for id_ in ids),
-        "token ids, each a whole number",
+        lambda ids: (
+            not isinstance(ids, str)
+            and len(ids) <= MAX_STOP_TOKEN_IDS
+            and all(type(id_) is int for id_ in ids)
+        ),
+        f"at most {MAX_STOP_TOKEN_IDS} token ids, each a whole number",
     ),
     (
         "stop",

@@ -106,7 +106,7 @@ def test_a_full_queue_a_known_id_and_bad_parameters_are_refused(pool: WorkerPool
         await until(lambda: llm.start().scheduler.num_running == 1)
         tasks.append(asyncio.create_task(answer(llm, [5, 7], LONG)))
         await until(lambda: llm.start().scheduler.num_waiting == 1)
-        with pytest.raises(CapacityError, match="1 requests wait already"):
+        with pytest.raises(CapacityError, match="2 requests of 2 are there"):
             await answer(llm, [5])
         with pytest.raises(RequestError, match="ids go from 0"):
             await answer(llm, [5, 10**6])
@@ -220,3 +220,40 @@ def test_a_new_request_is_scheduled_while_a_step_of_another_is_in_flight(
         assert in_flight[:2] == [1, 2]
 
     serve(pool, use)
+
+
+def test_a_name_that_is_used_again_gets_nothing_of_the_request_before(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        alone = await answer(llm, [5, 6])
+        async for _ in llm.generate([7, 8], LONG, "mine"):
+            break
+        *_, last = [output async for output in llm.generate([5, 6], GREEDY, "mine")]
+        assert last.outputs[0].token_ids == alone
+        assert last.request_id == "mine"
+
+    serve(pool, use)
+
+
+def test_a_slow_caller_sees_the_end_once(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        finished = []
+        async for output in llm.generate([5, 6], GREEDY):
+            finished.append(output.finished)
+            await until(lambda: not llm.start().scheduler.has_unfinished)
+        assert finished == [False, True]
+
+    serve(pool, use)
+
+
+def test_a_prompt_that_is_opened_while_the_engine_is_closed_is_refused(pool: WorkerPool) -> None:
+    async def main() -> None:
+        llm = AsyncLLM("demo", dtype="float32", pool=pool)
+        await asyncio.gather(llm.begin(), llm.begin())
+        opened = llm._open([5, 6], GREEDY, None, 0, None)
+        await llm.aclose()
+        with pytest.raises(EngineError, match="was closed"):
+            await asyncio.wait_for(anext(llm._deltas(opened)), 10)
+        async with llm:
+            assert await answer(llm, [5, 6])
+
+    asyncio.run(main())

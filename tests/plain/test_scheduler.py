@@ -394,3 +394,14 @@ def test_windowed_layers_keep_no_more_blocks_than_they_look_back_at() -> None:
 def test_a_temperature_that_would_overflow_is_greedy() -> None:
     params = [SamplingParams(temperature=t) for t in (0.0, 1e-39, 9e-6, 1e-5)]
     assert [param.is_greedy for param in params] == [True, True, True, False]
+
+
+def test_a_long_prompt_does_not_keep_others_out_of_layers_that_look_back_a_little() -> None:
+    kinds = (CacheKind(None, 200), CacheKind(8, 12))
+    plan = scheduler(max_tokens=8, kinds=kinds, has_prefix_caching=False)
+    plan.add(request(0, 400, 2))
+    plan.add(request(1, 4, 2))
+    for _ in range(3):
+        for batch in list(batches(plan)):
+            plan.update(answer(batch))
+    assert plan.num_waiting == 0

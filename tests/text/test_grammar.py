@@ -101,14 +101,17 @@ def test_a_schema_may_be_a_text() -> None:
 def test_regex_choice_and_both_kinds_of_grammar() -> None:
     random = Random(1)
     for _ in range(10):
-        pattern = r"\d{2}-[a-c]+x"
-        while len(text := walk(StructuredOutputsParams(regex=r"\d{2}-[a-c]{1,9}x"), random)) > 14:
+        pattern = r"[0-9]{2}-[a-c]+x"
+        while (
+            len(text := walk(StructuredOutputsParams(regex=r"[0-9]{2}-[a-c]{1,9}x"), random)) > 14
+        ):
             pass
         assert re.fullmatch(pattern, text)
-        assert walk(StructuredOutputsParams(choice=["yes", 'n"o', "né"]), random) in (
+        assert walk(StructuredOutputsParams(choice=["yes", 'n"o', "né", "a\x7fb"]), random) in (
             "yes",
             'n"o',
             "né",
+            "a\x7fb",
         )
         assert walk(StructuredOutputsParams(grammar='start: "a" | "b" "c"'), random) in ("a", "bc")
         assert walk(StructuredOutputsParams(grammar='root ::= "a" | "b" "c"'), random) in (

@@ -43,3 +43,11 @@ def test_what_may_be_the_beginning_of_a_stop_string_waits() -> None:
     search = StopStrings(["</end>"])
     assert [search.add(piece) for piece in ("a <", "/b ", "</en", "d> c")] == ["a ", "</b ", "", ""]
     assert search.found == "</end>"
+
+
+def test_a_stop_string_that_ends_in_ignored_text_does_not_count_and_one_that_reaches_out_does() -> (
+    None
+):
+    search = StopStrings(["END", "x"])
+    assert search.add("x EN", is_ignored=True) + search.add("Dy") == "x "
+    assert search.found == "END"

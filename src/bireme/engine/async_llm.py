@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
+import secrets
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ from typing import Any
 from bireme.engine.engine import Engine, Matcher, TokenEvent
 from bireme.engine.host import EngineHost, Prompt
 from bireme.engine.streams import Opened, PromptStream
-from bireme.errors import EngineError, RequestError, UserError
+from bireme.errors import CapacityError, EngineError, RequestError, UserError
 from bireme.outputs import Delta, RequestOutput
 from bireme.request import Request
 from bireme.sampling_params import SamplingParams
@@ -66,9 +67,24 @@ class _Listener:
     opened: Opened
     deltas: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
 
+    is_finished: bool = False
+
     @property
     def stream(self) -> PromptStream:
         return self.opened.stream
+
+    async def take(self) -> list[Delta]:
+        """All that have come, at least one; raises what went wrong behind them."""
+        found = [await self.deltas.get()]
+        while not self.deltas.empty() and not isinstance(found[-1], Exception):
+            found.append(self.deltas.get_nowait())
+        if isinstance(found[-1], Exception):
+            if len(found) == 1:
+                raise found[-1]
+            self.deltas.put_nowait(found.pop())
+        deltas = [item for item in found if isinstance(item, Delta)]
+        self.is_finished = deltas[-1].output is not None
+        return deltas
 
 
 class AsyncLLM(EngineHost):
@@ -84,6 +100,7 @@ class AsyncLLM(EngineHost):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._commands = _Inbox()
+        self._starting = asyncio.Lock()
         self._listeners: dict[str, tuple[_Listener, int]] = {}  # with the choice, by request id
         self._thread: threading.Thread | None = None
         self._error: Exception | None = EngineError(
@@ -99,20 +116,26 @@ class AsyncLLM(EngineHost):
 
     async def begin(self) -> None:
         """Starts the ranks and the engine's thread, unless they run."""
-        if self._thread is None:
+        async with self._starting:
+            if self._thread is not None:
+                return
             engine, loop = await asyncio.to_thread(self.start), asyncio.get_running_loop()
-            thread = threading.Thread(target=self._serve, args=(engine, loop), daemon=True)
-            thread.start()
-            self._thread, self._error = thread, None
+            self._commands = _Inbox()
+            self._thread = threading.Thread(
+                target=self._serve, args=(engine, loop, self._commands), daemon=True
+            )
+            self._thread.start()
+            self._error = None
 
     async def aclose(self) -> None:
         """Ends what runs, then the ranks."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._commands.put(None)
-            await asyncio.to_thread(thread.join)
-        self._fail(EngineError("the engine was closed"))
-        await asyncio.to_thread(self.close)
+        async with self._starting:
+            self._fail(EngineError("the engine was closed"))
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                self._commands.put(None)
+                await asyncio.to_thread(thread.join)
+            await asyncio.to_thread(self.close)
 
     async def generate(
         self,
@@ -130,9 +153,9 @@ class AsyncLLM(EngineHost):
         opened = await asyncio.to_thread(
             self._open, prompt, sampling_params, request_id, priority, timeout_s
         )
-        async with aclosing(self._deltas(opened)) as deltas:
-            async for delta in deltas:
-                yield delta.output or opened.stream.output()
+        async with aclosing(self._deltas(opened)) as several:
+            async for deltas in several:
+                yield deltas[-1].output or opened.stream.output()
 
     async def stream(
         self,
@@ -147,9 +170,10 @@ class AsyncLLM(EngineHost):
         opened = await asyncio.to_thread(
             self._open, prompt, sampling_params, request_id, priority, timeout_s
         )
-        async with aclosing(self._deltas(opened)) as deltas:
-            async for delta in deltas:
-                yield delta
+        async with aclosing(self._deltas(opened)) as several:
+            async for deltas in several:
+                for delta in deltas:
+                    yield delta
 
     async def abort(self, request_id: str) -> None:
         """Ends a request, whoever takes its outputs; they get its last one. Unknown ids are ended
@@ -176,35 +200,48 @@ class AsyncLLM(EngineHost):
             0,
             prompt,
             params or SamplingParams(),
-            request_id=request_id,
+            request_id=secrets.token_hex(8) if request_id is None else request_id,
             priority=priority,
             timeout_s=timeout_s,
         )
 
-    async def _deltas(self, opened: Opened) -> AsyncGenerator[Delta, None]:
+    async def _deltas(self, opened: Opened) -> AsyncGenerator[list[Delta], None]:
+        """All that have come, each time that some have."""
         listener, names = _Listener(opened), [request.request_id for request, _ in opened.requests]
-        if any(name in self._listeners for name in names):
-            raise RequestError(f"request {opened.stream.request_id} is there already")
+        self._check_room(opened)
         for request, matcher in opened.requests:
             self._listeners[request.request_id] = (listener, request.choice)
             self._commands.put((request, matcher))
         try:
-            is_finished = False
-            while not is_finished:
-                delta = await listener.deltas.get()
-                if isinstance(delta, Exception):
-                    raise delta
-                is_finished = delta.output is not None
-                yield delta
+            while not listener.is_finished:
+                yield await listener.take()
         finally:
             for name in names:
                 if self._listeners.pop(name, None) is not None:
                     self._commands.put(name)
 
+    def _check_room(self, opened: Opened) -> None:
+        """Again after the prompt was opened in a thread: the engine may have ended meanwhile."""
+        if self._error is not None:
+            raise self._error
+        name = opened.stream.request_id
+        if any(listener.stream.request_id == name for listener, _ in self._listeners.values()):
+            raise RequestError(f"request {name} is there already")
+        most = self.config.max_num_waiting + self.config.max_num_seqs
+        if len(self._listeners) + len(opened.requests) > most:
+            raise CapacityError(
+                f"{len(self._listeners)} requests of {most} are there; try again later"
+            )
+
     def _deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
-            if (found := self._listeners.get(event.request_id)) is not None:
-                self._deliver_one(*found, event)
+            listener, choice = self._listeners.get(event.request_id, (None, 0))
+            if listener is None:
+                continue
+            try:
+                self._deliver_one(listener, choice, event)
+            except Exception as error:  # of one caller: the others get their tokens
+                listener.deltas.put_nowait(error)
 
     def _deliver_one(self, listener: _Listener, choice: int, event: TokenEvent) -> None:
         delta = listener.stream.add(choice, event)
@@ -229,7 +266,7 @@ class AsyncLLM(EngineHost):
 
     # --- in the engine's thread ----------------------------------------------------------------
 
-    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
+    def _serve(self, engine: Engine, loop: asyncio.AbstractEventLoop, inbox: _Inbox) -> None:
         """Until closed or broken: every failure ends all requests and is told to their callers."""
 
         def tell(call: Callable[..., None], *args: Any) -> None:
@@ -237,19 +274,19 @@ class AsyncLLM(EngineHost):
                 loop.call_soon_threadsafe(call, *args)
 
         try:
-            while self._obey(engine, tell):
-                events = engine.step(self._commands.wake)
+            while self._obey(engine, inbox, tell):
+                events = engine.step(inbox.wake)
                 if events:
                     tell(self._deliver, events)
             engine.settle()
         except Exception as error:
             tell(self._fail, error)
 
-    def _obey(self, engine: Engine, tell: Callable[..., None]) -> bool:
+    def _obey(self, engine: Engine, inbox: _Inbox, tell: Callable[..., None]) -> bool:
         """Does what callers asked for since the last step; waits where there is nothing else to do.
         False once closed."""
         is_idle = not engine.has_unfinished and not engine.scheduler.num_in_flight
-        for command in self._commands.take(block=is_idle):
+        for command in inbox.take(block=is_idle):
             match command:
                 case None:
                     return False

@@ -107,6 +107,7 @@ class Engine:
         if self.scheduler.num_in_flight and self._is_worth_waiting(wake):
             news = self.scheduler.update(self._executor.collect())
             events += [self._event(self._matched(item)) for item in news]
+            self._give_masks()  # before the caller does whatever it does with the tokens
         return events
 
     def _is_worth_waiting(self, wake: int | None) -> bool:

@@ -67,6 +67,11 @@ class _InFlight:
     submitted: float  # seconds of the monotonic clock
 
 
+def _size(batch: ScheduledBatch) -> int:
+    """Of a step, to tell how long it may take: its tokens, and one for every 1,024 looked back at."""
+    return batch.num_tokens + sum(piece.start for piece in batch.pieces) // 1024
+
+
 class WorkerExecutor:
     """Ranks of one model in processes of `pool`."""
 
@@ -74,6 +79,8 @@ class WorkerExecutor:
         self._plan = plan
         self._waiting: deque[_InFlight] = deque()
         self._cost, self._last_output = StepCost(), 0.0
+        self._was_awaited = False  # the oldest output came while `wait` looked
+        self._is_compiled = load_helper() is not None
         self._held = ExitStack()  # what the ranks share, for as long as their world is there
         self._world = World(
             pool, plan.rank_names, plan.config.parallel.widths, plan.config.step_timeout_s
@@ -124,7 +131,7 @@ class WorkerExecutor:
             widths=config.parallel.widths,
             hidden_bytes=config.max_num_batched_tokens * plan.model.hidden_size * item_bytes,
             sampled_bytes=8 * config.max_num_seqs,
-            is_compiled=load_helper() is not None,
+            is_compiled=self._is_compiled,
         )
         fd, path = shm.create_segment(segment)
         self._held.callback(os.close, fd)
@@ -135,7 +142,7 @@ class WorkerExecutor:
         num_ranks = len(self._plan.devices)
         if self._plan.config.transport == "distributed" or not shm.is_supported():
             return QueueSteps(tuple(f"ipc://{meeting}/steps-{rank}" for rank in range(num_ranks)))
-        ring = RingPlan(num_readers=num_ranks, is_compiled=load_helper() is not None)
+        ring = RingPlan(num_readers=num_ranks, is_compiled=self._is_compiled)
         fd, path = create_memory(ring.num_bytes, "bireme-steps")
         self._held.callback(os.close, fd)
         return RingSteps(path, ring)
@@ -163,7 +170,7 @@ class WorkerExecutor:
         return self._world.is_broken
 
     def submit(self, batch: ScheduledBatch) -> None:
-        self._waiting.append(_InFlight(batch.header, batch.num_tokens, time.monotonic()))
+        self._waiting.append(_InFlight(batch.header, _size(batch), time.monotonic()))
         self._world.send_all(Execute(batch), self._patience(len(self._waiting)))
 
     def give_masks(self, masks: StepMasks) -> None:
@@ -177,13 +184,14 @@ class WorkerExecutor:
 
     def wait(self, wake: int) -> bool:
         """After a deadline as `collect` has, it is `collect` that complains."""
+        self._was_awaited = not self._world.has_reply()
         step, limit_s = self._waiting[0], self._plan.config.step_timeout_s
         patience_s = self._cost.patience_s([step.num_tokens], limit_s)
         return self._world.wait(wake, max(step.submitted, self._last_output) + patience_s)
 
     def collect(self) -> StepOutput:
         expected = self._waiting[0].header
-        was_there = self._world.has_reply()
+        was_there, self._was_awaited = self._world.has_reply() and not self._was_awaited, False
         reply = self._world.step_reply(self._patience(1), expected[1])
         if not isinstance(reply, Output):
             raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")

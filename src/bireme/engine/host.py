@@ -159,10 +159,11 @@ class EngineHost:
         check_prompt(self.plan, index, ids, params.max_tokens)
         self._check_params(params)
         _check_handling(request_id, priority, timeout_s)
-        name = request_id if request_id is not None else str(next(self._request_ids))
+        own_id = str(next(self._request_ids))  # a caller may use a name again
+        name = request_id if request_id is not None else own_id
         arrival_s = time.monotonic()
         first = Request(
-            request_id=name,
+            request_id=own_id,
             prompt_token_ids=tuple(ids),
             params=params,
             seed=params.seed if params.seed is not None else secrets.randbelow(MAX_SEED),

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class World:
             self._selector.register(rank.sock, selectors.EVENT_READ, index)
         self.is_broken = False
         self._timeout_s = timeout_s
+        self._early: deque[tuple[int, Reply]] = deque()
         self.channel: StepChannel | None = None  # through which all are told what follows Join
 
     def close(self) -> None:
@@ -154,6 +156,7 @@ class World:
         patience = patience or Patience(self._timeout_s, self._timeout_s)
 
         def watch(index: int) -> None:
+            self._read_early()  # a rank that waits to be heard takes no command
             rank = self.ranks[index]
             if rank.process.poll() is not None:
                 self._fail({index: None})
@@ -185,6 +188,8 @@ class World:
 
     def wait(self, wake: int, until: float) -> bool:
         """False if `wake` becomes readable before a rank replies and before that time."""
+        if self._early:
+            return True
         self._selector.register(wake, selectors.EVENT_READ)
         try:
             events = self._selector.select(max(0.0, until - time.monotonic()))
@@ -193,7 +198,7 @@ class World:
         return not events or any(key.fd != wake for key, _ in events)
 
     def has_reply(self) -> bool:
-        return bool(self._selector.select(0))
+        return bool(self._early or self._selector.select(0))
 
     def step_reply(self, patience: Patience, step_id: int) -> Reply:
         """The next reply of any rank, which should be the output of step `step_id`."""
@@ -215,6 +220,16 @@ class World:
 
     def _next(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
         """The next rank that replies, with its reply; None if there is none by the deadline."""
+        if self._early:
+            return self._early.popleft()
+        return self._read(deadline, step_id)
+
+    def _read_early(self) -> None:
+        """What ranks say while they are told something."""
+        while (found := self._read(0.0)) is not None:
+            self._early.append(found)
+
+    def _read(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
         events = self._selector.select(max(0.0, deadline - time.monotonic()))
         if not events:
             return None

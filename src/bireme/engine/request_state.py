@@ -27,6 +27,7 @@ class RequestState:
     is_leaving: bool = False  # gives its blocks back once its ids have come
     is_new: bool = True  # the ranks do not know it in its slot
     needs_mask: bool = False
+    stop_ids: frozenset[int] = frozenset()
     shared: list[list[int]] = field(default_factory=list)  # of its tables, before its first step
     keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -57,7 +58,7 @@ class RequestState:
             if token_id in request.eos_token_ids:
                 self.finish_reason = "stop"
                 return
-            if token_id in request.params.stop_token_ids:
+            if token_id in self.stop_ids:
                 self.finish_reason, self.stop_reason = "stop", token_id
                 return
         if length >= request.max_len:

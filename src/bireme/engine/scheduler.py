@@ -21,7 +21,7 @@ from bireme.engine.chunks import equal_chunk, tokens_at_once
 from bireme.engine.decode_groups import DecodeGroups
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.waiting_queue import Deadlines, OrderedRequests
-from bireme.errors import CapacityError
+from bireme.errors import CapacityError, RequestError
 from bireme.kvcache.block_manager import BlockManager, block_key
 from bireme.parallel.layout import CacheKind
 from bireme.request import (
@@ -108,10 +108,11 @@ class Scheduler:
                 "cache holds; ask for fewer, or give the cache more memory"
             )
         if request.request_id in self._states:
-            raise CapacityError(f"request {request.request_id} is there already")
+            raise RequestError(f"request {request.request_id} is there already")
         due = request.arrival_s + request.priority * PRIORITY_SPAN_S
         state = RequestState(request, (due, self._num_added), list(request.prompt_token_ids))
         state.needs_mask = request.params.structured_outputs is not None
+        state.stop_ids = frozenset(request.params.stop_token_ids)
         self._num_added += 1
         self._states[request.request_id] = state
         self._waiting.add(state)
@@ -355,12 +356,14 @@ class Scheduler:
 
     def _reserve(self) -> list[int]:
         """Blocks that running requests will soon need: the rest of each prompt, one for a decode."""
-        missing = sum(
-            self.blocks.num_missing(state.slot, state.num_given)
+        chunk = self.limits.max_num_batched_tokens
+        missing = [
+            self.blocks.missing_at_once(state.slot, state.num_given, chunk)
             for state in self._prefilling
             if state.slot is not None
-        )
-        return [missing + self.num_running] * self.blocks.num_kinds
+        ]
+        none = (0,) * self.blocks.num_kinds
+        return [sum(counts) + self.num_running for counts in zip(none, *missing, strict=True)]
 
     def _cached_keys(self, state: RequestState) -> list[bytes]:
         """Of the full blocks that it need not compute; its last token is computed in any case."""

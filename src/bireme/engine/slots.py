@@ -174,8 +174,7 @@ class Slots:
         slots, positions = np.pad(slots, padding), np.pad(positions, padding)
         num_context = -(-int(positions.max() + 1) // SPLIT) * SPLIT
         context = np.arange(num_context)[None]
-        is_unseen = context > positions[:, None]
-        is_unseen[num_real:] = True
+        newest = np.where(np.arange(num_rows) < num_real, positions, -1)[:, None]
         last = self._shape.max_model_len - 1
         on_device = torch.from_numpy(positions).to(self._device)
         cos, sin = self._rotation(slots, on_device)
@@ -188,22 +187,38 @@ class Slots:
             sin=sin,
             tile=Tile(
                 on_device,
-                self._places(slots[:, None], np.minimum(context, last), is_unseen),
+                self._context(
+                    slots[:, None], np.minimum(context, last), positions[:, None], newest
+                ),
             ),
         )
 
-    def _places(
+    def _context(
         self,
         slots: NDArray[np.int64],
         positions: NDArray[np.int64],
-        padding: NDArray[np.bool_] | bool = False,
+        oldest: NDArray[np.int64],
+        newest: NDArray[np.int64],
     ) -> dict[int | None, torch.Tensor]:
-        """Where positions of slots lie in the layers of each window; place 0 for padding."""
+        """Places of positions that queries [oldest, newest] look at in the layers of each window; place
+        0 for the others, whose blocks may be another request's by now."""
+        found = self._places(slots, positions)
+        for window, places in found.items():
+            is_hidden = positions > newest
+            if window is not None:
+                is_hidden = is_hidden | (positions <= oldest - window)
+            places.masked_fill_(torch.from_numpy(is_hidden).to(self._device), 0)
+        return found
+
+    def _places(
+        self, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> dict[int | None, torch.Tensor]:
+        """Where positions of slots lie in the layers of each window."""
         size, found = self._shape.block_size, {}
         blocks, offsets = positions // size, positions % size
         for window, table in self._tables.items():
             places = table[slots, blocks] * size + offsets
-            found[window] = torch.from_numpy(np.where(padding, 0, places)).to(self._device)
+            found[window] = torch.from_numpy(places).to(self._device)
         return found
 
     def _rotation(
@@ -255,7 +270,9 @@ class Slots:
         return SequenceGroup(
             rows=torch.from_numpy(rows[:, None] + steps).to(self._device),
             positions=torch.from_numpy(first[:, None] + steps).to(self._device),
-            context=self._places(slots[:, None], context[None], context >= lengths[:, None]),
+            context=self._context(
+                slots[:, None], context[None], first[:, None], lengths[:, None] - 1
+            ),
             num_context=num_context,
             lowest=int(first.min()),
             num_at_once=self._workspace.max_queries(num_context),

@@ -63,9 +63,10 @@ class ChoiceStream:
         return text, self.token_ids[before:], self.logprobs[before:]
 
     def _settled(self, text: str) -> str:
-        if not self._params.stop_strings or len(self.token_ids) <= self._params.min_tokens:
+        if not self._params.stop_strings:
             return text
-        text = self._stops.add(text)
+        is_early = len(self.token_ids) <= self._params.min_tokens
+        text = self._stops.add(text, is_ignored=is_early)
         if self._stops.found is not None:
             self.finish_reason, self.stop_reason = "stop", self._stops.found
         return text
@@ -161,7 +162,7 @@ class PromptStream:
             outputs=[choice.output(index) for index, choice in enumerate(self._choices)],
             finished=self.is_finished,
             metrics=metrics,
-            prompt_logprobs=self._prompt_logprobs,
+            prompt_logprobs=None if self._prompt_logprobs is None else [*self._prompt_logprobs],
             num_cached_tokens=self._num_cached,
         )
 

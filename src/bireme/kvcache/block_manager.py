@@ -45,14 +45,6 @@ class BlockPool:
         return len(self._free) + len(self._cached)
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    @property
-    def num_cached(self) -> int:
-        return len(self._cached)
-
-    @property
     def num_used(self) -> int:
         return self.num_blocks - 1 - self.num_available
 
@@ -89,13 +81,6 @@ class BlockPool:
             self._cached[block] = None
         else:
             self._free.append(block)
-
-    def forget(self) -> None:
-        """Nothing cached is found from here on."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._keys.clear()
-        self._blocks.clear()
 
     def check_integrity(self, held: Sequence[int]) -> None:
         """`held`: every block of every table. free + cached + used == total, each in one place."""
@@ -141,11 +126,6 @@ class BlockManager:
     @property
     def num_available(self) -> tuple[int, ...]:
         return tuple(pool.num_available for pool in self._pools)
-
-    @property
-    def usage(self) -> float:
-        """The used share of the kind that is fullest."""
-        return max(pool.num_used / max(1, pool.num_blocks - 1) for pool in self._pools)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -226,11 +206,6 @@ class BlockManager:
             if index >= table.num_dropped:
                 pool.publish(table.blocks[index], key)
 
-    def forget(self) -> None:
-        """Forgets all prefixes; what is in use stays."""
-        for pool in self._pools:
-            pool.forget()
-
     # --- growth --------------------------------------------------------------------------------
 
     def num_held(self, slot: int) -> int:
@@ -240,6 +215,13 @@ class BlockManager:
     def num_missing(self, slot: int, num_tokens: int) -> int:
         """Blocks of each kind that `slot` needs beside its own to hold `num_tokens` tokens."""
         return max(0, self.blocks_for(num_tokens) - len(self._tables[slot][0].blocks))
+
+    def missing_at_once(self, slot: int, num_tokens: int, chunk: int) -> list[int]:
+        """Blocks of each kind beside the slot's own while it grows to `num_tokens`, `chunk` tokens at a
+        time."""
+        needed = [self._num_at_once(window, num_tokens, chunk) for window in self._windows]
+        tables = zip(needed, self._tables[slot], strict=True)
+        return [max(0, count - len(table.held)) for count, table in tables]
 
     def drop_unseen(self, slot: int, start: int) -> None:
         """Lets go of blocks that no query from position `start` on looks at."""

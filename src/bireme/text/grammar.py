@@ -96,7 +96,8 @@ def _grammar(wanted: StructuredOutputsParams) -> str:
         _check_size(wanted.regex, 0)
         return str(LLMatcher.grammar_from_regex(wanted.regex))
     if wanted.choice is not None:
-        texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
+        quoted = (json.dumps(text, ensure_ascii=False) for text in wanted.choice)
+        texts = " | ".join(quoted).replace("\x7f", "\\u007f")
         _check_size(texts, 0)
         return str(LLMatcher.grammar_from_lark(f"start: {texts}"))
     assert wanted.grammar is not None

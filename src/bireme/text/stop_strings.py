@@ -11,20 +11,26 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str], *, is_included: bool = False) -> None:
         self._strings, self._is_included = strings, is_included
-        self._held = ""
+        self._held, self._num_ignored = "", 0
         self.found: str | None = None
 
-    def add(self, text: str) -> str:
-        """The text that can be given out; none comes after a stop string was found."""
+    def add(self, text: str, *, is_ignored: bool = False) -> str:
+        """The text that can be given out; none comes after a stop string was found. One that ends in
+        text that `is_ignored` does not count."""
         if self.found is not None:
             return ""
         self._held += text
-        starts = {stop: at for stop in self._strings if (at := self._held.find(stop)) >= 0}
+        if is_ignored:
+            self._num_ignored = len(self._held)
+        starts = {stop: at for stop in self._strings if (at := self._find(stop)) >= 0}
         if starts:
             self.found = min(starts, key=lambda stop: (starts[stop] + len(stop), starts[stop]))
             stop = starts[self.found] + (len(self.found) if self._is_included else 0)
             return self._give(stop)
         return self._give(len(self._held) - self._num_doubtful())
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._num_ignored - len(stop) + 1))
 
     def finish(self) -> str:
         """What was held back, at the end of the text."""
@@ -32,6 +38,7 @@ class StopStrings:
 
     def _give(self, size: int) -> str:
         given, self._held = self._held[:size], self._held[size:]
+        self._num_ignored = max(0, self._num_ignored - size)
         return given
 
     def _num_doubtful(self) -> int:
