@@ -346,7 +346,7 @@ BAD = [
     (["generate", "demo", "x", "--max-tokens", "2000"], "the context holds 1024"),
     (
         ["generate", "demo", "x", "--temperature", "-1"],
-        "temperature=-1.0 must be a finite number, at least 0",
+        "temperature=-1.0 must be a number from 0 to 100",
     ),
     (["generate", "demo", "x", "--n", "0"], "n=0 must be a whole number from 1 to 128"),
     (["generate", "demo", "x", "--min-p", "2"], "min_p=2.0 must be a number from 0 to 1"),
