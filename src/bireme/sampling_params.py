@@ -67,7 +67,7 @@ _STRUCTURES: dict[str, Callable[[Any], bool]] = {
 class SamplingParams:
     """How tokens are chosen. temperature 0 is greedy; `seed` None draws one for the request.
 
-    `stop_token_ids` and `stop` end a request beside the model's own end; a stop string never shows in
+    `stop_token_ids` and `stop` end a request beside the model's own end; what ended it never shows in
     the text unless `include_stop_str_in_output`. `logprobs` k gives the chosen token's
     log-probability and the k likeliest ones, before temperature, penalties and masks;
     `prompt_logprobs` the same of the prompt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -134,8 +135,13 @@ def test_stop_token_ids_end_a_request_and_are_its_reason(
             temperature=0, max_tokens=24, ignore_eos=True, stop_token_ids=(stop,)
         )
         done = llm.generate(PROMPTS[0], params)[0].outputs[0]
+        shown = dataclasses.replace(params, include_stop_str_in_output=True)
+        whole = llm.generate(PROMPTS[0], shown)[0].outputs[0]
+        name = llm.tokenizer.name_of(stop)
     assert done.token_ids == greedy[0][: greedy[0].index(stop) + 1]
     assert (done.finish_reason, done.stop_reason) == ("stop", stop)
+    assert name
+    assert whole.text == done.text + name
 
 
 def test_streamed_deltas_make_the_whole_output(pool: WorkerPool, greedy: list[list[int]]) -> None:

@@ -1,4 +1,5 @@
-"""An executor that replays what each stage of each batch reads and writes in the cache, and checks it.
+"""An executor that replays what each stage of each batch reads and writes in the cache, and checks it,
+and that masks have come, and were made of the tokens before, when the last stage samples.
 
 A place holds what a model's keys and values depend on: the token and all before it. Each stage runs
 its own copy of the cache, as far behind the others as a random number says. The next id is a hash of
@@ -8,7 +9,7 @@ what was read, so that a stale or foreign block shows in the tokens.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from random import Random
@@ -44,6 +45,30 @@ def continued(prompt: Sequence[int], max_tokens: int) -> list[int]:
 def prefixes(ids: Sequence[int]) -> list[Prefix]:
     """What the cache must hold at each position."""
     return list(accumulate(ids, extended, initial=0))[1:]
+
+
+def mask_behind(prefix: Prefix) -> bytes:
+    """Stands for the ids that may follow: nobody chooses by it, but it says what it was made of."""
+    return prefix.to_bytes(4, "little")
+
+
+class PrefixMatcher:
+    """Allows whatever comes, and ends the request after `num_tokens`."""
+
+    def __init__(self, prompt: Sequence[int], num_tokens: int) -> None:
+        self._prefix, self._num_left = prefixes(prompt)[-1], num_tokens
+
+    def accept(self, token_ids: list[int]) -> None:
+        for token_id in token_ids:
+            self._prefix = extended(self._prefix, token_id)
+        self._num_left -= len(token_ids)
+
+    def mask(self) -> bytes:
+        return mask_behind(self._prefix)
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._num_left <= 0
 
 
 @dataclass
@@ -118,9 +143,12 @@ class ReplayExecutor:
         block_size: int,
         truths: Sequence[list[Prefix]],
         random: Random,
+        has_ended: Callable[[int], bool],
     ) -> None:
+        """`has_ended(seed)`: nobody reads any more what that request is given."""
         self._stages = [_Stage(kinds, block_size, truths) for _ in range(pp_size)]
-        self._random = random
+        self._random, self._has_ended = random, has_ended
+        self._masks: dict[int, StepMasks] = {}
         self._outputs: dict[int, list[list[list[int]]]] = {}
         self._batches: deque[ScheduledBatch] = deque()
         self.max_in_flight = pp_size + 1
@@ -133,15 +161,35 @@ class ReplayExecutor:
         for stage in self._stages:
             stage.queue.append(batch)
         for stage in self._stages:
-            while stage.queue and self._random.random() < 0.5:
+            while stage.queue and self._can_run(stage) and self._random.random() < 0.5:
                 self._run_one(stage)
 
+    def _can_run(self, stage: _Stage) -> bool:
+        batch = stage.queue[0]
+        is_last = stage is self._stages[-1]
+        return not (is_last and batch.masked_slots and batch.step_id not in self._masks)
+
     def _run_one(self, stage: _Stage) -> None:
+        assert self._can_run(stage), "the step would wait for its masks for ever"
         batch = stage.queue.popleft()
         self._outputs.setdefault(batch.step_id, []).append(stage.run(batch))
+        if stage is self._stages[-1] and batch.masked_slots:
+            self._check_masks(stage, batch, self._masks.pop(batch.step_id))
+
+    def _check_masks(self, stage: _Stage, batch: ScheduledBatch, masks: StepMasks) -> None:
+        given = dict(zip(masks.slots, masks.masks, strict=True))
+        assert list(given) == batch.masked_slots
+        for piece in batch.pieces:
+            if not piece.needs_mask:
+                continue
+            seed = stage.owners[piece.slot]
+            expected = mask_behind(stage.truths[seed][piece.start + piece.num_tokens - 1])
+            is_unread = given[piece.slot] == b"" and self._has_ended(seed)
+            assert is_unread or given[piece.slot] == expected, "a mask of other tokens"
 
     def give_masks(self, masks: StepMasks) -> None:
-        raise AssertionError("nothing is masked here")
+        assert masks.step_id not in self._masks, "masks came twice"
+        self._masks[masks.step_id] = masks
 
     def give_up(self) -> None:
         raise AssertionError("nothing is interrupted here")

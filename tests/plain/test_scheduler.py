@@ -11,24 +11,32 @@ from random import Random
 import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from replay import VOCABULARY, ReplayExecutor, continued, prefixes
+from replay import VOCABULARY, PrefixMatcher, ReplayExecutor, continued, prefixes
 
 from bireme.engine.engine import Engine
 from bireme.engine.scheduler import PRIORITY_SPAN_S, Scheduler, SchedulerLimits
 from bireme.errors import CapacityError
 from bireme.parallel.layout import CacheKind
 from bireme.request import Request, ScheduledBatch, StepOutput
-from bireme.sampling_params import SamplingParams
+from bireme.sampling_params import SamplingParams, StructuredOutputsParams
 
 BLOCK = 4
 
 
-def request(index: int, prompt: list[int] | int, max_tokens: int, **more: object) -> Request:
+def request(
+    index: int,
+    prompt: list[int] | int,
+    max_tokens: int,
+    structure: StructuredOutputsParams | None = None,
+    **more: object,
+) -> Request:
     ids = list(range(prompt)) if isinstance(prompt, int) else prompt
     return Request(
         request_id=str(index),
         prompt_token_ids=tuple(ids),
-        params=SamplingParams(temperature=0, max_tokens=max_tokens),
+        params=SamplingParams(
+            temperature=0, max_tokens=max_tokens, structured_outputs=structure
+        ),
         seed=index,
         **more,  # type: ignore[arg-type]
     )
@@ -71,6 +79,23 @@ class Arrival:
     has_eos: bool
     priority: int
     cancel_after: int | None  # steps
+    match_len: int | None  # tokens of a structured answer; None: it is free
+
+    def matcher(self) -> PrefixMatcher | None:
+        return None if self.match_len is None else PrefixMatcher(self.prompt, self.match_len)
+
+    @property
+    def structure(self) -> StructuredOutputsParams | None:
+        return None if self.match_len is None else StructuredOutputsParams(regex=".*")
+
+    def expected(self, continuation: list[int], eos: frozenset[int]) -> tuple[list[int], str]:
+        """What it gets if nobody cancels it, and why it ends."""
+        ids = continuation[: self.max_tokens]
+        for count, token_id in enumerate(ids, 1):
+            if (self.has_eos and token_id in eos) or count == self.match_len:
+                is_full = count == self.max_tokens and not (self.has_eos and token_id in eos)
+                return ids[:count], "length" if is_full else "stop"
+        return ids, "length"
 
 
 def arrivals_of(random: Random, count: int) -> list[Arrival]:
@@ -85,6 +110,7 @@ def arrivals_of(random: Random, count: int) -> list[Arrival]:
             has_eos=random.random() < 0.5,
             priority=random.randint(-2, 2),
             cancel_after=random.randint(0, 12) if random.random() < 0.2 else None,
+            match_len=random.randint(1, 20) if random.random() < 0.3 else None,
         )
         for _ in range(count)
     ]
@@ -133,13 +159,14 @@ def test_whatever_runs_beside_it_a_request_reads_its_own_tokens_and_ends_as_it_w
     )
     wanted = [continued(one.prompt, one.max_tokens + 2) for one in arrivals]
     truths = [prefixes([*one.prompt, *ids]) for one, ids in zip(arrivals, wanted, strict=True)]
-    engine = Engine(plan, ReplayExecutor(pp_size, kinds, BLOCK, truths, random))
+    ends: dict[int, str] = {}
+    executor = ReplayExecutor(pp_size, kinds, BLOCK, truths, random, ends.__contains__)
+    engine = Engine(plan, executor)
     eos = frozenset(range(0, VOCABULARY, 5))
     fits = [
         plan.blocks.can_ever_hold(len(one.prompt) + one.max_tokens, max_tokens) for one in arrivals
     ]
     got: dict[int, list[int]] = {index: [] for index in range(len(arrivals))}
-    ends: dict[int, str] = {}
     added: dict[int, int] = {}
     for step in range(2000):
         for index, one in enumerate(arrivals):
@@ -150,10 +177,12 @@ def test_whatever_runs_beside_it_a_request_reads_its_own_tokens_and_ends_as_it_w
                         index,
                         list(one.prompt),
                         one.max_tokens,
+                        one.structure,
                         eos_token_ids=own_eos,
                         priority=one.priority,
                         arrival_s=float(step),
-                    )
+                    ),
+                    one.matcher(),
                 )
                 added[index] = step
             elif index in added and one.cancel_after == step - added[index] and index not in ends:
@@ -174,15 +203,10 @@ def test_whatever_runs_beside_it_a_request_reads_its_own_tokens_and_ends_as_it_w
     event(f"preempted: {plan.num_preemptions > 0}")
     event(f"prefix hits: {plan.num_prefix_hits > 0}")
     for index, reason in ends.items():
-        one = arrivals[index]
-        alone = wanted[index][: one.max_tokens]
-        last = next((at for at, id_ in enumerate(alone) if one.has_eos and id_ in eos), None)
-        if last is not None:
-            alone = alone[: last + 1]
+        alone, why = arrivals[index].expected(wanted[index], eos)
         assert got[index] == alone[: len(got[index])]
         if reason != "abort":
-            assert got[index] == alone
-            assert reason == ("stop" if last is not None else "length")
+            assert (got[index], reason) == (alone, why)
 
 
 # --- single behaviours ------------------------------------------------------------------------------

@@ -28,7 +28,16 @@ from bireme.parallel.layout import CacheKind
 from bireme.parallel.mesh import Mesh
 from bireme.parallel.shm import SegmentPlan
 from bireme.parallel.shm_helper import load_helper
-from bireme.request import ScheduledBatch, StepHeader, StepMasks, StepOutput
+from bireme.request import (
+    WARM_UP_STEP,
+    SamplingSetup,
+    ScheduledBatch,
+    ScheduledPiece,
+    SlotSetup,
+    StepHeader,
+    StepMasks,
+    StepOutput,
+)
 from bireme.trace import Span
 
 
@@ -88,6 +97,7 @@ class WorkerExecutor:
         try:
             self._join()
             self.loaded = self._load()
+            self._make_first_step()
         except BaseException:
             self._abandon(pool)
             raise
@@ -163,6 +173,17 @@ class WorkerExecutor:
         )
         replies = self._world.gather(plan.config.start_timeout_s, "loading its weights")
         return [reply for reply in replies if isinstance(reply, Loaded)]
+
+    def _make_first_step(self) -> None:
+        """Of made-up tokens, before any request's: from here on every rank is known to work, and what a
+        step may take is learned."""
+        config, kinds = self._plan.config, self._plan.kinds
+        most = min(config.max_num_batched_tokens, self._plan.max_model_len)
+        num_tokens = min(config.block_size, most)
+        setup = SlotSetup(0, num_tokens, SamplingSetup(seed=0))
+        piece = ScheduledPiece(0, 0, num_tokens, [0] * num_tokens, [[1]] * len(kinds), samples=True)
+        self.submit(ScheduledBatch(0, WARM_UP_STEP, [setup], [piece]))
+        self.collect()
 
     @property
     def is_broken(self) -> bool:

@@ -6,6 +6,7 @@ What follows Join goes to all ranks at once (`channel.py`).
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 
@@ -127,35 +128,53 @@ def send(sock: socket.socket, message: Command | Reply) -> None:
     sock.sendall(frame(message))
 
 
-def _receive(sock: socket.socket) -> bytes | None:
-    """The next frame's body; None when the other side is gone."""
-    header = _exactly(sock, _LENGTH.size)
-    if header is None:
-        return None
-    (length,) = _LENGTH.unpack(header)
-    if length > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
-    return _exactly(sock, length)
+class _FrameReader:
+    """Frames of a socket, read to the byte: what follows a frame stays readable there."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._part = sock, bytearray()
+        self._num_bytes, self._is_body = _LENGTH.size, False
+
+    def read(self) -> bytes | None:
+        """The next frame's body; of a socket that does not block None while it has not come whole.
+        EOFError when the other side is gone."""
+        while len(self._part) < self._num_bytes:
+            missing = self._num_bytes - len(self._part)
+            try:  # past the socket's own timeout, which would be waited for
+                part = os.read(self._sock.fileno(), min(1 << 20, missing))
+            except BlockingIOError:
+                return None
+            except ConnectionError:
+                part = b""
+            if not part:
+                raise EOFError("the other side is gone")
+            self._part += part
+            if len(self._part) == self._num_bytes and not self._is_body:
+                self._begin_body()
+        body = bytes(self._part)
+        self._begin(_LENGTH.size, is_body=False)
+        return body
+
+    def _begin_body(self) -> None:
+        (length,) = _LENGTH.unpack(self._part)
+        if length > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+        self._begin(length, is_body=True)
+
+    def _begin(self, num_bytes: int, *, is_body: bool) -> None:
+        self._part, self._num_bytes, self._is_body = bytearray(), num_bytes, is_body
 
 
-def _exactly(sock: socket.socket, num_bytes: int) -> bytes | None:
-    parts = bytearray()
-    while len(parts) < num_bytes:
-        try:
-            part = sock.recv(min(1 << 20, num_bytes - len(parts)))
-        except ConnectionError:
-            return None
-        if not part:
-            return None
-        parts += part
-    return bytes(parts)
+class CommandReader(_FrameReader):
+    def next(self) -> Command:
+        """Waits for it; EOFError when the driver is gone."""
+        body = self.read()
+        assert body is not None, "the socket blocks"
+        return _COMMANDS.decode(body)
 
 
-def receive_command(sock: socket.socket) -> Command | None:
-    body = _receive(sock)
-    return None if body is None else _COMMANDS.decode(body)
-
-
-def receive_reply(sock: socket.socket) -> Reply | None:
-    body = _receive(sock)
-    return None if body is None else _REPLIES.decode(body)
+class ReplyReader(_FrameReader):
+    def next(self) -> Reply | None:
+        """None while it has not come whole; EOFError when the rank is gone."""
+        body = self.read()
+        return None if body is None else _REPLIES.decode(body)

@@ -23,7 +23,7 @@ import bireme
 from bireme.engine.channel import StepChannel
 from bireme.engine.culprit import Standing, find_culprit, is_stopped
 from bireme.engine.deadline import Patience
-from bireme.engine.messages import Command, Failed, Reply, encode, frame, receive_reply
+from bireme.engine.messages import Command, Failed, Reply, ReplyReader, encode, frame
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
 from bireme.trace import Now, SpanRing
@@ -38,6 +38,7 @@ class RankProcess:
 
     process: subprocess.Popen[bytes]
     sock: socket.socket
+    replies: ReplyReader
     spans: SpanRing
 
     def describe_end(self) -> str:
@@ -78,7 +79,7 @@ def _start() -> RankProcess:
     finally:
         theirs.close()
         spans.close_fd()
-    return RankProcess(process, ours, spans)
+    return RankProcess(process, ours, ReplyReader(ours), spans)
 
 
 def _are_secondary(seen: dict[int, Failed | None]) -> bool:
@@ -230,18 +231,21 @@ class World:
             self._early.append(found)
 
     def _read(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
-        events = self._selector.select(max(0.0, deadline - time.monotonic()))
-        if not events:
-            return None
-        index = events[0][0].data
+        while events := self._selector.select(max(0.0, deadline - time.monotonic())):
+            index = events[0][0].data
+            reply, is_gone = self._take(index)
+            if is_gone or isinstance(reply, Failed):
+                self._fail({index: reply if isinstance(reply, Failed) else None}, step_id)
+            if reply is not None:
+                return index, reply
+        return None
+
+    def _take(self, index: int) -> tuple[Reply | None, bool]:
+        """What a rank has said, None while it is not whole; and whether the rank is gone."""
         try:
-            reply = receive_reply(self.ranks[index].sock)
-        except TimeoutError:  # amid a message
-            return None
-        if reply is None or isinstance(reply, Failed):
-            self._fail({index: reply}, step_id)
-        assert reply is not None
-        return index, reply
+            return self.ranks[index].replies.next(), False
+        except EOFError:
+            return None, True
 
     def _no_answer(self, awaited: set[int], doing: str) -> RankError:
         stopped = {index for index in awaited if is_stopped(self.ranks[index].process.pid)}
@@ -292,9 +296,9 @@ class World:
             if not events:
                 return
             for key, _ in events:
-                reply = receive_reply(self.ranks[key.data].sock)
-                if reply is None or isinstance(reply, Failed):
-                    seen[key.data] = reply
+                reply, is_gone = self._take(key.data)
+                if is_gone or isinstance(reply, Failed):
+                    seen[key.data] = reply if isinstance(reply, Failed) else None
 
     def _cause(self, seen: dict[int, Failed | None]) -> BiremeError:
         causes = [index for index, reply in seen.items() if reply is None or not reply.is_secondary]

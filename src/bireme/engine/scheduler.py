@@ -25,6 +25,7 @@ from bireme.errors import CapacityError, RequestError
 from bireme.kvcache.block_manager import BlockManager, block_key
 from bireme.parallel.layout import CacheKind
 from bireme.request import (
+    WARM_UP_STEP,
     Request,
     ScheduledBatch,
     ScheduledPiece,
@@ -89,7 +90,7 @@ class Scheduler:
         self._deadlines = Deadlines()
         self._in_flight: deque[_InFlight] = deque()
         self._num_added = 0
-        self._next_step_id = 0
+        self._next_step_id = WARM_UP_STEP + 1
         self._incarnation = 0
         self._refused: tuple[RequestState, tuple[int, ...]] | None = None
 
@@ -343,7 +344,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
             state, available = self._waiting.first, self.blocks.num_available
-            if self._refused == (state, available):
+            if self._is_refused(state, available):
                 return
             keys = self._cached_keys(state)
             chunk = self.limits.max_num_batched_tokens
@@ -353,6 +354,13 @@ class Scheduler:
                 return
             self._waiting.remove(state)
             self._start(state)
+
+    def _is_refused(self, state: RequestState, available: tuple[int, ...]) -> bool:
+        """True if it had no room, and no kind has more by now: it is not looked up again."""
+        if self._refused is None or self._refused[0] is not state:
+            return False
+        pairs = zip(available, self._refused[1], strict=True)
+        return all(now <= before for now, before in pairs)
 
     def _reserve(self) -> list[int]:
         """Blocks that running requests will soon need: the rest of each prompt, one for a decode."""

@@ -47,11 +47,13 @@ class ChoiceStream:
     def add(self, event: TokenEvent) -> tuple[str, list[int], list[Logprobs]]:
         """The text that these tokens settle, the tokens, and their log-probabilities."""
         before, text = len(self.token_ids), ""
+        hidden = None if self._params.include_stop_str_in_output else event.stop_reason
         for index, token_id in enumerate(event.token_ids):
             self.token_ids.append(token_id)
             if event.logprobs:
                 self.logprobs.append(as_logprobs(token_id, event.logprobs[index], self._name_token))
-            text += self._settled(self._decoder.add([token_id]) if self._decoder else "")
+            decoder = None if token_id == hidden else self._decoder
+            text += self._settled(decoder.add([token_id]) if decoder else "")
             if self.finish_reason is not None:
                 break
         if self.finish_reason is None and event.finish_reason is not None:

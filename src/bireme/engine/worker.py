@@ -32,6 +32,7 @@ from bireme.engine.channel import StepSource, open_source
 from bireme.engine.messages import (
     Capture,
     Command,
+    CommandReader,
     Done,
     Execute,
     Failed,
@@ -43,7 +44,6 @@ from bireme.engine.messages import (
     Output,
     Reply,
     decode,
-    receive_command,
     send,
 )
 from bireme.engine.model_runner import ModelRunner
@@ -236,12 +236,14 @@ def _failure(error: BaseException) -> Failed:
 
 def _read_commands(sock: socket.socket, commands: Commands) -> None:
     """The lifeline: when the driver's end closes, this process ends at once."""
+    reader = CommandReader(sock)
     try:
-        while (command := receive_command(sock)) is not None:
-            commands.put(command)
+        while True:
+            commands.put(reader.next())
+    except EOFError:
+        os._exit(0)
     except Exception as error:
         _end(sock, error)
-    os._exit(0)
 
 
 def _answer(sock: socket.socket, reply: Reply) -> None:

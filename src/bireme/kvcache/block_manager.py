@@ -147,30 +147,25 @@ class BlockManager:
 
     def num_cached_blocks(self, keys: Sequence[bytes]) -> int:
         """How many of the first blocks are there, in every kind as far back as it looks."""
-        length = len(keys)
-        while length:
-            missing = [
-                self._last_missing(pool, keys, self._first_needed(window, length), length)
-                for window, pool in zip(self._windows, self._pools, strict=True)
-            ]
-            if max(missing) < 0:
-                return length
-            length = min(index for index in missing if index >= 0)
-        return 0
+        found, present = 0, [0] * self.num_kinds  # blocks in a row, up to the newest
+        kinds = list(zip(self._windows, self._pools, strict=True))
+        for length, key in enumerate(keys, 1):
+            for kind, (window, pool) in enumerate(kinds):
+                present[kind] = present[kind] + 1 if pool.find(key) is not None else 0
+                if window is None and not present[kind]:
+                    return found
+            if all(
+                count >= length - self._first_needed(window, length)
+                for count, window in zip(present, self._windows, strict=True)
+            ):
+                found = length
+        return found
 
     def _first_needed(self, window: int | None, num_blocks: int) -> int:
         """The first block that a query behind `num_blocks` full blocks looks at."""
         if window is None:
             return 0
         return max(0, num_blocks * self.block_size - window + 1) // self.block_size
-
-    @staticmethod
-    def _last_missing(pool: BlockPool, keys: Sequence[bytes], first: int, stop: int) -> int:
-        """Of blocks [first, stop), the first that is missing where all before count, else -1."""
-        for index in range(first, stop):
-            if pool.find(keys[index]) is None:
-                return index
-        return -1
 
     def can_start(
         self, keys: Sequence[bytes], num_tokens: int, chunk: int, reserve: Sequence[int]
