@@ -34,9 +34,7 @@ def request(
     return Request(
         request_id=str(index),
         prompt_token_ids=tuple(ids),
-        params=SamplingParams(
-            temperature=0, max_tokens=max_tokens, structured_outputs=structure
-        ),
+        params=SamplingParams(temperature=0, max_tokens=max_tokens, structured_outputs=structure),
         seed=index,
         **more,  # type: ignore[arg-type]
     )
