@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bireme.engine.sampling.penalties import Penalties
 from bireme.engine.sampling.shard import Shard
@@ -104,16 +105,23 @@ def apply_masks(
     addends, skipped = _ADDENDS.to(logits.device), shard.first_id % 8
     for start in range(0, len(rows), num_at_once):
         tile = slice(start, start + num_at_once)
-        packed = np.stack([_own_bytes(mask, shard, logits.shape[1]) for mask in masks[tile]])
-        added = addends[torch.from_numpy(packed).to(logits.device).int()].flatten(1)
-        index = torch.tensor(rows[tile]).to(logits.device)
-        logits.index_add_(0, index, added[:, skipped : skipped + logits.shape[1]])
+        packed = torch.from_numpy(_packed(masks[tile], shard, logits.shape[1])).to(logits.device)
+        added = F.embedding(packed.int(), addends).flatten(1)
+        added = added[:, skipped : skipped + logits.shape[1]]
+        if len(added) == len(logits):
+            logits += added
+        else:
+            logits.index_add_(0, torch.tensor(rows[tile]).to(logits.device), added)
 
 
-def _own_bytes(mask: bytes, shard: Shard, width: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    """The bytes that have the bits of this shard's columns; behind the mask's end nothing is allowed."""
+def _packed(
+    masks: Sequence[bytes], shard: Shard, width: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    """The bytes that have the bits of this shard's columns, a row a mask; behind a mask's end nothing
+    is allowed."""
     first = shard.first_id // 8
-    own = np.zeros(-(-(shard.first_id + width) // 8) - first, dtype=np.uint8)
-    given = np.frombuffer(mask, dtype=np.uint8)[first : first + len(own)]
-    own[: len(given)] = given
-    return own
+    packed = np.zeros((len(masks), -(-(shard.first_id + width) // 8) - first), dtype=np.uint8)
+    for own, mask in zip(packed, masks, strict=True):
+        given = np.frombuffer(mask, dtype=np.uint8)[first : first + len(own)]
+        own[: len(given)] = given
+    return packed
