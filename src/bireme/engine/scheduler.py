@@ -344,7 +344,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._free_slots:
             state, available = self._waiting.first, self.blocks.num_available
-            if self._is_refused(state, available):
+            if self._refused == (state, available):
                 return
             keys = self._cached_keys(state)
             chunk = self.limits.max_num_batched_tokens
@@ -354,13 +354,6 @@ class Scheduler:
                 return
             self._waiting.remove(state)
             self._start(state)
-
-    def _is_refused(self, state: RequestState, available: tuple[int, ...]) -> bool:
-        """True if it had no room, and no kind has more by now: it is not looked up again."""
-        if self._refused is None or self._refused[0] is not state:
-            return False
-        pairs = zip(available, self._refused[1], strict=True)
-        return all(now <= before for now, before in pairs)
 
     def _reserve(self) -> list[int]:
         """Blocks that running requests will soon need: the rest of each prompt, one for a decode."""

@@ -16,6 +16,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 
 from bireme.errors import CapacityError
 from bireme.parallel.layout import CacheKind
@@ -60,6 +61,15 @@ class BlockPool:
 
     def find(self, key: bytes) -> int | None:
         return self._blocks.get(key)
+
+    def num_leading(self, keys: Sequence[bytes]) -> int:
+        """How many of the first ones are there."""
+        return sum(1 for _ in takewhile(self._blocks.__contains__, keys))
+
+    def runs(self, keys: Sequence[bytes]) -> list[int]:
+        """For each key how many in a row are there, up to and with it."""
+        there = map(self._blocks.__contains__, keys)
+        return list(accumulate(there, lambda run, is_there: (run + 1) * is_there, initial=0))[1:]
 
     def is_used(self, block: int) -> bool:
         return self._num_users[block] > 0
@@ -147,19 +157,19 @@ class BlockManager:
 
     def num_cached_blocks(self, keys: Sequence[bytes]) -> int:
         """How many of the first blocks are there, in every kind as far back as it looks."""
-        found, present = 0, [0] * self.num_kinds  # blocks in a row, up to the newest
         kinds = list(zip(self._windows, self._pools, strict=True))
-        for length, key in enumerate(keys, 1):
-            for kind, (window, pool) in enumerate(kinds):
-                present[kind] = present[kind] + 1 if pool.find(key) is not None else 0
-                if window is None and not present[kind]:
-                    return found
+        whole = (pool.num_leading(keys) for window, pool in kinds if window is None)
+        most = min(whole, default=len(keys))
+        windowed = [
+            (window, pool.runs(keys[:most])) for window, pool in kinds if window is not None
+        ]
+        for length in range(most, 0, -1):
             if all(
-                count >= length - self._first_needed(window, length)
-                for count, window in zip(present, self._windows, strict=True)
+                runs[length - 1] >= length - self._first_needed(window, length)
+                for window, runs in windowed
             ):
-                found = length
-        return found
+                return length
+        return 0
 
     def _first_needed(self, window: int | None, num_blocks: int) -> int:
         """The first block that a query behind `num_blocks` full blocks looks at."""
