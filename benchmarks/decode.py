@@ -66,7 +66,7 @@ def read_bytes_per_s() -> float:
 
 def step_bytes(llm: LLM) -> int:
     """Of weights that a step reads: of the embedding it looks up a row a token."""
-    embedding = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
+    embedding: int = CONFIG["vocab_size"] * CONFIG["hidden_size"] * 2
     return sum(rank.weight_bytes for rank in llm.loaded) - embedding
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bireme.engine.channel import QueueSteps, RingSteps, Steps, open_channel, open_source
-from bireme.engine.messages import Command, Execute, encode, frame, receive_command
+from bireme.engine.messages import Command, CommandReader, Execute, encode, frame
 from bireme.parallel.broadcast import RingPlan
 from bireme.parallel.counters import create_memory
 from bireme.request import ScheduledBatch, ScheduledPiece
@@ -54,8 +54,9 @@ def listen(steps: str, rank: int, num_messages: int) -> list[int]:
     """When each message was here: nanoseconds of the clock that all processes share."""
     if steps.isdigit():
         sock = socket.socket(fileno=int(steps))
+        reader = CommandReader(sock)
         print("ready", flush=True)
-        return [(receive_command(sock), time.monotonic_ns())[1] for _ in range(num_messages)]
+        return [(reader.next(), time.monotonic_ns())[1] for _ in range(num_messages)]
     source = open_source(msgspec.json.decode(steps, type=Steps), rank)
     print("ready", flush=True)
     return [(source.receive(), time.monotonic_ns())[1] for _ in range(num_messages)]
