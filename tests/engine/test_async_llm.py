@@ -249,10 +249,10 @@ def test_a_prompt_that_is_opened_while_the_engine_is_closed_is_refused(pool: Wor
     async def main() -> None:
         llm = AsyncLLM("demo", dtype="float32", pool=pool)
         await asyncio.gather(llm.begin(), llm.begin())
-        opened = llm._open([5, 6], GREEDY, None, 0, None)
+        opened = await llm._callers.open([5, 6], GREEDY)
         await llm.aclose()
         with pytest.raises(EngineError, match="was closed"):
-            await asyncio.wait_for(anext(llm._deltas(opened)), 10)
+            await asyncio.wait_for(anext(llm._callers.deltas(opened)), 10)
         async with llm:
             assert await answer(llm, [5, 6])
 

@@ -18,7 +18,7 @@ from bireme.cli.ranks import print_ranks
 from bireme.errors import RequestError
 
 if TYPE_CHECKING:
-    from bireme.engine.host import Prompt
+    from bireme.engine.input_processor import Prompt
     from bireme.engine.llm import LLM
     from bireme.sampling_params import SamplingParams
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bireme.errors import RequestError
 
 if TYPE_CHECKING:
-    from bireme.engine.host import Prompt
+    from bireme.engine.input_processor import Prompt
 
 _KEYS = ("prompt", "prompt_token_ids")
 

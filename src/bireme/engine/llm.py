@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from bireme.engine.host import EngineHost, Prompt
+from bireme.engine.host import EngineHost
+from bireme.engine.input_processor import Prompt
 from bireme.engine.streams import Opened
 from bireme.errors import EngineError, RequestError
 from bireme.outputs import Delta, RequestOutput
@@ -77,7 +78,7 @@ class LLM(EngineHost):
         listed = _as_prompts(prompts)
         params = _as_params(sampling_params, len(listed))
         opened = [
-            self.open(index, prompt, param)
+            self.inputs.open(index, prompt, param)
             for index, (prompt, param) in enumerate(zip(listed, params, strict=True))
         ]
         stream = self._run(opened)

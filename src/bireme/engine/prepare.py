@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +26,9 @@ from bireme.engine.budget import (
     step_limits,
 )
 from bireme.engine.executor import WorkerPlan
+from bireme.engine.input_processor import ServedModel
 from bireme.engine.scheduler import SchedulerLimits
-from bireme.errors import CapacityError, ConfigError, RequestError
+from bireme.errors import CapacityError, ConfigError
 from bireme.model_config import ModelConfig
 from bireme.models.registry import model_layout, rank_layouts
 from bireme.models.rope import depends_on_length
@@ -293,24 +293,7 @@ def _context_per_token(config: ModelConfig) -> float:
     return (attention + 3 * width * config.hidden_size) / per_layer
 
 
-def check_prompt(plan: WorkerPlan, index: int, ids: Sequence[int], num_new: int) -> None:
-    """RequestError unless prompt `index` is there, is of the vocabulary, and leaves room for
-    `num_new` tokens."""
-    vocab, longest = plan.model.vocab_size, plan.max_model_len
-    if not ids:
-        raise RequestError(f"prompt {index} is empty; give at least one token")
-    bad = [id_ for id_ in ids if type(id_) is not int or not 0 <= id_ < vocab]
-    if bad:
-        raise RequestError(
-            f"prompt {index} holds the token id {bad[0]}; ids go from 0 to {vocab - 1}"
-        )
-    if len(ids) >= longest:
-        raise RequestError(
-            f"prompt {index} has {len(ids)} tokens; the context holds {longest}, "
-            f"so shorten it to at most {longest - 1}"
-        )
-    if len(ids) + num_new > longest:
-        raise RequestError(
-            f"prompt {index} has {len(ids)} tokens and asks for {num_new} more; the context holds "
-            f"{longest}, so ask for at most {longest - len(ids)}"
-        )
+def served_model(model: PreparedModel, plan: WorkerPlan) -> ServedModel:
+    return ServedModel(
+        model.name, model.folder, plan.model.vocab_size, plan.max_model_len, model.eos_token_ids
+    )

@@ -22,8 +22,9 @@ from bireme.checkpoint.reader import TensorSource
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.capture import capture_path
 from bireme.engine.executor import WorkerExecutor, WorkerPlan
+from bireme.engine.input_processor import check_prompt
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import check_prompt, make_plan
+from bireme.engine.prepare import make_plan, served_model
 from bireme.errors import CapacityError, ConfigError
 from bireme.models.registry import model_layout
 from bireme.parallel.layout import ModelLayout
@@ -61,7 +62,7 @@ def verify(
     if num_decode < 0:
         raise ConfigError(f"num_decode={num_decode} must be at least 0")
     for index, prompt in enumerate(prompts):
-        check_prompt(plan, index, prompt, num_decode)
+        check_prompt(served_model(model, plan), index, prompt, num_decode)
     with tempfile.TemporaryDirectory(prefix="bireme-verify-") as folder:
         own_pool = pool or WorkerPool()
         try:
