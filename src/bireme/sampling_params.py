@@ -27,7 +27,7 @@ class StructuredOutputsParams:
     `json_object` asks for any JSON object.
     """
 
-    json: str | Mapping[str, Any] | None = None
+    json: str | Mapping[str, Any] | bool | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None

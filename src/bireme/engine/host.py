@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
@@ -55,9 +55,20 @@ class EngineHost:
             tuple(layers_per_stage) if layers_per_stage is not None else None,
         )
         check_settings(settings, EngineHost.__init__.__kwdefaults__ or ())
-        config = EngineConfig(parallel=parallel, **settings)
+        self._prepare(str(model), EngineConfig(parallel=parallel, **settings), is_auto, pool)
+
+    @classmethod
+    def of(cls, model: str, config: EngineConfig, *, is_auto: bool = False) -> Self:
+        """From settings that are put together already; `is_auto`: the smallest width that fits."""
+        host = cls.__new__(cls)
+        host._prepare(model, config, is_auto, None)
+        return host
+
+    def _prepare(
+        self, model: str, config: EngineConfig, is_auto: bool, pool: WorkerPool | None
+    ) -> None:
         self.model: PreparedModel = prepare_model(
-            str(model), needs_weights=config.load_format != "dummy"
+            model, needs_weights=config.load_format != "dummy"
         )
         self.config = resolve_auto_width(self.model, config) if is_auto else config
         self.plan = make_plan(self.model, self.config)
@@ -99,6 +110,18 @@ class EngineHost:
     def loaded(self) -> list[Loaded]:
         """What each rank holds and read, in bytes."""
         return self.executor.loaded
+
+    def describe(self) -> list[str]:
+        """Lines for people, once the ranks run: the layout, what each rank holds and read, what the
+        cache holds and why not more."""
+        plan = self.plan
+        device = plan.devices[0].partition(":")[0]
+        ranks = zip(plan.rank_names, self.loaded, strict=True)
+        return [
+            f"{self.model.name}: {plan.config.parallel}, {plan.dtype}, {device}",
+            *(f"  {name}: {loaded.describe()}" for name, loaded in ranks),
+            f"  {plan.budget.describe(plan.rank_names)}",
+        ]
 
     def spans(self) -> dict[str, list[Span]]:
         """The newest spans of every rank."""

@@ -13,7 +13,7 @@ import struct
 import msgspec
 
 from bireme.checkpoint.names import NameMap
-from bireme.config import EngineConfig
+from bireme.config import EngineConfig, format_bytes
 from bireme.engine.channel import Steps
 from bireme.model_config import ModelConfig
 from bireme.parallel.broadcast import MAX_FRAME_BYTES
@@ -90,6 +90,20 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
     verified_bytes: int
     seconds: float
 
+    def describe(self) -> str:
+        weights, cache = format_bytes(self.weight_bytes), format_bytes(self.cache_bytes)
+        return f"weights {weights}, cache {cache}, {self._read} in {self.seconds:.2f} s"
+
+    @property
+    def _read(self) -> str:
+        """What the rank needed of the files; of an artifact also what it fetched, in whole chunks, and
+        verified."""
+        needed = f"read {format_bytes(self.needed_bytes)}"
+        if not self.verified_bytes:
+            return needed
+        fetched, verified = (format_bytes(n) for n in (self.fetched_bytes, self.verified_bytes))
+        return f"{needed} (fetched {fetched}, verified {verified})"
+
 
 class Output(msgspec.Struct, frozen=True, tag=True):
     output: StepOutput
@@ -119,16 +133,19 @@ def decode(body: bytes | bytearray) -> Command:
     return _COMMANDS.decode(body)
 
 
-def frame(message: Command | Reply) -> bytes:
-    body = _ENCODER.encode(message)
+def framed(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
+
+
+def frame(message: Command | Reply) -> bytes:
+    return framed(_ENCODER.encode(message))
 
 
 def send(sock: socket.socket, message: Command | Reply) -> None:
     sock.sendall(frame(message))
 
 
-class _FrameReader:
+class FrameReader:
     """Frames of a socket, read to the byte: what follows a frame stays readable there."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -165,7 +182,7 @@ class _FrameReader:
         self._part, self._num_bytes, self._is_body = bytearray(), num_bytes, is_body
 
 
-class CommandReader(_FrameReader):
+class CommandReader(FrameReader):
     def next(self) -> Command:
         """Waits for it; EOFError when the driver is gone."""
         body = self.read()
@@ -173,7 +190,7 @@ class CommandReader(_FrameReader):
         return _COMMANDS.decode(body)
 
 
-class ReplyReader(_FrameReader):
+class ReplyReader(FrameReader):
     def next(self) -> Reply | None:
         """None while it has not come whole; EOFError when the rank is gone."""
         body = self.read()

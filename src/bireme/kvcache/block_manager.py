@@ -134,6 +134,12 @@ class BlockManager:
         return sum(pool.num_used for pool in self._pools)
 
     @property
+    def usage(self) -> float:
+        """The used share (0 to 1) of the kind that is fullest."""
+        shares = (pool.num_used / (pool.num_blocks - 1) for pool in self._pools)
+        return max(shares, default=0.0)
+
+    @property
     def num_available(self) -> tuple[int, ...]:
         return tuple(pool.num_available for pool in self._pools)
 

@@ -1,0 +1,188 @@
+"""The engine in a process of its own, for a front end: `python -m bireme.engine.service SOCKET_FD`.
+
+The main thread runs the engine; another one reads what the front end says, and grammars are compiled
+in a third. When the front end is gone this process ends at once, and its ranks with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import msgspec
+
+from bireme.engine.engine import Engine, TokenEvent
+from bireme.engine.engine_loop import Inbox, run_engine
+from bireme.engine.host import EngineHost
+from bireme.engine.input_processor import InputProcessor
+from bireme.engine.messages import FrameReader, framed
+from bireme.engine.service_messages import (
+    Abort,
+    Add,
+    AskStats,
+    Broken,
+    Events,
+    FromEngine,
+    Progress,
+    Ready,
+    Refused,
+    Start,
+    Stats,
+    Stop,
+    ToEngine,
+    Told,
+)
+from bireme.errors import UserError
+from bireme.request import Request
+
+_TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+
+
+class FrontEnd:
+    """The other side of the socket: an `Outbox` of the engine, and where its commands come from."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock, self._frames = sock, FrameReader(sock)
+        self._encoder, self._sending = msgspec.msgpack.Encoder(), threading.Lock()
+
+    def say(self, message: FromEngine) -> None:
+        """Waits while the front end takes nothing; ends the process when it is gone."""
+        frame = framed(self._encoder.encode(message))
+        try:
+            with self._sending:
+                self._sock.sendall(frame)
+        except ConnectionError:
+            os._exit(0)
+
+    def hear(self) -> ToEngine:
+        """EOFError when the front end is gone."""
+        body = self._frames.read()
+        assert body is not None, "the socket blocks"
+        return _TO_ENGINE.decode(body)
+
+    def deliver(self, events: list[TokenEvent]) -> None:
+        self.say(Events(events))
+
+    def refuse(self, request_id: str, error: UserError) -> None:
+        self.say(Refused(request_id, Told.of(error)))
+
+    def fail(self, error: Exception) -> None:
+        self.say(Broken(Told.of(error, "".join(traceback.format_exception(error)))))
+
+
+class _Commands:
+    """Takes what the front end asks for to the engine; a structured request once its grammar is
+    compiled, unless it was aborted before. Requests come once `begin` was called."""
+
+    def __init__(self, front_end: FrontEnd) -> None:
+        self._front_end, self.inbox = front_end, Inbox()
+        self._compiling: set[str] = set()
+        self._lock = threading.Lock()
+        self._grammars = ThreadPoolExecutor(1, "grammars")
+
+    def begin(self, inputs: InputProcessor, ask: Callable[[], Stats]) -> None:
+        self._inputs, self._ask = inputs, ask
+
+    def follow(self) -> None:
+        """Until the front end is gone: then this process ends, whatever it is at."""
+        try:
+            while True:
+                self._take(self._front_end.hear())
+        except EOFError:
+            os._exit(0)
+
+    def _take(self, command: ToEngine) -> None:
+        match command:
+            case Add(request) if request.params.structured_outputs is not None:
+                with self._lock:
+                    self._compiling.add(request.request_id)
+                self._grammars.submit(self._compile, request)
+            case Add(request):
+                self.inbox.put((request, None))
+            case Abort(request_id):
+                with self._lock:
+                    self._compiling.discard(request_id)
+                    self.inbox.put(request_id)
+            case AskStats():
+                self._front_end.say(self._ask())
+            case Stop():
+                self.inbox.put(None)
+            case Start():
+                raise AssertionError("an engine is started once")
+
+    def _compile(self, request: Request) -> None:
+        try:
+            matcher = self._inputs.matcher(request.params.structured_outputs)
+        except UserError as error:
+            self._front_end.refuse(request.request_id, error)
+            return
+        with self._lock:
+            if request.request_id in self._compiling:
+                self._compiling.discard(request.request_id)
+                self.inbox.put((request, matcher))
+
+
+def _stats(engine: Engine) -> Stats:
+    """Plain counts, each right by itself, while the engine goes on."""
+    scheduler = engine.scheduler
+    return Stats(
+        num_running=scheduler.num_running,
+        num_waiting=scheduler.num_waiting,
+        cache_usage=scheduler.blocks.usage,
+        num_preemptions_total=scheduler.num_preemptions,
+        prefix_queries_total=scheduler.num_prefix_queries,
+        prefix_hits_total=scheduler.num_prefix_hits,
+    )
+
+
+def _ready(host: EngineHost) -> Ready:
+    model, budget, config = host.inputs.model, host.plan.budget, host.config
+    return Ready(
+        folder=str(model.folder),
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        most_requests=config.max_num_waiting + config.max_num_seqs,
+        num_cache_tokens=budget.num_tokens,
+        max_concurrency=float(budget.num_requests),
+        told=host.describe(),
+    )
+
+
+def serve(front_end: FrontEnd) -> None:
+    """Starts the engine that is asked for, and runs it until told to stop."""
+    start = front_end.hear()
+    assert isinstance(start, Start), "the first message says what to start"
+    commands = _Commands(front_end)
+    threading.Thread(target=commands.follow, daemon=True).start()
+    front_end.say(Progress(f"reading {start.model}"))
+    with closing(EngineHost.of(start.model, start.config, is_auto=start.is_auto)) as host:
+        num_ranks = host.config.parallel.world_size
+        front_end.say(Progress(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}"))
+        engine = host.start()
+        commands.begin(host.inputs, lambda: _stats(engine))
+        front_end.say(_ready(host))
+        run_engine(engine, commands.inbox, front_end)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+    front_end = FrontEnd(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        serve(front_end)
+    except EOFError:
+        os._exit(0)
+    except Exception as error:
+        front_end.fail(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
