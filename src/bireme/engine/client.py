@@ -1,0 +1,182 @@
+"""A front end's engine: in a process of its own, with the same callers as `AsyncLLM`.
+
+The process is started at once; `ready` says when it can be asked. It ends with this one, however this
+one ends, for its socket closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+import bireme
+from bireme.config import EngineConfig
+from bireme.engine.callers import Callers
+from bireme.engine.engine_loop import EngineCommand
+from bireme.engine.input_processor import InputProcessor, ServedModel
+from bireme.engine.service_messages import (
+    Abort,
+    Add,
+    AskStats,
+    Broken,
+    Events,
+    FromEngine,
+    Progress,
+    Ready,
+    Refused,
+    Start,
+    Stats,
+    Stop,
+    ToEngine,
+)
+from bireme.errors import EngineError
+
+_FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+_LENGTH = struct.Struct("<I")
+_EXIT_S = 10.0
+
+
+class EngineProcess:
+    """The process, before there is a loop: so that it starts while the front end imports its own."""
+
+    def __init__(self, model: str, config: EngineConfig, *, is_auto: bool = False) -> None:
+        self.sock, theirs = socket.socketpair()
+        package_root = str(Path(bireme.__file__).parent.parent)
+        path = os.environ.get("PYTHONPATH")
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "bireme.engine.service", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": package_root + (os.pathsep + path if path else ""),
+                },
+            )
+        finally:
+            theirs.close()
+        self.model = model
+        self.sock.sendall(_framed(Start(model, config, is_auto)))
+
+    def close(self) -> None:
+        """Ends it and its ranks, by force where it takes too long."""
+        self.sock.close()
+        try:
+            self.process.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def _framed(message: ToEngine) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+class EngineClient:
+    """The engine as callers on one loop see it. `doing` says what it is at before it is ready."""
+
+    def __init__(self, process: EngineProcess) -> None:
+        self._process = process
+        self.callers = Callers()
+        self.doing = "starting"
+        self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._stats: asyncio.Future[Stats] | None = None
+        self._listening: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Listens from here on."""
+        reader, self._writer = await asyncio.open_connection(sock=self._process.sock)
+        self._listening = asyncio.create_task(self._listen(reader))
+
+    async def aclose(self) -> None:
+        """Ends what runs, then the ranks."""
+        self.callers.fail(EngineError("the engine was closed"))
+        self._say(Stop())
+        with suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._process.process.wait, _EXIT_S)
+        if self._listening is not None:
+            self._listening.cancel()
+        self._writer.close()
+        await asyncio.to_thread(self._process.close)
+
+    async def stats(self) -> Stats:
+        """EngineError where the engine is gone."""
+        if self.callers.error is not None:
+            raise self.callers.error
+        if self._stats is None:
+            self._stats = asyncio.get_running_loop().create_future()
+            self._say(AskStats())
+        return await asyncio.shield(self._stats)
+
+    def _say(self, message: ToEngine) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(_framed(message))
+
+    def _send(self, command: EngineCommand) -> None:
+        match command:
+            case None:
+                self._say(Stop())
+            case str(request_id):
+                self._say(Abort(request_id))
+            case (request, _):
+                self._say(Add(request))
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while True:
+                (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+                self._take(_FROM_ENGINE.decode(await reader.readexactly(length)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            code = await asyncio.to_thread(self._process.process.wait)
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+            self._fail(EngineError(f"the engine's process {how}"))
+
+    def _take(self, message: FromEngine) -> None:
+        match message:
+            case Events(events):
+                self.callers.deliver(events)
+            case Progress(doing):
+                self.doing = doing
+            case Ready():
+                self._begin(message)
+            case Stats():
+                if self._stats is not None:
+                    self._stats.set_result(message)
+                    self._stats = None
+            case Refused(request_id, told):
+                self.callers.refuse(request_id, told.error)
+            case Broken(told):
+                self._fail(told.error)
+
+    def _begin(self, ready: Ready) -> None:
+        model = ServedModel(
+            self._process.model,
+            Path(ready.folder),
+            ready.vocab_size,
+            ready.max_model_len,
+            ready.eos_token_ids,
+        )
+        self.inputs = InputProcessor(model)
+        self.callers.begin(self.inputs, self._send, ready.most_requests)
+        self.doing = "ready"
+        self.ready.set_result(ready)
+
+    def _fail(self, error: Exception) -> None:
+        """The first cause counts."""
+        if self.doing == "broken":
+            return
+        self.doing = "broken"
+        self.callers.fail(error)
+        for waited in (self.ready, self._stats):
+            if waited is not None and not waited.done():
+                waited.set_exception(error)
