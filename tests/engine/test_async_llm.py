@@ -252,7 +252,7 @@ def test_a_prompt_that_is_opened_while_the_engine_is_closed_is_refused(pool: Wor
         opened = await llm._callers.open([5, 6], GREEDY)
         await llm.aclose()
         with pytest.raises(EngineError, match="was closed"):
-            await asyncio.wait_for(anext(llm._callers.deltas(opened)), 10)
+            llm._callers.submit([opened])
         async with llm:
             assert await answer(llm, [5, 6])
 

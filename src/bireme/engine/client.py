@@ -166,7 +166,7 @@ class EngineClient:
             ready.max_model_len,
             ready.eos_token_ids,
         )
-        self.inputs = InputProcessor(model)
+        self.inputs = InputProcessor(model, makes_matchers=False)
         self.callers.begin(self.inputs, self._send, ready.most_requests)
         self.doing = "ready"
         self.ready.set_result(ready)

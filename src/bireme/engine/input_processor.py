@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bireme.engine.engine import Matcher
 from bireme.engine.streams import Opened, PromptStream
@@ -38,10 +38,14 @@ class ServedModel:
 
 
 class InputProcessor:
-    """Makes requests for one model; whatever cannot be served is refused here, before any rank."""
+    """Makes requests for one model; whatever cannot be served is refused here, before any rank.
 
-    def __init__(self, model: ServedModel) -> None:
+    `makes_matchers` False leaves that to the engine's own process, which refuses grammars then.
+    """
+
+    def __init__(self, model: ServedModel, *, makes_matchers: bool = True) -> None:
         self.model = model
+        self._makes_matchers = makes_matchers
         self._request_ids = itertools.count()
 
     @cached_property
@@ -54,11 +58,11 @@ class InputProcessor:
         """Token ids work without any tokenizer file; texts of outputs are empty then."""
         return has_tokenizer(self.model.folder)
 
-    def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of a conversation; the template writes the special tokens itself."""
-        return self.tokenizer.encode(
-            self.tokenizer.apply_chat_template(messages), add_special_tokens=False
-        )
+    def chat_ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+        """The prompt of a conversation; the template writes the special tokens itself. `variables` as
+        in `Tokenizer.apply_chat_template`."""
+        text = self.tokenizer.apply_chat_template(messages, **variables)
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def open(
         self,
@@ -93,7 +97,7 @@ class InputProcessor:
         )
         tokenizer = self.tokenizer if self.has_tokenizer else None
         stream = PromptStream(index, name, text, ids, params, tokenizer, arrival_s)
-        wanted = params.structured_outputs
+        wanted = params.structured_outputs if self._makes_matchers else None
         return Opened([(choice, self.matcher(wanted)) for choice in _choices(first)], stream)
 
     def matcher(self, wanted: StructuredOutputsParams | None) -> Matcher | None:

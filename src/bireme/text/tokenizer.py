@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -72,23 +75,51 @@ class Tokenizer:
         """A decoder for one stream of ids."""
         return IncrementalDecoder(self._fast)
 
-    def apply_chat_template(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True
-    ) -> str:
-        """The prompt of a conversation, as transformers renders it.
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """bos_token and its like, as they are spelled."""
+        return {name: token["content"] for name, token in self._config.special_tokens.items()}
 
-        RequestError where there is no template or it refuses the messages.
+    @cached_property
+    def chat_template(self) -> str | None:
+        """In Jinja; None where the model has none."""
+        return self._config.chat_template
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **variables: Any,
+    ) -> str:
+        """The prompt of a conversation, as transformers renders it; `variables` are the template's own.
+
+        `continue_final_message` ends it within the last message. RequestError where there is no
+        template or it refuses the messages.
         """
-        template = self._config.chat_template
-        if template is None:
+        if self._template is None:
             raise RequestError("the model has no chat template; give a plain prompt")
-        special = {name: token["content"] for name, token in self._config.special_tokens.items()}
+        special = self.special_tokens
         try:
-            return _compile(template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **special
+            text = self._template.render(
+                {
+                    "tools": list(tools) if tools else None,
+                    "documents": None,
+                    **special,
+                    **variables,
+                    "messages": list(messages),
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except Exception as error:  # a template can raise whatever Python does
             raise RequestError(f"the chat template refuses the messages: {error}") from None
+        return _within_last(text, messages) if continue_final_message else text
+
+    @cached_property
+    def _template(self) -> jinja2.Template | None:
+        return None if self.chat_template is None else _compile(self.chat_template)
 
 
 def _load(folder: Path) -> FastTokenizer:
@@ -106,14 +137,45 @@ def _load(folder: Path) -> FastTokenizer:
 def _compile(template: str) -> jinja2.Template:
     """In a sandbox, with the environment that Hugging Face templates expect."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` marks what the assistant says, for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _within_last(text: str, messages: Sequence[Message]) -> str:
+    """Cuts what the template puts behind the last message."""
+    content = str(messages[-1].get("content") or "").strip() if messages else ""
+    at = text.rfind(content)
+    if not content or at < 0:
+        raise RequestError(
+            "continue_final_message needs a last message whose content the chat template shows"
+        )
+    return text[: at + len(content)]
 
 
 def _refuse(message: str) -> None:
