@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,7 +23,8 @@ _LONGEST_STOP = 1024  # characters
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the text must match: exactly one of these. `json` is a schema, `grammar` is Lark or GBNF.
+    """What the text must match: exactly one of these. `json` is a schema, kept as text; `grammar` is
+    Lark or GBNF.
 
     `json_object` asks for any JSON object.
     """
@@ -48,6 +50,23 @@ class StructuredOutputsParams:
             raise RequestError(
                 f"structured outputs: {given[0]}={value!r:.60} is not what is needed"
             )
+        if isinstance(self.json, Mapping | bool):
+            object.__setattr__(self, "json", _as_json(self.json))
+        texts = [value] if isinstance(value, str) else self.choice or ()
+        if not all(map(is_unicode, texts)):
+            raise RequestError(f"structured outputs: {given[0]} holds half of a surrogate pair")
+
+
+def _as_json(schema: Mapping[str, Any] | bool) -> str:
+    try:
+        return json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"structured outputs: json is no JSON schema: {error}") from None
+
+
+def is_unicode(text: str) -> bool:
+    """False where half of a surrogate pair stands alone, which no encoding can say."""
+    return text.encode(errors="replace").decode() == text
 
 
 _STRUCTURES: dict[str, Callable[[Any], bool]] = {
@@ -104,6 +123,9 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; "
                 "use at most as many"
             )
+        if not isinstance(self.stop, str):
+            object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
 
     @property
     def is_greedy(self) -> bool:
@@ -126,7 +148,8 @@ class SamplingParams:
 def _are_stops(value: str | Sequence[str]) -> bool:
     stops = [value] if isinstance(value, str) else list(value)
     return len(stops) <= MAX_STOPS and all(
-        isinstance(stop, str) and 0 < len(stop) <= _LONGEST_STOP for stop in stops
+        isinstance(stop, str) and 0 < len(stop) <= _LONGEST_STOP and is_unicode(stop)
+        for stop in stops
     )
 
 

@@ -106,6 +106,29 @@ def test_a_caller_that_leaves_frees_its_request_and_bad_ones_are_refused() -> No
     use(work, max_num_seqs=1, max_num_waiting=1)
 
 
+def test_a_request_that_cannot_be_understood_ends_all_with_an_error() -> None:
+    async def work(client: EngineClient) -> None:
+        params = SamplingParams(max_tokens=4)
+        object.__setattr__(params, "stop_token_ids", {1: 2})
+        with pytest.raises(EngineError, match="stop_token_ids"):
+            await answer(client, [5, 6], params)
+
+    use(work)
+
+
+def test_a_request_that_cannot_be_sent_takes_no_place() -> None:
+    async def work(client: EngineClient) -> None:
+        for _ in range(3):
+            params = SamplingParams(max_tokens=1)
+            object.__setattr__(params, "seed", 10**30)
+            with pytest.raises(OverflowError):
+                await answer(client, [5, 6], params)
+        assert client.callers.num_requests == 0
+        assert (await answer(client, [5, 6])).token_ids
+
+    use(work, max_num_seqs=1, max_num_waiting=1)
+
+
 def test_what_cannot_start_says_why() -> None:
     async def main() -> None:
         async with running("/nowhere") as client:

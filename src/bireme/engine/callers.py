@@ -34,6 +34,9 @@ class Answers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self._end(self._names)
 
     @property
@@ -157,11 +160,15 @@ class Callers:
         """
         self._check_room(opened)
         answers = Answers(opened, self._end)
-        for one in opened:
-            for request, matcher in one.requests:
-                listener = _Listener(answers, one.stream, request.choice)
-                self._listeners[request.request_id] = listener
-                self._send((request, matcher))
+        try:
+            for one in opened:
+                for request, matcher in one.requests:
+                    self._send((request, matcher))
+                    listener = _Listener(answers, one.stream, request.choice)
+                    self._listeners[request.request_id] = listener
+        except BaseException:  # one could not be sent: the others are ended
+            answers.close()
+            raise
         return answers
 
     def _end(self, names: Sequence[str]) -> None:

@@ -92,6 +92,7 @@ class EngineClient:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._stats: asyncio.Future[Stats] | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._writer: asyncio.StreamWriter | None = None
 
     async def begin(self) -> None:
         """Listens from here on."""
@@ -106,7 +107,8 @@ class EngineClient:
             await asyncio.to_thread(self._process.process.wait, _EXIT_S)
         if self._listening is not None:
             self._listening.cancel()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
         await asyncio.to_thread(self._process.close)
 
     async def stats(self) -> Stats:
@@ -119,8 +121,9 @@ class EngineClient:
         return await asyncio.shield(self._stats)
 
     def _say(self, message: ToEngine) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(_framed(message))
+        frame = _framed(message)
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(frame)
 
     def _send(self, command: EngineCommand) -> None:
         match command:
@@ -140,6 +143,8 @@ class EngineClient:
             code = await asyncio.to_thread(self._process.process.wait)
             how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
             self._fail(EngineError(f"the engine's process {how}"))
+        except Exception as error:
+            self._fail(EngineError(f"what the engine says cannot be understood: {error}"))
 
     def _take(self, message: FromEngine) -> None:
         match message:

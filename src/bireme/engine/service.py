@@ -39,7 +39,7 @@ from bireme.engine.service_messages import (
     ToEngine,
     Told,
 )
-from bireme.errors import UserError
+from bireme.errors import RequestError, UserError
 from bireme.request import Request
 
 _TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -97,6 +97,9 @@ class _Commands:
                 self._take(self._front_end.hear())
         except EOFError:
             os._exit(0)
+        except Exception as error:  # nothing more would be heard of aborts, or of the end
+            self._front_end.fail(error)
+            os._exit(1)
 
     def _take(self, command: ToEngine) -> None:
         match command:
@@ -122,6 +125,10 @@ class _Commands:
             matcher = self._inputs.matcher(request.params.structured_outputs)
         except UserError as error:
             self._front_end.refuse(request.request_id, error)
+            return
+        except BaseException as error:  # the library's panics are no Exceptions
+            told = RequestError(f"the grammar cannot be compiled: {type(error).__name__}")
+            self._front_end.refuse(request.request_id, told)
             return
         with self._lock:
             if request.request_id in self._compiling:

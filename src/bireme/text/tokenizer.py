@@ -17,8 +17,9 @@ import jinja2.sandbox
 from tokenizers import Tokenizer as FastTokenizer
 
 from bireme.errors import CheckpointError, RequestError
+from bireme.sampling_params import is_unicode
 from bireme.text import byte_level_bpe
-from bireme.text.tokenizer_config import TokenizerConfig, is_unicode
+from bireme.text.tokenizer_config import TokenizerConfig
 
 Message = dict[str, Any]
 

@@ -9,16 +9,12 @@ from typing import Any
 from bireme.errors import CheckpointError
 from bireme.hf_config import read_json
 from bireme.hf_config.readers import Unfit, flag, list_of, optional, read, text, whole
+from bireme.sampling_params import is_unicode
 
 Token = dict[str, Any]  # the arguments of `tokenizers.AddedToken`
 
 _CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _MATCHING = ("lstrip", "rstrip", "single_word", "normalized", "special")
-
-
-def is_unicode(text: str) -> bool:
-    """False where half of a surrogate pair stands alone, which no encoding can say."""
-    return text.encode(errors="replace").decode() == text
 
 
 def _token(value: Any) -> Token:
