@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bireme.cli import options
+from bireme.cli.grouped import flattened
 from bireme.cli.progress import count_bar
 from bireme.cli.ranks import print_ranks
 from bireme.config import format_bytes
@@ -34,11 +35,10 @@ Seed = Annotated[int, typer.Option("--seed", help="Of the made-up prompts.")]
     "Requests and tokens a second, all requests being there from the start. Prompts are made-up ids, "
     "answers exactly as long as asked for."
 ))  # fmt: skip
+@flattened
 def throughput(
     model: options.Model,
-    tp: options.TensorParallelOrAuto = "1",
-    pp: options.PipelineParallel = None,
-    layers_per_stage: options.LayersPerStage = None,
+    *,
     num_prompts: Annotated[
         int, typer.Option("--num-prompts", metavar="N", help="Requests in all.")
     ] = 64,
@@ -49,16 +49,7 @@ def throughput(
         typer.Option("--range-ratio", metavar="R", help="Lengths vary by this share either way."),
     ] = 0.0,
     seed: Seed = 0,
-    dtype: options.DTypeOption = "auto",
-    device: options.Device = "auto",
-    devices: options.Devices = None,
-    memory_limit: options.MemoryLimit = None,
-    load_format: options.LoadFormat = "auto",
-    max_model_len: options.MaxModelLen = None,
-    max_num_seqs: options.MaxNumSeqs = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
-    prefix_caching: options.PrefixCaching = True,
-    deterministic: options.Deterministic = False,
+    engine: options.EngineOptions,
     as_json: options.JsonOutput = False,
 ) -> None:
     from bireme.bench.throughput import measure_throughput
@@ -68,12 +59,7 @@ def throughput(
         num_prompts=num_prompts, input_len=input_len, output_len=output_len,
         range_ratio=range_ratio, seed=seed,
     )  # fmt: skip
-    llm = _llm(
-        model, tp, pp, layers_per_stage, dtype=dtype, device=device, devices=devices,
-        memory_limit=memory_limit, load_format=load_format, max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=prefix_caching, deterministic=deterministic,
-    )  # fmt: skip
+    llm = _llm(model, engine)
     with llm:
         print_ranks(llm)
         with count_bar("requests", num_prompts, "tokens/s") as advance:
@@ -85,11 +71,10 @@ def throughput(
     "How long one batch of requests takes that begins and ends together: to the first tokens, from "
     "token to token, and in all."
 ))  # fmt: skip
+@flattened
 def latency(
     model: options.Model,
-    tp: options.TensorParallelOrAuto = "1",
-    pp: options.PipelineParallel = None,
-    layers_per_stage: options.LayersPerStage = None,
+    *,
     batch_size: Annotated[
         int, typer.Option("--batch-size", metavar="N", help="Requests at once.")
     ] = 8,
@@ -102,16 +87,7 @@ def latency(
         int, typer.Option("--num-iters", metavar="N", help="Iterations that count.")
     ] = 8,
     seed: Seed = 0,
-    dtype: options.DTypeOption = "auto",
-    device: options.Device = "auto",
-    devices: options.Devices = None,
-    memory_limit: options.MemoryLimit = None,
-    load_format: options.LoadFormat = "auto",
-    max_model_len: options.MaxModelLen = None,
-    max_num_seqs: options.MaxNumSeqs = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
-    prefix_caching: options.PrefixCaching = True,
-    deterministic: options.Deterministic = False,
+    engine: options.EngineOptions,
     as_json: options.JsonOutput = False,
 ) -> None:
     from bireme.bench.latency import measure_latency
@@ -122,12 +98,7 @@ def latency(
     )
     options.check_at_least("num_iters_warmup", num_iters_warmup, 0)
     options.check_at_least("num_iters", num_iters, 1)
-    llm = _llm(
-        model, tp, pp, layers_per_stage, dtype=dtype, device=device, devices=devices,
-        memory_limit=memory_limit, load_format=load_format, max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=prefix_caching, deterministic=deterministic,
-    )  # fmt: skip
+    llm = _llm(model, engine)
     with llm:
         print_ranks(llm)
         with count_bar("iterations", num_iters_warmup + num_iters) as advance:
@@ -141,14 +112,10 @@ def latency(
     _print(llm, result.as_json(), _latency_rows(result), as_json)
 
 
-def _llm(model: str, tp: str, pp: int | None, layers_per_stage: str | None, **settings: Any) -> LLM:
+def _llm(model: str, engine: options.EngineOptions) -> LLM:
     from bireme.engine.llm import LLM
 
-    return LLM(
-        model,
-        **options.parallel_settings(tp, pp, layers_per_stage),
-        **options.engine_config(**settings),
-    )
+    return LLM(model, **engine.keywords())
 
 
 def _print(llm: LLM, result: dict[str, Any], rows: list[tuple[str, str]], as_json: bool) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from bireme.cli import options, sampling
 from bireme.cli.answers import print_json, print_text
+from bireme.cli.grouped import flattened
 from bireme.cli.prompts import read_prompts
 from bireme.cli.ranks import print_ranks
 from bireme.errors import RequestError
@@ -27,14 +28,13 @@ SHORT = "Continue or answer prompts, streaming."
 _DEFAULT_MAX_TOKENS = 128
 
 
+@flattened
 def run(
     model: options.Model,
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue.")
     ] = None,
-    tp: options.TensorParallelOrAuto = "1",
-    pp: options.PipelineParallel = None,
-    layers_per_stage: options.LayersPerStage = None,
+    *,
     prompts_file: Annotated[
         Path | None,
         typer.Option(
@@ -76,15 +76,7 @@ def run(
     echo: Annotated[
         bool, typer.Option("--echo", help="Print each prompt before its answers.")
     ] = False,
-    dtype: options.DTypeOption = "auto",
-    device: options.Device = "auto",
-    devices: options.Devices = None,
-    memory_limit: options.MemoryLimit = None,
-    load_format: options.LoadFormat = "auto",
-    max_model_len: options.MaxModelLen = None,
-    max_num_seqs: options.MaxNumSeqs = None,
-    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
-    deterministic: options.Deterministic = False,
+    engine: options.EngineOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON line an answer.")] = False,
     trace: Annotated[
         Path | None,
@@ -101,11 +93,6 @@ def run(
         options.check_writable(trace, "trace of ours", options.is_trace)
     if not as_json and (logprobs is not None or prompt_logprobs is not None):
         raise RequestError("--logprobs and --prompt-logprobs show with --json alone; add it")
-    config = options.engine_config(
-        devices=devices, memory_limit=memory_limit, dtype=dtype, device=device,
-        load_format=load_format, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens, deterministic=deterministic,
-    )  # fmt: skip
     wanted = sampling.sampling_params(
         n=n, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, frequency_penalty=frequency_penalty,
@@ -116,7 +103,7 @@ def run(
     )  # fmt: skip
     from bireme.engine.llm import LLM
 
-    llm = LLM(model, **options.parallel_settings(tp, pp, layers_per_stage), **config)
+    llm = LLM(model, **engine.keywords())
     ids = [_as_ids(llm, prompt, chat) for prompt in given]
     params = [wanted if max_tokens is not None else _fitting(wanted, llm, prompt) for prompt in ids]
     echoed = [_as_text(llm, prompt, chat) if echo else "" for prompt in given]

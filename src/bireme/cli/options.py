@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,7 +101,58 @@ Deterministic = Annotated[
         help="The same logits bit by bit, whatever else runs; slower.",
     ),
 ]
+GpuMemoryUtilization = Annotated[
+    float,
+    typer.Option(
+        "--gpu-memory-utilization",
+        help="The share of each device's free memory to use; of the host's for CPU ranks.",
+    ),
+]
+BlockSize = Annotated[
+    int, typer.Option("--block-size", metavar="N", help="Tokens of a block of the cache.")
+]
+MaxNumWaiting = Annotated[
+    int, typer.Option("--max-num-waiting", metavar="N", help="Requests that may wait at most.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Of made-up weights.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is cut, and what its engine may take: the same for every command that runs one."""
+
+    tp: TensorParallelOrAuto = "1"
+    pp: PipelineParallel = None
+    layers_per_stage: LayersPerStage = None
+    dtype: DTypeOption = "auto"
+    device: Device = "auto"
+    devices: Devices = None
+    memory_limit: MemoryLimit = None
+    load_format: LoadFormat = "auto"
+    max_model_len: MaxModelLen = None
+    max_num_seqs: MaxNumSeqs = None
+    max_num_batched_tokens: MaxNumBatchedTokens = None
+    prefix_caching: PrefixCaching = True
+    deterministic: Deterministic = False
+
+    def keywords(self) -> dict[str, Any]:
+        """Of `LLM`."""
+        return {
+            **parallel_settings(self.tp, self.pp, self.layers_per_stage),
+            **engine_config(
+                devices=self.devices,
+                memory_limit=self.memory_limit,
+                dtype=self.dtype,
+                device=self.device,
+                load_format=self.load_format,
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.max_num_seqs,
+                max_num_batched_tokens=self.max_num_batched_tokens,
+                enable_prefix_caching=self.prefix_caching,
+                deterministic=self.deterministic,
+            ),
+        }
 
 
 def parallel_config(tp: str, pp: int | None, layers: str | None) -> ParallelConfig:

@@ -85,8 +85,8 @@ def _framed(message: ToEngine) -> bytes:
 class EngineClient:
     """The engine as callers on one loop see it. `doing` says what it is at before it is ready."""
 
-    def __init__(self, process: EngineProcess) -> None:
-        self._process = process
+    def __init__(self, process: EngineProcess, chat_template: str | None = None) -> None:
+        self._process, self._chat_template = process, chat_template
         self.callers = Callers()
         self.doing = "starting"
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -171,7 +171,7 @@ class EngineClient:
             ready.max_model_len,
             ready.eos_token_ids,
         )
-        self.inputs = InputProcessor(model, makes_matchers=False)
+        self.inputs = InputProcessor(model, makes_matchers=False, chat_template=self._chat_template)
         self.callers.begin(self.inputs, self._send, ready.most_requests)
         self.doing = "ready"
         self.ready.set_result(ready)

@@ -41,17 +41,24 @@ class InputProcessor:
     """Makes requests for one model; whatever cannot be served is refused here, before any rank.
 
     `makes_matchers` False leaves that to the engine's own process, which refuses grammars then.
+    `chat_template` stands in for the model's own.
     """
 
-    def __init__(self, model: ServedModel, *, makes_matchers: bool = True) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        *,
+        makes_matchers: bool = True,
+        chat_template: str | None = None,
+    ) -> None:
         self.model = model
-        self._makes_matchers = makes_matchers
+        self._makes_matchers, self._chat_template = makes_matchers, chat_template
         self._request_ids = itertools.count()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """CheckpointError where the model has none."""
-        return Tokenizer(self.model.folder)
+        return Tokenizer(self.model.folder, self._chat_template)
 
     @property
     def has_tokenizer(self) -> bool:

@@ -118,6 +118,24 @@ class PromptStream:
         self._arrival_s = self._last_s = now_s
 
     @property
+    def prompt(self) -> str | None:
+        return self._prompt
+
+    @property
+    def prompt_token_ids(self) -> Sequence[int]:
+        return self._token_ids
+
+    @property
+    def prompt_logprobs(self) -> Sequence[Logprobs | None] | None:
+        """Whole once the first continuation has a token; None where they were not asked for."""
+        return self._prompt_logprobs
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompt, once there is a token."""
+        return self._num_cached
+
+    @property
     def is_finished(self) -> bool:
         return all(choice.finish_reason is not None for choice in self._choices)
 

@@ -38,13 +38,14 @@ def check_text(text: str, where: str) -> None:
 
 
 class Tokenizer:
-    """A fast tokenizer with its special tokens and its chat template."""
+    """A fast tokenizer with its special tokens and its chat template, or the one given for it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         self._fast = _load(folder)
         self._fast.no_padding()
         self._fast.no_truncation()
         self._config = TokenizerConfig(folder)
+        self._given_template = chat_template
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         if not is_unicode(text):
@@ -54,9 +55,8 @@ class Tokenizer:
         ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        text: str = self._fast.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     @property
@@ -84,7 +84,7 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> str | None:
         """In Jinja; None where the model has none."""
-        return self._config.chat_template
+        return self._given_template or self._config.chat_template
 
     def apply_chat_template(
         self,

@@ -1,0 +1,202 @@
+"""The routes: OpenAI's and vLLM's, as one FastAPI application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from bireme import __version__
+from bireme.errors import BiremeError, EngineError
+from bireme.server import errors, tokenization
+from bireme.server.chat import chat
+from bireme.server.completions import complete
+from bireme.server.errors import ApiError
+from bireme.server.middleware import Gate
+from bireme.server.protocol.chat import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+)
+from bireme.server.protocol.common import ErrorResponse, ModelCard, ModelList
+from bireme.server.protocol.completions import Completion, CompletionRequest
+from bireme.server.protocol.tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from bireme.server.serving import Serving
+
+
+class _StrictJson(Request):
+    """Bodies as JSON is defined: no NaN, no half of a surrogate pair, and an error that says where."""
+
+    async def json(self) -> Any:
+        try:
+            return msgspec.json.decode(await self.body())
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            raise HTTPException(400, f"the body is no JSON: {error}") from None
+
+
+class _JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            return await handle(_StrictJson(request.scope, request.receive))
+
+        return strictly
+
+
+def _responses(model: type[Any], chunk: type[Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    """For OpenAPI: an answer, a stream of pieces where there is one, and errors."""
+    found: dict[int | str, dict[str, Any]] = {200: {"model": model}}
+    if chunk is not None:
+        found[200]["content"] = {
+            "text/event-stream": {
+                "schema": {"type": "string"},
+                "x-event-schema": chunk.__name__,
+            }
+        }
+    told = {
+        400: "what was sent cannot be served",
+        401: "the API key is missing or wrong",
+        404: "no such model",
+        408: "the request did not arrive in time",
+        413: "the body is too long",
+        429: "too many requests are waiting; Retry-After says when to try again",
+        503: "the model is loading, the engine broke, or the server is shutting down",
+    }
+    return found | {
+        status: {"model": ErrorResponse, "description": text} for status, text in told.items()
+    }
+
+
+def make_app(serving: Serving) -> ASGIApp:
+    """The application behind its gate; `serving` outlives it."""
+    app = FastAPIOffline(
+        title="Bireme",
+        version=__version__,
+        description="OpenAI's API for one language model that is cut over many devices.",
+        redoc_url=None,
+        root_path=serving.config.root_path,
+        strict_content_type=False,
+    )
+    app.include_router(_inference(serving))
+    app.include_router(_state(serving))
+    handlers: dict[Any, Any] = {
+        ApiError: errors.on_api_error,
+        BiremeError: errors.on_bireme_error,
+        StarletteHTTPException: errors.on_http_error,
+        RequestValidationError: errors.on_invalid,
+    }
+    for kind, handler in handlers.items():
+        app.add_exception_handler(kind, handler)
+    if serving.config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(serving.config.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    return Gate(app, serving)
+
+
+def _inference(serving: Serving) -> APIRouter:
+    router = APIRouter(route_class=_JsonRoute, tags=["inference"])
+
+    @router.post("/v1/chat/completions", responses=_responses(ChatCompletion, ChatCompletionChunk))
+    async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
+        """Goes on with a conversation."""
+        return await chat(request, serving, body)
+
+    @router.post("/v1/completions", responses=_responses(Completion, Completion))
+    async def completions(request: Request, body: CompletionRequest) -> Response:
+        """Continues prompts."""
+        return await complete(request, serving, body)
+
+    @router.post("/tokenize", responses=_responses(TokenizeResponse))
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The ids of a prompt or of a conversation."""
+        return await tokenization.tokenize(serving, body)
+
+    @router.post("/detokenize", responses=_responses(DetokenizeResponse))
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of ids."""
+        return await tokenization.detokenize(serving, body)
+
+    @router.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Special tokens and the chat template, for clients that count or render by themselves."""
+        return tokenization.tokenizer_info(serving)
+
+    return router
+
+
+def _state(serving: Serving) -> APIRouter:
+    router = APIRouter(tags=["state"])
+
+    @router.get("/v1/models", responses={200: {"model": ModelList}})
+    async def models() -> Response:
+        cards = [_card(serving, name) for name in serving.model_names]
+        return _json(ModelList(object="list", data=cards))
+
+    @router.get("/v1/models/{model:path}", responses=_responses(ModelCard))
+    async def model(model: str) -> Response:
+        return _json(_card(serving, serving.check_model(model)))
+
+    @router.get("/health")
+    async def health() -> Response:
+        """200 once every rank has made a step; 503 with what it is at before, or what broke."""
+        return _health(serving)
+
+    @router.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> Response:
+        return _health(serving)
+
+    @router.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @router.get("/load")
+    async def load() -> dict[str, int]:
+        """How many requests are being served."""
+        return {"server_load": serving.num_active}
+
+    return router
+
+
+def _json(model: Any) -> Response:
+    return Response(model.as_json(), media_type="application/json")
+
+
+def _card(serving: Serving, name: str) -> ModelCard:
+    return ModelCard(
+        id=name,
+        object="model",
+        created=serving.created,
+        owned_by="bireme",
+        root=serving.root,
+        max_model_len=serving.inputs.model.max_model_len,
+    )
+
+
+def _health(serving: Serving) -> Response:
+    if serving.is_draining:
+        return JSONResponse({"status": "shutting down"}, 503)
+    if (error := serving.broken) is not None:
+        kind = "broken" if isinstance(error, EngineError) else "not started"
+        return JSONResponse({"status": kind, "error": str(error)}, 503)
+    if not serving.client.ready.done():
+        return JSONResponse({"status": "loading", "doing": serving.client.doing}, 503)
+    return JSONResponse({"status": "ready"})

@@ -1,0 +1,196 @@
+"""`/v1/completions`: prompts as they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from bireme.engine.callers import Answers
+from bireme.engine.input_processor import Prompt
+from bireme.engine.streams import PromptStream
+from bireme.outputs import CompletionOutput, Delta, Logprobs, RequestOutput
+from bireme.sampling_params import SamplingParams
+from bireme.server.errors import ApiError
+from bireme.server.exchange import Exchange
+from bireme.server.generation import DONE, open_prompts, respond, sse
+from bireme.server.logprobs import completion_logprobs
+from bireme.server.protocol.common import Usage
+from bireme.server.protocol.completions import (
+    MAX_PROMPTS,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+)
+from bireme.server.serving import Serving
+from bireme.server.usage import UsageOf, usage_of
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+async def complete(request: Request, serving: Serving, wanted: CompletionRequest) -> Response:
+    """Raises ApiError or RequestError for what cannot be served."""
+    exchange = Exchange.of(request.scope)
+    exchange.model = serving.check_model(wanted.model)
+    serving.note_unknown("/v1/completions", wanted.model_extra)
+    usage = usage_of(wanted)
+    _check(wanted)
+    opened = await open_prompts(
+        serving,
+        exchange,
+        lambda: _prompts(serving, wanted),
+        lambda _: _params(serving, wanted),
+        wanted.priority or 0,
+    )
+    reply = CompletionReply(serving, exchange, wanted, usage)
+    return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
+
+
+def _check(wanted: CompletionRequest) -> None:
+    if not wanted.prompts:
+        raise ApiError(400, "prompt is an empty list; give at least one prompt", param="prompt")
+    if len(wanted.prompts) > MAX_PROMPTS:
+        raise ApiError(
+            400,
+            f"{len(wanted.prompts)} prompts are too many; send at most {MAX_PROMPTS}",
+            param="prompt",
+        )
+    if wanted.suffix:
+        raise ApiError(400, "suffix is not supported; leave it out", param="suffix")
+    if wanted.best_of not in (None, wanted.n or 1):
+        raise ApiError(400, "best_of other than n is not supported; leave it out", param="best_of")
+
+
+def _prompts(serving: Serving, wanted: CompletionRequest) -> list[Prompt]:
+    if wanted.add_special_tokens is not False:
+        return list(wanted.prompts)
+    tokenizer = serving.inputs.tokenizer
+    return [
+        tokenizer.encode(one, add_special_tokens=False) if isinstance(one, str) else one
+        for one in wanted.prompts
+    ]
+
+
+def _is_echo_alone(wanted: CompletionRequest) -> bool:
+    """The prompt's log-probabilities without an answer: one token is made, and not told."""
+    return bool(wanted.echo) and wanted.max_tokens == 0
+
+
+def _params(serving: Serving, wanted: CompletionRequest) -> SamplingParams:
+    max_tokens = _DEFAULT_MAX_TOKENS if wanted.max_tokens is None else wanted.max_tokens
+    of_prompt = wanted.prompt_logprobs
+    if wanted.echo and wanted.logprobs is not None:
+        of_prompt = max(wanted.logprobs, of_prompt or 0)
+    return wanted.sampling_params(
+        serving.defaults,
+        max_tokens=1 if _is_echo_alone(wanted) else max_tokens,
+        logprobs=wanted.logprobs,
+        prompt_logprobs=of_prompt,
+    )
+
+
+class CompletionReply:
+    """The answer to one request of `/v1/completions`."""
+
+    def __init__(
+        self, serving: Serving, exchange: Exchange, wanted: CompletionRequest, usage: UsageOf
+    ) -> None:
+        self._tokenizer = serving.inputs.tokenizer if serving.inputs.has_tokenizer else None
+        self._wanted, self._usage = wanted, usage
+        self._head: dict[str, Any] = {
+            "id": f"cmpl-{exchange.request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": exchange.model,
+        }
+        self._num_told: dict[int, int] = {}  # characters, by choice
+        self._held: dict[int, list[Delta]] = {}  # by prompt, until its log-probabilities are known
+
+    def begin(self, answers: Answers) -> bytes:
+        self._streams = answers.streams
+        return b""
+
+    def add(self, delta: Delta, usage: Usage) -> bytes:
+        held = self._held.setdefault(delta.index, [])
+        held.append(delta)
+        if self._must_wait(delta.index):
+            return b""
+        del self._held[delta.index]
+        return b"".join(self._told(one, usage) for one in held)
+
+    def _must_wait(self, prompt: int) -> bool:
+        """An echo shows what the first continuation alone learns."""
+        found = self._streams[prompt].prompt_logprobs
+        return bool(self._wanted.echo) and found is not None and None in found[1:]
+
+    def _told(self, delta: Delta, usage: Usage) -> bytes:
+        choice = self._choice(delta.index, delta.choice, delta, delta.logprobs)
+        return self._event([choice], self._usage.along(usage))
+
+    def end(self, usage: Usage) -> bytes:
+        last = self._usage.at_end(usage)
+        return (self._event([], last) if last else b"") + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        return sse(error.as_json()) + DONE
+
+    def _event(self, choices: list[CompletionChoice], extra: dict[str, Any]) -> bytes:
+        return sse(Completion(**self._head, choices=choices, **extra).as_json())
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        choices = [
+            self._choice(prompt, answer.index, answer, answer.logprobs or [])
+            for prompt, output in enumerate(outputs)
+            for answer in output.outputs
+        ]
+        return Completion(**self._head, choices=choices, usage=usage).as_json()
+
+    def _choice(
+        self,
+        prompt: int,
+        number: int,
+        piece: Delta | CompletionOutput,
+        logprobs: Sequence[Logprobs],
+    ) -> CompletionChoice:
+        """Of a whole answer, or of the next piece of one."""
+        index = prompt * (self._wanted.n or 1) + number
+        text, ids, reason = piece.text, list(piece.token_ids), piece.finish_reason
+        if _is_echo_alone(self._wanted):
+            text, ids, reason = "", [], "length" if reason else None
+        found: list[Logprobs | None] = list(logprobs[: len(ids)])
+        is_first = index not in self._num_told
+        offset = self._num_told.setdefault(index, 0)
+        stream = self._streams[prompt]
+        if is_first and self._wanted.echo:
+            text = self._prompt_text(stream) + text
+            ids = [*stream.prompt_token_ids, *ids]
+            found = [*(stream.prompt_logprobs or []), *found]
+        self._num_told[index] += len(text)
+        extra: dict[str, Any] = {}
+        if self._wanted.logprobs is not None:
+            extra["logprobs"] = self._logprobs(found, ids, offset)
+        if self._wanted.return_token_ids:
+            extra["token_ids"] = ids
+            if is_first:
+                extra["prompt_token_ids"] = list(stream.prompt_token_ids)
+        if reason is not None:
+            extra["stop_reason"] = piece.stop_reason
+        return CompletionChoice(index=index, text=text, finish_reason=reason, **extra)
+
+    def _prompt_text(self, stream: PromptStream) -> str:
+        if stream.prompt is not None:
+            return stream.prompt
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(stream.prompt_token_ids)
+
+    def _logprobs(
+        self, found: Sequence[Logprobs | None], ids: Sequence[int], offset: int
+    ) -> CompletionLogprobs:
+        tokenizer = self._tokenizer
+        names = [tokenizer.name_of(id_) if tokenizer else f"token_id:{id_}" for id_ in ids]
+        return completion_logprobs(found, ids, names, offset)

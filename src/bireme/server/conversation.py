@@ -1,0 +1,61 @@
+"""Messages as clients send them, and as chat templates expect them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from bireme.server.errors import ApiError
+from bireme.server.protocol.chat import ChatMessage, ContentPart, ToolCall
+from bireme.text.tokenizer import Message
+
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
+
+def template_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+    """ApiError 400 for content that is no text."""
+    return [_message(index, message) for index, message in enumerate(messages)]
+
+
+def _message(index: int, message: ChatMessage) -> Message:
+    role = "system" if message.role == "developer" else message.role
+    found: Message = {"role": role, "content": _text(index, message.content)}
+    if message.name is not None:
+        found["name"] = message.name
+    if message.tool_call_id is not None:
+        found["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        found["tool_calls"] = [_call(index, call) for call in message.tool_calls]
+    return found
+
+
+def _text(index: int, content: str | Sequence[ContentPart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    for part in content:
+        if part.type not in _TEXT_PARTS or part.text is None:
+            raise ApiError(
+                400,
+                f"messages.{index}.content holds a part of type {part.type!r:.60}; "
+                "this model reads text alone",
+                param="messages",
+            )
+    return "\n".join(part.text or "" for part in content)
+
+
+def _call(index: int, call: ToolCall) -> dict[str, Any]:
+    """Templates want the arguments as an object."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        raise ApiError(
+            400,
+            f"messages.{index}.tool_calls: the arguments of {call.function.name!r:.80} are no JSON",
+            param="messages",
+        ) from None
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }

@@ -1,0 +1,118 @@
+"""Errors as clients of OpenAI know them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from bireme.errors import BiremeError, CapacityError, EngineError, RequestError
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "invalid_request_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
+_RETRY_S = 1
+_MOST_TOLD = 3
+
+
+class ApiError(Exception):
+    """What a client is told instead of an answer."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @classmethod
+    def of(cls, error: BiremeError) -> ApiError:
+        if isinstance(error, CapacityError):
+            return cls(429, str(error), code="rate_limit_exceeded")
+        if isinstance(error, RequestError):
+            text = str(error)
+            code = "context_length_exceeded" if "the context holds" in text else None
+            named = re.match(r"(\w+)[= ]", text)
+            is_field = named is not None and "=" in text[: named.end()]
+            return cls(400, text, param=named[1] if named and is_field else None, code=code)
+        return cls(503 if isinstance(error, EngineError) else 500, str(error), code="engine_error")
+
+    @property
+    def type(self) -> str:
+        return _TYPES.get(self.status, "server_error" if self.status >= 500 else _TYPES[400])
+
+    def body(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+    def as_json(self) -> bytes:
+        """In ASCII: what a client sent and is told again may be no text that can be encoded."""
+        return json.dumps(self.body()).encode()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status in (429, 503):
+            return {"Retry-After": str(_RETRY_S)}
+        return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        return Response(
+            self.as_json(),
+            self.status,
+            {**self.headers, **(headers or {})},
+            media_type="application/json",
+        )
+
+
+async def on_api_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def on_bireme_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, BiremeError)
+    return ApiError.of(error).response()
+
+
+async def on_http_error(_: Request, error: Exception) -> Response:
+    """Of the framework: no such route, a method that a route has not."""
+    assert isinstance(error, HTTPException)
+    return ApiError(error.status_code, str(error.detail)).response(error.headers)
+
+
+async def on_invalid(_: Request, error: Exception) -> Response:
+    """A body of the wrong shape: names the first fields."""
+    assert isinstance(error, RequestValidationError)
+    told = [_told(one) for one in error.errors()[:_MOST_TOLD]]
+    param = ".".join(map(str, error.errors()[0]["loc"][1:])) or None
+    return ApiError(400, "; ".join(dict.fromkeys(told)), param=param and param[:100]).response()
+
+
+def _told(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"][1:] if part != "body")
+    if not where and error["type"] in ("missing", "model_attributes_type", "dict_type"):
+        return "the body must be a JSON object, sent as application/json"
+    return f"{where:.100}: {error['msg']:.200}" if where else f"{error['msg']:.200}"
+
+
+async def on_bug(_: Request, error: Exception) -> Response:
+    """The server's log has the traceback."""
+    return ApiError(500, f"internal error: {type(error).__name__}").response()

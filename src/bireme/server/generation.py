@@ -1,0 +1,205 @@
+"""The prompts of one HTTP request on their way through the engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from bireme.engine.callers import Answers
+from bireme.engine.input_processor import Prompt
+from bireme.engine.streams import Opened
+from bireme.errors import BiremeError, RequestError
+from bireme.outputs import Delta, RequestOutput
+from bireme.sampling_params import SamplingParams
+from bireme.server.errors import ApiError
+from bireme.server.exchange import Exchange
+from bireme.server.protocol.common import Usage
+from bireme.server.serving import Serving
+
+T = TypeVar("T")
+_SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class ClientGone(Exception):
+    """The client closed its connection: there is nobody to answer."""
+
+
+class Reply(Protocol):
+    """Turns deltas to what one route sends: a piece at a time as server-sent events, or whole."""
+
+    def begin(self, answers: Answers) -> bytes: ...
+
+    def add(self, delta: Delta, usage: Usage) -> bytes: ...
+
+    def end(self, usage: Usage) -> bytes: ...
+
+    def failed(self, error: ApiError) -> bytes:
+        """Ends a stream that has begun."""
+        ...
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes: ...
+
+
+class Generation:
+    """One request's answers as they come, and their count."""
+
+    def __init__(self, serving: Serving, exchange: Exchange, answers: Answers) -> None:
+        self._serving, self._exchange, self.answers = serving, exchange, answers
+        self._outputs: dict[int, RequestOutput] = {}
+        exchange.num_prompt_tokens = sum(len(one.prompt_token_ids) for one in answers.streams)
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        """One a prompt, once all have ended."""
+        return [self._outputs[index] for index in range(len(self.answers.streams))]
+
+    @property
+    def usage(self) -> Usage:
+        """So far."""
+        exchange = self._exchange
+        exchange.num_cached_tokens = sum(it.num_cached_tokens for it in self.answers.streams)
+        return Usage.of(exchange.num_prompt_tokens, exchange.num_tokens, exchange.num_cached_tokens)
+
+    async def take(self) -> list[Delta]:
+        """What has come; RequestError where a grammar ended a request."""
+        deltas = await self.answers.take()
+        for delta in deltas:
+            self._note(delta)
+        return deltas
+
+    def note_error(self, error: Exception) -> None:
+        self._exchange.error = str(error)
+
+    def _note(self, delta: Delta) -> None:
+        exchange = self._exchange
+        exchange.num_tokens += len(delta.token_ids)
+        if delta.output is not None:
+            self._outputs[delta.index] = delta.output
+        if delta.finish_reason is not None:
+            exchange.finish_reasons.append(delta.finish_reason)
+        if delta.finish_reason == "error":
+            raise RequestError(str(delta.stop_reason))
+
+
+async def open_prompts(
+    serving: Serving,
+    exchange: Exchange,
+    prompts: Callable[[], Sequence[Prompt]],
+    params: Callable[[Prompt], SamplingParams],
+    priority: int,
+) -> list[Opened]:
+    """Checks all prompts in a thread; both callables run there."""
+    inputs = serving.inputs
+
+    def work() -> list[Opened]:
+        given = prompts()
+        if serving.config.log_prompts:
+            exchange.prompts = [one if isinstance(one, str) else str(one) for one in given]
+        return [
+            inputs.open(
+                index,
+                prompt,
+                params(prompt),
+                request_id=exchange.request_id if not index else f"{exchange.request_id}-{index}",
+                priority=priority,
+            )
+            for index, prompt in enumerate(given)
+        ]
+
+    return await asyncio.to_thread(work)
+
+
+async def respond(
+    request: Request, serving: Serving, opened: Sequence[Opened], reply: Reply, *, is_stream: bool
+) -> Response:
+    """Answers with all at once or as a stream; errors before the first token have a status of their
+    own. A client that leaves ends its requests."""
+    exchange = Exchange.of(request.scope)
+    exchange.is_stream = is_stream
+    answers = serving.client.callers.submit(opened)
+    try:
+        generation = Generation(serving, exchange, answers)
+        head = reply.begin(answers)
+        first = await unless_gone(request, generation.take())
+        if is_stream:
+            return _Stream(generation, reply, head, first)
+        await unless_gone(request, _all(generation))
+        return Response(
+            reply.whole(generation.outputs, generation.usage), media_type="application/json"
+        )
+    except BaseException:
+        answers.close()
+        raise
+
+
+async def _all(generation: Generation) -> None:
+    while not generation.answers.is_finished:
+        await generation.take()
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events; whatever ends it ends its requests."""
+
+    def __init__(
+        self, generation: Generation, reply: Reply, head: bytes, first: Sequence[Delta]
+    ) -> None:
+        self._answers = generation.answers
+        events = _events(generation, reply, head, first)
+        super().__init__(events, media_type="text/event-stream", headers=_SSE)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._answers:
+            await super().__call__(scope, receive, send)
+
+
+async def _events(
+    generation: Generation, reply: Reply, head: bytes, first: Sequence[Delta]
+) -> AsyncIterator[bytes]:
+    answers = generation.answers
+    yield head + _added(generation, reply, first)
+    try:
+        while not answers.is_finished:
+            yield _added(generation, reply, await generation.take())
+        yield reply.end(generation.usage)
+    except BiremeError as error:
+        generation.note_error(error)
+        yield reply.failed(ApiError.of(error))
+
+
+def _added(generation: Generation, reply: Reply, deltas: Sequence[Delta]) -> bytes:
+    usage = generation.usage
+    return b"".join(reply.add(delta, usage) for delta in deltas)
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled where the client leaves before: ClientGone."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
+
+
+async def _left(request: Request) -> None:
+    """Returns when the connection is closed."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def sse(body: bytes, event: str | None = None) -> bytes:
+    """One server-sent event; JSON holds no line end."""
+    head = b"" if event is None else b"event: " + event.encode() + b"\n"
+    return head + b"data: " + body + b"\n\n"
+
+
+DONE = sse(b"[DONE]")

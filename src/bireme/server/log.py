@@ -1,0 +1,32 @@
+"""The server's log on standard error: a line a request, for people or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+from bireme.server.config import LogFormat
+
+
+class Log:
+    """Lines of a text and fields; what a client sent is quoted, so that a line stays one."""
+
+    def __init__(self, form: LogFormat, out: TextIO | None = None) -> None:
+        self._form, self._out = form, out
+
+    def say(self, text: str, **fields: Any) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        if self._form == "json":
+            line = json.dumps({"time": now, "message": text, **fields})
+        else:
+            told = " ".join(f"{name}={_told(value)}" for name, value in fields.items())
+            line = f"{now[11:23]} {text}{' ' if told else ''}{told}"
+        print(line, file=self._out or sys.stderr, flush=True)
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, str) and value and value.isprintable() and not set(' "=') & set(value):
+        return value
+    return json.dumps(value)

@@ -1,0 +1,165 @@
+"""What every request passes before its route: a name, the key, the bounds; and the log behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import secrets
+import time
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from bireme.server.errors import ApiError
+from bireme.server.exchange import Exchange
+from bireme.server.generation import ClientGone
+from bireme.server.serving import Serving
+
+_OPEN = ("/health",)
+_WHILE_DRAINING = ("/health", "/ping", "/metrics", "/load", "/version")
+_LONGEST_ID = 256
+
+
+class Gate:
+    """The outermost layer: one `Exchange` a request, and everything that is refused before a route.
+
+    Raises nothing: what breaks below becomes a 500, or ends a stream that has begun.
+    """
+
+    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+        self._app, self._serving = app, serving
+        self._keys = [_digest(key.encode()) for key in serving.config.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _exchange(scope)
+        scope.setdefault("state", {})["exchange"] = exchange
+        try:
+            await self._serve(exchange, scope, receive, _Answer(send, exchange))
+        finally:
+            self._note(exchange)
+
+    async def _serve(
+        self, exchange: Exchange, scope: Scope, receive: Receive, answer: _Answer
+    ) -> None:
+        is_work = exchange.method == "POST"
+        self._serving.begin(is_work)
+        try:
+            self._check(exchange, scope)
+            bounded = _BoundedBody(scope, receive, self._serving)
+            await self._app(scope, bounded, answer)
+        except ClientGone:
+            exchange.is_left = True
+        except ApiError as error:
+            await answer.refuse(error, scope, receive)
+        finally:
+            self._serving.end(is_work)
+            exchange.is_left |= not answer.is_complete
+
+    def _check(self, exchange: Exchange, scope: Scope) -> None:
+        if self._keys and exchange.path not in _OPEN and not self._has_key(scope):
+            raise ApiError(
+                401,
+                "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",
+                code="invalid_api_key",
+            )
+        if self._serving.is_draining and exchange.path not in _WHILE_DRAINING:
+            raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if len(exchange.request_id) > _LONGEST_ID or not exchange.request_id.isprintable():
+            exchange.request_id = secrets.token_hex(8)
+            raise ApiError(400, f"x-request-id must be at most {_LONGEST_ID} printable characters")
+
+    def _has_key(self, scope: Scope) -> bool:
+        """Compared in constant time, whatever the lengths."""
+        given = _header(scope, b"authorization")
+        digest = _digest(given[7:] if given[:7].lower() == b"bearer " else b"")
+        return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0
+
+    def _note(self, exchange: Exchange) -> None:
+        if self._serving.config.log_requests and (
+            exchange.method == "POST" or (exchange.status or 500) >= 400
+        ):
+            self._serving.log.say("request", **exchange.as_log())
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    found: bytes = next((value for key, value in scope["headers"] if key == name), b"")
+    return found
+
+
+def _exchange(scope: Scope) -> Exchange:
+    client = scope.get("client")
+    return Exchange(
+        request_id=_header(scope, b"x-request-id").decode("latin-1") or secrets.token_hex(16),
+        method=scope["method"],
+        path=scope["path"],
+        client="" if client is None else f"{client[0]}:{client[1]}",
+        traceparent=_header(scope, b"traceparent").decode("latin-1") or None,
+    )
+
+
+class _Answer:
+    """`send`, with the request's id among the headers and the status noted."""
+
+    def __init__(self, send: Send, exchange: Exchange) -> None:
+        self._send, self._exchange = send, exchange
+        self.is_complete = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._exchange.status = message["status"]
+            request_id = self._exchange.request_id.encode("latin-1", "replace")
+            message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+        elif message["type"] == "http.response.body":
+            self.is_complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def refuse(self, error: ApiError, scope: Scope, receive: Receive) -> None:
+        """And closes the connection, on which more of the request may be to come."""
+        if self._exchange.status is None:
+            self._exchange.error = error.message
+            await error.response({"Connection": "close"})(scope, receive, self)
+
+
+class _BoundedBody:
+    """`receive`, of a body that is neither too long nor too slow: ApiError 413 and 408."""
+
+    def __init__(self, scope: Scope, receive: Receive, serving: Serving) -> None:
+        config = serving.config
+        self._receive, self._most = receive, config.max_body_bytes
+        self._timeout_s = config.receive_timeout_s
+        self._deadline_s = time.monotonic() + config.receive_timeout_s
+        self._num_bytes, self._is_whole = 0, False
+        declared = _header(scope, b"content-length")
+        if declared.isdigit() and int(declared) > self._most:
+            self._refuse(int(declared))
+
+    async def __call__(self) -> Message:
+        if self._is_whole:  # only a disconnect is left to come
+            return await self._receive()
+        try:
+            async with asyncio.timeout(self._deadline_s - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            raise ApiError(
+                408, f"the request did not arrive within {self._timeout_s:g} s", code="timeout"
+            ) from None
+        self._num_bytes += len(message.get("body", b""))
+        self._is_whole = not message.get("more_body", False)
+        if self._num_bytes > self._most:
+            self._refuse(self._num_bytes)
+        return message
+
+    def _refuse(self, num_bytes: int) -> None:
+        raise ApiError(
+            413,
+            f"the body has at least {num_bytes} bytes; at most {self._most} are taken "
+            "(--max-body-bytes)",
+            code="body_too_large",
+        )

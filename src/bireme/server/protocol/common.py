@@ -1,0 +1,180 @@
+"""What several routes share: strict types, sampling fields, usage, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bireme.sampling_params import MAX_SEED, SamplingParams, StructuredOutputsParams
+
+
+class Fields(BaseModel):
+    """What a client sends: types are not guessed ("1" is no number), further fields are accepted."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class Sent(BaseModel):
+    """What a client is sent: the fields that were set, so that absent and null differ."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    def as_json(self) -> bytes:
+        return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
+
+
+class StreamOptions(Fields):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class JsonSchemaFormat(Fields):
+    name: str
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Fields):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Fields):
+    """Exactly one of these."""
+
+    json_: Annotated[str | dict[str, Any] | bool | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def as_params(self) -> StructuredOutputsParams:
+        return StructuredOutputsParams(
+            json=self.json_,
+            regex=self.regex,
+            choice=self.choice,
+            grammar=self.grammar,
+            json_object=self.json_object,
+        )
+
+
+_NAMES = (
+    "n",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "repetition_penalty",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "min_tokens",
+)
+
+
+class SamplingFields(Fields):
+    """How tokens are chosen; what is left out or null has the model's default."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    priority: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    user: str | None = None
+
+    def sampling_params(self, defaults: Mapping[str, Any], **settings: Any) -> SamplingParams:
+        """RequestError for what cannot be; `settings` are further fields of `SamplingParams`."""
+        given = {name: getattr(self, name) for name in _NAMES}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("top_k") == -1:  # vLLM's other way to say: of all
+            given["top_k"] = 0
+        if self.seed is not None:
+            given["seed"] = self.seed % (MAX_SEED + 1)
+        if self.logit_bias is not None:
+            given["logit_bias"] = {_as_id(key): bias for key, bias in self.logit_bias.items()}
+        settings.setdefault("structured_outputs", self._structured())
+        return SamplingParams(**{**defaults, **given, **settings})
+
+    def _structured(self) -> StructuredOutputsParams | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.as_params()
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return StructuredOutputsParams(json_object=True)
+        schema = wanted.json_schema.schema_ if wanted.json_schema is not None else None
+        return StructuredOutputsParams(json={} if schema is None else schema)
+
+
+def _as_id(text: str) -> int | str:
+    """A text that is no id is left for SamplingParams to refuse."""
+    return int(text) if text.isdecimal() and len(text) < 20 else text
+
+
+class PromptTokensDetails(Sent):
+    cached_tokens: int
+
+
+class Usage(Sent):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+    @classmethod
+    def of(cls, num_prompt: int, num_completion: int, num_cached: int) -> Usage:
+        return cls(
+            prompt_tokens=num_prompt,
+            completion_tokens=num_completion,
+            total_tokens=num_prompt + num_completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached),
+        )
+
+
+class ErrorInfo(Sent):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(Sent):
+    error: ErrorInfo
+
+
+class ModelCard(Sent):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int
+
+
+class ModelList(Sent):
+    object: Literal["list"]
+    data: list[ModelCard]

@@ -1,0 +1,40 @@
+"""`/tokenize`, `/detokenize`, `/tokenizer_info` (vLLM's)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from bireme.server.protocol.chat import ChatMessage, Tool
+from bireme.server.protocol.common import Fields, Sent
+
+
+class TokenizeRequest(Fields):
+    """A `prompt`, or the `messages` of a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage] | None, Field(min_length=1)] = None
+    tools: list[Tool] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class TokenizeResponse(Sent):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(Fields):
+    model: str | None = None
+    tokens: list[int]
+
+
+class DetokenizeResponse(Sent):
+    prompt: str

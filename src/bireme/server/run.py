@@ -1,0 +1,165 @@
+"""The front end as a process: it listens, shows how the engine starts, and ends when it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import uvicorn
+import uvloop
+
+from bireme.engine.client import EngineClient, EngineProcess
+from bireme.engine.service_messages import Ready
+from bireme.errors import ConfigError
+from bireme.server.app import make_app
+from bireme.server.config import ServerConfig
+from bireme.server.connections import BoundedProtocol
+from bireme.server.log import Log
+from bireme.server.serving import Serving
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """A bound socket; ConfigError names a busy port and the flag that changes it."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((config.host, config.port))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+            "--port and --host name another place"
+        ) from None
+    return sock
+
+
+class _Server(uvicorn.Server):
+    """Signals are the front end's to handle."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class FrontEnd:
+    """One server from its start to its end. SIGTERM and the first SIGINT drain, a second SIGINT ends at
+    once."""
+
+    def __init__(
+        self, config: ServerConfig, sock: socket.socket, process: EngineProcess, log: Log
+    ) -> None:
+        self.config, self._sock, self._process, self._log = config, sock, process, log
+        self._ending: asyncio.Task[None] | None = None
+
+    async def run(self) -> int:
+        """The exit status: 1 where the engine broke."""
+        client = EngineClient(self._process, _template(self.config))
+        self._serving = Serving(self.config, client, self._process.model, self._log)
+        self._server = _Server(self._uvicorn_config())
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        await client.begin()
+        starting = asyncio.create_task(self._start(client))
+        try:
+            await self._server.serve([self._sock])
+        finally:
+            starting.cancel()
+            await client.aclose()
+        error = self._serving.broken if self._ending is None else None
+        return 0 if error is None else 1
+
+    def _uvicorn_config(self) -> uvicorn.Config:
+        config = self.config
+        return uvicorn.Config(
+            make_app(self._serving),
+            loop="uvloop",
+            http=BoundedProtocol.with_bounds(config.receive_timeout_s, config.max_connections),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=int(max(1, config.keep_alive_s)),
+            timeout_graceful_shutdown=5,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+            ssl_ca_certs=None if config.ssl_ca_certs is None else str(config.ssl_ca_certs),
+        )
+
+    async def _start(self, client: EngineClient) -> None:
+        """Tells people what they need once the engine is ready; ends the server where it cannot start."""
+        try:
+            ready = await asyncio.shield(client.ready)
+        except Exception as error:
+            print(f"bireme: {error}", file=sys.stderr, flush=True)
+            self._server.should_exit = True
+            return
+        print(*ready.told, *self._how_to_ask(ready), sep="\n", file=sys.stderr, flush=True)
+
+    def _how_to_ask(self, ready: Ready) -> list[str]:
+        config, (host, port) = self.config, self._sock.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        url = f"{config.scheme}://{shown}:{port}"
+        key = ' -H "Authorization: Bearer $API_KEY"' if config.api_keys else ""
+        name = self._serving.model_names[0]
+        has_chat = (
+            self._serving.inputs.has_tokenizer and self._serving.inputs.tokenizer.chat_template
+        )
+        if has_chat:
+            path, body = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
+        else:
+            path, body = "completions", '"prompt": "Hello"'
+        return [
+            f"  at most {ready.max_concurrency:.1f} requests of {ready.max_model_len} tokens at once",
+            f"serving {name} at {url}/v1"
+            + ("" if config.api_keys else "; it is open to whoever reaches it (no --api-key)"),
+            f"  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' "
+            f'-d \'{{"model": "{name}", {body}}}\'',
+        ]
+
+    def _on_signal(self, number: int) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._drain())
+        elif number == signal.SIGINT:
+            self._ending.cancel()
+            self._server.force_exit = self._server.should_exit = True
+
+    async def _drain(self) -> None:
+        """New requests are refused; those that run may end, for a time."""
+        serving, timeout_s = self._serving, self.config.shutdown_timeout_s
+        serving.is_draining = True
+        self._log.say("shutting down", requests=serving.num_active, timeout_s=timeout_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await serving.until_idle()
+        except TimeoutError:
+            self._log.say("not all requests ended in time", requests=serving.num_active)
+        self._server.should_exit = True
+
+
+def _template(config: ServerConfig) -> str | None:
+    return None if config.chat_template is None else config.chat_template.read_text("utf-8")
+
+
+def raise_file_limit() -> None:
+    """Every client is an open file: as many as the system allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def serve(config: ServerConfig, sock: socket.socket, process: EngineProcess) -> int:
+    """Runs until it is told to end; the exit status."""
+    raise_file_limit()
+    front_end = FrontEnd(config, sock, process, Log(config.log_format))
+    try:
+        return uvloop.run(front_end.run())
+    finally:
+        process.close()

@@ -1,0 +1,108 @@
+"""What all routes share: the engine, the model's names, what the server is doing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+from bireme.engine.client import EngineClient
+from bireme.engine.input_processor import InputProcessor
+from bireme.hf_config import read_json
+from bireme.sampling_params import SamplingParams
+from bireme.server.config import ServerConfig
+from bireme.server.errors import ApiError
+from bireme.server.log import Log
+from bireme.server.tools.parsers import style_of
+
+_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_MOST_NAMES = 1000
+
+
+class Serving:
+    """One server. `is_draining`: it ends, and takes no more requests."""
+
+    def __init__(self, config: ServerConfig, client: EngineClient, model: str, log: Log) -> None:
+        self.config, self.client, self.log = config, client, log
+        self.model_names = config.served_model_names or (model,)
+        self.root = model
+        self.created = int(time.time())
+        self.is_draining = False
+        self.num_active = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._unknown: set[str] = set()
+
+    def begin(self, num: int) -> None:
+        """So many more requests are served."""
+        self.num_active += num
+        if self.num_active:
+            self._is_idle.clear()
+
+    def end(self, num: int) -> None:
+        self.num_active -= num
+        if not self.num_active:
+            self._is_idle.set()
+
+    async def until_idle(self) -> None:
+        """Returns when no request is served."""
+        await self._is_idle.wait()
+
+    @property
+    def inputs(self) -> InputProcessor:
+        """ApiError 503 before the engine is ready, and after it broke."""
+        if (error := self.broken) is not None:
+            raise ApiError(503, f"the engine broke: {error}", code="engine_error")
+        if not self.client.ready.done():
+            raise ApiError(503, f"the model is loading ({self.client.doing})", code="loading")
+        return self.client.inputs
+
+    @property
+    def broken(self) -> BaseException | None:
+        """Why there will be no more answers."""
+        ready = self.client.ready
+        if not ready.done():
+            return None
+        return ready.exception() or self.client.callers.error
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under; none stands for the first."""
+        if name is None:
+            return self.model_names[0]
+        if name not in self.model_names:
+            known = ", ".join(self.model_names)
+            raise ApiError(
+                404,
+                f"there is no model {name!r:.200}; this server has {known}",
+                param="model",
+                code="model_not_found",
+            )
+        return name
+
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """Sampling parameters of the model's generation_config.json, where they are to be used.
+
+        What is no parameter of ours is left out, as vLLM does.
+        """
+        path = self.inputs.model.folder / "generation_config.json"
+        if self.config.generation_config != "auto" or not path.is_file():
+            return {}
+        given = read_json(path)
+        found = {name: given[name] for name in _DEFAULTS if given.get(name) is not None}
+        SamplingParams(**found)
+        return found
+
+    @cached_property
+    def tool_style(self) -> str | None:
+        template = self.inputs.tokenizer.chat_template if self.inputs.has_tokenizer else None
+        return style_of(template, self.config.tool_call_parser)
+
+    def note_unknown(self, route: str, fields: Mapping[str, Any] | None) -> None:
+        """Logs the fields that a route does not know, each once."""
+        new = {f"{route} {name:.60}" for name in fields or ()} - self._unknown
+        if new and len(self._unknown) < _MOST_NAMES:
+            self._unknown |= new
+            self.log.say("fields that are accepted and do nothing", fields=sorted(new))

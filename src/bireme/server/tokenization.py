@@ -1,0 +1,77 @@
+"""`/tokenize`, `/detokenize` and `/tokenizer_info`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi.responses import Response
+
+from bireme.engine.input_processor import InputProcessor
+from bireme.errors import RequestError
+from bireme.server.conversation import template_messages
+from bireme.server.errors import ApiError
+from bireme.server.protocol.tokenize import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    TokenizeRequest,
+    TokenizeResponse,
+)
+from bireme.server.serving import Serving
+
+
+async def tokenize(serving: Serving, wanted: TokenizeRequest) -> Response:
+    serving.check_model(wanted.model)
+    serving.note_unknown("/tokenize", wanted.model_extra)
+    if (wanted.prompt is None) == (wanted.messages is None):
+        raise ApiError(400, "give either a prompt or messages")
+    inputs = serving.inputs
+    ids = await asyncio.to_thread(_ids, inputs, wanted)
+    response = TokenizeResponse(
+        count=len(ids),
+        max_model_len=inputs.model.max_model_len,
+        tokens=ids,
+        token_strs=list(map(inputs.tokenizer.name_of, ids)) if wanted.return_token_strs else None,
+    )
+    return Response(response.as_json(), media_type="application/json")
+
+
+def _ids(inputs: InputProcessor, wanted: TokenizeRequest) -> list[int]:
+    if wanted.messages is None:
+        has_special = wanted.add_special_tokens is not False
+        return inputs.tokenizer.encode(wanted.prompt or "", add_special_tokens=has_special)
+    goes_on = bool(wanted.continue_final_message)
+    return inputs.chat_ids(
+        template_messages(wanted.messages),
+        **(wanted.chat_template_kwargs or {}),
+        tools=[tool.model_dump(exclude_none=True) for tool in wanted.tools or []] or None,
+        add_generation_prompt=wanted.add_generation_prompt is not False and not goes_on,
+        continue_final_message=goes_on,
+    )
+
+
+async def detokenize(serving: Serving, wanted: DetokenizeRequest) -> Response:
+    serving.check_model(wanted.model)
+    serving.note_unknown("/detokenize", wanted.model_extra)
+    inputs = serving.inputs
+    bad = [id_ for id_ in wanted.tokens if not 0 <= id_ < inputs.model.vocab_size]
+    if bad:
+        raise RequestError(
+            f"tokens={bad[0]} is no id; ids go from 0 to {inputs.model.vocab_size - 1}"
+        )
+    text = await asyncio.to_thread(
+        inputs.tokenizer.decode, wanted.tokens, skip_special_tokens=False
+    )
+    return Response(DetokenizeResponse(prompt=text).as_json(), media_type="application/json")
+
+
+def tokenizer_info(serving: Serving) -> dict[str, Any]:
+    inputs = serving.inputs
+    tokenizer = inputs.tokenizer
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "vocab_size": inputs.model.vocab_size,
+        "model_max_length": inputs.model.max_model_len,
+        **tokenizer.special_tokens,
+        "chat_template": tokenizer.chat_template,
+    }

@@ -1,0 +1,83 @@
+"""What `tool_choice` asks for: what the model is told, what its text must be, and who reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bireme.errors import RequestError
+from bireme.sampling_params import StructuredOutputsParams
+from bireme.server.protocol.chat import ChatCompletionRequest, NamedTool, Tool
+from bireme.server.tools.parsers import BareCalls, NamedCall, ToolParser, parser_of
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """`shown` are the tools as the chat template sees them; `parser` is None where the text is text."""
+
+    shown: list[dict[str, Any]] | None = None
+    structure: StructuredOutputsParams | None = None
+    parser: Callable[[], ToolParser] | None = None
+    is_named: bool = False
+
+
+def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
+    """RequestError for a choice that cannot be; `style` is how the model writes calls by itself."""
+    tools = request.tools or []
+    choice = request.tool_choice or ("auto" if tools else "none")
+    if choice == "none":
+        return ToolUse()
+    if not tools:
+        raise RequestError("tool_choice needs tools; name at least one")
+    shown = [tool.model_dump(exclude_none=True) for tool in tools]
+    if choice == "auto":
+        if style is None:
+            raise RequestError(
+                "tool_choice auto: it is not known how this model writes calls; start the server "
+                "with --tool-call-parser, or use tool_choice required"
+            )
+        return ToolUse(shown, None, lambda: parser_of(style))
+    if isinstance(choice, NamedTool):
+        tool = _named(tools, choice.function.name)
+        structure = StructuredOutputsParams(json=_parameters(tool))
+        return ToolUse(shown, structure, lambda: NamedCall(tool.function.name), is_named=True)
+    schema = _schema_of_calls(tools, is_single=request.parallel_tool_calls is False)
+    return ToolUse(shown, StructuredOutputsParams(json=schema), lambda: BareCalls(is_list=True))
+
+
+def _named(tools: Sequence[Tool], name: str) -> Tool:
+    for tool in tools:
+        if tool.function.name == name:
+            return tool
+    known = ", ".join(tool.function.name for tool in tools)
+    raise RequestError(f"tool_choice names {name!r:.80}, and the tools are {known:.200}")
+
+
+def _parameters(tool: Tool) -> dict[str, Any]:
+    return tool.function.parameters or {"type": "object", "properties": {}}
+
+
+def _schema_of_calls(tools: Sequence[Tool], *, is_single: bool) -> dict[str, Any]:
+    """A list of calls; what the tools' schemas define is defined for all, as their references say."""
+    definitions: dict[str, Any] = {}
+    calls = []
+    for tool in tools:
+        parameters = dict(_parameters(tool))
+        for name, defined in parameters.pop("$defs", {}).items():
+            if definitions.setdefault(name, defined) != defined:
+                raise RequestError(f"the tools define {name!r:.80} differently; rename one of them")
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": tool.function.name}, "parameters": parameters},
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+        )
+    schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
+    if is_single:
+        schema["maxItems"] = 1
+    if definitions:
+        schema["$defs"] = definitions
+    return schema

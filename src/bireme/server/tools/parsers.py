@@ -1,0 +1,269 @@
+"""Styles of tool calls. Each parser takes text as it comes, and says what is content and what a call;
+all at once or piece by piece, the result is the same."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from bireme.server.tools.scanner import CallScanner
+
+
+@dataclass(frozen=True, slots=True)
+class CallPiece:
+    """More of call `index`; `id` and `name` come with its first piece alone."""
+
+    index: int
+    arguments: str
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(slots=True)
+class Parsed:
+    content: str = ""
+    calls: list[CallPiece] = field(default_factory=list)
+
+
+class ToolParser(Protocol):
+    def add(self, text: str) -> Parsed: ...
+
+    def finish(self) -> Parsed:
+        """What was held back at the end."""
+        ...
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+class _Calls:
+    """Numbers calls, and tells what is new of the one that is read."""
+
+    def __init__(self) -> None:
+        self._num_begun = 0
+        self._told = 0
+        self._is_begun = False
+
+    @property
+    def has_any(self) -> bool:
+        return self._num_begun > 0
+
+    def news(self, scanner: CallScanner, found: Parsed) -> None:
+        if scanner.name is None:
+            return
+        if not self._is_begun:
+            self._is_begun, self._told = True, 0
+            found.calls.append(CallPiece(self._num_begun, "", _call_id(), scanner.name))
+            self._num_begun += 1
+        if more := scanner.arguments[self._told :]:
+            self._told += len(more)
+            found.calls.append(CallPiece(self._num_begun - 1, more))
+
+    def end(self) -> None:
+        self._is_begun = False
+
+
+class MarkedCalls:
+    """Calls between two marks, as Hermes and Qwen write them: `<tool_call>{...}</tool_call>`.
+
+    What stands between marks and is no call is content.
+    """
+
+    def __init__(self, opening: str = "<tool_call>", closing: str = "</tool_call>") -> None:
+        self._opening, self._closing = opening, closing
+        self._rest = ""
+        self._scanner: CallScanner | None = None
+        self._is_behind = False  # an object that is closed, its closing mark to come
+        self._calls = _Calls()
+
+    def add(self, text: str) -> Parsed:
+        self._rest += text
+        found = Parsed()
+        while self._step(found):
+            pass
+        return found
+
+    def finish(self) -> Parsed:
+        found = Parsed()
+        if self._scanner is not None and self._scanner.name is None:
+            found.content = self._opening + self._scanner.text
+        if self._scanner is None and not self._is_behind:
+            found.content += self._content(self._rest)
+        self._rest, self._scanner = "", None
+        return found
+
+    def _step(self, found: Parsed) -> bool:
+        """One part of what is left; False where more text is needed."""
+        if self._scanner is not None:
+            return self._scan(found)
+        if self._is_behind:
+            return self._pass_mark()
+        before, mark, after = self._rest.partition(self._opening)
+        if not mark:
+            sure = before[: len(before) - _overlap(before, self._opening)]
+            sure = sure.rstrip()  # space before a call is none
+            found.content += self._content(sure)
+            self._rest = before[len(sure) :]
+            return False
+        if not after.lstrip():
+            found.content += self._content(before.rstrip())
+            self._rest = mark + after
+            return False
+        found.content += self._content(before.rstrip())
+        if after.lstrip().startswith("{"):
+            self._scanner, self._rest = CallScanner(), after.lstrip()
+        else:
+            found.content += mark
+            self._rest = after
+        return True
+
+    def _content(self, text: str) -> str:
+        """Space alone behind a call is none."""
+        return "" if self._calls.has_any and not text.strip() else text
+
+    def _scan(self, found: Parsed) -> bool:
+        scanner = self._scanner
+        assert scanner is not None
+        self._rest = scanner.add(self._rest)
+        self._calls.news(scanner, found)
+        if not scanner.is_done:
+            return False
+        if scanner.name is None:
+            found.content += self._opening + scanner.text
+        else:
+            self._is_behind = True
+        self._calls.end()
+        self._scanner = None
+        return True
+
+    def _pass_mark(self) -> bool:
+        text = self._rest.lstrip()
+        if len(text) < len(self._closing) and self._closing.startswith(text):
+            return False
+        self._rest = text.removeprefix(self._closing)
+        self._is_behind = False
+        return True
+
+
+class BareCalls:
+    """Calls that are the whole text, one behind another, as Llama 3 writes them: `{...}; {...}`; with
+    `is_list` in brackets.
+
+    A text that begins with no brace, or an object that names no function, is content.
+    """
+
+    _BETWEEN = ";, \n\t\r[]"
+
+    def __init__(self, prefix: str = "<|python_tag|>", *, is_list: bool = False) -> None:
+        self._prefix, self._is_list = prefix, is_list
+        self._rest = ""
+        self._is_content = False
+        self._scanner: CallScanner | None = None
+        self._calls = _Calls()
+
+    def add(self, text: str) -> Parsed:
+        found = Parsed()
+        if self._is_content:
+            found.content = text
+            return found
+        self._rest += text
+        while self._rest and not self._is_content and self._step(found):
+            pass
+        return found
+
+    def finish(self) -> Parsed:
+        found = Parsed()
+        if self._scanner is not None and self._scanner.name is None:
+            found.content = self._scanner.text
+        elif self._scanner is None and not self._calls.has_any:
+            found.content = self._rest
+        self._rest, self._scanner = "", None
+        return found
+
+    def _step(self, found: Parsed) -> bool:
+        if self._scanner is not None:
+            return self._scan(found)
+        text = self._rest.lstrip(self._BETWEEN if self._is_list or self._calls.has_any else None)
+        if not text or (len(text) < len(self._prefix) and self._prefix.startswith(text)):
+            return False
+        text = text.removeprefix(self._prefix).lstrip()
+        if text.startswith("{"):
+            self._scanner, self._rest = CallScanner(), text
+            return True
+        if text:
+            self._leave(self._rest, found)
+        return False
+
+    def _scan(self, found: Parsed) -> bool:
+        scanner = self._scanner
+        assert scanner is not None
+        self._rest = scanner.add(self._rest)
+        self._calls.news(scanner, found)
+        if not scanner.is_done:
+            return False
+        self._calls.end()
+        self._scanner = None
+        if scanner.name is None:
+            self._leave(scanner.text + self._rest, found)
+        return True
+
+    def _leave(self, text: str, found: Parsed) -> None:
+        """All from here on is content."""
+        found.content += text
+        self._is_content, self._rest = True, ""
+
+
+class NamedCall:
+    """The whole text is the arguments of one call."""
+
+    def __init__(self, name: str) -> None:
+        self._name: str | None = name
+
+    def add(self, text: str) -> Parsed:
+        name, self._name = self._name, None
+        if name is not None:
+            return Parsed("", [CallPiece(0, text, _call_id(), name)])
+        return Parsed("", [CallPiece(0, text)] if text else [])
+
+    def finish(self) -> Parsed:
+        return Parsed()
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many of the last characters may be the beginning of a mark."""
+    longest = min(len(text), len(mark) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
+
+
+_STYLES: dict[str, Callable[[], ToolParser]] = {"hermes": MarkedCalls, "llama3_json": BareCalls}
+
+
+def style_of(template: str | None, wanted: str) -> str | None:
+    """The style of a model's calls, by its chat template where `wanted` is auto; None for none."""
+    if wanted != "auto":
+        return None if wanted == "none" else wanted
+    if template is None or "tools" not in template:
+        return None
+    if "<tool_call>" in template:
+        return "hermes"
+    return "llama3_json" if "python_tag" in template or "ipython" in template else None
+
+
+def parser_of(style: str) -> ToolParser:
+    return _STYLES[style]()
+
+
+def joined(pieces: Sequence[CallPiece]) -> list[CallPiece]:
+    """Whole calls, of all their pieces."""
+    whole: dict[int, CallPiece] = {}
+    for piece in pieces:
+        before = whole.get(piece.index)
+        whole[piece.index] = (
+            piece
+            if before is None
+            else CallPiece(piece.index, before.arguments + piece.arguments, before.id, before.name)
+        )
+    return list(whole.values())
