@@ -1,0 +1,1 @@
+"""The HTTP server, and what it says of itself: metrics and traces."""
