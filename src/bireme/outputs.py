@@ -32,11 +32,13 @@ class CompletionOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestMetrics:
-    """Seconds on the monotonic clock, from arrival; `ttft_s` is the time to the first token."""
+    """Seconds on the monotonic clock, from arrival: `ttft_s` to the first token, `queue_s` of it to its
+    first step, or to its end where it had none."""
 
     ttft_s: float
     e2e_s: float
     num_tokens: int
+    queue_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -61,7 +63,7 @@ class RequestOutput:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New text of continuation `choice` of prompt `index`; `output` is set with the last piece of its
-    last continuation."""
+    last continuation. `time_s`, of the engine's clock, is when the engine had it."""
 
     index: int
     text: str
@@ -71,3 +73,4 @@ class Delta:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
+    time_s: float = 0.0

@@ -2,8 +2,8 @@
 
 Each rank writes its own ring (one writer, no lock); the parent holds the same pages, so that the
 spans are readable after the rank's death, kill -9 included. The ring keeps the newest `capacity`
-records; its header says what the rank is in the middle of. Times are CLOCK_MONOTONIC nanoseconds,
-the same clock for all processes of a host.
+records; its header says what the rank is in the middle of, and what all spans so far add up to.
+Times are CLOCK_MONOTONIC nanoseconds, the same clock for all processes of a host.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import mmap
 import os
 import struct
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import chain
 from typing import Any
 
 _HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever written
 _NOW = struct.Struct("<III4x")  # step id, spans begun in it, innermost open kind (0: none)
 _RECORD = struct.Struct("<QQQIHH")  # start ns, end ns, bytes, step id, kind, incarnation
-_MAGIC = b"BIREME02"
+_pack_now, _pack_record = _NOW.pack_into, _RECORD.pack_into
+_MAGIC = b"BIREME03"
 _COUNT_AT = struct.calcsize("<8sII")
-_RECORDS_AT = _HEADER.size + _NOW.size
 DEFAULT_CAPACITY = 1 << 16
 
 
@@ -37,6 +39,11 @@ class SpanKind(IntEnum):
     SAMPLE = 7
     LOAD = 8
 
+
+_NUM_KINDS = max(SpanKind) + 1  # 0: what is around the outermost span
+_TOTALS = struct.Struct(f"<{4 * _NUM_KINDS}Q")  # by kind: spans, ns, ns of spans inside, bytes
+_TOTALS_AT = _HEADER.size + _NOW.size
+_RECORDS_AT = _TOTALS_AT + _TOTALS.size
 
 _CATEGORY = {
     SpanKind.ALL_REDUCE: "collective",
@@ -76,6 +83,32 @@ class Now:
         return self.kind is not None and _CATEGORY.get(self.kind) in ("collective", "transfer")
 
 
+@dataclass(frozen=True, slots=True)
+class Total:
+    """What all spans of a kind add up to; `inner_ns` of `ns` were in spans inside them."""
+
+    num_spans: int = 0
+    ns: int = 0
+    inner_ns: int = 0
+    num_bytes: int = 0
+
+    @property
+    def own_ns(self) -> int:
+        """Less what the spans inside account for."""
+        return self.ns - self.inner_ns
+
+    def __sub__(self, before: Total) -> Total:
+        return Total(
+            self.num_spans - before.num_spans,
+            self.ns - before.ns,
+            self.inner_ns - before.inner_ns,
+            self.num_bytes - before.num_bytes,
+        )
+
+
+Totals = Mapping[SpanKind, Total]
+
+
 class OpenSpan:
     """A span that is being measured. A class of its own: a generator costs a sum a tenth of its time."""
 
@@ -89,9 +122,9 @@ class OpenSpan:
         self._start_ns = time.monotonic_ns()
 
     def __exit__(self, *_: object) -> None:
-        ring = self._ring
-        ring.write(self._kind, self._start_ns, time.monotonic_ns(), self._num_bytes)
-        ring.end(self._outer)
+        self._ring.close_span(
+            self._kind, self._outer, self._start_ns, time.monotonic_ns(), self._num_bytes
+        )
 
 
 class SpanRing:
@@ -108,6 +141,7 @@ class SpanRing:
         self._incarnation = 0
         self._num_begun = 0
         self._open = 0
+        self._totals = [[0, 0, 0, 0] for _ in range(_NUM_KINDS)]
 
     @classmethod
     def create(cls, capacity: int = DEFAULT_CAPACITY) -> SpanRing:
@@ -130,18 +164,37 @@ class SpanRing:
         """The step that the following records belong to."""
         self._step_id, self._incarnation = step_id, incarnation & 0xFFFF
         self._num_begun = self._open = 0
-        self._mark()
-
-    def _mark(self) -> None:
-        _NOW.pack_into(self._map, _HEADER.size, self._step_id, self._num_begun, self._open)
+        _pack_now(self._map, _HEADER.size, step_id, 0, 0)
 
     def write(self, kind: SpanKind, start_ns: int, end_ns: int, num_bytes: int = 0) -> None:
+        """A span inside the innermost open one, measured by the caller."""
+        self.close_span(kind, self._open, start_ns, end_ns, num_bytes)
+
+    def close_span(self, kind: int, outer: int, start_ns: int, end_ns: int, num_bytes: int) -> None:
+        """Writes its record; `outer` is the kind of the span around it, 0 where there is none.
+
+        One call with everything in it: a call more costs as much as three of its sums.
+        """
         at = _RECORDS_AT + self._count % self.capacity * _RECORD.size
-        _RECORD.pack_into(
+        _pack_record(
             self._map, at, start_ns, end_ns, num_bytes, self._step_id, kind, self._incarnation
         )
         self._count += 1
         self._written[0] = self._count  # one store, after the record: no torn reads
+        num_ns = end_ns - start_ns
+        total = self._totals[kind]
+        total[0] += 1
+        total[1] += num_ns
+        total[3] += num_bytes
+        self._totals[outer][2] += num_ns
+        self._open = outer
+        _pack_now(self._map, _HEADER.size, self._step_id, self._num_begun, outer)
+        if not outer:
+            self._publish_totals()
+
+    def _publish_totals(self) -> None:
+        """A step at a time: a store a span would cost more than the sums do."""
+        _TOTALS.pack_into(self._map, _TOTALS_AT, *chain.from_iterable(self._totals))
 
     def span(self, kind: SpanKind, num_bytes: int = 0) -> OpenSpan:
         """What is done inside it becomes a record."""
@@ -151,17 +204,21 @@ class SpanRing:
         """Opens a span; the kind of the one around it."""
         outer, self._open = self._open, kind
         self._num_begun += 1
-        self._mark()
+        _pack_now(self._map, _HEADER.size, self._step_id, self._num_begun, kind)
         return outer
-
-    def end(self, outer: int) -> None:
-        self._open = outer
-        self._mark()
 
     def now(self) -> Now:
         """What the writer was in the middle of when it last began or ended a span."""
         step_id, num_begun, kind = _NOW.unpack_from(self._map, _HEADER.size)
         return Now(step_id, num_begun, SpanKind(kind) if kind else None)
+
+    def totals(self) -> dict[SpanKind, Total]:
+        """Of all spans since the ring was made, up to the end of the newest outermost one.
+
+        Read while the writer stores it, some kinds may be a step ahead of others; each number is whole.
+        """
+        found = _TOTALS.unpack_from(self._map, _TOTALS_AT)
+        return {kind: Total(*found[4 * kind : 4 * kind + 4]) for kind in SpanKind}
 
     def read(self) -> list[Span]:
         """The newest records, oldest first. The record under the writer's hand is left out."""

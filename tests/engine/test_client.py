@@ -17,6 +17,7 @@ from bireme import LLM, SamplingParams, StructuredOutputsParams
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.client import EngineClient, EngineProcess
 from bireme.engine.pool import WorkerPool
+from bireme.engine.rank_stats import RankStats
 from bireme.errors import CapacityError, CheckpointError, EngineError, RankError, RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logprobs=1)
@@ -81,8 +82,23 @@ def test_it_answers_as_an_engine_in_this_process_does(pool: WorkerPool) -> None:
         stats = await client.stats()
         assert (stats.num_running, stats.num_waiting) == (0, 0)
         assert stats.prefix_queries_total > 0
+        check_ranks(stats.ranks)
 
     use(work, parallel=ParallelConfig.of(1, 2))
+
+
+def check_ranks(ranks: list[RankStats]) -> None:
+    """Of two stages of one rank that made steps."""
+    first, last = ranks
+    assert [(rank.stage, rank.rank) for rank in ranks] == [(0, 0), (1, 1)]
+    for rank in ranks:
+        assert rank.num_steps_total > 0
+        assert rank.busy_s > 0
+        assert rank.memory.weight_bytes > 0
+        assert rank.memory.cache_bytes > 0
+        assert rank.collective_bytes == 0
+    assert first.sent_bytes >= last.received_bytes > 0  # hidden states
+    assert last.sent_bytes >= first.received_bytes > 0  # ids, of which some are not needed yet
 
 
 def test_a_caller_that_leaves_frees_its_request_and_bad_ones_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,8 @@ from bireme.engine.engine import Engine
 from bireme.engine.scheduler import Scheduler, SchedulerLimits
 from bireme.engine.scripted import ScriptedExecutor
 from bireme.engine.simulated import SimulatedExecutor, StageWork, VirtualClock
+from bireme.engine.streams import PromptStream
+from bireme.outputs import RequestMetrics
 from bireme.parallel.layout import CacheKind
 from bireme.request import Request, ScheduledBatch
 from bireme.sampling_params import SamplingParams, StructuredOutputsParams
@@ -116,3 +119,57 @@ def test_stages_do_not_wait_for_ids(num_requests: int) -> None:
 
 def test_stages_wait_most_of_the_time_with_one_batch_in_flight() -> None:
     assert min(run(8, 4, 0.01, 1)) > 0.7
+
+
+def metrics_of(engine: Engine, requests: list[Request]) -> dict[str, RequestMetrics]:
+    """By request id, as a caller gets them."""
+    streams = {
+        one.request_id: PromptStream(
+            0, one.request_id, None, one.prompt_token_ids, one.params, None, one.arrival_s
+        )
+        for one in requests
+    }
+    for event in engine.run([(one, None) for one in requests]):
+        streams[event.request_id].add(0, event)
+    return {name: metrics_or_fail(stream) for name, stream in streams.items()}
+
+
+def metrics_or_fail(stream: PromptStream) -> RequestMetrics:
+    metrics = stream.output().metrics
+    assert metrics is not None
+    return metrics
+
+
+def test_a_request_waits_until_its_first_step_is_scheduled() -> None:
+    clock = VirtualClock()
+    few = SchedulerLimits(pp_size=1, max_num_seqs=1, max_num_batched_tokens=256, block_size=4)
+    engine = Engine(
+        Scheduler(few, [CacheKind(None, 100)]), SimulatedExecutor(1, lambda *_: 1.0, clock), clock
+    )
+    found = metrics_of(engine, [request(0, 4), request(1, 4)])
+    assert (found["0"].queue_s, found["0"].ttft_s, found["0"].e2e_s) == (0, 1, 4)
+    assert (found["1"].queue_s, found["1"].ttft_s, found["1"].e2e_s) == (4, 5, 8)
+
+
+def test_a_preempted_request_waited_once() -> None:
+    clock = VirtualClock()
+    engine = Engine(
+        Scheduler(limits(1), [CacheKind(None, 7)]),
+        SimulatedExecutor(1, lambda *_: 1.0, clock),
+        clock,
+    )
+    found = metrics_of(engine, [request(0, 18), request(1, 18)])
+    assert engine.scheduler.num_preemptions > 0
+    assert found["1"].queue_s == 0
+    assert found["1"].e2e_s > found["0"].e2e_s
+
+
+def test_one_that_never_began_waited_for_all_its_time() -> None:
+    clock = VirtualClock()
+    few = SchedulerLimits(pp_size=1, max_num_seqs=1, max_num_batched_tokens=256, block_size=4)
+    engine = Engine(
+        Scheduler(few, [CacheKind(None, 100)]), SimulatedExecutor(1, lambda *_: 1.0, clock), clock
+    )
+    late = dataclasses.replace(request(1, 4), deadline_s=2.5)
+    found = metrics_of(engine, [request(0, 9), late])
+    assert found["1"].queue_s == found["1"].e2e_s == pytest.approx(3)

@@ -10,7 +10,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bireme.trace import Now, Span, SpanKind, SpanRing, chrome_trace
+from bireme.trace import Now, Span, SpanKind, SpanRing, Total, chrome_trace
 
 
 def test_spans_come_back_in_order() -> None:
@@ -102,4 +102,40 @@ def test_a_new_step_has_begun_nothing() -> None:
     assert ring.now() == Now(0, 2, None)
     ring.set_step(1, 0)
     assert ring.now() == Now(1, 0, None)
+    ring.close()
+
+
+def test_totals_tell_a_span_from_those_inside_it() -> None:
+    ring = SpanRing.create(2)
+    with ring.span(SpanKind.STEP):
+        with ring.span(SpanKind.COMPUTE):
+            for _ in range(5):
+                ring.write(SpanKind.ALL_REDUCE, 10, 17, num_bytes=100)
+        assert ring.totals()[SpanKind.ALL_REDUCE] == Total()  # the step has not ended
+    totals = ring.totals()
+    assert totals[SpanKind.ALL_REDUCE] == Total(5, 35, 0, 500)
+    compute, step = totals[SpanKind.COMPUTE], totals[SpanKind.STEP]
+    assert (compute.num_spans, compute.inner_ns, step.inner_ns) == (1, 35, compute.ns)
+    assert step.own_ns + compute.own_ns + 35 == step.ns
+    ring.close()
+
+
+@given(st.lists(st.tuples(st.sampled_from(SpanKind), st.integers(0, 99), st.integers(0, 99))))
+def test_totals_know_what_the_ring_forgot(records: list[tuple[SpanKind, int, int]]) -> None:
+    ring = SpanRing.create(3)
+    for kind, num_ns, num_bytes in records:
+        ring.write(kind, 7, 7 + num_ns, num_bytes)
+    for kind, total in ring.totals().items():
+        mine = [record for record in records if record[0] is kind]
+        sums = sum(record[1] for record in mine), sum(record[2] for record in mine)
+        assert total == Total(len(mine), sums[0], 0, sums[1])
+    ring.close()
+
+
+def test_totals_of_a_time_between_are_a_difference() -> None:
+    ring = SpanRing.create()
+    ring.write(SpanKind.SEND, 1, 3, 8)
+    before = ring.totals()[SpanKind.SEND]
+    ring.write(SpanKind.SEND, 3, 9, 4)
+    assert ring.totals()[SpanKind.SEND] - before == Total(1, 6, 0, 4)
     ring.close()

@@ -38,6 +38,7 @@ class TokenEvent:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int = 0
+    scheduled_s: float | None = None  # when its first step was; None: never
 
 
 class Matcher(Protocol):
@@ -101,6 +102,7 @@ class Engine:
         """
         events = [self._event(News(state, [], [])) for state in self._expired()]
         while (batch := self.scheduler.schedule()) is not None:
+            self._note_begun(batch)
             self._executor.submit(batch)
             self._await_masks(batch)
         self._give_masks()
@@ -109,6 +111,13 @@ class Engine:
             events += [self._event(self._matched(item)) for item in news]
             self._give_masks()  # before the caller does whatever it does with the tokens
         return events
+
+    def _note_begun(self, batch: ScheduledBatch) -> None:
+        """After a preemption a request begins again, but its wait was over before."""
+        for setup in batch.setups:
+            state = self.scheduler.state_in(setup.slot)
+            if state.scheduled_s is None:
+                state.scheduled_s = self.clock()
 
     def _is_worth_waiting(self, wake: int | None) -> bool:
         scheduler = self.scheduler
@@ -175,6 +184,7 @@ class Engine:
             news.logprobs,
             news.prompt_logprobs,
             state.num_cached,
+            state.scheduled_s,
         )
 
     # --- structured output ---------------------------------------------------------------------

@@ -19,6 +19,7 @@ from bireme.engine.channel import QueueSteps, RingSteps, Steps, open_channel
 from bireme.engine.deadline import Patience, StepCost
 from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
+from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.errors import EngineError
 from bireme.model_config import ModelConfig
 from bireme.parallel import shm
@@ -97,6 +98,7 @@ class WorkerExecutor:
         try:
             self._join()
             self.loaded = self._load()
+            self._watches = self._watch()
             self._make_first_step()
         except BaseException:
             self._abandon(pool)
@@ -185,6 +187,16 @@ class WorkerExecutor:
         self.submit(ScheduledBatch(0, WARM_UP_STEP, [setup], [piece]))
         self.collect()
 
+    def _watch(self) -> list[RankWatch]:
+        """All ranks, from here on: they are loaded, and none is in the middle of anything."""
+        plan, watches = self._plan, []
+        for index, (rank, loaded) in enumerate(zip(self._world.ranks, self.loaded, strict=True)):
+            step_bytes = plan.budget.ranks[index].activation_bytes
+            memory = RankBytes(loaded.weight_bytes, loaded.cache_bytes, step_bytes)
+            stage = Mesh(plan.config.parallel.widths, index).stage
+            watches.append(RankWatch(stage, index, rank.spans, memory))
+        return watches
+
     @property
     def is_broken(self) -> bool:
         """True once a rank failed or the world was left."""
@@ -244,6 +256,10 @@ class WorkerExecutor:
         return {
             name: rank.spans.read() for name, rank in zip(names, self._world.ranks, strict=True)
         }
+
+    def rank_stats(self) -> list[RankStats]:
+        """What every rank did since it was loaded; from one thread at a time, at any time."""
+        return [watch.stats() for watch in self._watches]
 
     def close(self) -> None:
         """Ranks drop the model and leave; their processes stay with the pool."""

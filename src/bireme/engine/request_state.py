@@ -33,6 +33,7 @@ class RequestState:
     num_published: int = 0
     num_cached: int = 0  # tokens that were found in the cache when it began
     num_preemptions: int = 0
+    scheduled_s: float | None = None  # of the engine's clock: when its first step was
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # a token, a stop string, or what went wrong
 

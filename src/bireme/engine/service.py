@@ -20,6 +20,7 @@ import msgspec
 
 from bireme.engine.engine import Engine, TokenEvent
 from bireme.engine.engine_loop import Inbox, run_engine
+from bireme.engine.executor import WorkerExecutor
 from bireme.engine.host import EngineHost
 from bireme.engine.input_processor import InputProcessor
 from bireme.engine.messages import FrameReader, framed
@@ -136,8 +137,8 @@ class _Commands:
                 self.inbox.put((request, matcher))
 
 
-def _stats(engine: Engine) -> Stats:
-    """Plain counts, each right by itself, while the engine goes on."""
+def _stats(engine: Engine, executor: WorkerExecutor) -> Stats:
+    """Plain counts, each right by itself, read while the engine goes on: no step waits for them."""
     scheduler = engine.scheduler
     return Stats(
         num_running=scheduler.num_running,
@@ -146,6 +147,7 @@ def _stats(engine: Engine) -> Stats:
         num_preemptions_total=scheduler.num_preemptions,
         prefix_queries_total=scheduler.num_prefix_queries,
         prefix_hits_total=scheduler.num_prefix_hits,
+        ranks=executor.rank_stats(),
     )
 
 
@@ -174,7 +176,8 @@ def serve(front_end: FrontEnd) -> None:
         num_ranks = host.config.parallel.world_size
         front_end.say(Progress(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}"))
         engine = host.start()
-        commands.begin(host.inputs, lambda: _stats(engine))
+        executor = host.executor
+        commands.begin(host.inputs, lambda: _stats(engine, executor))
         front_end.say(_ready(host))
         run_engine(engine, commands.inbox, front_end)
 

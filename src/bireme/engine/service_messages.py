@@ -6,6 +6,7 @@ import msgspec
 
 from bireme.config import EngineConfig
 from bireme.engine.engine import TokenEvent
+from bireme.engine.rank_stats import RankStats
 from bireme.errors import (
     BiremeError,
     CapacityError,
@@ -40,7 +41,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class AskStats(msgspec.Struct, frozen=True, tag=True):
-    """Answered by `Stats` between two steps."""
+    """Answered by `Stats`, at once."""
 
 
 ToEngine = Start | Add | Abort | Stop | AskStats
@@ -72,7 +73,7 @@ class Events(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
-    """Counts of the scheduler; those that end in `_total` since the start."""
+    """Counts of the scheduler, and what its ranks did; those that end in `_total` since the start."""
 
     num_running: int
     num_waiting: int
@@ -80,6 +81,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     num_preemptions_total: int
     prefix_queries_total: int  # tokens
     prefix_hits_total: int  # tokens
+    ranks: list[RankStats] = []
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

@@ -103,7 +103,8 @@ class PromptStream:
     ) -> None:
         self.index, self.request_id = index, request_id
         self._prompt, self._token_ids = prompt, token_ids
-        self._arrival_s = arrival_s
+        self.arrival_s = arrival_s
+        self._scheduled_s: float | None = None
         self._first_token_s: float | None = None
         self._last_s = arrival_s
         self._num_cached = 0
@@ -115,7 +116,11 @@ class PromptStream:
 
     def begin(self, now_s: float) -> None:
         """Times count from here: the ranks run."""
-        self._arrival_s = self._last_s = now_s
+        self.arrival_s = self._last_s = now_s
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self._token_ids)
 
     @property
     def prompt(self) -> str | None:
@@ -155,10 +160,13 @@ class PromptStream:
             stream.finish_reason,
             stream.stop_reason,
             logprobs,
+            event.time_s,
         )
 
     def _note(self, event: TokenEvent) -> None:
         self._last_s = event.time_s
+        if self._scheduled_s is None:  # of its first continuation
+            self._scheduled_s = event.scheduled_s
         if event.token_ids and self._first_token_s is None:
             self._first_token_s, self._num_cached = event.time_s, event.num_cached_tokens
         found = event.prompt_logprobs
@@ -169,11 +177,12 @@ class PromptStream:
 
     def output(self) -> RequestOutput:
         """All so far."""
-        first = self._first_token_s
+        first, scheduled = self._first_token_s, self._scheduled_s
         metrics = RequestMetrics(
-            ttft_s=(self._last_s if first is None else first) - self._arrival_s,
-            e2e_s=self._last_s - self._arrival_s,
+            ttft_s=(self._last_s if first is None else first) - self.arrival_s,
+            e2e_s=self._last_s - self.arrival_s,
             num_tokens=sum(len(choice.token_ids) for choice in self._choices),
+            queue_s=max(0.0, (self._last_s if scheduled is None else scheduled) - self.arrival_s),
         )
         return RequestOutput(
             request_id=self.request_id,

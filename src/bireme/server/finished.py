@@ -1,0 +1,36 @@
+"""What a request was, once it has ended: what metrics and traces say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bireme.outputs import RequestOutput
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedRequest:
+    """Of a prompt with all its choices. Seconds from its arrival: `queue_s` to its first step, `ttft_s`
+    to its first token (None: there was none), `e2e_s` to its last."""
+
+    finished_reason: str
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    num_cached_tokens: int
+    queue_s: float
+    ttft_s: float | None
+    e2e_s: float
+
+    @classmethod
+    def of(cls, output: RequestOutput, finished_reason: str | None = None) -> FinishedRequest:
+        """`finished_reason` of a request that was cut short; else it is that of its first choice."""
+        metrics = output.metrics
+        assert metrics is not None, "an engine's output has them"
+        return cls(
+            finished_reason=finished_reason or output.outputs[0].finish_reason or "abort",
+            num_prompt_tokens=len(output.prompt_token_ids),
+            num_generation_tokens=metrics.num_tokens,
+            num_cached_tokens=output.num_cached_tokens,
+            queue_s=metrics.queue_s,
+            ttft_s=metrics.ttft_s if metrics.num_tokens else None,
+            e2e_s=metrics.e2e_s,
+        )
