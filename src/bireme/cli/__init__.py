@@ -11,7 +11,8 @@ from typing import Any
 import typer
 
 from bireme import __version__
-from bireme.cli import bench, export, generate, inspect, shard, verify
+from bireme.cli import bench, export, generate, inspect, serve, shard, verify
+from bireme.cli.config_file import FromEnvironment
 from bireme.errors import EngineError, RankError, UserError
 
 UsageError: Any = typer.BadParameter.__bases__[
@@ -49,6 +50,13 @@ def _root(
 
 for module in (generate, inspect, shard, export, verify):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
+app.command(
+    serve.NAME,
+    cls=FromEnvironment,
+    help=serve.__doc__,
+    short_help=serve.SHORT,
+    context_settings={"auto_envvar_prefix": "BIREME_SERVE"},
+)(serve.run)
 app.add_typer(bench.app, name=bench.NAME, short_help=bench.SHORT)
 
 

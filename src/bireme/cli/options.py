@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,6 +153,20 @@ class EngineOptions:
                 deterministic=self.deterministic,
             ),
         }
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What a server's engine may take beside."""
+
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9
+    block_size: BlockSize = 16
+    max_num_waiting: MaxNumWaiting = 8192
+    seed: Seed = 0
+
+    def keywords(self) -> dict[str, Any]:
+        """Of `EngineConfig`."""
+        return asdict(self)
 
 
 def parallel_config(tp: str, pp: int | None, layers: str | None) -> ParallelConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -163,6 +163,13 @@ def _state(serving: Serving) -> APIRouter:
     @router.api_route("/ping", methods=["GET", "POST"])
     async def ping() -> Response:
         return _health(serving)
+
+    @router.head("/metrics", include_in_schema=False)
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        body, content_type = await serving.metrics_text()
+        return Response(body, media_type=content_type)
 
     @router.get("/version")
     async def version() -> dict[str, str]:

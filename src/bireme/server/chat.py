@@ -104,16 +104,14 @@ class ChatReply:
 
     def begin(self, answers: Answers) -> bytes:
         self._prompt = answers.streams[0]
-        choices = [
-            ChatChunkChoice(
-                index=index, delta=ChoiceDelta(role="assistant", content=""), finish_reason=None
-            )
-            for index in range(self._wanted.n or 1)
-        ]
         extra: dict[str, Any] = {"usage": None} if self._usage.is_last else {}
         if self._wanted.return_token_ids:
             extra["prompt_token_ids"] = list(self._prompt.prompt_token_ids)
-        return self._event(choices, extra)
+        first = ChoiceDelta(role="assistant", content="")
+        return b"".join(
+            self._event([ChatChunkChoice(index=index, delta=first, finish_reason=None)], extra)
+            for index in range(self._wanted.n or 1)
+        )
 
     def add(self, delta: Delta, usage: Usage) -> bytes:
         found = self._parsed(delta.choice, delta.text, is_end=delta.finish_reason is not None)

@@ -23,7 +23,6 @@ from bireme.server.protocol.completions import (
     MAX_PROMPTS,
     Completion,
     CompletionChoice,
-    CompletionLogprobs,
     CompletionRequest,
 )
 from bireme.server.serving import Serving
@@ -172,7 +171,7 @@ class CompletionReply:
         self._num_told[index] += len(text)
         extra: dict[str, Any] = {}
         if self._wanted.logprobs is not None:
-            extra["logprobs"] = self._logprobs(found, ids, offset)
+            extra["logprobs"] = completion_logprobs(found, ids, self._tokenizer, offset)
         if self._wanted.return_token_ids:
             extra["token_ids"] = ids
             if is_first:
@@ -187,10 +186,3 @@ class CompletionReply:
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode(stream.prompt_token_ids)
-
-    def _logprobs(
-        self, found: Sequence[Logprobs | None], ids: Sequence[int], offset: int
-    ) -> CompletionLogprobs:
-        tokenizer = self._tokenizer
-        names = [tokenizer.name_of(id_) if tokenizer else f"token_id:{id_}" for id_ in ids]
-        return completion_logprobs(found, ids, names, offset)

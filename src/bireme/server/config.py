@@ -55,7 +55,7 @@ class ServerConfig:
     chat_template: Path | None = None
     generation_config: GenerationConfig = "auto"
     metrics_compat: MetricsCompat = "none"
-    otlp_endpoint: str | None = None
+    otlp_traces_endpoint: str | None = None
     log_format: LogFormat = "text"
     log_requests: bool = True
     log_prompts: bool = False

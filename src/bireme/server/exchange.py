@@ -17,7 +17,7 @@ class Exchange:
     method: str
     path: str
     client: str
-    traceparent: str | None = None
+    trace_headers: dict[str, str] = field(default_factory=dict)
     start_s: float = field(default_factory=time.monotonic)
     status: int | None = None
     model: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,7 @@ from bireme.outputs import Delta, RequestOutput
 from bireme.sampling_params import SamplingParams
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
+from bireme.server.finished import FinishedRequest
 from bireme.server.protocol.common import Usage
 from bireme.server.serving import Serving
 
@@ -48,15 +50,19 @@ class Reply(Protocol):
 class Generation:
     """One request's answers as they come, and their count."""
 
-    def __init__(self, serving: Serving, exchange: Exchange, answers: Answers) -> None:
-        self._serving, self._exchange, self.answers = serving, exchange, answers
+    def __init__(self, serving: Serving, exchange: Exchange, opened: Sequence[Opened]) -> None:
+        self._serving, self._exchange, self._opened = serving, exchange, opened
+        self.answers = serving.client.callers.submit(opened)
         self._outputs: dict[int, RequestOutput] = {}
-        exchange.num_prompt_tokens = sum(len(one.prompt_token_ids) for one in answers.streams)
+        streams = self.answers.streams
+        exchange.num_prompt_tokens = sum(one.num_prompt_tokens for one in streams)
+        metrics = serving.metrics
+        self._watches = [metrics.begin(one.num_prompt_tokens, one.arrival_s) for one in streams]
 
     @property
     def outputs(self) -> list[RequestOutput]:
         """One a prompt, once all have ended."""
-        return [self._outputs[index] for index in range(len(self.answers.streams))]
+        return [self._outputs[index] for index in range(len(self._opened))]
 
     @property
     def usage(self) -> Usage:
@@ -72,14 +78,37 @@ class Generation:
             self._note(delta)
         return deltas
 
+    def close(self) -> None:
+        """Ends what still runs: its client has left, or it failed."""
+        self.answers.close()
+        reason = "abort" if self._exchange.error is None else "error"
+        for index, stream in enumerate(self.answers.streams):
+            if index not in self._outputs:
+                self._outputs[index] = output = stream.output()
+                self._note_finished(index, FinishedRequest.of(output, reason))
+
+    def _note_finished(self, index: int, finished: FinishedRequest) -> None:
+        exchange, request = self._exchange, self._opened[index].requests[0][0]
+        self._serving.metrics.note_finished(finished)
+        self._serving.tracer.note(
+            self.answers.streams[index].request_id,
+            request.params,
+            finished,
+            exchange.trace_headers,
+        )
+
     def note_error(self, error: Exception) -> None:
         self._exchange.error = str(error)
 
     def _note(self, delta: Delta) -> None:
         exchange = self._exchange
         exchange.num_tokens += len(delta.token_ids)
+        self._watches[delta.index].note_tokens(delta)
+        if exchange.ttft_s is None and delta.token_ids:
+            exchange.ttft_s = time.monotonic() - exchange.start_s
         if delta.output is not None:
             self._outputs[delta.index] = delta.output
+            self._note_finished(delta.index, FinishedRequest.of(delta.output))
         if delta.finish_reason is not None:
             exchange.finish_reasons.append(delta.finish_reason)
         if delta.finish_reason == "error":
@@ -121,10 +150,9 @@ async def respond(
     own. A client that leaves ends its requests."""
     exchange = Exchange.of(request.scope)
     exchange.is_stream = is_stream
-    answers = serving.client.callers.submit(opened)
+    generation = Generation(serving, exchange, opened)
     try:
-        generation = Generation(serving, exchange, answers)
-        head = reply.begin(answers)
+        head = reply.begin(generation.answers)
         first = await unless_gone(request, generation.take())
         if is_stream:
             return _Stream(generation, reply, head, first)
@@ -132,8 +160,10 @@ async def respond(
         return Response(
             reply.whole(generation.outputs, generation.usage), media_type="application/json"
         )
-    except BaseException:
-        answers.close()
+    except BaseException as error:
+        if isinstance(error, BiremeError):
+            generation.note_error(error)
+        generation.close()
         raise
 
 
@@ -148,13 +178,15 @@ class _Stream(StreamingResponse):
     def __init__(
         self, generation: Generation, reply: Reply, head: bytes, first: Sequence[Delta]
     ) -> None:
-        self._answers = generation.answers
+        self._generation = generation
         events = _events(generation, reply, head, first)
         super().__init__(events, media_type="text/event-stream", headers=_SSE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._answers:
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
 
 
 async def _events(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 from bireme.outputs import Logprob, Logprobs
 from bireme.server.protocol.chat import ChoiceLogprobs, TokenLogprob, TopLogprob
 from bireme.server.protocol.completions import CompletionLogprobs
+from bireme.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # JSON has no -inf
 
@@ -44,17 +45,17 @@ def _top(token_id: int, found: Logprob) -> TopLogprob:
 
 
 def completion_logprobs(
-    tokens: Sequence[Logprobs | None], ids: Sequence[int], names: Sequence[str], offset: int
+    tokens: Sequence[Logprobs | None],
+    ids: Sequence[int],
+    tokenizer: Tokenizer | None,
+    offset: int,
 ) -> CompletionLogprobs:
     """Of tokens whose text begins at `offset` (characters); None is a first token, which nothing
-    comes before."""
-    offsets = []
-    for name in names:
-        offsets.append(offset)
-        offset += len(name)
+    comes before. Special tokens take no room in the text."""
+    widths = [len(tokenizer.decode([id_])) if tokenizer else 0 for id_ in ids]
     return CompletionLogprobs(
-        text_offset=offsets,
-        tokens=list(names),
+        text_offset=list(accumulate(widths[:-1], initial=offset)) if ids else [],
+        tokens=[tokenizer.name_of(id_) if tokenizer else f"token_id:{id_}" for id_ in ids],
         token_logprobs=[
             None if found is None else _finite(found[token_id])
             for found, token_id in zip(tokens, ids, strict=True)

@@ -17,6 +17,7 @@ from bireme.server.serving import Serving
 
 _OPEN = ("/health",)
 _WHILE_DRAINING = ("/health", "/ping", "/metrics", "/load", "/version")
+_WATCHED = ("/health", "/ping", "/metrics", "/load")  # asked for every few seconds
 _LONGEST_ID = 256
 
 
@@ -39,7 +40,7 @@ class Gate:
         try:
             await self._serve(exchange, scope, receive, _Answer(send, exchange))
         finally:
-            self._note(exchange)
+            self._note(exchange, scope)
 
     async def _serve(
         self, exchange: Exchange, scope: Scope, receive: Receive, answer: _Answer
@@ -77,10 +78,12 @@ class Gate:
         digest = _digest(given[7:] if given[:7].lower() == b"bearer " else b"")
         return sum(hmac.compare_digest(digest, key) for key in self._keys) > 0
 
-    def _note(self, exchange: Exchange) -> None:
-        if self._serving.config.log_requests and (
-            exchange.method == "POST" or (exchange.status or 500) >= 400
-        ):
+    def _note(self, exchange: Exchange, scope: Scope) -> None:
+        if exchange.status is not None:
+            handler = getattr(scope.get("route"), "path", "none")
+            self._serving.metrics.note_response(exchange.method, handler, exchange.status)
+        is_told = exchange.method == "POST" or (exchange.status or 500) >= 400
+        if self._serving.config.log_requests and is_told and exchange.path not in _WATCHED:
             self._serving.log.say("request", **exchange.as_log())
 
 
@@ -100,7 +103,11 @@ def _exchange(scope: Scope) -> Exchange:
         method=scope["method"],
         path=scope["path"],
         client="" if client is None else f"{client[0]}:{client[1]}",
-        traceparent=_header(scope, b"traceparent").decode("latin-1") or None,
+        trace_headers={
+            name: value.decode("latin-1")
+            for name in ("traceparent", "tracestate")
+            if (value := _header(scope, name.encode()))
+        },
     )
 
 

@@ -14,29 +14,11 @@ import uvicorn
 import uvloop
 
 from bireme.engine.client import EngineClient, EngineProcess
-from bireme.engine.service_messages import Ready
-from bireme.errors import ConfigError
 from bireme.server.app import make_app
 from bireme.server.config import ServerConfig
 from bireme.server.connections import BoundedProtocol
 from bireme.server.log import Log
 from bireme.server.serving import Serving
-
-
-def listen(config: ServerConfig) -> socket.socket:
-    """A bound socket; ConfigError names a busy port and the flag that changes it."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind((config.host, config.port))
-    except OSError as error:
-        sock.close()
-        raise ConfigError(
-            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
-            "--port and --host name another place"
-        ) from None
-    return sock
 
 
 class _Server(uvicorn.Server):
@@ -72,6 +54,7 @@ class FrontEnd:
         finally:
             starting.cancel()
             await client.aclose()
+            await asyncio.to_thread(self._serving.tracer.close)
         error = self._serving.broken if self._ending is None else None
         return 0 if error is None else 1
 
@@ -102,9 +85,9 @@ class FrontEnd:
             print(f"bireme: {error}", file=sys.stderr, flush=True)
             self._server.should_exit = True
             return
-        print(*ready.told, *self._how_to_ask(ready), sep="\n", file=sys.stderr, flush=True)
+        print(*ready.told, *self._how_to_ask(), sep="\n", file=sys.stderr, flush=True)
 
-    def _how_to_ask(self, ready: Ready) -> list[str]:
+    def _how_to_ask(self) -> list[str]:
         config, (host, port) = self.config, self._sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = f"{config.scheme}://{shown}:{port}"
@@ -118,7 +101,6 @@ class FrontEnd:
         else:
             path, body = "completions", '"prompt": "Hello"'
         return [
-            f"  at most {ready.max_concurrency:.1f} requests of {ready.max_model_len} tokens at once",
             f"serving {name} at {url}/v1"
             + ("" if config.api_keys else "; it is open to whoever reaches it (no --api-key)"),
             f"  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' "

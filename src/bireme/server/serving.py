@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 from bireme.engine.client import EngineClient
 from bireme.engine.input_processor import InputProcessor
+from bireme.errors import EngineError
 from bireme.hf_config import read_json
 from bireme.sampling_params import SamplingParams
 from bireme.server.config import ServerConfig
 from bireme.server.errors import ApiError
 from bireme.server.log import Log
+from bireme.server.metrics import ServerMetrics
 from bireme.server.tools.parsers import style_of
+from bireme.server.tracing import Tracer
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MOST_NAMES = 1000
@@ -28,6 +32,9 @@ class Serving:
         self.config, self.client, self.log = config, client, log
         self.model_names = config.served_model_names or (model,)
         self.root = model
+        aliases = () if config.metrics_compat == "none" else (config.metrics_compat,)
+        self.metrics = ServerMetrics(self.model_names[0], aliases=aliases)
+        self.tracer = Tracer.of(config.otlp_traces_endpoint, self.model_names[0])
         self.created = int(time.time())
         self.is_draining = False
         self.num_active = 0
@@ -99,6 +106,14 @@ class Serving:
     def tool_style(self) -> str | None:
         template = self.inputs.tokenizer.chat_template if self.inputs.has_tokenizer else None
         return style_of(template, self.config.tool_call_parser)
+
+    async def metrics_text(self) -> tuple[bytes, str]:
+        """For Prometheus, with what the engine counts while it can be asked."""
+        stats = None
+        if self.client.ready.done() and self.broken is None:
+            with suppress(EngineError):
+                stats = await self.client.stats()
+        return self.metrics.render(stats)
 
     def note_unknown(self, route: str, fields: Mapping[str, Any] | None) -> None:
         """Logs the fields that a route does not know, each once."""

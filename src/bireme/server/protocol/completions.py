@@ -14,7 +14,7 @@ MAX_PROMPTS = 1024
 class CompletionRequest(SamplingFields):
     """`prompt` is a text, token ids, or a list of either."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[int] | list[str | list[int]]
     max_tokens: int | None = None
     echo: bool | None = None
     logprobs: int | None = None

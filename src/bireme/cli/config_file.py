@@ -1,0 +1,91 @@
+"""`--config`: options of a command in a YAML or TOML file, under the names that they have on the command
+line."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from bireme.cli.prompts import read_text
+from bireme.errors import ConfigError
+
+
+class FromEnvironment(TyperCommand):
+    """A command whose options have a variable each, of which its help says the rule alone."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption):
+                parameter.show_envvar = False
+
+
+def _load(context: typer.Context, path: Path | None) -> Path | None:
+    """Before the other options are read: what stands in the file becomes their default."""
+    if path is not None:
+        context.default_map = {**(context.default_map or {}), **_options(context, path)}
+    return path
+
+
+def _options(context: typer.Context, path: Path) -> dict[str, Any]:
+    """ConfigError names the file and the option that there is not."""
+    known = {
+        name.lstrip("-"): parameter
+        for parameter in context.command.params
+        for name in (*parameter.opts, *parameter.secondary_opts)
+    }
+    found = {}
+    for key, value in _read(path).items():
+        name = str(key).replace("_", "-")
+        parameter = known.get(name)
+        if parameter is None or parameter.name == "config":
+            raise ConfigError(
+                f"{path} gives {key!r:.80}, which is no option of {context.command_path}"
+            )
+        found[str(parameter.name)] = _value(path, key, value, is_list=parameter.multiple)
+    return found
+
+
+def _value(path: Path, key: str, value: Any, *, is_list: bool) -> Any:
+    """3,2 may be written as a list; where an option may be given repeatedly, one need be none."""
+    if isinstance(value, dict) or value is None:
+        raise ConfigError(
+            f"{path} gives {key!r:.80} {value!r:.60}; write it as on the command line"
+        )
+    if is_list:
+        return value if isinstance(value, list) else [value]
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    text = read_text(path)
+    try:
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
+        import yaml
+
+        value = yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except Exception as error:  # YAMLError is no ValueError, and is known once yaml is imported
+        told = " ".join(str(error).split())
+        raise ConfigError(f"{path} is no YAML: {told}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds a {type(value).__name__}; a table of options is needed")
+    return value
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="Options in YAML or TOML, named as here.",
+        is_eager=True,
+        callback=_load,
+    ),
+]
