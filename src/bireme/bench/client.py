@@ -1,25 +1,18 @@
-"""A client of one OpenAI-compatible server: sends requests, times what is streamed back.
-
-The body is encoded before the request is due and the answer is read as it comes, so that little of
-the generator's own work lies between two clock readings.
-"""
+"""A client of one OpenAI-compatible server: asks it for its models, and streams its answers."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Self
 
 import aiohttp
 import msgspec
 
-from bireme.bench.answer import Answer
-from bireme.bench.load import Prepare, Progress, Send
-from bireme.bench.queries import Queries, Query
-from bireme.bench.streamed import AnswerReader, StreamError, error_message, read_events
+from bireme.bench.queries import Query
+from bireme.bench.streamed import StreamError, error_message, read_events
 from bireme.errors import RequestError
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
@@ -28,7 +21,7 @@ _ASK_TIMEOUT_S = 10
 _KEEP_ALIVE_S = 4  # less than servers do (uvicorn: 5), so that none closes what is just reused
 _RETRY_S = 0.5
 _MAX_ERROR_BYTES = 4096
-_MAX_MODELS_BYTES = 1 << 20
+_MAX_BODY_BYTES = 1 << 22
 _NOT_READY = (502, 503, 504)
 
 
@@ -65,32 +58,51 @@ class Target:
         return self.base_url.rstrip("/").removesuffix("/v1") + "/" + path.lstrip("/")
 
     def body(self, model: str, query: Query) -> bytes:
-        said: dict[str, Any] = {
-            "model": model,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        """Of the request that asks for it, encoded."""
         if self.is_chat:
-            said["messages"] = [{"role": "user", "content": query.prompt}]
-            said["max_completion_tokens"] = query.output_len
-        else:
-            said["prompt"] = query.prompt
-            said["max_tokens"] = query.output_len
-        return msgspec.json.encode({**said, **self.extra_body})
+            messages = [{"role": "user", "content": query.prompt}]
+            return self.chat_body(model, messages, query.output_len)
+        return self._encoded(model, {"prompt": query.prompt, "max_tokens": query.output_len})
+
+    def chat_body(self, model: str, messages: list[dict[str, Any]], max_tokens: int) -> bytes:
+        return self._encoded(model, {"messages": messages, "max_completion_tokens": max_tokens})
+
+    def _encoded(self, model: str, said: dict[str, Any]) -> bytes:
+        always = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
+        return msgspec.json.encode({**always, **said, **self.extra_body})
+
+
+class Refused(StreamError):
+    """The server answered with another status than 200."""
+
+    def __init__(self, status: int, reason: str | None, said: str) -> None:
+        super().__init__(f"{status} {reason}: {said}")
+        self.status = status
 
 
 class Client:
-    """Use it in `async with`. `progress` counts pieces of answers as they come."""
+    """Use it in `async with`. Who comes back after idling for long, as people do, had better not reuse
+    connections: the server may close one while it is taken up."""
 
-    def __init__(self, target: Target, progress: Progress, *, keeps_text: bool = False) -> None:
+    def __init__(self, target: Target, *, reuses_connections: bool = True) -> None:
         self.target = target
-        self._progress, self._keeps_text = progress, keeps_text
+        self._reuses_connections = reuses_connections
         self._model = target.model or ""
         self._url = target.url(target.endpoint)
 
+    @property
+    def model(self) -> str:
+        """What is asked for; empty before `find_model`, where the target names none."""
+        return self._model
+
     async def __aenter__(self) -> Self:
+        connector = (
+            aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S)
+            if self._reuses_connections
+            else aiohttp.TCPConnector(limit=0, force_close=True)
+        )
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_S),
+            connector=connector,
             headers={**self.target.headers, "Content-Type": "application/json"},
             timeout=aiohttp.ClientTimeout(
                 total=self.target.request_timeout_s, sock_connect=_CONNECT_TIMEOUT_S
@@ -100,6 +112,28 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         await self._session.close()
+
+    async def stream(self, body: bytes) -> AsyncGenerator[bytes]:
+        """The data of each event that answers it. StreamError says on one line why there is no more."""
+        try:
+            async with self._session.post(self._url, data=body) as response:
+                if response.status != 200:
+                    said = error_message(await _read(response, _MAX_ERROR_BYTES))
+                    raise Refused(response.status, response.reason, said)
+                async for data in read_events(response.content.iter_any()):
+                    yield data
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise StreamError(_reason(error, self.target.request_timeout_s)) from None
+
+    async def get_text(self, path: str) -> str:
+        """What is there; empty where nothing is."""
+        timeout = aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S)
+        try:
+            async with self._session.get(self.target.url(path), timeout=timeout) as response:
+                body = await _read(response, _MAX_BODY_BYTES)
+        except (aiohttp.ClientError, OSError):
+            return ""
+        return body.decode(errors="replace") if response.status == 200 else ""
 
     async def find_model(self, ready_timeout_s: float = 0.0) -> str:
         """The model to ask for: the target's, or the first that the server names, which is waited for.
@@ -119,7 +153,7 @@ class Client:
         while True:
             try:
                 async with self._session.get(_models_url(self.target), timeout=timeout) as response:
-                    body = await response.content.read(_MAX_MODELS_BYTES)
+                    body = await _read(response, _MAX_BODY_BYTES)
                 if response.status not in _NOT_READY:
                     return response.status, body
                 reason = f"{response.status} {response.reason}"
@@ -127,34 +161,10 @@ class Client:
                 reason = _reason(error, _ASK_TIMEOUT_S)
             if time.monotonic() >= deadline:
                 raise RequestError(
-                    f"{self.target.base_url} does not answer: {reason}; start a server there, name "
-                    "another by --base-url, or wait for it by --ready-check-timeout-sec"
+                    f"{self.target.base_url} does not answer: {reason}; "
+                    "start a server there, or name the one that runs"
                 )
             await asyncio.sleep(_RETRY_S)
-
-    def preparer(self, queries: Queries) -> Prepare:
-        """Makes a query ready to be sent to the model that was found."""
-
-        def prepare(index: int) -> Send:
-            query = queries.query(index)
-            return partial(self._send, self.target.body(self._model, query), query.input_len)
-
-        return prepare
-
-    async def _send(self, body: bytes, num_input_tokens: int) -> Answer:
-        """The answer; errors of the server and of the network are in it."""
-        clock = time.perf_counter
-        reader = AnswerReader(num_input_tokens, clock(), keeps_text=self._keeps_text)
-        try:
-            async with self._session.post(self._url, data=body) as response:
-                if response.status != 200:
-                    said = error_message(await response.content.read(_MAX_ERROR_BYTES))
-                    return reader.answer(f"{response.status} {response.reason}: {said}")
-                async for data in read_events(response.content.iter_any()):
-                    self._progress.num_pieces += reader.take(data, clock())
-        except (aiohttp.ClientError, OSError, ValueError, StreamError) as error:
-            return reader.answer(_reason(error, self.target.request_timeout_s))
-        return reader.answer()
 
 
 def _models_url(target: Target) -> str:
@@ -188,3 +198,11 @@ def _reason(error: Exception, timeout_s: float) -> str:
     if isinstance(error, TimeoutError):
         return f"no end of the answer within {timeout_s:g} s" if not str(error) else str(error)
     return " ".join(f"{error or type(error).__name__}".split())
+
+
+async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """At most so many bytes of the body."""
+    body = b""
+    while len(body) < most and (piece := await response.content.read(most - len(body))):
+        body += piece
+    return body

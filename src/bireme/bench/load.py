@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from bireme.bench.answer import Answer, Sent
 
+_TICK_S = 0.001
 Send = Callable[[], Awaitable[Answer]]
 Prepare = Callable[[int], Send]  # makes the request of an index ready; calling the result sends it
 
@@ -26,9 +27,6 @@ class Progress:
     num_failed: int = 0
     num_in_flight: int = 0
     num_pieces: int = 0  # of answers; about a token each
-
-    def reset(self) -> None:
-        self.num_done = self.num_failed = self.num_in_flight = self.num_pieces = 0
 
 
 @dataclass(frozen=True)
@@ -111,8 +109,11 @@ class Load:
 
 
 async def _at(time_s: float) -> None:
-    """Gives way once at least, so that what is due is sent."""
+    """Never too soon, though loops count in milliseconds; gives way once at least, so that what is due
+    is sent."""
     await asyncio.sleep(max(0.0, time_s - time.perf_counter()))
+    while time.perf_counter() < time_s:
+        await asyncio.sleep(_TICK_S)
 
 
 async def _until(stop: asyncio.Event, work: Awaitable[None]) -> bool:

@@ -69,6 +69,19 @@ class Chunk(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(Chunk)
 
 
+def read_chunk(data: bytes) -> Chunk | None:
+    """What an event holds; None for the last one. StreamError where the server says that it failed."""
+    if data == b"[DONE]":
+        return None
+    try:
+        chunk = _DECODER.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise StreamError(f"no chunk of a completion: {data[:80]!r}: {error}") from None
+    if chunk.error:
+        raise StreamError(_message(chunk.error))
+    return chunk
+
+
 class AnswerReader:
     """Takes the events of one answer, each with the time at which it came.
 
@@ -85,15 +98,10 @@ class AnswerReader:
 
     def take(self, data: bytes, now_s: float) -> bool:
         """True if it was a piece of the answer. StreamError where the server says that it failed."""
-        if data == b"[DONE]":
+        chunk = read_chunk(data)
+        if chunk is None:
             self._is_finished = True
             return False
-        try:
-            chunk = _DECODER.decode(data)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise StreamError(f"no chunk of a completion: {data[:80]!r}: {error}") from None
-        if chunk.error:
-            raise StreamError(_message(chunk.error))
         if chunk.usage:
             self._num_input_tokens = chunk.usage.prompt_tokens or self._num_input_tokens
             self._num_output_tokens = chunk.usage.completion_tokens or self._num_output_tokens

@@ -91,13 +91,14 @@ async def _measure(asked: _Run) -> tuple[str, LoadResult]:
     """The model's name as the server says it, and the run."""
     from bireme.bench.client import Client
     from bireme.bench.load import Load, Progress
+    from bireme.bench.sender import Sender
 
     progress, num_requests = Progress(), len(asked.queries)
-    async with Client(asked.target, progress, keeps_text=asked.keeps_text) as client:
+    async with Client(asked.target) as client:
         model = await client.find_model(asked.ready_timeout_s)
         await _warm_up(client, asked)
-        progress.reset()
-        load = Load(client.preparer(asked.queries), num_requests, progress)
+        sender = Sender(client, asked.queries, progress, asked.keeps_text)
+        load = Load(sender.prepare, num_requests, progress)
         with _stopped_by_interrupt() as stop, load_bar(num_requests, quiet=asked.quiet) as show:
             showing = asyncio.ensure_future(_keep_showing(show, progress))
             try:
@@ -110,11 +111,13 @@ async def _measure(asked: _Run) -> tuple[str, LoadResult]:
 async def _warm_up(client: Client, asked: _Run) -> None:
     """EngineError where every request fails: there is nothing to measure then."""
     from bireme.bench.load import Load, Progress
+    from bireme.bench.sender import Sender
 
-    count, prepare = asked.when.num_warmups, client.preparer(asked.queries)
+    count = asked.when.num_warmups
     if not count:
         return
-    load = Load(lambda index: prepare(len(asked.queries) + index), count, Progress())
+    sender = Sender(client, asked.queries, Progress())
+    load = Load(lambda index: sender.prepare(len(asked.queries) + index), count, Progress())
     result = await load.run(None, asked.when.max_concurrency or count, asyncio.Event())
     errors = [one.answer.error for one in result.sent if one.answer.error]
     if len(errors) == count:

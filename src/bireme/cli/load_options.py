@@ -237,8 +237,8 @@ class When:
         float | None,
         _flag(
             "--request-rate",
-            "Requests a second, whether answers come or not. [default: inf, all at once; the times of a "
-            "trace; as answers come with --max-concurrency alone]",
+            "Requests a second, whether answers come or not. [default: inf, all at once, or with "
+            "--max-concurrency as answers come; the times of a trace]",
             "R",
         ),
     ] = None
@@ -279,7 +279,7 @@ class When:
         """`trace`, `closed`, or how arrivals are drawn."""
         if self.request_rate is None and trace is not None:
             return "trace"
-        if self.request_rate is None and self.max_concurrency is not None:
+        if self.max_concurrency is not None and self.request_rate in (None, float("inf")):
             return "closed"
         return self.arrival or ("poisson" if self.burstiness == 1 else "gamma")
 
