@@ -20,17 +20,31 @@ class ScriptedServer:
     num_held: int = 0
     refuse_every: int = 0  # the n-th, 2n-th... request gets a 400
     cut_every: int = 0  # and these end without an end
+    max_messages: int = 100  # longer chats get a 400
+    counts_stages: bool = False
     usage: bool = True
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     num_open: int = 0
+    num_scrapes: int = 0
     most_open: int = 0
     have_come: threading.Event = field(default_factory=threading.Event)
     _let_go: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "scripted"}]})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Stage 0 is always busy, stage 1 never."""
+        if not self.counts_stages:
+            return web.Response(status=404)
+        self.num_scrapes += 1
+        lines = [
+            f'bireme:stage_busy_seconds_total{{model="m",stage="{stage}"}} {seconds}'
+            for stage, seconds in ((0, self.num_scrapes * 1e6), (1, 7.0))
+        ]
+        return web.Response(text="# HELP x\n" + "\n".join(lines) + "\n")
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -47,6 +61,8 @@ class ScriptedServer:
             if self.refuse_every and number % self.refuse_every == 0:
                 message = {"error": {"message": f"request {number} is refused", "code": 400}}
                 return web.json_response(message, status=400)
+            if len(body.get("messages", ())) > self.max_messages:
+                return web.json_response({"error": {"message": "too long"}}, status=400)
             return await self._stream(request, body, number)
         finally:
             self.num_open -= 1
@@ -91,6 +107,7 @@ def serving(server: ScriptedServer) -> Iterator[ScriptedServer]:
     async def start() -> web.AppRunner:
         app = web.Application()
         app.router.add_get("/v1/models", server.models)
+        app.router.add_get("/metrics", server.metrics)
         app.router.add_post("/v1/completions", server.complete)
         app.router.add_post("/v1/chat/completions", server.complete)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
