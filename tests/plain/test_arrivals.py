@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bireme.bench.arrivals import KINDS, Arrivals
@@ -30,6 +30,7 @@ def trace(tmp_path: Path, *lines: str) -> Path:
     return path
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.sampled_from(KINDS), RATES, SHAPES, st.integers(-(2**40), 2**40))
 def test_arrivals_begin_at_once_never_go_back_and_are_those_of_their_seed(
     kind: str, rate: float, shape: float, seed: int
@@ -91,6 +92,7 @@ def test_a_trace_is_replayed_from_its_first_request_and_sped_up(tmp_path: Path) 
     assert len(read_trace(path, 2).requests) == 2
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 10_000), st.integers(1, 10_000), st.integers(2, 20_000))
 def test_a_request_that_is_cut_fits_and_keeps_a_token_of_each(
     input_len: int, output_len: int, limit: int
@@ -127,6 +129,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, text: str, complaint: str) 
         read_trace(path)
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.integers(1, 200), st.integers(1, 200), st.floats(0, 0.99), st.integers(0, 50), st.booleans()
 )

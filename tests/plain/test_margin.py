@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -40,6 +40,7 @@ def test_a_narrow_terminal_has_no_margin() -> None:
     assert written("one two three\n\nfour", 10) == ["one two ", "three", "", "four"]
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.text(max_size=300), st.integers(20, 100), st.integers(1, 7))
 def test_no_line_is_wider_than_the_terminal_and_no_word_is_lost(
     text: str, columns: int, size: int

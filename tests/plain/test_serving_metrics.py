@@ -7,7 +7,7 @@ from array import array
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bireme.bench.answer import Answer, Sent
@@ -62,6 +62,7 @@ def test_times_are_those_of_the_requests() -> None:
     assert "mean_client_queue_time_ms" not in found
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(SECONDS, st.lists(SECONDS, max_size=20)), min_size=1, max_size=20))
 def test_percentiles_grow_and_frame_the_median(times: list[tuple[float, list[float]]]) -> None:
     run = LoadResult([sent(i, ttft, *gaps) for i, (ttft, gaps) in enumerate(times)], 1.0, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bireme.bench.answer import Answer
@@ -100,6 +100,7 @@ async def _events(stream: bytes, size: int) -> list[bytes]:
     return [event async for event in read_events(pieces())]
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.integers(1, 40))
 def test_events_are_found_however_the_stream_is_cut(size: int) -> None:
     stream = b': ping\r\n\r\ndata: {"a": 1}\n\ndata:2\r\n\r\nevent: x\ndata: [DONE]\n\n'
