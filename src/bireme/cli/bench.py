@@ -1,4 +1,5 @@
-"""Measure speed in this process: `throughput` of many requests at once, `latency` of one batch."""
+"""Measure speed: `throughput` of many requests at once and `latency` of one batch, both in this process;
+`serve` puts load on a server."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bireme.cli import options
+from bireme.cli import bench_serve, options
 from bireme.cli.grouped import flattened
 from bireme.cli.progress import count_bar
 from bireme.cli.ranks import print_ranks
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from bireme.engine.llm import LLM
 
 NAME = "bench"
-SHORT = "Measure throughput or latency."
+SHORT = "Measure throughput, latency, or a server."
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
+app.command(bench_serve.NAME, help=bench_serve.__doc__, short_help=bench_serve.SHORT)(
+    bench_serve.run
+)
 
 InputLen = Annotated[int, typer.Option("--input-len", metavar="N", help="Tokens of each prompt.")]
 OutputLen = Annotated[

@@ -18,6 +18,15 @@ from rich.progress import (
 )
 
 
+class LoadProgress(Protocol):
+    """Counts of a load that runs."""
+
+    num_done: int
+    num_failed: int
+    num_in_flight: int
+    num_pieces: int
+
+
 class Advance(Protocol):
     """Takes how many bytes were done since its last call, and of how many if that is news."""
 
@@ -44,6 +53,29 @@ def count_bar(what: str, total: int, rate: str = "") -> Iterator[Callable[[int, 
             bar.update(task, advance=num_done, seen=seen)
 
         yield advance
+
+
+@contextmanager
+def load_bar(num_requests: int, *, quiet: bool) -> Iterator[Callable[[LoadProgress], None]]:
+    """A bar of requests that ended, with what is on its way; takes the counts as they are now."""
+    console, start = Console(stderr=True), time.monotonic()
+    columns = (
+        TextColumn("requests"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[seen]}"),
+    )
+    is_hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=is_hidden, refresh_per_second=4) as bar:
+        task = bar.add_task("requests", total=num_requests, seen="")
+
+        def show(now: LoadProgress, /) -> None:
+            rate = now.num_pieces / max(time.monotonic() - start, 1e-9)
+            failed = f", {now.num_failed} failed" if now.num_failed else ""
+            seen = f"{now.num_in_flight} on their way{failed}, {rate:.0f} tokens/s"
+            bar.update(task, completed=now.num_done, seen=seen)
+
+        yield show
 
 
 @contextmanager
