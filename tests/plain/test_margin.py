@@ -81,10 +81,10 @@ def test_a_question_without_an_answer_is_taken_back() -> None:
 
 def test_counters_of_stages_are_the_mean_over_replicas() -> None:
     text = (
-        "# TYPE bireme:stage_busy_seconds_total counter\n"
-        'bireme:stage_busy_seconds_total{replica="0",stage="0"} 2.5\n'
-        'bireme:stage_busy_seconds_total{replica="1",stage="0"} 1.5\n'
-        'bireme:stage_busy_seconds_total{stage="1",replica="0"} 1e1\n'
+        "# TYPE bireme:rank_busy_seconds_total counter\n"
+        'bireme:rank_busy_seconds_total{replica="0",stage="0"} 2.5\n'
+        'bireme:rank_busy_seconds_total{replica="1",stage="0"} 1.5\n'
+        'bireme:rank_busy_seconds_total{stage="1",replica="0"} 1e1\n'
         "bireme:num_requests_running 3\n"
     )
     assert busy_seconds(text) == {0: 2.0, 1: 10.0}

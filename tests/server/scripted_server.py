@@ -41,7 +41,7 @@ class ScriptedServer:
             return web.Response(status=404)
         self.num_scrapes += 1
         lines = [
-            f'bireme:stage_busy_seconds_total{{model="m",stage="{stage}"}} {seconds}'
+            f'bireme:rank_busy_seconds_total{{model="m",stage="{stage}"}} {seconds}'
             for stage, seconds in ((0, self.num_scrapes * 1e6), (1, 7.0))
         ]
         return web.Response(text="# HELP x\n" + "\n".join(lines) + "\n")

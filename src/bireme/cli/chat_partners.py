@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _SCRAPE_S = 0.5
 _BUSY = re.compile(
-    r'^bireme:stage_busy_seconds_total\{[^}]*\bstage="(\d+)"[^}]*\} (\S+)', re.MULTILINE
+    r'^bireme:rank_busy_seconds_total\{[^}]*\bstage="(\d+)"[^}]*\} (\S+)', re.MULTILINE
 )
 _TOO_LONG = re.compile(r"context|too long|length|max_model_len|tokens")
 
@@ -28,6 +28,8 @@ class ModelPartner:
 
     def __init__(self, llm: AsyncLLM, max_tokens: int, **sampling: Any) -> None:
         self._llm, self._max_tokens, self._sampling = llm, max_tokens, sampling
+        self._before: dict[int, float] = {}
+        self._begun_s = 0.0
 
     async def begin(self) -> list[str]:
         self._llm.chat_ids([{"role": "user", "content": "?"}])  # refused before any rank starts
@@ -39,6 +41,7 @@ class ModelPartner:
 
         ids = self._llm.chat_ids(messages)
         params = SamplingParams(max_tokens=self._num_new(len(ids)), **self._sampling)
+        self._before, self._begun_s = self._busy_seconds(), time.monotonic()
         async for delta in self._llm.stream(ids, params):
             yield Piece(delta.text, len(delta.token_ids))
 
@@ -51,7 +54,13 @@ class ModelPartner:
         return min(room, self._max_tokens)
 
     def busy_shares(self) -> Mapping[int, float]:
-        return {}
+        return _shares(self._before, self._busy_seconds(), time.monotonic() - self._begun_s)
+
+    def _busy_seconds(self) -> dict[int, float]:
+        counts: dict[int, list[float]] = {}
+        for rank in self._llm.executor.rank_stats():
+            counts.setdefault(rank.stage, []).append(rank.busy_s)
+        return _means(counts)
 
     async def end(self) -> None:
         await self._llm.aclose()
@@ -136,11 +145,7 @@ class ServerPartner:
     async def _look(self, before: dict[int, float], start_s: float) -> None:
         if before:
             now, elapsed_s = await self._busy_seconds(), time.monotonic() - start_s
-            self._shares = {
-                stage: min(1.0, (now[stage] - busy_s) / elapsed_s)
-                for stage, busy_s in sorted(before.items())
-                if stage in now
-            }
+            self._shares = _shares(before, now, elapsed_s)
 
     async def _busy_seconds(self) -> dict[int, float]:
         """Of each stage, the mean over replicas; the server is not asked again if it counts none."""
@@ -160,4 +165,19 @@ def busy_seconds(metrics: str) -> dict[int, float]:
     counts: dict[int, list[float]] = {}
     for stage, seconds in _BUSY.findall(metrics):
         counts.setdefault(int(stage), []).append(float(seconds))
+    return _means(counts)
+
+
+def _means(counts: Mapping[int, list[float]]) -> dict[int, float]:
     return {stage: sum(each) / len(each) for stage, each in counts.items()}
+
+
+def _shares(
+    before: Mapping[int, float], now: Mapping[int, float], elapsed_s: float
+) -> dict[int, float]:
+    """Of the time since `before`, by stage."""
+    return {
+        stage: min(1.0, (now[stage] - busy_s) / elapsed_s)
+        for stage, busy_s in sorted(before.items())
+        if stage in now
+    }
