@@ -29,12 +29,14 @@ from bireme.server.protocol.chat import (
 )
 from bireme.server.protocol.common import ErrorResponse, ModelCard, ModelList
 from bireme.server.protocol.completions import Completion, CompletionRequest
+from bireme.server.protocol.responses import Event, ModelResponse, ResponsesRequest
 from bireme.server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
 )
+from bireme.server.responses import answer
 from bireme.server.serving import Serving
 
 
@@ -124,6 +126,11 @@ def _inference(serving: Serving) -> APIRouter:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues prompts."""
         return await complete(request, serving, body)
+
+    @router.post("/v1/responses", responses=_responses(ModelResponse, Event))
+    async def responses(request: Request, body: ResponsesRequest) -> Response:
+        """Goes on with a conversation, whose items the client keeps: nothing is stored."""
+        return await answer(request, serving, body)
 
     @router.post("/tokenize", responses=_responses(TokenizeResponse))
     async def tokenize(body: TokenizeRequest) -> Response:

@@ -48,7 +48,7 @@ async def chat(request: Request, serving: Serving, wanted: ChatCompletionRequest
         serving,
         exchange,
         lambda: [chat_prompt(serving, wanted, tools)],
-        lambda prompt: _params(serving, wanted, tools, prompt),
+        lambda prompt: chat_params(serving, wanted, tools, prompt),
         wanted.priority or 0,
     )
     reply = ChatReply(exchange, wanted, tools, usage)
@@ -67,9 +67,10 @@ def chat_prompt(serving: Serving, wanted: ChatCompletionRequest, tools: ToolUse)
     )
 
 
-def _params(
+def chat_params(
     serving: Serving, wanted: ChatCompletionRequest, tools: ToolUse, prompt: Prompt
 ) -> SamplingParams:
+    """Without a bound of its own an answer may fill the context."""
     most = wanted.max_completion_tokens
     most = wanted.max_tokens if most is None else most
     if wanted.top_logprobs is not None and not wanted.logprobs:
@@ -77,14 +78,14 @@ def _params(
     extra = {} if tools.structure is None else {"structured_outputs": tools.structure}
     return wanted.sampling_params(
         serving.defaults,
-        max_tokens=room_for(serving, prompt) if most is None else most,
+        max_tokens=_room_for(serving, prompt) if most is None else most,
         logprobs=(wanted.top_logprobs or 0) if wanted.logprobs else None,
         prompt_logprobs=wanted.prompt_logprobs,
         **extra,
     )
 
 
-def room_for(serving: Serving, prompt: Prompt) -> int:
+def _room_for(serving: Serving, prompt: Prompt) -> int:
     """Tokens that the context leaves; at least one, so that a prompt that fills it is refused."""
     return max(1, serving.inputs.model.max_model_len - len(prompt))
 

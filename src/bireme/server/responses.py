@@ -1,0 +1,274 @@
+"""`/v1/responses`: a conversation as items, through the same way as a chat; nothing is stored."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from bireme.engine.callers import Answers
+from bireme.outputs import Delta, RequestOutput
+from bireme.server.chat import chat_params, chat_prompt
+from bireme.server.errors import ApiError
+from bireme.server.exchange import Exchange
+from bireme.server.generation import open_prompts, respond, sse
+from bireme.server.logprobs import chat_logprobs
+from bireme.server.protocol.chat import ChatCompletionRequest, TokenLogprob
+from bireme.server.protocol.common import Usage
+from bireme.server.protocol.responses import (
+    Event,
+    IncompleteDetails,
+    InputDetails,
+    ModelResponse,
+    OutputCall,
+    OutputDetails,
+    OutputMessage,
+    OutputText,
+    ResponseError,
+    ResponsesRequest,
+    ResponseUsage,
+)
+from bireme.server.response_input import as_chat
+from bireme.server.serving import Serving
+from bireme.server.tools.choice import ToolUse, tool_use
+from bireme.server.tools.parsers import CallPiece, Parsed
+
+
+async def answer(request: Request, serving: Serving, wanted: ResponsesRequest) -> Response:
+    """Raises ApiError or RequestError for what cannot be served."""
+    exchange = Exchange.of(request.scope)
+    exchange.model = serving.check_model(wanted.model)
+    serving.note_unknown("/v1/responses", wanted.model_extra)
+    chat = as_chat(wanted)
+    tools = tool_use(chat, serving.tool_style)
+    opened = await open_prompts(
+        serving,
+        exchange,
+        lambda: [chat_prompt(serving, chat, tools)],
+        lambda prompt: chat_params(serving, chat, tools, prompt),
+        wanted.priority or 0,
+    )
+    reply = ResponsesReply(exchange, wanted, chat, tools)
+    return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
+
+
+class ResponsesReply:
+    """The answer to one request of `/v1/responses`: items, of which the last is being written."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        wanted: ResponsesRequest,
+        chat: ChatCompletionRequest,
+        tools: ToolUse,
+    ) -> None:
+        self._wanted, self._num_top = wanted, chat.top_logprobs or 0
+        self._model = exchange.model or ""
+        self._id, self._created_s = f"resp_{exchange.request_id}", time.time()
+        self._parser = None if tools.parser is None else tools.parser()
+        self._items: list[OutputMessage | OutputCall] = []
+        self._is_open = False
+        self._num_events = 0
+        self._reason: str | None = None
+
+    # --- events --------------------------------------------------------------------------------
+
+    def begin(self, answers: Answers) -> bytes:
+        response = self._response("in_progress")
+        return self._event("response.created", response=response) + self._event(
+            "response.in_progress", response=response
+        )
+
+    def add(self, delta: Delta, usage: Usage) -> bytes:
+        is_end = delta.finish_reason is not None
+        found = self._parsed(delta.text, is_end=is_end)
+        logprobs = chat_logprobs(delta.logprobs, self._num_top).content if delta.logprobs else []
+        events = b""
+        if found.content or logprobs:
+            events += self._add_text(found.content, logprobs)
+        events += b"".join(map(self._add_call, found.calls))
+        if is_end:
+            self._reason = delta.finish_reason
+            events += self._close_item()
+        return events
+
+    def end(self, usage: Usage) -> bytes:
+        status = self._status
+        return self._event(f"response.{status}", response=self._response(status, usage))
+
+    def failed(self, error: ApiError) -> bytes:
+        code = error.code or error.type
+        response = self._response("failed")
+        response.error = ResponseError(code=code, message=error.message)
+        return self._event("response.failed", response=response) + self._event(
+            "error", code=code, message=error.message, param=error.param
+        )
+
+    def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
+        (output,) = outputs
+        (made,) = output.outputs
+        self.add(
+            Delta(0, made.text, [], None, 0, made.finish_reason, None, made.logprobs or []), usage
+        )
+        return self._response(self._status, usage).as_json()
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._num_events += 1
+        event = Event(type=kind, sequence_number=self._num_events - 1, **fields)
+        return sse(event.as_json(), kind)
+
+    # --- items ---------------------------------------------------------------------------------
+
+    @property
+    def _at(self) -> dict[str, Any]:
+        """Where the item is that is being written."""
+        return {"output_index": len(self._items) - 1, "item_id": self._items[-1].id}
+
+    def _add_text(self, text: str, logprobs: list[TokenLogprob]) -> bytes:
+        events = b""
+        if not self._is_open or not isinstance(self._items[-1], OutputMessage):
+            events = self._close_item() + self._open_message()
+        message = self._items[-1]
+        assert isinstance(message, OutputMessage)
+        part = message.content[0]
+        part.text += text
+        part.logprobs += logprobs
+        return events + self._event(
+            "response.output_text.delta",
+            **self._at,
+            content_index=0,
+            delta=text,
+            logprobs=logprobs,
+        )
+
+    def _open_message(self) -> bytes:
+        part = OutputText(type="output_text", text="", annotations=[], logprobs=[])
+        item = OutputMessage(
+            id=f"msg_{secrets.token_hex(16)}",
+            type="message",
+            status="in_progress",
+            role="assistant",
+            content=[],
+        )
+        events = self._open(item)
+        item.content = [part]
+        return events + self._event(
+            "response.content_part.added", **self._at, content_index=0, part=part
+        )
+
+    def _add_call(self, piece: CallPiece) -> bytes:
+        events = b""
+        if piece.name is not None:
+            events = self._close_item() + self._open(
+                OutputCall(
+                    id=f"fc_{secrets.token_hex(16)}",
+                    type="function_call",
+                    status="in_progress",
+                    call_id=piece.id or "",
+                    name=piece.name,
+                    arguments="",
+                )
+            )
+        if not piece.arguments:
+            return events
+        call = self._items[-1]
+        assert isinstance(call, OutputCall)
+        call.arguments += piece.arguments
+        return events + self._event(
+            "response.function_call_arguments.delta", **self._at, delta=piece.arguments
+        )
+
+    def _open(self, item: OutputMessage | OutputCall) -> bytes:
+        self._items.append(item)
+        self._is_open = True
+        index = len(self._items) - 1
+        return self._event("response.output_item.added", output_index=index, item=item)
+
+    def _close_item(self) -> bytes:
+        if not self._is_open:
+            return b""
+        self._is_open = False
+        item = self._items[-1]
+        item.status = "incomplete" if self._reason == "length" else "completed"
+        if isinstance(item, OutputCall):
+            events = self._event(
+                "response.function_call_arguments.done",
+                **self._at,
+                name=item.name,
+                arguments=item.arguments,
+            )
+        else:
+            part = item.content[0]
+            where = {**self._at, "content_index": 0}
+            events = self._event(
+                "response.output_text.done", **where, text=part.text, logprobs=part.logprobs
+            ) + self._event("response.content_part.done", **where, part=part)
+        index = len(self._items) - 1
+        return events + self._event("response.output_item.done", output_index=index, item=item)
+
+    # --- the whole -----------------------------------------------------------------------------
+
+    @property
+    def _status(self) -> str:
+        return "incomplete" if self._reason == "length" else "completed"
+
+    def _parsed(self, text: str, *, is_end: bool) -> Parsed:
+        if self._parser is None:
+            return Parsed(text)
+        found = self._parser.add(text)
+        if is_end:
+            rest = self._parser.finish()
+            found = Parsed(found.content + rest.content, found.calls + rest.calls)
+        return found
+
+    def _response(self, status: str, usage: Usage | None = None) -> ModelResponse:
+        wanted = self._wanted
+        form = wanted.text.format if wanted.text is not None else None
+        is_cut = status == "incomplete"
+        return ModelResponse(
+            id=self._id,
+            object="response",
+            created_at=self._created_s,
+            status=status,  # type: ignore[arg-type]
+            error=None,
+            incomplete_details=IncompleteDetails(reason="max_output_tokens") if is_cut else None,
+            instructions=wanted.instructions,
+            max_output_tokens=wanted.max_output_tokens,
+            metadata=wanted.metadata or {},
+            model=self._model,
+            output=list(self._items),
+            parallel_tool_calls=wanted.parallel_tool_calls is not False,
+            previous_response_id=None,
+            store=False,
+            temperature=wanted.temperature,
+            text={"format": {"type": "text"} if form is None else _told(form)},
+            tool_choice=_choice(wanted),
+            tools=[_told(tool) for tool in wanted.tools or []],
+            top_p=wanted.top_p,
+            truncation="disabled",
+            usage=None if usage is None else _usage(usage),
+        )
+
+
+def _told(fields: Any) -> dict[str, Any]:
+    told: dict[str, Any] = fields.model_dump(by_alias=True, exclude_none=True)
+    return told
+
+
+def _choice(wanted: ResponsesRequest) -> str | Mapping[str, Any]:
+    choice = wanted.tool_choice or "auto"
+    return choice if isinstance(choice, str) else _told(choice)
+
+
+def _usage(usage: Usage) -> ResponseUsage:
+    return ResponseUsage(
+        input_tokens=usage.prompt_tokens,
+        input_tokens_details=InputDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
+        output_tokens=usage.completion_tokens,
+        output_tokens_details=OutputDetails(reasoning_tokens=0),
+        total_tokens=usage.total_tokens,
+    )
