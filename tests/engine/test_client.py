@@ -145,6 +145,19 @@ def test_a_request_that_cannot_be_sent_takes_no_place() -> None:
     use(work, max_num_seqs=1, max_num_waiting=1)
 
 
+def test_an_engine_process_that_is_stopped_ends_every_stream() -> None:
+    async def work(client: EngineClient) -> None:
+        engine = client._process.process.pid
+        stream = client.callers.stream([5, 6], LONG)
+        await anext(stream)
+        os.kill(engine, signal.SIGSTOP)
+        with pytest.raises(EngineError, match="has not answered for 15 s"):
+            async for _ in stream:
+                pass
+
+    use(work)
+
+
 def test_what_cannot_start_says_why() -> None:
     async def main() -> None:
         async with running("/nowhere") as client:

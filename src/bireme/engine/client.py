@@ -12,6 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,18 +43,31 @@ from bireme.errors import EngineError
 _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
 _LENGTH = struct.Struct("<I")
 _EXIT_S = 10.0
+_BROKEN_S = 2.0
+_ASK_S = 5.0  # between two looks at whether the engine's process is there
+_MOST_MISSED = 3
 
 
 class EngineProcess:
-    """The process, before there is a loop: so that it starts while the front end imports its own."""
+    """The process, before there is a loop: so that it starts while the front end imports its own.
 
-    def __init__(self, model: str, config: EngineConfig, *, is_auto: bool = False) -> None:
+    `program` is what Python runs there; it is given the number of a socket, as `service.main` is.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: EngineConfig,
+        *,
+        is_auto: bool = False,
+        program: Sequence[str] = ("-m", "bireme.engine.service"),
+    ) -> None:
         self.sock, theirs = socket.socketpair()
         package_root = str(Path(bireme.__file__).parent.parent)
         path = os.environ.get("PYTHONPATH")
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "bireme.engine.service", str(theirs.fileno())],
+                [sys.executable, "-P", *program, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -67,11 +81,11 @@ class EngineProcess:
         self.model = model
         self.sock.sendall(_framed(Start(model, config, is_auto)))
 
-    def close(self) -> None:
+    def close(self, grace_s: float = _EXIT_S) -> None:
         """Ends it and its ranks, by force where it takes too long."""
         self.sock.close()
         try:
-            self.process.wait(_EXIT_S)
+            self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -92,6 +106,7 @@ class EngineClient:
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._stats: asyncio.Future[Stats] | None = None
         self._listening: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
 
     async def begin(self) -> None:
@@ -101,15 +116,18 @@ class EngineClient:
 
     async def aclose(self) -> None:
         """Ends what runs, then the ranks."""
+        is_broken = self.doing == "broken"
         self.callers.fail(EngineError("the engine was closed"))
         self._say(Stop())
-        with suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self._process.process.wait, _EXIT_S)
-        if self._listening is not None:
-            self._listening.cancel()
+        if not is_broken:
+            with suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.process.wait, _EXIT_S)
+        for task in (self._listening, self._watching):
+            if task is not None:
+                task.cancel()
         if self._writer is not None:
             self._writer.close()
-        await asyncio.to_thread(self._process.close)
+        await asyncio.to_thread(self._process.close, _BROKEN_S if is_broken else _EXIT_S)
 
     async def stats(self) -> Stats:
         """EngineError where the engine is gone."""
@@ -175,6 +193,27 @@ class EngineClient:
         self.callers.begin(self.inputs, self._send, ready.most_requests)
         self.doing = "ready"
         self.ready.set_result(ready)
+        self._watching = asyncio.create_task(self._watch())
+
+    async def _watch(self) -> None:
+        """Fails what waits for a process that is stopped, or hangs; time in which this one was stopped
+        itself counts as one miss."""
+        num_missed = 0
+        while self.callers.error is None:
+            try:
+                await asyncio.wait_for(self.stats(), _ASK_S)
+            except TimeoutError:
+                num_missed += 1
+                if num_missed == _MOST_MISSED:
+                    silence_s = num_missed * _ASK_S
+                    self._fail(
+                        EngineError(f"the engine's process has not answered for {silence_s:g} s")
+                    )
+            except EngineError:
+                return
+            else:
+                num_missed = 0
+                await asyncio.sleep(_ASK_S)
 
     def _fail(self, error: Exception) -> None:
         """The first cause counts."""

@@ -78,7 +78,7 @@ class FrontEnd:
         self.say(Broken(Told.of(error, "".join(traceback.format_exception(error)))))
 
 
-class _Commands:
+class Commands:
     """Takes what the front end asks for to the engine; a structured request once its grammar is
     compiled, unless it was aborted before. Requests come once `begin` was called."""
 
@@ -169,7 +169,7 @@ def serve(front_end: FrontEnd) -> None:
     """Starts the engine that is asked for, and runs it until told to stop."""
     start = front_end.hear()
     assert isinstance(start, Start), "the first message says what to start"
-    commands = _Commands(front_end)
+    commands = Commands(front_end)
     threading.Thread(target=commands.follow, daemon=True).start()
     front_end.say(Progress(f"reading {start.model}"))
     with closing(EngineHost.of(start.model, start.config, is_auto=start.is_auto)) as host:
