@@ -25,9 +25,11 @@ LONG = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
 
 
 @asynccontextmanager
-async def running(model: str = "demo", **settings: Any) -> AsyncIterator[EngineClient]:
+async def running(
+    model: str = "demo", *, ask_s: float = 5.0, **settings: Any
+) -> AsyncIterator[EngineClient]:
     config = EngineConfig(dtype="float32", device="cpu", **settings)
-    client = EngineClient(EngineProcess(model, config))
+    client = EngineClient(EngineProcess(model, config), ask_s=ask_s)
     await client.begin()
     try:
         yield client
@@ -151,11 +153,11 @@ def test_an_engine_process_that_is_stopped_ends_every_stream() -> None:
         stream = client.callers.stream([5, 6], LONG)
         await anext(stream)
         os.kill(engine, signal.SIGSTOP)
-        with pytest.raises(EngineError, match="has not answered for 15 s"):
+        with pytest.raises(EngineError, match="has not answered for 3 s"):
             async for _ in stream:
                 pass
 
-    use(work)
+    use(work, ask_s=1.0)
 
 
 def test_what_cannot_start_says_why() -> None:

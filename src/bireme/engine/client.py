@@ -44,7 +44,6 @@ _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(From
 _LENGTH = struct.Struct("<I")
 _EXIT_S = 10.0
 _BROKEN_S = 2.0
-_ASK_S = 5.0  # between two looks at whether the engine's process is there
 _MOST_MISSED = 3
 
 
@@ -97,10 +96,15 @@ def _framed(message: ToEngine) -> bytes:
 
 
 class EngineClient:
-    """The engine as callers on one loop see it. `doing` says what it is at before it is ready."""
+    """The engine as callers on one loop see it. `doing` says what it is at before it is ready.
 
-    def __init__(self, process: EngineProcess, chat_template: str | None = None) -> None:
-        self._process, self._chat_template = process, chat_template
+    The process is asked every `ask_s` seconds whether it is there.
+    """
+
+    def __init__(
+        self, process: EngineProcess, chat_template: str | None = None, *, ask_s: float = 5.0
+    ) -> None:
+        self._process, self._chat_template, self._ask_s = process, chat_template, ask_s
         self.callers = Callers()
         self.doing = "starting"
         self.ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
@@ -201,11 +205,11 @@ class EngineClient:
         num_missed = 0
         while self.callers.error is None:
             try:
-                await asyncio.wait_for(self.stats(), _ASK_S)
+                await asyncio.wait_for(self.stats(), self._ask_s)
             except TimeoutError:
                 num_missed += 1
                 if num_missed == _MOST_MISSED:
-                    silence_s = num_missed * _ASK_S
+                    silence_s = num_missed * self._ask_s
                     self._fail(
                         EngineError(f"the engine's process has not answered for {silence_s:g} s")
                     )
@@ -213,7 +217,7 @@ class EngineClient:
                 return
             else:
                 num_missed = 0
-                await asyncio.sleep(_ASK_S)
+                await asyncio.sleep(self._ask_s)
 
     def _fail(self, error: Exception) -> None:
         """The first cause counts."""
