@@ -1,7 +1,8 @@
 """Every fenced command of the docs runs, and what is shown below it is what it prints.
 
-A block after a comment `<!-- needs: ... -->` is left out. Every line that is shown must be among the
-lines that were printed. Numbers count too, except those that no two runs share: times, rates, and
+A block after a comment `<!-- needs: ... -->` is left out; one after `<!-- server: bireme serve ... -->`
+runs beside that server, which is on another port than it says. Every line that is shown must be among
+the lines that were printed. Numbers count too, except those that no two runs share: times, rates, and
 differences of logits that rounding makes.
 """
 
@@ -19,7 +20,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(
-    r"(?P<needs><!-- needs: [^\n]*-->\n+)?^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
+    r"(?P<needs><!-- needs: [^\n]*-->\n+)?(<!-- server: (?P<server>[^\n]*) -->\n+)?^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -29,10 +30,14 @@ class Block:
     kind: str
     body: str
     is_left_out: bool
+    server: str | None = None
 
 
 def blocks(text: str) -> list[Block]:
-    return [Block(m["kind"], m["body"], m["needs"] is not None) for m in _BLOCK.finditer(text)]
+    return [
+        Block(m["kind"], m["body"], m["needs"] is not None, m["server"])
+        for m in _BLOCK.finditer(text)
+    ]
 
 
 _VOLATILE = re.compile(
@@ -46,12 +51,55 @@ def settled(line: str) -> str:
     return " ".join(_VOLATILE.sub("#", line).split())
 
 
+def environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+_PORT = "8000"
+
+
+class Servers:
+    """Those that a page needs, each started once; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._running: dict[str, tuple[subprocess.Popen[str], str]] = {}
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process, _ in self._running.values():
+            process.terminate()
+        for process, _ in self._running.values():
+            process.communicate(timeout=60)
+
+    def port_of(self, command: str) -> str:
+        if command not in self._running:
+            self._running[command] = self._start(command)
+        return self._running[command][1]
+
+    def _start(self, command: str) -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            f"exec env {command} --port 0 --no-log-requests",
+            shell=True,
+            cwd=self._folder,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stderr is not None
+        for line in process.stderr:
+            if found := re.search(r"serving \S+ at https?://[^:]+:(\d+)/", line):
+                return process, found[1]
+        raise AssertionError(f"{command} does not start")
+
+
 def run(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
         command,
         cwd=folder,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=180,
@@ -72,19 +120,23 @@ def check_shown(shown: str, printed: str) -> None:
 def test_commands_run_and_print_what_is_shown(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     printed = ""
-    for block in blocks(page.read_text(encoding="utf-8")):
-        if block.is_left_out:
-            printed = ""
-        elif block.kind == "bash":
-            printed = "".join(
-                run(["bash", "-c", line], tmp_path)
-                for line in block.body.splitlines()
-                if line.strip()
-            )
-        elif block.kind == "python":
-            printed = run([sys.executable, "-c", block.body], tmp_path)
-        elif block.kind == "text" and printed:
-            check_shown(block.body, printed)
+    with Servers(tmp_path) as servers:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            body = block.body
+            if block.server is not None:
+                body = body.replace(_PORT, servers.port_of(block.server))
+            if block.is_left_out:
+                printed = ""
+            elif block.kind == "bash":
+                printed = "\n".join(
+                    run(["bash", "-c", line], tmp_path)
+                    for line in body.splitlines()
+                    if line.strip()
+                )
+            elif block.kind == "python":
+                printed = run([sys.executable, "-c", body], tmp_path)
+            elif block.kind in ("text", "json") and printed:
+                check_shown(body, printed)
 
 
 def test_the_readme_shows_what_the_demo_prints() -> None:
