@@ -99,6 +99,12 @@ class ServerOptions:
             "chat template).",
         ),
     ] = "auto"
+    enable_auto_tool_choice: Annotated[
+        bool,
+        typer.Option(
+            "--enable-auto-tool-choice", hidden=True, help="vLLM's; it is always enabled here."
+        ),
+    ] = True
     chat_template: Annotated[
         Path | None,
         typer.Option("--chat-template", metavar="FILE", help="In place of the model's own."),
