@@ -20,7 +20,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _BLOCK = re.compile(
-    r"(?P<needs><!-- needs: [^\n]*-->\n+)?(<!-- server: (?P<server>[^\n]*) -->\n+)?^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
+    r"(?P<needs><!-- needs: [^\n]*-->\n+)?(<!-- server: (?P<server>[^\n]*) -->\n+)?"
+    r"^```(?P<kind>\w+)\n(?P<body>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 

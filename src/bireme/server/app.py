@@ -20,7 +20,7 @@ from bireme.errors import BiremeError, EngineError
 from bireme.server import errors, tokenization
 from bireme.server.chat import chat
 from bireme.server.completions import complete
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, ClientGone
 from bireme.server.middleware import Gate
 from bireme.server.protocol.chat import (
     ChatCompletion,
@@ -101,6 +101,8 @@ def make_app(serving: Serving) -> ASGIApp:
         BiremeError: errors.on_bireme_error,
         StarletteHTTPException: errors.on_http_error,
         RequestValidationError: errors.on_invalid,
+        ClientGone: errors.on_client_gone,
+        Exception: errors.on_bug,
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)

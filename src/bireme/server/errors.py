@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from bireme.errors import BiremeError, CapacityError, EngineError, RequestError
+from bireme.server.exchange import Exchange
 
 _TYPES = {
     400: "invalid_request_error",
@@ -80,6 +81,16 @@ class ApiError(Exception):
             {**self.headers, **(headers or {})},
             media_type="application/json",
         )
+
+
+class ClientGone(Exception):
+    """The client closed its connection: there is nobody to answer."""
+
+
+async def on_client_gone(request: Request, _: Exception) -> Response:
+    """For the log, in nginx's number."""
+    Exchange.of(request.scope).is_left = True
+    return Response(status_code=499)
 
 
 async def on_api_error(_: Request, error: Exception) -> Response:

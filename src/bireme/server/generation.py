@@ -17,7 +17,7 @@ from bireme.engine.streams import Opened
 from bireme.errors import BiremeError, RequestError
 from bireme.outputs import Delta, RequestOutput
 from bireme.sampling_params import SamplingParams
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, ClientGone
 from bireme.server.exchange import Exchange
 from bireme.server.finished import FinishedRequest
 from bireme.server.protocol.common import Usage
@@ -25,10 +25,6 @@ from bireme.server.serving import Serving
 
 T = TypeVar("T")
 _SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-class ClientGone(Exception):
-    """The client closed its connection: there is nobody to answer."""
 
 
 class Reply(Protocol):

@@ -12,7 +12,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
-from bireme.server.generation import ClientGone
 from bireme.server.serving import Serving
 
 _OPEN = ("/health",)
@@ -51,8 +50,6 @@ class Gate:
             self._check(exchange, scope)
             bounded = _BoundedBody(scope, receive, self._serving)
             await self._app(scope, bounded, answer)
-        except ClientGone:
-            exchange.is_left = True
         except ApiError as error:
             await answer.refuse(error, scope, receive)
         finally:
