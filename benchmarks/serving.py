@@ -1,12 +1,13 @@
 """What HTTP adds to the engine, in one run.
 
-    python benchmarks/serving.py [--rounds 3] [--transformers]
+    python benchmarks/serving.py [--rounds 3] [--transformers PYTHON]
 
 In turn, `--rounds` times: tokens/s of 64 clients at once, over HTTP (streamed, `bireme bench serve`)
 and of the same engine in process (`AsyncLLM`); the demo model, random prompts of 32 tokens, 64 more.
 Then, against the real front end before an engine of known tokens: the time that 100 requests a second
 of 64 tokens in and 16 out take, which is all added; and what 500 streams that wait cost in CPU.
-Last the time from a command to its first reply, `bireme serve demo` and `transformers serve`.
+First of all the time from a command to its first reply, `bireme serve demo` beside `transformers
+serve`, by a Python that has transformers[serving].
 """
 
 from __future__ import annotations
@@ -232,18 +233,18 @@ def ask(port: int, model: str) -> bool:
         connection.close()
 
 
-def first_replies(num_rounds: int, has_transformers: bool) -> dict[str, list[float]]:
+def first_replies(num_rounds: int, transformers: str | None) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"bireme serve": []}
-    if has_transformers:
+    if transformers:
         found["transformers serve"] = []
     for _ in range(num_rounds):
         port = free_port()
         command = [*BIREME, "serve", "demo", "--port", str(port)]
         found["bireme serve"].append(first_reply_s(command, port, "demo"))
-        if has_transformers:
+        if transformers:
             port = free_port()
             command = [
-                str(Path(sys.executable).with_name("transformers")), "serve", "--host", "127.0.0.1",
+                transformers, "-m", "transformers.cli.transformers", "serve", "--host", "127.0.0.1",
                 "--port", str(port), "--device", "cpu", str(DEMO),
             ]  # fmt: skip
             found["transformers serve"].append(first_reply_s(command, port, str(DEMO)))
@@ -253,9 +254,7 @@ def first_replies(num_rounds: int, has_transformers: bool) -> dict[str, list[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument(
-        "--transformers", action="store_true", help="transformers[serving] is there"
-    )
+    parser.add_argument("--transformers", metavar="PYTHON")
     arguments = parser.parse_args()
     first = first_replies(arguments.rounds, arguments.transformers)
     print("first reply:", {name: f"{statistics.median(it):.2f} s" for name, it in first.items()})
