@@ -142,6 +142,7 @@ _LEAST = {
     "memory_limit_bytes": 1,
     "workspace_bytes": 1,
     "max_num_waiting": 1,
+    "max_num_waiting_tokens": 0,
 }
 _FLAGS = ("enable_prefix_caching", "deterministic")
 _MOST = {"gpu_memory_utilization": 1.0, "step_timeout_s": 1e6, "start_timeout_s": 1e6}
@@ -154,7 +155,8 @@ class EngineConfig:
     `memory_limit_bytes` bounds the tensors of one rank; None means what the device has.
     `workspace_bytes` bounds what attention and sampling hold for a moment (one sequence's context
     in one layer apart).
-    `max_num_waiting` bounds the queue. `deterministic` gives a request the same logits, bit by bit,
+    `max_num_waiting` bounds the queue, `max_num_waiting_tokens` what its prompts hold.
+    `deterministic` gives a request the same logits, bit by bit,
     whatever else runs and however its tokens were split over steps.
     `transport` auto is shared memory between the CPUs of a host, else torch.distributed.
     `devices` maps rank i to CUDA device devices[i]; None means rank i on device i.
@@ -176,6 +178,7 @@ class EngineConfig:
     workspace_bytes: int = 32 * 1024 * 1024
     enable_prefix_caching: bool = True
     max_num_waiting: int = 8192
+    max_num_waiting_tokens: int = 4 * 1024 * 1024
     deterministic: bool = False
     step_timeout_s: float = 300.0
     start_timeout_s: float = 900.0
@@ -198,6 +201,15 @@ class EngineConfig:
                 raise ConfigError(f"{name}={value!r} must be a number above 0, at most {most:g}")
         if self.devices is not None:
             self._check_devices(self.devices)
+
+    @property
+    def most_requests(self) -> int:
+        """That are there at once, running or waiting."""
+        return self.max_num_seqs + self.max_num_waiting
+
+    def most_tokens(self, max_model_len: int) -> int:
+        """Of the prompts that are there at once; each that runs may fill the context."""
+        return self.max_num_seqs * max_model_len + self.max_num_waiting_tokens
 
     def _check_devices(self, devices: Sequence[int]) -> None:
         _check_list("devices", devices, 0)

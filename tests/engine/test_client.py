@@ -160,6 +160,20 @@ def test_an_engine_process_that_is_stopped_ends_every_stream() -> None:
     use(work, ask_s=1.0)
 
 
+def test_prompts_are_bounded_by_their_tokens_too() -> None:
+    async def work(client: EngineClient) -> None:
+        with pytest.raises(RequestError, match="1800 prompt tokens at once are too many; send at"):
+            await answer(client, [5] * 600, SamplingParams(max_tokens=400, n=3))
+        stream = client.callers.stream([5] * 600, SamplingParams(max_tokens=400, ignore_eos=True))
+        await anext(stream)
+        with pytest.raises(CapacityError, match="600 prompt tokens of 1024 are there"):
+            await answer(client, [5] * 500, SamplingParams(max_tokens=4))
+        await stream.aclose()
+        assert (await answer(client, [5] * 500, SamplingParams(max_tokens=4))).token_ids
+
+    use(work, max_num_seqs=1, max_num_waiting_tokens=0)
+
+
 def test_what_cannot_start_says_why() -> None:
     async def main() -> None:
         async with running("/nowhere") as client:

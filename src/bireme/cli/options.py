@@ -114,6 +114,14 @@ BlockSize = Annotated[
 MaxNumWaiting = Annotated[
     int, typer.Option("--max-num-waiting", metavar="N", help="Requests that may wait at most.")
 ]
+MaxNumWaitingTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-num-waiting-tokens",
+        metavar="N",
+        help="Tokens of their prompts at most, all together.",
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of made-up weights.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -162,6 +170,7 @@ class CacheOptions:
     gpu_memory_utilization: GpuMemoryUtilization = 0.9
     block_size: BlockSize = 16
     max_num_waiting: MaxNumWaiting = 8192
+    max_num_waiting_tokens: MaxNumWaitingTokens = 4 * 1024 * 1024
     seed: Seed = 0
 
     def keywords(self) -> dict[str, Any]:

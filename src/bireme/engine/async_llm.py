@@ -76,8 +76,12 @@ class AsyncLLM(EngineHost):
                 target=run_engine, args=(engine, self._inbox, outbox), daemon=True
             )
             self._thread.start()
-            most = self.config.max_num_waiting + self.config.max_num_seqs
-            self._callers.begin(self.inputs, self._inbox.put, most)
+            self._callers.begin(
+                self.inputs,
+                self._inbox.put,
+                self.config.most_requests,
+                self.config.most_tokens(self.plan.max_model_len),
+            )
 
     async def aclose(self) -> None:
         """Ends what runs, then the ranks."""

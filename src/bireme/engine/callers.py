@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -68,10 +69,11 @@ class _Listener:
     answers: Answers
     stream: PromptStream
     choice: int
+    num_tokens: int
 
 
 class Callers:
-    """Any number of callers of one engine, of whose requests at most `most` are there at once.
+    """Any number of callers of one engine, whose requests are bounded in number and in prompt tokens.
 
     `send` takes their commands to the engine, `inputs` makes requests; both are there once `begin`
     was called. `deliver`, `refuse` and `fail` are for what the engine says, on the loop.
@@ -79,12 +81,19 @@ class Callers:
 
     def __init__(self) -> None:
         self._listeners: dict[str, _Listener] = {}  # by request id
+        self._names: Counter[str] = Counter()  # as callers gave them, of the same requests
+        self._num_tokens = 0  # of their prompts
         self._error: Exception | None = EngineError("the engine does not run yet")
 
     def begin(
-        self, inputs: InputProcessor, send: Callable[[EngineCommand], None], most: int
+        self,
+        inputs: InputProcessor,
+        send: Callable[[EngineCommand], None],
+        most_requests: int,
+        most_tokens: int,
     ) -> None:
-        self._inputs, self._send, self._most = inputs, send, most
+        self._inputs, self._send = inputs, send
+        self._most_requests, self._most_tokens = most_requests, most_tokens
         self._error = None
 
     @property
@@ -164,8 +173,11 @@ class Callers:
             for one in opened:
                 for request, matcher in one.requests:
                     self._send((request, matcher))
-                    listener = _Listener(answers, one.stream, request.choice)
+                    num_tokens = len(request.prompt_token_ids)
+                    listener = _Listener(answers, one.stream, request.choice, num_tokens)
                     self._listeners[request.request_id] = listener
+                    self._names[one.stream.request_id] += 1
+                    self._num_tokens += num_tokens
         except BaseException:  # one could not be sent: the others are ended
             answers.close()
             raise
@@ -173,27 +185,38 @@ class Callers:
 
     def _end(self, names: Sequence[str]) -> None:
         for name in names:
-            if self._listeners.pop(name, None) is not None:
+            if self._drop(name):
                 self._send(name)
+
+    def _drop(self, name: str) -> bool:
+        """False for a request that was dropped before."""
+        listener = self._listeners.pop(name, None)
+        if listener is None:
+            return False
+        self._num_tokens -= listener.num_tokens
+        used = listener.stream.request_id
+        self._names[used] -= 1
+        if not self._names[used]:
+            del self._names[used]
+        return True
 
     def _check_room(self, opened: Sequence[Opened]) -> None:
         """Of an engine that may have ended since the prompts were opened."""
         if self._error is not None:
             raise self._error
-        used = {listener.stream.request_id for listener in self._listeners.values()}
-        for one in opened:
-            if one.stream.request_id in used:
-                raise RequestError(f"request {one.stream.request_id} is there already")
-            used.add(one.stream.request_id)
+        for name, count in Counter(one.stream.request_id for one in opened).items():
+            if name in self._names or count > 1:
+                raise RequestError(f"request {name} is there already")
         num_new = sum(len(one.requests) for one in opened)
-        if num_new > self._most:
-            raise RequestError(
-                f"{num_new} requests at once are too many; send at most {self._most}"
-            )
-        if len(self._listeners) + num_new > self._most:
-            raise CapacityError(
-                f"{len(self._listeners)} requests of {self._most} are there; try again later"
-            )
+        num_tokens = sum(len(it.prompt_token_ids) for one in opened for it, _ in one.requests)
+        for what, there, new, most in (
+            ("requests", len(self._listeners), num_new, self._most_requests),
+            ("prompt tokens", self._num_tokens, num_tokens, self._most_tokens),
+        ):
+            if new > most:
+                raise RequestError(f"{new} {what} at once are too many; send at most {most}")
+            if there + new > most:
+                raise CapacityError(f"{there} {what} of {most} are there; try again later")
 
     def abort(self, request_id: str) -> None:
         """Ends a request, whoever takes its outputs; they get its last one. Unknown ids are ended
@@ -222,7 +245,7 @@ class Callers:
             return
         listener.answers.put(delta)
         if delta.finish_reason is not None:
-            del self._listeners[event.request_id]
+            self._drop(event.request_id)
             if event.finish_reason is None:  # a stop string was found
                 self._send(event.request_id)
 
@@ -237,3 +260,5 @@ class Callers:
         for answers in {listener.answers for listener in self._listeners.values()}:
             answers.put(error)
         self._listeners.clear()
+        self._names.clear()
+        self._num_tokens = 0

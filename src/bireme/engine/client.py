@@ -194,7 +194,7 @@ class EngineClient:
             ready.eos_token_ids,
         )
         self.inputs = InputProcessor(model, makes_matchers=False, chat_template=self._chat_template)
-        self.callers.begin(self.inputs, self._send, ready.most_requests)
+        self.callers.begin(self.inputs, self._send, ready.most_requests, ready.most_tokens)
         self.doing = "ready"
         self.ready.set_result(ready)
         self._watching = asyncio.create_task(self._watch())

@@ -61,6 +61,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_model_len: int
     eos_token_ids: frozenset[int]
     most_requests: int
+    most_tokens: int
     num_cache_tokens: int
     max_concurrency: float
     told: list[str]
