@@ -366,12 +366,23 @@ def test_the_youngest_gives_its_blocks_back_and_ends_all_the_same() -> None:
 
 
 def test_a_full_queue_and_a_request_larger_than_the_cache_are_refused() -> None:
-    plan = scheduler(max_num_waiting=1, kinds=(CacheKind(None, 6),))
+    plan = scheduler(max_num_waiting=1, max_num_seqs=2, kinds=(CacheKind(None, 6),))
     with pytest.raises(CapacityError, match="can reach 30 tokens"):
         plan.add(request(0, 20, 10))
-    plan.add(request(1, 3, 3))
-    with pytest.raises(CapacityError, match="1 requests wait already"):
-        plan.add(request(2, 3, 3))
+    for index in range(3):
+        plan.add(request(index, 3, 3))
+    with pytest.raises(CapacityError, match="3 requests are there, of which 2 may run and 1 wait"):
+        plan.add(request(3, 3, 3))
+
+
+def test_a_burst_that_comes_before_a_step_finds_all_seats() -> None:
+    plan = scheduler(max_num_waiting=1, max_num_seqs=4)
+    assert plan.room_to_wait == 5
+    for index in range(5):
+        plan.add(request(index, 3, 3))
+    assert plan.room_to_wait == 0
+    plan.schedule()
+    assert (plan.room_to_wait, plan.num_running, plan.num_waiting) == (0, 4, 1)
 
 
 def test_a_deadline_ends_a_request_that_waits_and_one_that_runs() -> None:

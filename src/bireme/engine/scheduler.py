@@ -97,11 +97,12 @@ class Scheduler:
     # --- requests ------------------------------------------------------------------------------
 
     def add(self, request: Request) -> RequestState:
-        """Lets a request wait; CapacityError where the queue is full or the cache too small."""
-        most, chunk = self.limits.max_num_waiting, self.limits.max_num_batched_tokens
-        if most is not None and len(self._waiting) >= most:
+        """Lets a request wait; CapacityError where seats and queue are full or the cache is too small."""
+        chunk = self.limits.max_num_batched_tokens
+        if not self.room_to_wait:
             raise CapacityError(
-                f"{most} requests wait already, which is the limit; try again later"
+                f"{len(self._states)} requests are there, of which {self.limits.max_num_seqs} may run "
+                f"and {self.limits.max_num_waiting} wait; try again later"
             )
         if not self.blocks.can_ever_hold(request.max_len, chunk):
             raise CapacityError(
@@ -157,9 +158,12 @@ class Scheduler:
 
     @property
     def room_to_wait(self) -> int:
-        """How many more requests may wait now."""
+        """How many more requests may come now: those that find a seat at the next step count as
+        running."""
         most = self.limits.max_num_waiting
-        return sys.maxsize if most is None else max(0, most - len(self._waiting))
+        if most is None:
+            return sys.maxsize
+        return max(0, most + self.limits.max_num_seqs - len(self._states))
 
     @property
     def num_waiting(self) -> int:
