@@ -89,6 +89,7 @@ class WorkerExecutor:
         self._waiting: deque[_InFlight] = deque()
         self._cost, self._last_output = StepCost(), 0.0
         self._was_awaited = False  # the oldest output came while `wait` looked
+        self._oldest: tuple[StepHeader, Patience] | None = None
         self._is_compiled = load_helper() is not None
         self._held = ExitStack()  # what the ranks share, for as long as their world is there
         self._world = World(
@@ -203,17 +204,24 @@ class WorkerExecutor:
         ahead = [step.num_tokens for step in islice(self._waiting, num_batches)]
         return Patience(self._cost.patience_s(ahead, limit_s), limit_s)
 
+    def _patience_with_oldest(self) -> Patience:
+        """The same for as long as it is the oldest, whoever waits for it, and however often."""
+        header = self._waiting[0].header
+        if self._oldest is None or self._oldest[0] != header:
+            self._oldest = header, self._patience(1)
+        return self._oldest[1]
+
     def wait(self, wake: int) -> bool:
-        """After a deadline as `collect` has, it is `collect` that complains."""
+        if not self._waiting:
+            return self._world.wait_idle(wake)
         self._was_awaited = not self._world.has_reply()
-        step, limit_s = self._waiting[0], self._plan.config.step_timeout_s
-        patience_s = self._cost.patience_s([step.num_tokens], limit_s)
-        return self._world.wait(wake, max(step.submitted, self._last_output) + patience_s)
+        patience = self._patience_with_oldest()
+        return self._world.wait(wake, patience, self._waiting[0].header[1])
 
     def collect(self) -> StepOutput:
         expected = self._waiting[0].header
         was_there, self._was_awaited = self._world.has_reply() and not self._was_awaited, False
-        reply = self._world.step_reply(self._patience(1), expected[1])
+        reply = self._world.step_reply(self._patience_with_oldest(), expected[1])
         if not isinstance(reply, Output):
             raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")
         output = reply.output
