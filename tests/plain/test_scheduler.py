@@ -432,9 +432,29 @@ def test_a_temperature_that_would_overflow_is_greedy() -> None:
 def test_a_long_prompt_does_not_keep_others_out_of_layers_that_look_back_a_little() -> None:
     kinds = (CacheKind(None, 200), CacheKind(8, 12))
     plan = scheduler(max_tokens=8, kinds=kinds, has_prefix_caching=False)
-    plan.add(request(0, 400, 2))
+    plan.add(request(0, 404, 2))
     plan.add(request(1, 4, 2))
-    for _ in range(3):
+    while plan.num_waiting:
         for batch in list(batches(plan)):
-            plan.update(answer(batch))
-    assert plan.num_waiting == 0
+            assert plan.update(answer(batch)) == [], "it waited for the end of the long prompt"
+
+
+def test_no_more_requests_are_admitted_than_the_next_steps_can_begin() -> None:
+    plan = scheduler(max_tokens=16, max_num_seqs=64, kinds=(CacheKind(None, 400),))
+    for index in range(64):
+        plan.add(request(index, [index] * 8, 8))
+    flying = [batch for batch in [plan.schedule()] if batch is not None]
+    assert plan.num_running == 4
+    while plan.num_running < 12:
+        flying += batches(plan)
+        assert flying[0].num_tokens == 16, "it was short of work"
+        plan.update(answer(flying.pop(0)))
+
+
+def test_requests_that_share_a_prompt_are_admitted_by_what_is_left_to_compute() -> None:
+    plan = scheduler(max_tokens=64, max_num_seqs=32, kinds=(CacheKind(None, 400),))
+    for index in range(20):
+        plan.add(request(index, 41, 8))
+    plan.schedule()
+    plan.schedule()
+    assert plan.num_running == 20
