@@ -96,8 +96,9 @@ class WorkerExecutor:
             pool, plan.rank_names, plan.config.parallel.widths, plan.config.step_timeout_s
         )
         try:
-            self._join()
+            steps = self._join()
             self.loaded = self._load()
+            steps.remove()  # all have heard something by now
             self._make_first_step()
         except BaseException:
             self._abandon(pool)
@@ -109,19 +110,19 @@ class WorkerExecutor:
             self._world.close()
             pool.close()
 
-    def _join(self) -> None:
+    def _join(self) -> Steps:
         plan = self._plan
-        segment, meeting = self._segment(), ""
-        if segment is None:  # NCCL meets here again whenever it makes a communicator
-            meeting = self._held.enter_context(tempfile.TemporaryDirectory(prefix="bireme-"))
-        steps = self._steps(meeting)
+        segment, steps = self._segment(), self._steps()
+        meeting_fd, meeting = create_memory(0, "bireme-store")
+        self._held.callback(os.close, meeting_fd)
+        self._held.callback(steps.remove)
         self._world.channel = open_channel(steps)
         self._held.callback(self._world.channel.close)
         for rank, device in enumerate(plan.devices):
             command = Join(
                 widths=plan.config.parallel.widths,
                 rank=rank,
-                store_path=str(Path(meeting) / "store"),
+                store_path=meeting,
                 device=device,
                 num_threads=threads_per_rank(len(plan.devices)),
                 timeout_s=plan.config.step_timeout_s,
@@ -130,6 +131,7 @@ class WorkerExecutor:
             )
             self._world.send(rank, command)
         self._world.gather(plan.config.start_timeout_s, "joining the other ranks")
+        return steps
 
     def _segment(self) -> tuple[str, SegmentPlan] | None:
         """Memory that the ranks talk through, where they can: on the CPUs of one host."""
@@ -148,11 +150,12 @@ class WorkerExecutor:
         self._held.callback(os.close, fd)
         return path, segment
 
-    def _steps(self, meeting: str) -> Steps:
-        """Where commands go: through memory, or through sockets in the folder `meeting`."""
+    def _steps(self) -> Steps:
+        """Where commands go: through memory, or through sockets in a folder."""
         num_ranks = len(self._plan.devices)
         if self._plan.config.transport == "distributed" or not shm.is_supported():
-            return QueueSteps(tuple(f"ipc://{meeting}/steps-{rank}" for rank in range(num_ranks)))
+            folder = tempfile.mkdtemp(prefix="bireme-")
+            return QueueSteps(tuple(f"ipc://{folder}/steps-{rank}" for rank in range(num_ranks)))
         ring = RingPlan(num_readers=num_ranks, is_compiled=self._is_compiled)
         fd, path = create_memory(ring.num_bytes, "bireme-steps")
         self._held.callback(os.close, fd)
