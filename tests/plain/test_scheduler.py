@@ -186,7 +186,7 @@ def test_whatever_runs_beside_it_a_request_reads_its_own_tokens_and_ends_as_it_w
             elif index in added and one.cancel_after == step - added[index] and index not in ends:
                 engine.abort(str(index))
                 ends[index] = "abort"
-        for item in engine.step():
+        for item in engine.step(wake=random.choice([None, 0])):
             index = int(item.request_id)
             got[index] += item.token_ids
             if item.finish_reason is not None:
