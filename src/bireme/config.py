@@ -155,9 +155,9 @@ class EngineConfig:
     `memory_limit_bytes` bounds the tensors of one rank; None means what the device has.
     `workspace_bytes` bounds what attention and sampling hold for a moment (one sequence's context
     in one layer apart).
-    `max_num_waiting` bounds the queue, `max_num_waiting_tokens` what its prompts hold.
-    `deterministic` gives a request the same logits, bit by bit,
-    whatever else runs and however its tokens were split over steps.
+    `max_num_waiting` bounds the queue, beside the `max_num_seqs` that run, and
+    `max_num_waiting_tokens` what its prompts hold. `deterministic` gives a request the same logits,
+    bit by bit, whatever else runs and however its tokens were split over steps.
     `transport` auto is shared memory between the CPUs of a host, else torch.distributed.
     `devices` maps rank i to CUDA device devices[i]; None means rank i on device i.
     """

@@ -199,8 +199,9 @@ class Executor(Protocol):
         ...
 
     def wait(self, wake: int) -> bool:
-        """True once `collect` need not be waited for (or has waited too long), False if the file
-        descriptor `wake` becomes readable before."""
+        """True once `collect` need not be waited for, False if the file descriptor `wake` becomes readable
+        before; with nothing in flight, only that. Raises EngineError where `collect` would, and as soon
+        as a rank is gone."""
         ...
 
     def collect(self) -> StepOutput:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from bireme import LLM, AsyncLLM, SamplingParams
+from bireme.engine import deadline
 from bireme.engine.pool import WorkerPool
 from bireme.errors import CapacityError, EngineError, RankError, RequestError
 from bireme.request import ScheduledBatch
@@ -164,6 +166,46 @@ def test_a_rank_that_is_killed_ends_every_request_with_its_name(pool: WorkerPool
             await answer(llm, [5])
 
     serve(pool, use)
+
+
+def test_a_rank_that_is_killed_while_the_engine_is_idle_is_known_without_any_request(
+    pool: WorkerPool,
+) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        await answer(llm, [5, 6])
+        os.kill(pool.take(2)[1].process.pid, signal.SIGKILL)
+        await until(lambda: llm._callers.error is not None)
+        assert isinstance(llm._callers.error, RankError)
+        assert str(llm._callers.error).startswith("rank 1 (stage 1, tp 0): its process was killed")
+
+    serve(pool, use)
+
+
+def test_callers_wait_for_a_stopped_rank_as_long_as_the_deadline_says_and_no_longer(
+    pool: WorkerPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine looks at its inbox meanwhile; that does not make it begin to wait anew."""
+    monkeypatch.setattr(deadline, "LEAST_S", 6.0)
+
+    async def use(llm: AsyncLLM) -> None:
+        await answer(llm, [5, 6])
+        task = asyncio.create_task(answer(llm, [5, 6], LONG))
+        await until(lambda: llm.start().scheduler.num_running == 1)
+        os.kill(pool.take(2)[1].process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with pytest.raises(RankError, match="its process is stopped"):
+            await task
+        assert time.monotonic() - start < 10
+
+    serve(pool, use)
+
+
+def test_a_burst_of_callers_finds_all_seats_of_an_idle_engine(pool: WorkerPool) -> None:
+    async def use(llm: AsyncLLM) -> None:
+        answers = await asyncio.gather(*[answer(llm, [5, index]) for index in range(5)])
+        assert [len(ids) for ids in answers] == [20] * 5
+
+    serve(pool, use, max_num_seqs=4, max_num_waiting=1)
 
 
 def test_without_ranks_nothing_is_served() -> None:

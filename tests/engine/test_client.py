@@ -174,6 +174,17 @@ def test_prompts_are_bounded_by_their_tokens_too() -> None:
     use(work, max_num_seqs=1, max_num_waiting_tokens=0)
 
 
+def test_a_rank_that_is_killed_while_the_engine_is_idle_is_known_without_any_request() -> None:
+    async def work(client: EngineClient) -> None:
+        ranks = children(client._process.process.pid)
+        os.kill(ranks[0], signal.SIGKILL)
+        await until(lambda: client.callers.error is not None)
+        assert isinstance(client.callers.error, RankError)
+        assert "killed by signal 9" in str(client.callers.error)
+
+    use(work, parallel=ParallelConfig.of(1, 2))
+
+
 def test_what_cannot_start_says_why() -> None:
     async def main() -> None:
         async with running("/nowhere") as client:

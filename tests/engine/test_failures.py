@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -299,6 +300,53 @@ def test_ranks_end_with_their_driver(end: signal.Signals) -> None:
     driver.send_signal(end)
     driver.communicate(timeout=30)
     wait_for_end(ranks)
+
+
+KILLED = """
+import os, signal
+from bireme import LLM, SamplingParams
+from bireme.engine.executor import WorkerExecutor
+from bireme.engine.pool import World
+
+def die(world, *_):
+    print(*[rank.process.pid for rank in world.ranks], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if {place!r} == "joining":
+    World.gather = die
+elif {place!r} == "loading":
+    WorkerExecutor._load = lambda self: die(self._world)
+elif {place!r} == "waiting":
+    WorkerExecutor.collect = lambda self: die(self._world)
+LLM("demo", transport="distributed", tensor_parallel_size=2, dtype="float32").generate([[5]])
+"""
+
+
+@pytest.mark.parametrize("place", ["joining", "loading", "waiting"])
+def test_a_driver_that_is_killed_leaves_no_file_behind(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED.format(place=place)],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL
+    wait_for_end([int(pid) for pid in done.stdout.split()])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_an_engine_over_sockets_needs_of_files_is_gone_once_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with LLM("demo", transport="distributed", tensor_parallel_size=2, dtype="float32") as llm:
+        llm.start()
+        assert list(tmp_path.iterdir()) == []
+        assert llm.generate([[5]], SamplingParams(max_tokens=3))
 
 
 def test_ctrl_c_ends_everything_cleanly() -> None:

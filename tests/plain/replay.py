@@ -132,7 +132,8 @@ class _Stage:
 
 
 class ReplayExecutor:
-    """Stages with lags of their own; outputs in order."""
+    """Stages with lags of their own; outputs in order, of which a free request's token may come with its
+    next one instead. `wait` says at random that something else is to be done."""
 
     is_broken = False
 
@@ -151,6 +152,7 @@ class ReplayExecutor:
         self._masks: dict[int, StepMasks] = {}
         self._outputs: dict[int, list[list[list[int]]]] = {}
         self._batches: deque[ScheduledBatch] = deque()
+        self._late: dict[int, list[int]] = {}  # by slot
         self.max_in_flight = pp_size + 1
 
     def submit(self, batch: ScheduledBatch) -> None:
@@ -195,7 +197,7 @@ class ReplayExecutor:
         raise AssertionError("nothing is interrupted here")
 
     def wait(self, wake: int) -> bool:
-        return True
+        return self._random.random() < 0.7
 
     def collect(self) -> StepOutput:
         batch = self._batches.popleft()
@@ -204,4 +206,24 @@ class ReplayExecutor:
                 self._run_one(stage)
         outputs = self._outputs.pop(batch.step_id)
         assert all(output == outputs[0] for output in outputs), "stages differ"
-        return StepOutput(*batch.header, batch.sampling_slots, outputs[0])
+        slots = batch.sampling_slots
+        ids = [self._in_time(slot, new) for slot, new in zip(slots, outputs[0], strict=True)]
+        return StepOutput(*batch.header, slots, ids)
+
+    def _in_time(self, slot: int, new: list[int]) -> list[int]:
+        """The ids that are told now: also those that came late, or none yet."""
+        ids = self._late.pop(slot, []) + new
+        if self._comes_again(slot) and self._random.random() < 0.3:
+            self._late[slot] = ids
+            return []
+        return ids
+
+    def _comes_again(self, slot: int) -> bool:
+        """True if the slot's next id is under way, of the same request, and needs no mask."""
+        for batch in self._batches:
+            if any(setup.slot == slot for setup in batch.setups):
+                return False
+            for piece in batch.pieces:
+                if piece.slot == slot:
+                    return piece.samples and not piece.needs_mask
+        return False

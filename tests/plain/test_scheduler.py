@@ -186,7 +186,7 @@ def test_whatever_runs_beside_it_a_request_reads_its_own_tokens_and_ends_as_it_w
             elif index in added and one.cancel_after == step - added[index] and index not in ends:
                 engine.abort(str(index))
                 ends[index] = "abort"
-        for item in engine.step():
+        for item in engine.step(wake=random.choice([None, 0])):
             index = int(item.request_id)
             got[index] += item.token_ids
             if item.finish_reason is not None:
@@ -366,12 +366,23 @@ def test_the_youngest_gives_its_blocks_back_and_ends_all_the_same() -> None:
 
 
 def test_a_full_queue_and_a_request_larger_than_the_cache_are_refused() -> None:
-    plan = scheduler(max_num_waiting=1, kinds=(CacheKind(None, 6),))
+    plan = scheduler(max_num_waiting=1, max_num_seqs=2, kinds=(CacheKind(None, 6),))
     with pytest.raises(CapacityError, match="can reach 30 tokens"):
         plan.add(request(0, 20, 10))
-    plan.add(request(1, 3, 3))
-    with pytest.raises(CapacityError, match="1 requests wait already"):
-        plan.add(request(2, 3, 3))
+    for index in range(3):
+        plan.add(request(index, 3, 3))
+    with pytest.raises(CapacityError, match="3 requests are there, of which 2 may run and 1 wait"):
+        plan.add(request(3, 3, 3))
+
+
+def test_a_burst_that_comes_before_a_step_finds_all_seats() -> None:
+    plan = scheduler(max_num_waiting=1, max_num_seqs=4)
+    assert plan.room_to_wait == 5
+    for index in range(5):
+        plan.add(request(index, 3, 3))
+    assert plan.room_to_wait == 0
+    plan.schedule()
+    assert (plan.room_to_wait, plan.num_running, plan.num_waiting) == (0, 4, 1)
 
 
 def test_a_deadline_ends_a_request_that_waits_and_one_that_runs() -> None:
@@ -421,9 +432,29 @@ def test_a_temperature_that_would_overflow_is_greedy() -> None:
 def test_a_long_prompt_does_not_keep_others_out_of_layers_that_look_back_a_little() -> None:
     kinds = (CacheKind(None, 200), CacheKind(8, 12))
     plan = scheduler(max_tokens=8, kinds=kinds, has_prefix_caching=False)
-    plan.add(request(0, 400, 2))
+    plan.add(request(0, 404, 2))
     plan.add(request(1, 4, 2))
-    for _ in range(3):
+    while plan.num_waiting:
         for batch in list(batches(plan)):
-            plan.update(answer(batch))
-    assert plan.num_waiting == 0
+            assert plan.update(answer(batch)) == [], "it waited for the end of the long prompt"
+
+
+def test_no_more_requests_are_admitted_than_the_next_steps_can_begin() -> None:
+    plan = scheduler(max_tokens=16, max_num_seqs=64, kinds=(CacheKind(None, 400),))
+    for index in range(64):
+        plan.add(request(index, [index] * 8, 8))
+    flying = [batch for batch in [plan.schedule()] if batch is not None]
+    assert plan.num_running == 4
+    while plan.num_running < 12:
+        flying += batches(plan)
+        assert flying[0].num_tokens == 16, "it was short of work"
+        plan.update(answer(flying.pop(0)))
+
+
+def test_requests_that_share_a_prompt_are_admitted_by_what_is_left_to_compute() -> None:
+    plan = scheduler(max_tokens=64, max_num_seqs=32, kinds=(CacheKind(None, 400),))
+    for index in range(20):
+        plan.add(request(index, 41, 8))
+    plan.schedule()
+    plan.schedule()
+    assert plan.num_running == 20

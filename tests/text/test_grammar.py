@@ -136,6 +136,61 @@ def test_an_object_without_a_schema_is_any_object_and_nothing_else() -> None:
     assert not fits('{"a": 1')
 
 
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StructuredOutputsParams(json={"$ref": "#"}),
+        StructuredOutputsParams(grammar="start: start"),
+        StructuredOutputsParams(json={"allOf": [{"enum": [1]}, {"enum": [2]}]}),
+    ],
+)
+def test_what_nothing_satisfies_is_refused_at_once(wanted: StructuredOutputsParams) -> None:
+    with pytest.raises(RequestError, match=r"(?i)nothing satisfies it|unsatisfiable") as caught:
+        demo()[2].matcher(wanted)
+    assert "<" not in str(caught.value)
+
+
+def test_one_of_is_any_of() -> None:
+    kinds = [{"type": "integer", "minimum": 0, "maximum": 9}, {"enum": [7, "seven"]}]
+    schema = {"oneOf": kinds}
+    texts = {walk(StructuredOutputsParams(json=schema), Random(seed)) for seed in range(20)}
+    assert texts <= {*map(str, range(10)), '"seven"'}
+    assert '"seven"' in texts
+
+
+def num_templates() -> int:
+    return len(demo()[2]._templates._kept)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StructuredOutputsParams(regex="((a{1000}){1000}){1000}"),
+        StructuredOutputsParams(regex="(a?){3000}a{3000}"),
+        StructuredOutputsParams(grammar="start: A\nA: /x((a{1000}){1000}){1000}/"),
+        StructuredOutputsParams(grammar='start: "a"{1000000}'),
+        StructuredOutputsParams(json={"type": "string", "pattern": "^((a{1000}){1000}){1000}$"}),
+    ],
+)
+def test_a_grammar_that_costs_too_much_is_refused_and_not_kept(
+    wanted: StructuredOutputsParams,
+) -> None:
+    before = num_templates()
+    with pytest.raises(RequestError, match="too complex to follow"):
+        demo()[2].matcher(wanted)
+    assert num_templates() == before
+
+
+def test_a_grammar_that_grows_too_complex_ends_its_text_and_is_forgotten() -> None:
+    wanted = StructuredOutputsParams(regex="[^a]*(a{300}){300}b")
+    demo()[2].matcher(wanted)
+    before = num_templates()
+    with pytest.raises(EngineError, match="any further: it is too complex") as caught:
+        walk(wanted, Random(0))
+    assert "<" not in str(caught.value)
+    assert num_templates() == before - 1
+
+
 def _chain(num_rules: int) -> str:
     rules = [f'e{at}: "a" e{at + 1} | "b"' for at in range(num_rules)]
     return "\n".join(["start: e0", *rules, f'e{num_rules}: "c"'])

@@ -6,6 +6,8 @@ goes through is msgpack; the socket pair of each rank stays for its replies, and
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -30,11 +32,22 @@ class RingSteps(msgspec.Struct, frozen=True, tag=True):
     path: str
     plan: RingPlan
 
+    def remove(self) -> None:
+        """The memory goes with the last that maps it."""
+
 
 class QueueSteps(msgspec.Struct, frozen=True, tag=True):
-    """A ZeroMQ endpoint of each rank, to which the driver binds."""
+    """A ZeroMQ endpoint of each rank, in a folder of their own, to which the driver binds."""
 
     endpoints: tuple[str, ...]
+
+    def remove(self) -> None:
+        """Unlinks what can be seen of the endpoints; who is connected stays connected."""
+        paths = [Path(endpoint.removeprefix("ipc://")) for endpoint in self.endpoints]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # others do so at the same time
+            paths[0].parent.rmdir()
 
 
 Steps = RingSteps | QueueSteps

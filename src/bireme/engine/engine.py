@@ -125,6 +125,12 @@ class Engine:
             return True
         return self._executor.wait(wake)
 
+    def wait_while_idle(self, wake: int) -> None:
+        """Where there is nothing to do, until the descriptor `wake` is readable; EngineError as soon as a
+        rank is gone."""
+        if not self.has_unfinished and not self.scheduler.num_in_flight:
+            self._executor.wait(wake)
+
     def run(self, requests: Iterable[tuple[Request, Matcher | None]]) -> Iterator[TokenEvent]:
         """Yields tokens as they come, until all requests have ended; no more wait than may.
 

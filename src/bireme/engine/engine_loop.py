@@ -34,14 +34,13 @@ class Inbox:
         with suppress(BlockingIOError):  # full: it is readable already
             os.write(self._writer, b"\0")
 
-    def take(self, *, block: bool) -> Iterator[EngineCommand]:
-        """All that are there; waits for one if asked to."""
+    def take(self) -> Iterator[EngineCommand]:
+        """All that are there."""
         with suppress(BlockingIOError):
             os.read(self._reader, 1 << 16)
         try:
             while True:
-                yield self._commands.get(block=block)
-                block = False
+                yield self._commands.get_nowait()
         except queue.Empty:
             return
 
@@ -75,8 +74,8 @@ def run_engine(engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
 def _obey(engine: Engine, inbox: Inbox, outbox: Outbox) -> bool:
     """Does what callers asked for since the last step; waits where there is nothing else to do. False
     once closed."""
-    is_idle = not engine.has_unfinished and not engine.scheduler.num_in_flight
-    for command in inbox.take(block=is_idle):
+    engine.wait_while_idle(inbox.wake)
+    for command in inbox.take():
         match command:
             case None:
                 return False

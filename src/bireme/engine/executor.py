@@ -90,15 +90,17 @@ class WorkerExecutor:
         self._waiting: deque[_InFlight] = deque()
         self._cost, self._last_output = StepCost(), 0.0
         self._was_awaited = False  # the oldest output came while `wait` looked
+        self._oldest: tuple[StepHeader, Patience] | None = None
         self._is_compiled = load_helper() is not None
         self._held = ExitStack()  # what the ranks share, for as long as their world is there
         self._world = World(
             pool, plan.rank_names, plan.config.parallel.widths, plan.config.step_timeout_s
         )
         try:
-            self._join()
+            steps = self._join()
             self.loaded = self._load()
             self._watches = self._watch()
+            steps.remove()  # all have heard something by now
             self._make_first_step()
         except BaseException:
             self._abandon(pool)
@@ -110,19 +112,19 @@ class WorkerExecutor:
             self._world.close()
             pool.close()
 
-    def _join(self) -> None:
+    def _join(self) -> Steps:
         plan = self._plan
-        segment, meeting = self._segment(), ""
-        if segment is None:  # NCCL meets here again whenever it makes a communicator
-            meeting = self._held.enter_context(tempfile.TemporaryDirectory(prefix="bireme-"))
-        steps = self._steps(meeting)
+        segment, steps = self._segment(), self._steps()
+        meeting_fd, meeting = create_memory(0, "bireme-store")
+        self._held.callback(os.close, meeting_fd)
+        self._held.callback(steps.remove)
         self._world.channel = open_channel(steps)
         self._held.callback(self._world.channel.close)
         for rank, device in enumerate(plan.devices):
             command = Join(
                 widths=plan.config.parallel.widths,
                 rank=rank,
-                store_path=str(Path(meeting) / "store"),
+                store_path=meeting,
                 device=device,
                 num_threads=threads_per_rank(len(plan.devices)),
                 timeout_s=plan.config.step_timeout_s,
@@ -131,6 +133,7 @@ class WorkerExecutor:
             )
             self._world.send(rank, command)
         self._world.gather(plan.config.start_timeout_s, "joining the other ranks")
+        return steps
 
     def _segment(self) -> tuple[str, SegmentPlan] | None:
         """Memory that the ranks talk through, where they can: on the CPUs of one host."""
@@ -149,11 +152,12 @@ class WorkerExecutor:
         self._held.callback(os.close, fd)
         return path, segment
 
-    def _steps(self, meeting: str) -> Steps:
-        """Where commands go: through memory, or through sockets in the folder `meeting`."""
+    def _steps(self) -> Steps:
+        """Where commands go: through memory, or through sockets in a folder."""
         num_ranks = len(self._plan.devices)
         if self._plan.config.transport == "distributed" or not shm.is_supported():
-            return QueueSteps(tuple(f"ipc://{meeting}/steps-{rank}" for rank in range(num_ranks)))
+            folder = tempfile.mkdtemp(prefix="bireme-")
+            return QueueSteps(tuple(f"ipc://{folder}/steps-{rank}" for rank in range(num_ranks)))
         ring = RingPlan(num_readers=num_ranks, is_compiled=self._is_compiled)
         fd, path = create_memory(ring.num_bytes, "bireme-steps")
         self._held.callback(os.close, fd)
@@ -215,17 +219,24 @@ class WorkerExecutor:
         ahead = [step.num_tokens for step in islice(self._waiting, num_batches)]
         return Patience(self._cost.patience_s(ahead, limit_s), limit_s)
 
+    def _patience_with_oldest(self) -> Patience:
+        """The same for as long as it is the oldest, whoever waits for it, and however often."""
+        header = self._waiting[0].header
+        if self._oldest is None or self._oldest[0] != header:
+            self._oldest = header, self._patience(1)
+        return self._oldest[1]
+
     def wait(self, wake: int) -> bool:
-        """After a deadline as `collect` has, it is `collect` that complains."""
+        if not self._waiting:
+            return self._world.wait_idle(wake)
         self._was_awaited = not self._world.has_reply()
-        step, limit_s = self._waiting[0], self._plan.config.step_timeout_s
-        patience_s = self._cost.patience_s([step.num_tokens], limit_s)
-        return self._world.wait(wake, max(step.submitted, self._last_output) + patience_s)
+        patience = self._patience_with_oldest()
+        return self._world.wait(wake, patience, self._waiting[0].header[1])
 
     def collect(self) -> StepOutput:
         expected = self._waiting[0].header
         was_there, self._was_awaited = self._world.has_reply() and not self._was_awaited, False
-        reply = self._world.step_reply(self._patience(1), expected[1])
+        reply = self._world.step_reply(self._patience_with_oldest(), expected[1])
         if not isinstance(reply, Output):
             raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")
         output = reply.output

@@ -187,16 +187,32 @@ class World:
             replies[found[0]] = found[1]
         return [replies[index] for index in range(len(self.ranks))]
 
-    def wait(self, wake: int, until: float) -> bool:
-        """False if `wake` becomes readable before a rank replies and before that time."""
-        if self._early:
-            return True
+    def wait(self, wake: int, patience: Patience, step_id: int) -> bool:
+        """False if `wake` becomes readable before a rank replies; as patient as `step_reply`."""
+        while not self._early:
+            found = self._await_any(wake, patience.next_look)
+            if wake not in found and found:
+                return True
+            self._check_lateness(patience, step_id)
+            if found:
+                return False
+        return True
+
+    def wait_idle(self, wake: int) -> bool:
+        """False once `wake` is readable; raises as soon as a rank is gone or says that it failed."""
+        while wake not in self._await_any(wake, None):
+            self._read_early()
+        return False
+
+    def _await_any(self, wake: int, until: float | None) -> set[int]:
+        """Which descriptors can be read: `wake`, or else ranks'; None by that time."""
         self._selector.register(wake, selectors.EVENT_READ)
         try:
-            events = self._selector.select(max(0.0, until - time.monotonic()))
+            timeout = None if until is None else max(0.0, until - time.monotonic())
+            found = {key.fd for key, _ in self._selector.select(timeout)}
         finally:
             self._selector.unregister(wake)
-        return not events or any(key.fd != wake for key, _ in events)
+        return found - {wake} or found
 
     def has_reply(self) -> bool:
         return bool(self._early or self._selector.select(0))
@@ -204,9 +220,13 @@ class World:
     def step_reply(self, patience: Patience, step_id: int) -> Reply:
         """The next reply of any rank, which should be the output of step `step_id`."""
         while (found := self._next(patience.next_look, step_id)) is None:
-            if patience.is_over(self._sign_of_life(step_id)):
-                raise self._late_answer(step_id)
+            self._check_lateness(patience, step_id)
         return found[1]
+
+    def _check_lateness(self, patience: Patience, step_id: int) -> None:
+        """Takes a look where one is due; RankError where patience ends with it."""
+        if time.monotonic() >= patience.next_look and patience.is_over(self._sign_of_life(step_id)):
+            raise self._late_answer(step_id)
 
     def _sign_of_life(self, step_id: int) -> tuple[int | None, Now | None]:
         """The rank that keeps a step from its end, and what it is in the middle of."""

@@ -26,8 +26,6 @@ class RequestState:
     last_step_id: int = -1
     is_leaving: bool = False  # gives its blocks back once its ids have come
     is_new: bool = True  # the ranks do not know it in its slot
-    needs_mask: bool = False
-    stop_ids: frozenset[int] = frozenset()
     shared: list[list[int]] = field(default_factory=list)  # of its tables, before its first step
     keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -36,6 +34,19 @@ class RequestState:
     scheduled_s: float | None = None  # of the engine's clock: when its first step was
     finish_reason: str | None = None
     stop_reason: int | str | None = None  # a token, a stop string, or what went wrong
+    last_decode: int = field(
+        init=False
+    )  # behind it nothing is computed: what it yields is the last
+    least_len: int = field(init=False)  # tokens up to which no token ends it
+    end_ids: frozenset[int] = field(init=False)
+    needs_mask: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        request, params = self.request, self.request.params
+        self.last_decode = request.max_len - 1
+        self.least_len = request.min_len if params.min_tokens else 0
+        self.end_ids = request.eos_token_ids | frozenset(params.stop_token_ids)
+        self.needs_mask = params.structured_outputs is not None
 
     @property
     def num_prompt(self) -> int:
@@ -46,30 +57,25 @@ class RequestState:
         return len(self.token_ids) - self.num_prompt
 
     @property
-    def last_decode(self) -> int:
-        """The token behind which nothing more is computed: the one it yields is the last."""
-        return self.request.max_len - 1
+    def num_uncomputed(self) -> int:
+        """Given tokens that are still to be computed, as far as is known."""
+        return self.num_given - max(self.num_computed, self.num_cached)
 
     def append(self, token_id: int) -> None:
         """Takes a sampled id and sees whether it ends the request."""
         self.token_ids.append(token_id)
-        request = self.request
         length = len(self.token_ids)
-        if length > request.min_len or not request.params.min_tokens:
-            if token_id in request.eos_token_ids:
-                self.finish_reason = "stop"
-                return
-            if token_id in self.stop_ids:
-                self.finish_reason, self.stop_reason = "stop", token_id
-                return
-        if length >= request.max_len:
+        if token_id in self.end_ids and length > self.least_len:
+            self.finish_reason = "stop"
+            if token_id not in self.request.eos_token_ids:
+                self.stop_reason = token_id
+        elif length > self.last_decode:
             self.finish_reason = "length"
 
     def setup(self, slot: int) -> SlotSetup:
         """What the ranks must know of it in a slot."""
         request, params = self.request, self.request.params
         needs_ids = params.has_penalties or params.prompt_logprobs is not None
-        stop_ids = sorted(request.eos_token_ids | set(params.stop_token_ids))
         sampling = SamplingSetup(
             seed=request.seed,
             choice=request.choice,
@@ -81,8 +87,8 @@ class RequestState:
             frequency_penalty=params.frequency_penalty,
             presence_penalty=params.presence_penalty,
             logit_bias=list((params.logit_bias or {}).items()),
-            min_len=request.min_len if params.min_tokens else 0,
-            stop_ids=stop_ids if params.min_tokens else [],
+            min_len=self.least_len,
+            stop_ids=sorted(self.end_ids) if params.min_tokens else [],
             num_logprobs=params.logprobs,
             num_prompt_logprobs=params.prompt_logprobs,
             num_prompt=self.num_prompt,

@@ -22,7 +22,7 @@ from bireme.engine.decode_groups import DecodeGroups
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.waiting_queue import Deadlines, OrderedRequests
 from bireme.errors import CapacityError, RequestError
-from bireme.kvcache.block_manager import BlockManager, block_key
+from bireme.kvcache.block_manager import BlockManager, block_keys
 from bireme.parallel.layout import CacheKind
 from bireme.request import (
     WARM_UP_STEP,
@@ -97,11 +97,12 @@ class Scheduler:
     # --- requests ------------------------------------------------------------------------------
 
     def add(self, request: Request) -> RequestState:
-        """Lets a request wait; CapacityError where the queue is full or the cache too small."""
-        most, chunk = self.limits.max_num_waiting, self.limits.max_num_batched_tokens
-        if most is not None and len(self._waiting) >= most:
+        """Lets a request wait; CapacityError where seats and queue are full or the cache is too small."""
+        chunk = self.limits.max_num_batched_tokens
+        if not self.room_to_wait:
             raise CapacityError(
-                f"{most} requests wait already, which is the limit; try again later"
+                f"{len(self._states)} requests are there, of which {self.limits.max_num_seqs} may run "
+                f"and {self.limits.max_num_waiting} wait; try again later"
             )
         if not self.blocks.can_ever_hold(request.max_len, chunk):
             raise CapacityError(
@@ -112,8 +113,6 @@ class Scheduler:
             raise RequestError(f"request {request.request_id} is there already")
         due = request.arrival_s + request.priority * PRIORITY_SPAN_S
         state = RequestState(request, (due, self._num_added), list(request.prompt_token_ids))
-        state.needs_mask = request.params.structured_outputs is not None
-        state.stop_ids = frozenset(request.params.stop_token_ids)
         self._num_added += 1
         self._states[request.request_id] = state
         self._waiting.add(state)
@@ -157,9 +156,12 @@ class Scheduler:
 
     @property
     def room_to_wait(self) -> int:
-        """How many more requests may wait now."""
+        """How many more requests may come now: those that find a seat at the next step count as
+        running."""
         most = self.limits.max_num_waiting
-        return sys.maxsize if most is None else max(0, most - len(self._waiting))
+        if most is None:
+            return sys.maxsize
+        return max(0, most + self.limits.max_num_seqs - len(self._states))
 
     @property
     def num_waiting(self) -> int:
@@ -305,9 +307,8 @@ class Scheduler:
         if known <= state.num_published:
             return
         self._extend_keys(state)
-        for index in range(state.num_published, known):
-            self.blocks.publish(state.slot, index, state.keys[index])
-        state.num_published = known
+        first, state.num_published = state.num_published, known
+        self.blocks.publish(state.slot, first, state.keys[first:known])
 
     def update(self, output: StepOutput) -> list[News]:
         """Takes the oldest batch's output; what it brought to requests that have not ended."""
@@ -342,18 +343,25 @@ class Scheduler:
     # --- admission and preemption --------------------------------------------------------------
 
     def _admit(self) -> None:
-        while self._waiting and self._free_slots:
-            state, available = self._waiting.first, self.blocks.num_available
-            if self._refused == (state, available):
-                return
-            keys = self._cached_keys(state)
-            chunk = self.limits.max_num_batched_tokens
-            num_tokens = len(state.token_ids) + 1
-            if not self.blocks.can_start(keys, num_tokens, chunk, self._reserve()):
+        """As many as the next steps can begin to compute, while there are seats and room."""
+        if not (self._waiting and self._free_slots):
+            return
+        chunk, available = self.limits.max_num_batched_tokens, self.blocks.num_available
+        if self._refused == (self._waiting.first, available):
+            return
+        most = 2 * self.limits.pp_size * chunk  # what `tokens_at_once` looks at
+        pending, reserve = sum(state.num_uncomputed for state in self._prefilling), self._reserve()
+        while self._waiting and self._free_slots and pending < most:
+            state = self._waiting.first
+            keys, num_tokens = self._cached_keys(state), len(state.token_ids)
+            if not self.blocks.can_start(keys, num_tokens + 1, chunk, reserve):
                 self._refused = (state, available)
                 return
             self._waiting.remove(state)
-            self._start(state)
+            self._start(state, len(keys))
+            pending += state.num_uncomputed
+            needed = self.blocks.needed_at_once(num_tokens, chunk)
+            reserve = [kept + more + 1 for kept, more in zip(reserve, needed, strict=True)]
 
     def _reserve(self) -> list[int]:
         """Blocks that running requests will soon need: the rest of each prompt, one for a decode."""
@@ -378,19 +386,20 @@ class Scheduler:
 
     def _extend_keys(self, state: RequestState) -> None:
         size, keys = self.limits.block_size, state.keys
-        for index in range(len(keys), len(state.token_ids) // size):
+        if len(state.token_ids) >= (len(keys) + 1) * size:
             parent = keys[-1] if keys else self._root(state)
-            keys.append(block_key(parent, state.token_ids[index * size : (index + 1) * size]))
+            keys += block_keys(parent, state.token_ids[len(keys) * size :], size)
 
     def _root(self, state: RequestState) -> bytes:
         """Where rotary frequencies depend on a request's longest length, so do its keys and values."""
         salt = state.request.max_len if self.limits.depends_on_length else 0
         return salt.to_bytes(8, "little")
 
-    def _start(self, state: RequestState) -> None:
+    def _start(self, state: RequestState, num_cached_blocks: int) -> None:
         slot = state.slot = self._free_slots.pop()
         state.is_new, state.num_computed = True, 0
         state.num_given = len(state.token_ids)
+        state.num_cached = num_cached_blocks * self.limits.block_size
         self.blocks.start(slot, [])
         self._slots[slot] = state
         self._groups.join(state)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Mapping, Sequence
 
 from bireme.request import SamplingSetup, ScheduledBatch, StepMasks, StepOutput
+
+
+def until_readable(fd: int) -> None:
+    """Waits where nothing else can happen."""
+    select.select([fd], [], [])
 
 
 class ScriptedExecutor:
@@ -29,7 +35,9 @@ class ScriptedExecutor:
         self.is_broken = True
 
     def wait(self, wake: int) -> bool:
-        return True
+        if not self._in_flight:
+            until_readable(wake)
+        return bool(self._in_flight)
 
     def collect(self) -> StepOutput:
         batch = self._in_flight.popleft()

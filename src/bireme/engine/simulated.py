@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from bireme.engine.scripted import until_readable
 from bireme.request import ScheduledBatch, StepMasks, StepOutput
 
 
@@ -68,7 +69,9 @@ class SimulatedExecutor:
         self.is_broken = True
 
     def wait(self, wake: int) -> bool:
-        return True
+        if not self._submitted:
+            until_readable(wake)
+        return bool(self._submitted)
 
     def collect(self) -> StepOutput:
         """Takes the clock to the end of the oldest step."""

@@ -17,6 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,7 +29,7 @@ from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import TensorSource
 from bireme.engine.capture import StepCapture
-from bireme.engine.channel import StepSource, open_source
+from bireme.engine.channel import Steps, StepSource, open_source
 from bireme.engine.messages import (
     Capture,
     Command,
@@ -157,7 +158,7 @@ class Worker:
         self._comm = join(
             command.widths,
             command.rank,
-            Path(command.store_path),
+            Path(command.store_path) if command.segment else _held_open(command.store_path),
             self._device,
             command.timeout_s,
             self._spans,
@@ -214,6 +215,14 @@ class Worker:
         return Done()
 
 
+def _held_open(store_path: str) -> Path:
+    """The same file, for as long as this process lives. torch opens it anew each time, at last when the
+    groups of a world that was left are collected; where it is gone, with the driver, torch waits for
+    minutes and lets no other thread run, and where it is another world's, for ever."""
+    fd = os.open(store_path, os.O_RDWR | os.O_CLOEXEC)
+    return Path(f"/proc/self/fd/{fd}")
+
+
 def _open_source(command: Load, model: StageModel, rank: int) -> TensorSource:
     if command.folder is not None:
         return open_folder(Path(command.folder), rank)
@@ -235,22 +244,26 @@ def _failure(error: BaseException) -> Failed:
 
 
 def _read_commands(sock: socket.socket, commands: Commands) -> None:
-    """The lifeline: when the driver's end closes, this process ends at once."""
-    reader = CommandReader(sock)
+    """The lifeline: when the driver's end closes, this process ends at once, and leaves no file that the
+    driver would have removed."""
+    reader, steps = CommandReader(sock), list[Steps]()
     try:
         while True:
-            commands.put(reader.next())
+            command = reader.next()
+            if isinstance(command, Join):
+                steps = [command.steps]
+            commands.put(command)
     except EOFError:
+        for one in steps:
+            one.remove()
         os._exit(0)
     except Exception as error:
         _end(sock, error)
 
 
 def _answer(sock: socket.socket, reply: Reply) -> None:
-    try:
+    with suppress(ConnectionError):  # the driver is gone: `_read_commands` ends this process
         send(sock, reply)
-    except ConnectionError:
-        os._exit(0)  # the driver is gone, and with it everyone who could read this
 
 
 def _end(sock: socket.socket, error: Exception) -> NoReturn:

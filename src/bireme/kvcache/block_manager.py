@@ -24,9 +24,17 @@ from bireme.parallel.layout import CacheKind
 NULL_BLOCK = 0
 
 
-def block_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """Of a block that follows the one with key `parent`. Nobody can make two prompts collide."""
-    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16, key=parent).digest()
+def block_keys(parent: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Of the full blocks of tokens behind the block with key `parent`. Nobody can make two prompts
+    collide."""
+    data = array("i", token_ids).tobytes()
+    num_bytes = len(data) // max(1, len(token_ids)) * block_size
+    keys: list[bytes] = []
+    for start in range(0, len(data) - num_bytes + 1, num_bytes):
+        block = parent + data[start : start + num_bytes]
+        parent = hashlib.blake2b(block, digest_size=16).digest()
+        keys.append(parent)
+    return keys
 
 
 class BlockPool:
@@ -49,15 +57,18 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - 1 - self.num_available
 
-    def take(self) -> int:
-        """A block for new tokens; what was cached longest ago is forgotten first."""
-        if self._free:
-            block = self._free.pop()
-        else:
+    def take(self, count: int) -> list[int]:
+        """Blocks for new tokens; what was cached longest ago is forgotten first."""
+        rest = max(0, len(self._free) - count)
+        taken = self._free[rest:][::-1]
+        del self._free[rest:]
+        while len(taken) < count:
             block, _ = self._cached.popitem(last=False)
             del self._blocks[self._keys.pop(block)]
-        self._num_users[block] = 1
-        return block
+            taken.append(block)
+        for block in taken:
+            self._num_users[block] = 1
+        return taken
 
     def find(self, key: bytes) -> int | None:
         return self._blocks.get(key)
@@ -211,11 +222,12 @@ class BlockManager:
         self._tables[slot] = tables
         return [list(table.blocks) for table in tables] if keys else []
 
-    def publish(self, slot: int, index: int, key: bytes) -> None:
-        """Block `index` of the slot is full and has this key."""
+    def publish(self, slot: int, first: int, keys: Sequence[bytes]) -> None:
+        """Blocks from index `first` on of the slot are full and have these keys."""
         for pool, table in zip(self._pools, self._tables[slot], strict=True):
-            if index >= table.num_dropped:
-                pool.publish(table.blocks[index], key)
+            for index, key in enumerate(keys, first):
+                if index >= table.num_dropped:
+                    pool.publish(table.blocks[index], key)
 
     # --- growth --------------------------------------------------------------------------------
 
@@ -227,10 +239,14 @@ class BlockManager:
         """Blocks of each kind that `slot` needs beside its own to hold `num_tokens` tokens."""
         return max(0, self.blocks_for(num_tokens) - len(self._tables[slot][0].blocks))
 
-    def missing_at_once(self, slot: int, num_tokens: int, chunk: int) -> list[int]:
-        """Blocks of each kind beside the slot's own while it grows to `num_tokens`, `chunk` tokens at a
+    def needed_at_once(self, num_tokens: int, chunk: int) -> list[int]:
+        """Blocks of each kind that a request holds while it grows to `num_tokens`, `chunk` tokens at a
         time."""
-        needed = [self._num_at_once(window, num_tokens, chunk) for window in self._windows]
+        return [self._num_at_once(window, num_tokens, chunk) for window in self._windows]
+
+    def missing_at_once(self, slot: int, num_tokens: int, chunk: int) -> list[int]:
+        """The same, beside what the slot holds already."""
+        needed = self.needed_at_once(num_tokens, chunk)
         tables = zip(needed, self._tables[slot], strict=True)
         return [max(0, count - len(table.held)) for count, table in tables]
 
@@ -257,7 +273,7 @@ class BlockManager:
         if not self.can_extend(slot, num_tokens):
             least = min(self.num_available)
             raise CapacityError(f"slot {slot} needs {missing} more blocks, {least} are free")
-        new = [[pool.take() for _ in range(missing)] for pool in self._pools]
+        new = [pool.take(missing) for pool in self._pools]
         for table, blocks in zip(self._tables[slot], new, strict=True):
             table.blocks.extend(blocks)
         return new

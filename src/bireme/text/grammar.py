@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from bireme.errors import EngineError, RequestError
@@ -16,22 +17,28 @@ from bireme.text.tokenizer import Tokenizer
 
 _MAX_CHARACTERS = 1 << 16
 _MAX_RULES = 1000
-_NUM_TEMPLATES = 32
+_NUM_TEMPLATES = 16
 _COPIES_OF_TEMPLATE = 256
+_NOTHING_FITS = "nothing satisfies it: no token may come next"
+_TOO_COMPLEX = "it is too complex to follow; use shorter patterns, smaller counts and fewer choices"
+_SIGNS_OF_COMPLEXITY = ("too many", "too big", "max is", "too complex")
 
 
 class GrammarMatcher:
-    """How far one text has got in its grammar."""
+    """How far one text has got in its grammar. `on_failure` is called where it can get no further."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, on_failure: Callable[[], None] = lambda: None) -> None:
+        self._matcher, self._on_failure = matcher, on_failure
 
     def accept(self, token_ids: list[int]) -> None:
         """Goes on by these ids; EngineError for one that its mask forbids."""
-        if not self._matcher.consume_tokens(token_ids):
-            raise EngineError(
-                f"tokens {token_ids} do not fit the grammar: {_one_line(self._matcher.get_error())}"
-            )
+        if self._matcher.consume_tokens(token_ids):
+            return
+        why = _known_failure(self._matcher.get_error())
+        if why is None:
+            raise EngineError(f"tokens {token_ids} do not fit the grammar")
+        self._on_failure()
+        raise EngineError(f"the grammar cannot be followed any further: {why}")
 
     def mask(self) -> bytes:
         """Bit i % 8 of byte i // 8 allows id i."""
@@ -57,6 +64,30 @@ class _Template:
         return self._matcher.deep_copy()
 
 
+class _Templates:
+    """The last grammars that could be followed, by their text; each holds some MB at most."""
+
+    def __init__(self, compile_it: Callable[[str], LLMatcher]) -> None:
+        self._compile, self._lock = compile_it, threading.Lock()
+        self._kept: OrderedDict[str, _Template] = OrderedDict()
+
+    def of(self, grammar: str) -> _Template:
+        with self._lock:
+            if grammar in self._kept:
+                self._kept.move_to_end(grammar)
+                return self._kept[grammar]
+        template = _Template(lambda: self._compile(grammar))
+        with self._lock:
+            self._kept[grammar] = template
+            if len(self._kept) > _NUM_TEMPLATES:
+                self._kept.popitem(last=False)
+        return template
+
+    def drop(self, grammar: str) -> None:
+        with self._lock:
+            self._kept.pop(grammar, None)
+
+
 class GrammarCompiler:
     """Makes matchers for the vocabulary of one model; remembers the last grammars. For any thread."""
 
@@ -67,23 +98,57 @@ class GrammarCompiler:
         self._tokens = LLTokenizer(
             tokenizer.to_json(), n_vocab=num_ids, eos_token=sorted(eos_token_ids) or None
         )
-        self._template = lru_cache(_NUM_TEMPLATES)(
-            lambda grammar: _Template(lambda: self._compiled(grammar))
-        )
+        self._templates = _Templates(self._compiled)
 
     def matcher(self, wanted: StructuredOutputsParams) -> GrammarMatcher:
-        """RequestError for a schema or a grammar that is none."""
+        """RequestError for a schema or a grammar that is none, that nothing satisfies, or that cannot be
+        followed in the time of a step."""
         try:
             grammar = _grammar(wanted)
         except Exception as error:  # of a GBNF grammar the library raises bare Exception
             raise RequestError(f"structured outputs: {_one_line(str(error))}") from None
-        return GrammarMatcher(self._template(grammar).copy())
+        copy = self._templates.of(grammar).copy()
+        return GrammarMatcher(copy, lambda: self._templates.drop(grammar))
 
     def _compiled(self, grammar: str) -> LLMatcher:
-        matcher = LLMatcher(self._tokens, grammar, log_level=0)
-        if matcher.is_error():
-            raise RequestError(f"structured outputs: {_one_line(matcher.get_error())}")
+        matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=_limits())
+        if error := matcher.get_error() or _first_failure(matcher):
+            raise RequestError(f"structured outputs: {_known_failure(error) or _one_line(error)}")
         return matcher
+
+
+def _limits() -> LLParserLimits:
+    """So that no grammar holds up a step or the memory: with the library's own, `((a{1000}){1000}){1000}`
+    takes a second and 160 MB. The first fuel also pays for what a grammar forces (text without a
+    choice), and 60 KiB of alternatives need about 60,000 of it."""
+    return LLParserLimits(
+        initial_lexer_fuel=80_000,
+        step_lexer_fuel=60_000,
+        step_max_items=20_000,
+        max_lexer_states=16_000,
+        verbose_errors=False,
+    )
+
+
+def _first_failure(matcher: LLMatcher) -> str:
+    """What goes wrong at the first token, or at the second where the grammar forces the first; most of
+    what can, does. Empty where nothing does."""
+    bits = int.from_bytes(matcher.compute_bitmask(), "little")
+    if error := matcher.get_error():
+        return str(error)
+    if bits.bit_count() != 1:
+        return ""
+    probe = matcher.deep_copy()
+    probe.consume_tokens([bits.bit_length() - 1])
+    return str(probe.get_error())
+
+
+def _known_failure(error: str) -> str | None:
+    """What the library's error means, where it is not that a token was wrong."""
+    if "NoExtension" in error:
+        return _NOTHING_FITS
+    is_too_complex = any(sign in error.lower() for sign in _SIGNS_OF_COMPLEXITY)
+    return _TOO_COMPLEX if is_too_complex else None
 
 
 def _grammar(wanted: StructuredOutputsParams) -> str:
@@ -115,12 +180,18 @@ def _check_size(text: str, num_rules: int) -> None:
 
 
 def _of_schema(schema: object) -> str:
-    """Written as json.dumps does: with any spaces, a model may write them for ever."""
+    """Written as json.dumps does: with any spaces, a model may write them for ever. `oneOf` is taken as
+    `anyOf`."""
     text = json.dumps(schema)
     _check_size(text, text.count("$ref"))
     grammar = LLMatcher.grammar_from_json_schema(
         text,
-        overrides={"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "},
+        overrides={
+            "whitespace_flexible": False,
+            "item_separator": ", ",
+            "key_separator": ": ",
+            "coerce_one_of": True,
+        },
     )
     return str(grammar)
 
