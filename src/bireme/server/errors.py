@@ -113,6 +113,11 @@ def _told(error: Mapping[str, Any]) -> str:
     return f"{where:.100}: {error['msg']:.200}" if where else f"{error['msg']:.200}"
 
 
-async def on_bug(_: Request, error: Exception) -> Response:
+def bug(error: Exception) -> ApiError:
     """The server's log has the traceback."""
-    return ApiError(500, f"internal error: {type(error).__name__}").response()
+    return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
+
+
+async def on_bug(_: Request, error: Exception) -> Response:
+    """Is raised further once it is told."""
+    return bug(error).response()

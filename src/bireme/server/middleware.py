@@ -7,10 +7,11 @@ import hashlib
 import hmac
 import secrets
 import time
+import traceback
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, bug
 from bireme.server.exchange import Exchange
 from bireme.server.generation import ClientGone
 from bireme.server.serving import Serving
@@ -24,7 +25,7 @@ _LONGEST_ID = 256
 class Gate:
     """The outermost layer: one `Exchange` a request, and everything that is refused before a route.
 
-    Raises nothing: what breaks below becomes a 500, or ends a stream that has begun.
+    What breaks below becomes a 500, or cuts a stream that has begun.
     """
 
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
@@ -55,6 +56,12 @@ class Gate:
             exchange.is_left = True
         except ApiError as error:
             await answer.refuse(error, scope, receive)
+        except Exception as error:
+            exchange.error = f"{type(error).__name__}: {error}"
+            self._serving.log.say("a bug", traceback=traceback.format_exc())
+            await answer.refuse(bug(error), scope, receive)
+            if not answer.is_complete:
+                raise  # uvicorn cuts the connection, so that nobody takes this for the end
         finally:
             self._serving.end(is_work)
             exchange.is_left |= not answer.is_complete
