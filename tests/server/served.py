@@ -94,7 +94,9 @@ class Served:
 
     def metric(self, name: str) -> float:
         """The only sample of a gauge or a counter."""
-        (found,) = re.findall(rf"^bireme:{name}{{.*}} (\S+)$", self.ask("GET", "/metrics").text, re.M)
+        (found,) = re.findall(
+            rf"^bireme:{name}{{.*}} (\S+)$", self.ask("GET", "/metrics").text, re.M
+        )
         return float(found)
 
 
