@@ -27,6 +27,7 @@ class Served:
     scheme: str = "http"
     host: str = "127.0.0.1"
     port: int = 0
+    curl: str = ""  # the line to type next
     told: list[str] = field(default_factory=list)
     _lines: queue.Queue[str | None] = field(default_factory=queue.Queue)
 
@@ -57,6 +58,7 @@ class Served:
     def wait_ready(self) -> None:
         found = self.wait_for(r"^serving .* at (https?)://(.+):(\d+)/v1")
         self.scheme, self.host, self.port = found[1], found[2], int(found[3])
+        self.curl = self.wait_for(r"^  (curl http.*)$")[1]
 
     def end(self) -> int:
         """The exit status; what was said until then is in `told`."""
