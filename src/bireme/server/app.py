@@ -125,6 +125,7 @@ def make_app(serving: Serving) -> ASGIApp:
         BiremeError: errors.on_bireme_error,
         StarletteHTTPException: errors.on_http_error,
         RequestValidationError: errors.on_invalid,
+        ClientGone: errors.on_client_gone,
         Exception: errors.on_bug,
     }
     for kind, handler in handlers.items():

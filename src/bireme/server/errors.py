@@ -13,6 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from bireme.errors import BiremeError, CapacityError, EngineError, RequestError
+from bireme.server.exchange import Exchange
 
 _TYPES = {
     400: "invalid_request_error",
@@ -71,6 +72,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status in (429, 503):
             return {"Retry-After": str(_RETRY_S)}
+        if self.status in (408, 413):
+            return {"Connection": "close"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
@@ -111,6 +114,12 @@ def _told(error: Mapping[str, Any]) -> str:
     if not where and error["type"] in ("missing", "model_attributes_type", "dict_type"):
         return "the body must be a JSON object, sent as application/json"
     return f"{where:.100}: {error['msg']:.200}" if where else f"{error['msg']:.200}"
+
+
+async def on_client_gone(request: Request, _: Exception) -> Response:
+    """Nobody hears it; metrics and the log count it as nginx does."""
+    Exchange.of(request.scope).is_left = True
+    return Response(status_code=499)
 
 
 def bug(error: Exception) -> ApiError:
