@@ -65,7 +65,7 @@ class InputProcessor:
         """Token ids work without any tokenizer file; texts of outputs are empty then."""
         return has_tokenizer(self.model.folder)
 
-    def chat_ids(self, messages: Sequence[Message], **variables: Any) -> list[int]:
+    def chat_ids(self, messages: Sequence[Message], /, **variables: Any) -> list[int]:
         """The prompt of a conversation; the template writes the special tokens itself. `variables` as
         in `Tokenizer.apply_chat_template`."""
         text = self.tokenizer.apply_chat_template(messages, **variables)

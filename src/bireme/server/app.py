@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from bireme import __version__
@@ -27,7 +29,7 @@ from bireme.server.protocol.chat import (
     ChatCompletionChunk,
     ChatCompletionRequest,
 )
-from bireme.server.protocol.common import ErrorResponse, ModelCard, ModelList
+from bireme.server.protocol.common import ErrorResponse, Health, ModelCard, ModelList
 from bireme.server.protocol.completions import Completion, CompletionRequest
 from bireme.server.protocol.responses import Event, ModelResponse, ResponsesRequest
 from bireme.server.protocol.tokenize import (
@@ -44,18 +46,36 @@ class _StrictJson(Request):
     """Bodies as JSON is defined: no NaN, no half of a surrogate pair, and an error that says where."""
 
     async def json(self) -> Any:
+        body = await self.body()
         try:
-            return msgspec.json.decode(await self.body())
+            return msgspec.json.decode(body)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            raise HTTPException(400, f"the body is no JSON: {error}") from None
+            raise HTTPException(400, f"the body is no JSON: {_why(body, error)}") from None
+
+
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def _why(body: bytes, error: Exception) -> str:
+    """msgspec takes the end of a text behind half of a surrogate pair for the body's end."""
+    if _HALF.search(body) and "surrogate" not in str(error):
+        return f"{error}, or a text holds half of a surrogate pair"
+    return str(error)
 
 
 class _JsonRoute(APIRoute):
+    """Its body is read before FastAPI takes over, which makes 400 of all that goes wrong on the way."""
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def strictly(request: Request) -> Response:
-            return await handle(_StrictJson(request.scope, request.receive))
+            strict = _StrictJson(request.scope, request.receive)
+            try:
+                await strict.body()
+            except ClientDisconnect:
+                raise ClientGone from None
+            return await handle(strict)
 
         return strictly
 
@@ -70,18 +90,22 @@ def _responses(model: type[Any], chunk: type[Any] | None = None) -> dict[int | s
                 "x-event-schema": chunk.__name__,
             }
         }
-    told = {
-        400: "what was sent cannot be served",
-        401: "the API key is missing or wrong",
-        404: "no such model",
-        408: "the request did not arrive in time",
-        413: "the body is too long",
-        429: "too many requests are waiting; Retry-After says when to try again",
-        503: "the model is loading, the engine broke, or the server is shutting down",
-    }
-    return found | {
-        status: {"model": ErrorResponse, "description": text} for status, text in told.items()
-    }
+    return found | _errors(*_TOLD)
+
+
+_TOLD = {
+    400: "what was sent cannot be served",
+    401: "the API key is missing or wrong",
+    404: "no such model",
+    408: "the request did not arrive in time",
+    413: "the body is too long",
+    429: "too many requests are waiting; Retry-After says when to try again",
+    503: "the model is loading, the engine broke, or the server is shutting down",
+}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorResponse, "description": _TOLD[status]} for status in statuses}
 
 
 def make_app(serving: Serving) -> ASGIApp:
@@ -94,8 +118,9 @@ def make_app(serving: Serving) -> ASGIApp:
         root_path=serving.config.root_path,
         strict_content_type=False,
     )
-    app.include_router(_inference(serving))
-    app.include_router(_state(serving))
+    app.include_router(_inference(serving), responses=_errors(400, 401, 503))
+    app.include_router(_state(serving), responses=_errors(400, 401))
+    _tell_no_422(app)
     handlers: dict[Any, Any] = {
         ApiError: errors.on_api_error,
         BiremeError: errors.on_bireme_error,
@@ -106,14 +131,33 @@ def make_app(serving: Serving) -> ASGIApp:
     }
     for kind, handler in handlers.items():
         app.add_exception_handler(kind, handler)
-    if serving.config.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(serving.config.allowed_origins),
-            allow_methods=["*"],
-            allow_headers=["*"],
-        )
-    return Gate(app, serving)
+    gate = Gate(app, serving)
+    if not serving.config.allowed_origins:
+        return gate
+    return CORSMiddleware(  # before the gate: browsers ask without a key whether they may ask
+        gate,
+        allow_origins=list(serving.config.allowed_origins),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "Retry-After"],
+    )
+
+
+def _tell_no_422(app: FastAPI) -> None:
+    """FastAPI documents what it would answer to a body of the wrong shape; that is a 400 here."""
+    document = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            told = document()
+            for operation in (it for path in told["paths"].values() for it in path.values()):
+                operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                told["components"]["schemas"].pop(name, None)
+        assert app.openapi_schema is not None, "it was made just now"
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def _inference(serving: Serving) -> APIRouter:
@@ -154,6 +198,10 @@ def _inference(serving: Serving) -> APIRouter:
 
 def _state(serving: Serving) -> APIRouter:
     router = APIRouter(tags=["state"])
+    health_responses: dict[int | str, dict[str, Any]] = {
+        200: {"model": Health},
+        503: {"model": Health, "description": "it cannot answer, and why"},
+    }
 
     @router.get("/v1/models", responses={200: {"model": ModelList}})
     async def models() -> Response:
@@ -164,12 +212,13 @@ def _state(serving: Serving) -> APIRouter:
     async def model(model: str) -> Response:
         return _json(_card(serving, serving.check_model(model)))
 
-    @router.get("/health")
+    @router.get("/health", responses=health_responses)
     async def health() -> Response:
         """200 once every rank has made a step; 503 with what it is at before, or what broke."""
         return _health(serving)
 
-    @router.api_route("/ping", methods=["GET", "POST"])
+    @router.post("/ping", responses=health_responses, operation_id="ping_post")
+    @router.get("/ping", responses=health_responses)
     async def ping() -> Response:
         return _health(serving)
 

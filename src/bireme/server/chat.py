@@ -12,8 +12,8 @@ from fastapi.responses import Response
 from bireme.engine.callers import Answers
 from bireme.engine.input_processor import Prompt
 from bireme.outputs import CompletionOutput, Delta, RequestOutput
-from bireme.sampling_params import SamplingParams
-from bireme.server.conversation import template_messages
+from bireme.sampling_params import MAX_LOGPROBS, SamplingParams
+from bireme.server.conversation import template_messages, template_variables
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
 from bireme.server.generation import DONE, open_prompts, respond, sse
@@ -60,7 +60,7 @@ def chat_prompt(serving: Serving, wanted: ChatCompletionRequest, tools: ToolUse)
     goes_on = bool(wanted.continue_final_message)
     return serving.inputs.chat_ids(
         template_messages(wanted.messages),
-        **(wanted.chat_template_kwargs or {}),
+        **template_variables(wanted.chat_template_kwargs),
         tools=tools.shown,
         add_generation_prompt=wanted.add_generation_prompt is not False and not goes_on,
         continue_final_message=goes_on,
@@ -75,6 +75,7 @@ def chat_params(
     most = wanted.max_tokens if most is None else most
     if wanted.top_logprobs is not None and not wanted.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
+    _check_count("top_logprobs", wanted.top_logprobs)
     extra = {} if tools.structure is None else {"structured_outputs": tools.structure}
     return wanted.sampling_params(
         serving.defaults,
@@ -83,6 +84,11 @@ def chat_params(
         prompt_logprobs=wanted.prompt_logprobs,
         **extra,
     )
+
+
+def _check_count(name: str, value: int | None) -> None:
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise ApiError(400, f"{name}={value} must be from 0 to {MAX_LOGPROBS}", param=name)
 
 
 def _room_for(serving: Serving, prompt: Prompt) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from bireme.server.errors import ApiError
+
 _MOST_HEADER_BYTES = 64 << 10
 
 
@@ -51,6 +53,16 @@ class BoundedProtocol(HttpToolsProtocol):
             self._num_head_bytes += len(data)
             if self._num_head_bytes > _MOST_HEADER_BYTES:
                 self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Of what is no HTTP, in the same words as all errors."""
+        body = ApiError(400, msg).as_json()
+        head = (
+            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         self._has_head = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bireme.server.errors import ApiError
@@ -12,10 +12,24 @@ from bireme.text.tokenizer import Message
 
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
+_FIELDS = {"messages", "tools", "add_generation_prompt", "continue_final_message"}
+
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[Message]:
     """ApiError 400 for content that is no text."""
     return [_message(index, message) for index, message in enumerate(messages)]
+
+
+def template_variables(given: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """`chat_template_kwargs`; ApiError 400 for what a request has fields of its own for."""
+    taken = _FIELDS & set(given or ())
+    if taken:
+        raise ApiError(
+            400,
+            f"chat_template_kwargs holds {min(taken)}, which is a field beside it",
+            param="chat_template_kwargs",
+        )
+    return given or {}
 
 
 def _message(index: int, message: ChatMessage) -> Message:

@@ -72,6 +72,8 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.status in (429, 503):
             return {"Retry-After": str(_RETRY_S)}
+        if self.status in (408, 413):
+            return {"Connection": "close"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
@@ -85,12 +87,6 @@ class ApiError(Exception):
 
 class ClientGone(Exception):
     """The client closed its connection: there is nobody to answer."""
-
-
-async def on_client_gone(request: Request, _: Exception) -> Response:
-    """For the log, in nginx's number."""
-    Exchange.of(request.scope).is_left = True
-    return Response(status_code=499)
 
 
 async def on_api_error(_: Request, error: Exception) -> Response:
@@ -124,6 +120,17 @@ def _told(error: Mapping[str, Any]) -> str:
     return f"{where:.100}: {error['msg']:.200}" if where else f"{error['msg']:.200}"
 
 
-async def on_bug(_: Request, error: Exception) -> Response:
+async def on_client_gone(request: Request, _: Exception) -> Response:
+    """Nobody hears it; metrics and the log count it as nginx does."""
+    Exchange.of(request.scope).is_left = True
+    return Response(status_code=499)
+
+
+def bug(error: Exception) -> ApiError:
     """The server's log has the traceback."""
-    return ApiError(500, f"internal error: {type(error).__name__}").response()
+    return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
+
+
+async def on_bug(_: Request, error: Exception) -> Response:
+    """Is raised further once it is told."""
+    return bug(error).response()

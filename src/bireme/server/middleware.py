@@ -7,10 +7,12 @@ import hashlib
 import hmac
 import secrets
 import time
+import traceback
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, bug
 from bireme.server.exchange import Exchange
 from bireme.server.serving import Serving
 
@@ -18,12 +20,14 @@ _OPEN = ("/health",)
 _WHILE_DRAINING = ("/health", "/ping", "/metrics", "/load", "/version")
 _WATCHED = ("/health", "/ping", "/metrics", "/load")  # asked for every few seconds
 _LONGEST_ID = 256
+_LINGER_S = 2.0
+_MOST_DROPPED = 64 << 20  # bytes
 
 
 class Gate:
     """The outermost layer: one `Exchange` a request, and everything that is refused before a route.
 
-    Raises nothing: what breaks below becomes a 500, or ends a stream that has begun.
+    What breaks below becomes a 500, or cuts a stream that has begun.
     """
 
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
@@ -36,22 +40,29 @@ class Gate:
             return
         exchange = _exchange(scope)
         scope.setdefault("state", {})["exchange"] = exchange
+        body = _BoundedBody(scope, receive, self._serving)
         try:
-            await self._serve(exchange, scope, receive, _Answer(send, exchange))
+            await self._serve(exchange, scope, body, _Answer(send, exchange, body))
         finally:
             self._note(exchange, scope)
 
     async def _serve(
-        self, exchange: Exchange, scope: Scope, receive: Receive, answer: _Answer
+        self, exchange: Exchange, scope: Scope, body: _BoundedBody, answer: _Answer
     ) -> None:
         is_work = exchange.method == "POST"
         self._serving.begin(is_work)
         try:
             self._check(exchange, scope)
-            bounded = _BoundedBody(scope, receive, self._serving)
-            await self._app(scope, bounded, answer)
+            body.check_length()
+            await self._app(scope, body, answer)
         except ApiError as error:
-            await answer.refuse(error, scope, receive)
+            await answer.refuse(error, scope)
+        except Exception as error:
+            exchange.error = f"{type(error).__name__}: {error}"
+            self._serving.log.say("a bug", traceback=traceback.format_exc())
+            await answer.refuse(bug(error), scope)
+            if not answer.is_complete:
+                raise  # uvicorn cuts the connection, so that nobody takes this for the end
         finally:
             self._serving.end(is_work)
             exchange.is_left |= not answer.is_complete
@@ -109,10 +120,14 @@ def _exchange(scope: Scope) -> Exchange:
 
 
 class _Answer:
-    """`send`, with the request's id among the headers and the status noted."""
+    """`send`, with the request's id among the headers and the status noted.
 
-    def __init__(self, send: Send, exchange: Exchange) -> None:
-        self._send, self._exchange = send, exchange
+    An answer ends once its request is whole: a client that listens only then would find the
+    connection cut, and never see why.
+    """
+
+    def __init__(self, send: Send, exchange: Exchange, body: _BoundedBody) -> None:
+        self._send, self._exchange, self._body = send, exchange, body
         self.is_complete = False
 
     async def __call__(self, message: Message) -> None:
@@ -122,13 +137,17 @@ class _Answer:
             message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
         elif message["type"] == "http.response.body":
             self.is_complete = not message.get("more_body", False)
+            if self.is_complete and self._body.is_coming:
+                await self._send({**message, "more_body": True})
+                await self._body.drop()
+                message = {"type": message["type"], "body": b""}
         await self._send(message)
 
-    async def refuse(self, error: ApiError, scope: Scope, receive: Receive) -> None:
+    async def refuse(self, error: ApiError, scope: Scope) -> None:
         """And closes the connection, on which more of the request may be to come."""
         if self._exchange.status is None:
             self._exchange.error = error.message
-            await error.response({"Connection": "close"})(scope, receive, self)
+            await error.response({"Connection": "close"})(scope, self._body, self)
 
 
 class _BoundedBody:
@@ -139,26 +158,41 @@ class _BoundedBody:
         self._receive, self._most = receive, config.max_body_bytes
         self._timeout_s = config.receive_timeout_s
         self._deadline_s = time.monotonic() + config.receive_timeout_s
-        self._num_bytes, self._is_whole = 0, False
         declared = _header(scope, b"content-length")
-        if declared.isdigit() and int(declared) > self._most:
-            self._refuse(int(declared))
+        self._declared = int(declared) if declared.isdigit() else 0
+        self._num_bytes = 0
+        self.is_coming = self._declared > 0 or bool(_header(scope, b"transfer-encoding"))
+
+    def check_length(self) -> None:
+        """As far as it is declared."""
+        if self._declared > self._most:
+            self._refuse(self._declared)
 
     async def __call__(self) -> Message:
-        if self._is_whole:  # only a disconnect is left to come
+        if not self.is_coming:  # only an empty part, or a disconnect, is left to come
             return await self._receive()
         try:
             async with asyncio.timeout(self._deadline_s - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
+            self.is_coming = False
             raise ApiError(
                 408, f"the request did not arrive within {self._timeout_s:g} s", code="timeout"
             ) from None
         self._num_bytes += len(message.get("body", b""))
-        self._is_whole = not message.get("more_body", False)
+        self.is_coming = message.get("more_body", False)
         if self._num_bytes > self._most:
             self._refuse(self._num_bytes)
         return message
+
+    async def drop(self) -> None:
+        """Takes what is still on its way, for a moment."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while self.is_coming and self._num_bytes < _MOST_DROPPED:
+                    message = await self._receive()
+                    self._num_bytes += len(message.get("body", b""))
+                    self.is_coming = message.get("more_body", False)
 
     def _refuse(self, num_bytes: int) -> None:
         raise ApiError(

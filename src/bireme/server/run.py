@@ -14,6 +14,7 @@ import uvicorn
 import uvloop
 
 from bireme.engine.client import EngineClient, EngineProcess
+from bireme.errors import UserError
 from bireme.server.app import make_app
 from bireme.server.config import ServerConfig
 from bireme.server.connections import BoundedProtocol
@@ -40,7 +41,7 @@ class FrontEnd:
         self._ending: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
-        """The exit status: 1 where the engine broke."""
+        """The exit status: 1 where the engine broke, 2 where what was asked for cannot be."""
         client = EngineClient(self._process, _template(self.config))
         self._serving = Serving(self.config, client, self._process.model, self._log)
         self._server = _Server(self._uvicorn_config())
@@ -56,7 +57,9 @@ class FrontEnd:
             await client.aclose()
             await asyncio.to_thread(self._serving.tracer.close)
         error = self._serving.broken if self._ending is None else None
-        return 0 if error is None else 1
+        if error is None:
+            return 0
+        return 2 if isinstance(error, UserError) else 1
 
     def _uvicorn_config(self) -> uvicorn.Config:
         config = self.config

@@ -22,7 +22,7 @@ from bireme.server.tools.parsers import style_of
 from bireme.server.tracing import Tracer
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_MOST_NAMES = 1000
+_MOST_NAMES = 100
 
 
 class Serving:
@@ -118,6 +118,7 @@ class Serving:
     def note_unknown(self, route: str, fields: Mapping[str, Any] | None) -> None:
         """Logs the fields that a route does not know, each once."""
         new = {f"{route} {name:.60}" for name in fields or ()} - self._unknown
-        if new and len(self._unknown) < _MOST_NAMES:
-            self._unknown |= new
-            self.log.say("fields that are accepted and do nothing", fields=sorted(new))
+        told = sorted(new)[: _MOST_NAMES - len(self._unknown)]
+        if told:
+            self._unknown.update(told)
+            self.log.say("fields that are accepted and do nothing", fields=told)

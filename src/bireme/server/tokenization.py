@@ -9,7 +9,7 @@ from fastapi.responses import Response
 
 from bireme.engine.input_processor import InputProcessor
 from bireme.errors import RequestError
-from bireme.server.conversation import template_messages
+from bireme.server.conversation import template_messages, template_variables
 from bireme.server.errors import ApiError
 from bireme.server.protocol.tokenize import (
     DetokenizeRequest,
@@ -43,7 +43,7 @@ def _ids(inputs: InputProcessor, wanted: TokenizeRequest) -> list[int]:
     goes_on = bool(wanted.continue_final_message)
     return inputs.chat_ids(
         template_messages(wanted.messages),
-        **(wanted.chat_template_kwargs or {}),
+        **template_variables(wanted.chat_template_kwargs),
         tools=[tool.model_dump(exclude_none=True) for tool in wanted.tools or []] or None,
         add_generation_prompt=wanted.add_generation_prompt is not False and not goes_on,
         continue_final_message=goes_on,

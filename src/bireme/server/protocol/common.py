@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bireme.errors import RequestError
 from bireme.sampling_params import MAX_SEED, SamplingParams, StructuredOutputsParams
 
 
@@ -126,7 +127,11 @@ class SamplingFields(Fields):
             return None
         if wanted.type == "json_object":
             return StructuredOutputsParams(json_object=True)
-        schema = wanted.json_schema.schema_ if wanted.json_schema is not None else None
+        if wanted.json_schema is None:
+            raise RequestError(
+                "response_format json_schema needs a json_schema; give it beside type"
+            )
+        schema = wanted.json_schema.schema_
         return StructuredOutputsParams(json={} if schema is None else schema)
 
 
@@ -164,6 +169,14 @@ class ErrorInfo(Sent):
 
 class ErrorResponse(Sent):
     error: ErrorInfo
+
+
+class Health(Sent):
+    """`doing` while the model loads, `error` where it broke."""
+
+    status: Literal["ready", "loading", "not started", "broken", "shutting down"]
+    doing: str | None = None
+    error: str | None = None
 
 
 class ModelCard(Sent):

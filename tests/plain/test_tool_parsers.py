@@ -1,0 +1,184 @@
+"""Calls in a model's text: the same in whatever pieces it comes, and no text is lost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from bireme.server.tools.parsers import (
+    BareCalls,
+    MarkedCalls,
+    NamedCall,
+    ToolParser,
+    joined,
+    parser_of,
+    style_of,
+)
+
+Call = tuple[str | None, str]
+STYLES: dict[str, Callable[[], ToolParser]] = {
+    "hermes": MarkedCalls,
+    "llama3_json": BareCalls,
+    "list": lambda: BareCalls(is_list=True),
+    "named": lambda: NamedCall("f"),
+}
+
+
+def read(parser: ToolParser, pieces: Sequence[str]) -> tuple[str, list[Call]]:
+    """Content, and calls by name and arguments; checks that names and ids come once, in order."""
+    parts = [*map(parser.add, pieces), parser.finish()]
+    found = [piece for part in parts for piece in part.calls]
+    begun = [piece.index for piece in found if piece.id is not None]
+    assert begun == list(range(len(begun)))
+    assert len({piece.id for piece in found if piece.id is not None}) == len(begun)
+    assert all((piece.id is None) == (piece.name is None) for piece in found)
+    assert [piece.index for piece in found] == sorted(piece.index for piece in found)
+    return (
+        "".join(part.content for part in parts),
+        [(call.name, call.arguments) for call in joined(found)],
+    )
+
+
+WORDS = st.sampled_from(
+    [
+        "<tool_call>", "</tool_call>", "<tool_", "call>", "<", "</", "<|python_tag|>", "<|pyt", "{", "}",
+        "[", "]", '"', "\\", '\\"', ":", ",", ";", " ", "\n", '"name"', '"arguments"', '"parameters"',
+        '"f"', '{"name": "f", "arguments": {', '{"a": [1, {"b": "}"}]}', '"}"', "null", "1.5", "é", "😀", "text",
+        '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>',
+        '{"name": "g", "parameters": {"y": "\\"}{"}}',
+    ]
+)  # fmt: skip
+TEXTS = st.lists(WORDS, max_size=14).map("".join)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, data=st.data())
+@example('<tool_call>{"name": "f", "arguments": "a text"}</tool_call>', None)
+@example('<tool_call>{"name": "f", "arguments": {}} ', None)
+@example('{"name": "f", "parameters": {}} and more', None)
+def test_any_pieces_of_a_text_give_what_it_gives_at_once(
+    style: str, text: str, data: st.DataObject | None
+) -> None:
+    whole = read(STYLES[style](), [text])
+    assert read(STYLES[style](), list(text) or [""]) == whole
+    if data is not None and text:
+        cuts = sorted(data.draw(st.sets(st.integers(1, len(text)))))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert read(STYLES[style](), pieces) == whole
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+CALLS = st.lists(
+    st.tuples(
+        st.text(min_size=1, max_size=8), st.dictionaries(st.text(max_size=5), JSON, max_size=3)
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(CALLS, st.booleans(), st.sampled_from(["", "Let me see."]), st.sampled_from([None, 2]))
+def test_calls_as_hermes_writes_them_are_read_back(
+    calls: list[tuple[str, dict[str, object]]], is_ascii: bool, before: str, indent: int | None
+) -> None:
+    written = [
+        json.dumps({"name": name, "arguments": given}, ensure_ascii=is_ascii, indent=indent)
+        for name, given in calls
+    ]
+    text = before + "".join(f"\n<tool_call>\n{one}\n</tool_call>" for one in written)
+    content, found = read(MarkedCalls(), list(text))
+    assert content == before
+    assert [(name, json.loads(given)) for name, given in found] == calls
+
+
+@settings(max_examples=150, deadline=None)
+@given(CALLS, st.sampled_from(["", "<|python_tag|>"]), st.sampled_from(["; ", ";", ", ", "\n"]))
+def test_calls_as_llama_writes_them_are_read_back(
+    calls: list[tuple[str, dict[str, object]]], prefix: str, between: str
+) -> None:
+    written = [json.dumps({"name": name, "parameters": given}) for name, given in calls]
+    content, found = read(BareCalls(), list(prefix + between.join(written)))
+    assert content == ""
+    assert [(name, json.loads(given)) for name, given in found] == calls
+    assert read(BareCalls(is_list=True), ["[" + ", ".join(written) + "]"]) == ("", found)
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama3_json"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello there.",
+        "a < b and {c}",
+        "<tool_call>",
+        "<tool_call> no object </tool_call>",
+        '<tool_call>{"other": 1}</tool_call>',
+        "<tool_",
+        "",
+        "say \n\n",
+        "[1, 2]",
+    ],
+)
+def test_a_text_without_calls_is_content(style: str, text: str) -> None:
+    content, calls = read(parser_of(style), list(text))
+    assert (content, calls) == (text, [])
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama3_json"])
+def test_an_object_that_names_no_function_is_content(style: str) -> None:
+    text = '{"city": "Paris"}'
+    assert read(parser_of(style), list(text)) == (text, [])
+
+
+def test_text_around_calls_is_content() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    content, calls = read(MarkedCalls(), [f"before {call} between {call} after"])
+    assert content.split() == ["before", "between", "after"]
+    assert calls == [("f", "{}")] * 2
+    assert read(BareCalls(), [f"{call[11:-12]} and more"]) == (" and more", [("f", "{}")])
+
+
+def test_an_unfinished_call_is_told_as_far_as_it_came() -> None:
+    text = '<tool_call>{"name": "f", "arguments": {"x": "unfin'
+    assert read(MarkedCalls(), list(text)) == ("", [("f", '{"x": "unfin')])
+    assert read(BareCalls(), list(text[11:])) == ("", [("f", '{"x": "unfin')])
+
+
+def test_arguments_written_as_a_text_are_what_it_holds() -> None:
+    inner = json.dumps({"x": '"}'})
+    text = json.dumps({"name": "f", "arguments": inner})
+    assert read(MarkedCalls(), [f"<tool_call>{text}</tool_call>"])[1] == [("f", inner)]
+    assert read(BareCalls(), list(text))[1] == [("f", inner)]
+
+
+def test_arguments_may_come_before_the_name() -> None:
+    text = '{"parameters": {"x": [1, {"y": 2}]}, "name": "f"}'
+    assert read(BareCalls(), list(text))[1] == [("f", '{"x": [1, {"y": 2}]}')]
+
+
+@pytest.mark.parametrize(
+    ("template", "wanted", "style"),
+    [
+        ("{% if tools %}<tool_call>{% endif %}", "auto", "hermes"),
+        ("{% if tools %}<|python_tag|>{% endif %}", "auto", "llama3_json"),
+        ("{{ messages }}", "auto", None),
+        (None, "auto", None),
+        (None, "hermes", "hermes"),
+        ("{% if tools %}<tool_call>{% endif %}", "none", None),
+    ],
+)
+def test_the_style_is_the_chat_templates_unless_it_is_given(
+    template: str | None, wanted: str, style: str | None
+) -> None:
+    assert style_of(template, wanted) == style
