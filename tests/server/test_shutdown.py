@@ -154,7 +154,7 @@ def test_a_whole_answer_that_breaks_is_an_error_of_its_own() -> None:
         ("/nowhere/at/all", (), "/nowhere/at/all"),
         (DEMO, ("--max-model-len", "999999"), "999999"),
         (DEMO, ("--memory-limit", "1MiB"), "1.0 MiB"),
-        (DEMO, ("-tp", "7"), "7"),
+        (DEMO, ("-tp", "9"), "8 query heads"),
     ],
 )
 def test_what_cannot_start_says_so_in_a_line_and_exits_with_2(

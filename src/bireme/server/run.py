@@ -14,7 +14,7 @@ import uvicorn
 import uvloop
 
 from bireme.engine.client import EngineClient, EngineProcess
-from bireme.errors import UserError
+from bireme.errors import EngineError, UserError
 from bireme.server.app import make_app
 from bireme.server.config import ServerConfig
 from bireme.server.connections import BoundedProtocol
@@ -127,6 +127,7 @@ class FrontEnd:
                 await serving.until_idle()
         except TimeoutError:
             self._log.say("not all requests ended in time", requests=serving.num_active)
+            serving.client.callers.fail(EngineError("the server is shutting down"))
         self._server.should_exit = True
 
 
