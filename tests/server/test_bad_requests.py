@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,14 @@ def all_of(sock: socket.socket) -> bytes:
 
 def status_of(answer: bytes) -> int:
     return int(answer.split(b" ", 2)[1])
+
+
+def next_status(sock: socket.socket) -> int:
+    """Of one whole answer on a connection that stays open."""
+    response = HTTPResponse(sock)
+    response.begin()
+    response.read()
+    return response.status
 
 
 def error_of(answer: bytes) -> dict[str, Any]:
@@ -399,9 +408,9 @@ def test_pipelined_requests_are_answered_in_their_order(server: Served) -> None:
 def test_a_connection_can_be_used_again_after_an_error(server: Served) -> None:
     with connect(server) as sock:
         sock.sendall(post(COMPLETIONS, b"{"))
-        assert status_of(sock.recv(1 << 16)) == 400
+        assert next_status(sock) == 400
         sock.sendall(post(COMPLETIONS, b'{"prompt": "x", "max_tokens": 1}'))
-        assert status_of(sock.recv(1 << 16)) == 200
+        assert next_status(sock) == 200
 
 
 @contextmanager

@@ -28,7 +28,8 @@ class Answers:
         self.streams = [one.stream for one in opened]
         self._names = [request.request_id for one in opened for request, _ in one.requests]
         self._end = end
-        self._deltas: asyncio.Queue[Delta | Exception] = asyncio.Queue()
+        self._found: list[Delta | Exception] = []
+        self._taker: asyncio.Future[None] | None = None  # waits for the next of them
         self._num_unfinished = len(opened)
 
     def __enter__(self) -> Answers:
@@ -46,18 +47,24 @@ class Answers:
         return not self._num_unfinished
 
     def put(self, item: Delta | Exception) -> None:
-        self._deltas.put_nowait(item)
+        self._found.append(item)
+        if self._taker is not None and not self._taker.done():
+            self._taker.set_result(None)
 
     async def take(self) -> list[Delta]:
         """All that have come, at least one; raises what went wrong behind them."""
-        found = [await self._deltas.get()]
-        while not self._deltas.empty() and not isinstance(found[-1], Exception):
-            found.append(self._deltas.get_nowait())
-        if isinstance(found[-1], Exception):
-            if len(found) == 1:
-                raise found[-1]
-            self._deltas.put_nowait(found.pop())
-        deltas = [item for item in found if isinstance(item, Delta)]
+        if not self._found:
+            self._taker = asyncio.get_running_loop().create_future()
+            await self._taker
+        found, self._found = self._found, []
+        deltas: list[Delta] = []
+        for index, item in enumerate(found):
+            if isinstance(item, Exception):
+                if not deltas:
+                    raise item
+                self._found = found[index:]
+                break
+            deltas.append(item)
         self._num_unfinished -= sum(delta.output is not None for delta in deltas)
         return deltas
 

@@ -69,7 +69,22 @@ class InputProcessor:
         """The prompt of a conversation; the template writes the special tokens itself. `variables` as
         in `Tokenizer.apply_chat_template`."""
         text = self.tokenizer.apply_chat_template(messages, **variables)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return self.encode(text, "the conversation", add_special_tokens=False)
+
+    def encode(self, text: str, what: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a prompt, which errors call `what`.
+
+        RequestError for a text that the context could not hold however it is cut, before it is cut,
+        which takes long.
+        """
+        check_text(text, what)
+        most, longest = self.model.max_model_len, self.tokenizer.longest_token
+        if len(text) > most * longest:
+            raise RequestError(
+                f"{what} has {len(text)} characters; the context holds {most} tokens, "
+                f"of at most {longest} characters each"
+            )
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def open(
         self,
@@ -83,9 +98,8 @@ class InputProcessor:
     ) -> Opened:
         """Checks a prompt and what is asked of it; RequestError before it reaches the engine."""
         text = prompt if isinstance(prompt, str) else None
-        if text is not None:
-            check_text(text, f"prompt {index}")
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        where = f"prompt {index}"
+        ids = self.encode(prompt, where) if isinstance(prompt, str) else list(prompt)
         check_prompt(self.model, index, ids, params.max_tokens)
         self._check_params(params)
         _check_handling(request_id, priority, timeout_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -13,10 +13,11 @@ from bireme.engine.callers import Answers
 from bireme.engine.input_processor import Prompt
 from bireme.outputs import CompletionOutput, Delta, RequestOutput
 from bireme.sampling_params import MAX_LOGPROBS, SamplingParams
+from bireme.server.chunked import ChunkedReply
 from bireme.server.conversation import template_messages, template_variables
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
-from bireme.server.generation import DONE, open_prompts, respond, sse
+from bireme.server.generation import enter, open_prompts, respond
 from bireme.server.logprobs import chat_logprobs, prompt_logprobs
 from bireme.server.protocol.chat import (
     AnswerMessage,
@@ -40,9 +41,7 @@ from bireme.server.usage import UsageOf, usage_of
 
 async def chat(request: Request, serving: Serving, wanted: ChatCompletionRequest) -> Response:
     """Raises ApiError or RequestError for what cannot be served."""
-    exchange = Exchange.of(request.scope)
-    exchange.model = serving.check_model(wanted.model)
-    serving.note_unknown("/v1/chat/completions", wanted.model_extra)
+    exchange = enter(request, serving, wanted)
     usage, tools = usage_of(wanted), tool_use(wanted, serving.tool_style)
     opened = await open_prompts(
         serving,
@@ -96,15 +95,19 @@ def _room_for(serving: Serving, prompt: Prompt) -> int:
     return max(1, serving.inputs.model.max_model_len - len(prompt))
 
 
-class ChatReply:
+class ChatReply(ChunkedReply):
     """The answer to one request of `/v1/chat/completions`."""
 
     def __init__(
         self, exchange: Exchange, wanted: ChatCompletionRequest, tools: ToolUse, usage: UsageOf
     ) -> None:
-        self._wanted, self._tools, self._usage = wanted, tools, usage
+        self._wanted, self._tools = wanted, tools
         self._id = f"chatcmpl-{exchange.request_id}"
-        self._head: dict[str, Any] = {"created": int(time.time()), "model": exchange.model}
+        self._about: dict[str, Any] = {"created": int(time.time()), "model": exchange.model}
+        empty = ChatCompletionChunk(
+            id=self._id, object="chat.completion.chunk", choices=[], **self._about
+        )
+        super().__init__(empty, usage)
         make = tools.parser
         self._parsers = [make() for _ in range(wanted.n or 1)] if make is not None else []
         self._has_calls: set[int] = set()
@@ -116,11 +119,11 @@ class ChatReply:
             extra["prompt_token_ids"] = list(self._prompt.prompt_token_ids)
         first = ChoiceDelta(role="assistant", content="")
         return b"".join(
-            self._event([ChatChunkChoice(index=index, delta=first, finish_reason=None)], extra)
+            self.chunk([ChatChunkChoice(index=index, delta=first, finish_reason=None)], extra)
             for index in range(self._wanted.n or 1)
         )
 
-    def add(self, delta: Delta, usage: Usage) -> bytes:
+    def add(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
         found = self._parsed(delta.choice, delta.text, is_end=delta.finish_reason is not None)
         told = ChoiceDelta()
         if found.content:
@@ -142,20 +145,7 @@ class ChatReply:
             finish_reason=self._reason(delta.choice, delta.finish_reason),
             **extra,
         )
-        return self._event([choice], self._usage.along(usage))
-
-    def end(self, usage: Usage) -> bytes:
-        last = self._usage.at_end(usage)
-        return (self._event([], last) if last else b"") + DONE
-
-    def failed(self, error: ApiError) -> bytes:
-        return sse(error.as_json()) + DONE
-
-    def _event(self, choices: list[ChatChunkChoice], extra: dict[str, Any]) -> bytes:
-        chunk = ChatCompletionChunk(
-            id=self._id, object="chat.completion.chunk", choices=choices, **self._head, **extra
-        )
-        return sse(chunk.as_json())
+        return self.chunk([choice], self._usage.along(usage))
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         (output,) = outputs
@@ -169,7 +159,7 @@ class ChatReply:
             object="chat.completion",
             choices=[self._choice(answer) for answer in output.outputs],
             usage=usage,
-            **self._head,
+            **self._about,
             **extra,
         ).as_json()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -14,9 +14,10 @@ from bireme.engine.input_processor import Prompt
 from bireme.engine.streams import PromptStream
 from bireme.outputs import CompletionOutput, Delta, Logprobs, RequestOutput
 from bireme.sampling_params import SamplingParams
+from bireme.server.chunked import ChunkedReply
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
-from bireme.server.generation import DONE, open_prompts, respond, sse
+from bireme.server.generation import enter, open_prompts, respond
 from bireme.server.logprobs import completion_logprobs
 from bireme.server.protocol.common import Usage
 from bireme.server.protocol.completions import (
@@ -33,9 +34,7 @@ _DEFAULT_MAX_TOKENS = 16
 
 async def complete(request: Request, serving: Serving, wanted: CompletionRequest) -> Response:
     """Raises ApiError or RequestError for what cannot be served."""
-    exchange = Exchange.of(request.scope)
-    exchange.model = serving.check_model(wanted.model)
-    serving.note_unknown("/v1/completions", wanted.model_extra)
+    exchange = enter(request, serving, wanted)
     usage = usage_of(wanted)
     _check(wanted)
     opened = await open_prompts(
@@ -67,10 +66,12 @@ def _check(wanted: CompletionRequest) -> None:
 def _prompts(serving: Serving, wanted: CompletionRequest) -> list[Prompt]:
     if wanted.add_special_tokens is not False:
         return list(wanted.prompts)
-    tokenizer = serving.inputs.tokenizer
+    inputs = serving.inputs
     return [
-        tokenizer.encode(one, add_special_tokens=False) if isinstance(one, str) else one
-        for one in wanted.prompts
+        inputs.encode(one, f"prompt {index}", add_special_tokens=False)
+        if isinstance(one, str)
+        else one
+        for index, one in enumerate(wanted.prompts)
     ]
 
 
@@ -92,20 +93,22 @@ def _params(serving: Serving, wanted: CompletionRequest) -> SamplingParams:
     )
 
 
-class CompletionReply:
+class CompletionReply(ChunkedReply):
     """The answer to one request of `/v1/completions`."""
 
     def __init__(
         self, serving: Serving, exchange: Exchange, wanted: CompletionRequest, usage: UsageOf
     ) -> None:
         self._tokenizer = serving.inputs.tokenizer if serving.inputs.has_tokenizer else None
-        self._wanted, self._usage = wanted, usage
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{exchange.request_id}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": exchange.model,
-        }
+        self._wanted = wanted
+        self._empty = Completion(
+            id=f"cmpl-{exchange.request_id}",
+            object="text_completion",
+            created=int(time.time()),
+            model=exchange.model or "",
+            choices=[],
+        )
+        super().__init__(self._empty, usage)
         self._num_told: dict[int, int] = {}  # characters, by choice
         self._held: dict[int, list[Delta]] = {}  # by prompt, until its log-probabilities are known
 
@@ -113,7 +116,7 @@ class CompletionReply:
         self._streams = answers.streams
         return b""
 
-    def add(self, delta: Delta, usage: Usage) -> bytes:
+    def add(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
         held = self._held.setdefault(delta.index, [])
         held.append(delta)
         if self._must_wait(delta.index):
@@ -126,19 +129,9 @@ class CompletionReply:
         found = self._streams[prompt].prompt_logprobs
         return bool(self._wanted.echo) and found is not None and None in found[1:]
 
-    def _told(self, delta: Delta, usage: Usage) -> bytes:
+    def _told(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
         choice = self._choice(delta.index, delta.choice, delta, delta.logprobs)
-        return self._event([choice], self._usage.along(usage))
-
-    def end(self, usage: Usage) -> bytes:
-        last = self._usage.at_end(usage)
-        return (self._event([], last) if last else b"") + DONE
-
-    def failed(self, error: ApiError) -> bytes:
-        return sse(error.as_json()) + DONE
-
-    def _event(self, choices: list[CompletionChoice], extra: dict[str, Any]) -> bytes:
-        return sse(Completion(**self._head, choices=choices, **extra).as_json())
+        return self.chunk([choice], self._usage.along(usage))
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         choices = [
@@ -146,7 +139,7 @@ class CompletionReply:
             for prompt, output in enumerate(outputs)
             for answer in output.outputs
         ]
-        return Completion(**self._head, choices=choices, usage=usage).as_json()
+        return self._empty.model_copy(update={"choices": choices, "usage": usage}).as_json()
 
     def _choice(
         self,

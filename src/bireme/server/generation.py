@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
@@ -20,7 +21,8 @@ from bireme.sampling_params import SamplingParams
 from bireme.server.errors import ApiError, ClientGone
 from bireme.server.exchange import Exchange
 from bireme.server.finished import FinishedRequest
-from bireme.server.protocol.common import Usage
+from bireme.server.protocol.common import SamplingFields, Usage
+from bireme.server.protocol.responses import ResponsesRequest
 from bireme.server.serving import Serving
 
 T = TypeVar("T")
@@ -32,7 +34,9 @@ class Reply(Protocol):
 
     def begin(self, answers: Answers) -> bytes: ...
 
-    def add(self, delta: Delta, usage: Usage) -> bytes: ...
+    def add(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
+        """`usage` so far, for those who tell it with every piece."""
+        ...
 
     def end(self, usage: Usage) -> bytes: ...
 
@@ -60,7 +64,6 @@ class Generation:
         """One a prompt, once all have ended."""
         return [self._outputs[index] for index in range(len(self._opened))]
 
-    @property
     def usage(self) -> Usage:
         """So far."""
         exchange = self._exchange
@@ -111,6 +114,16 @@ class Generation:
             raise RequestError(str(delta.stop_reason))
 
 
+def enter(
+    request: Request, serving: Serving, wanted: SamplingFields | ResponsesRequest
+) -> Exchange:
+    """What every route does first: ApiError for a model that is not here."""
+    exchange = Exchange.of(request.scope)
+    exchange.model = serving.check_model(wanted.model)
+    serving.note_unknown(exchange.path, wanted.model_extra)
+    return exchange
+
+
 async def open_prompts(
     serving: Serving,
     exchange: Exchange,
@@ -154,7 +167,7 @@ async def respond(
             return _Stream(generation, reply, head, first)
         await unless_gone(request, _all(generation))
         return Response(
-            reply.whole(generation.outputs, generation.usage), media_type="application/json"
+            reply.whole(generation.outputs, generation.usage()), media_type="application/json"
         )
     except BaseException as error:
         if isinstance(error, BiremeError):
@@ -193,15 +206,32 @@ async def _events(
     try:
         while not answers.is_finished:
             yield _added(generation, reply, await generation.take())
-        yield reply.end(generation.usage)
+        yield reply.end(generation.usage())
     except BiremeError as error:
         generation.note_error(error)
         yield reply.failed(ApiError.of(error))
 
 
 def _added(generation: Generation, reply: Reply, deltas: Sequence[Delta]) -> bytes:
-    usage = generation.usage
-    return b"".join(reply.add(delta, usage) for delta in deltas)
+    return b"".join([reply.add(delta, generation.usage) for delta in joined(deltas)])
+
+
+def joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """With one delta for those of a continuation that came behind one another: a client that reads
+    slowly is sent fewer and longer pieces."""
+    found: list[Delta] = []
+    for delta in deltas:
+        last = found[-1] if found else None
+        if last is not None and (last.index, last.choice) == (delta.index, delta.choice):
+            found[-1] = dataclasses.replace(
+                delta,
+                text=last.text + delta.text,
+                token_ids=last.token_ids + delta.token_ids,
+                logprobs=last.logprobs + delta.logprobs,
+            )
+        else:
+            found.append(delta)
+    return found
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -222,12 +252,3 @@ async def _left(request: Request) -> None:
     """Returns when the connection is closed."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def sse(body: bytes, event: str | None = None) -> bytes:
-    """One server-sent event; JSON holds no line end."""
-    head = b"" if event is None else b"event: " + event.encode() + b"\n"
-    return head + b"data: " + body + b"\n\n"
-
-
-DONE = sse(b"[DONE]")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
@@ -15,7 +15,7 @@ from bireme.outputs import Delta, RequestOutput
 from bireme.server.chat import chat_params, chat_prompt
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
-from bireme.server.generation import open_prompts, respond, sse
+from bireme.server.generation import enter, open_prompts, respond
 from bireme.server.logprobs import chat_logprobs
 from bireme.server.protocol.chat import ChatCompletionRequest, TokenLogprob
 from bireme.server.protocol.common import Usage
@@ -34,15 +34,14 @@ from bireme.server.protocol.responses import (
 )
 from bireme.server.response_input import as_chat
 from bireme.server.serving import Serving
+from bireme.server.sse import sse
 from bireme.server.tools.choice import ToolUse, tool_use
 from bireme.server.tools.parsers import CallPiece, Parsed
 
 
 async def answer(request: Request, serving: Serving, wanted: ResponsesRequest) -> Response:
     """Raises ApiError or RequestError for what cannot be served."""
-    exchange = Exchange.of(request.scope)
-    exchange.model = serving.check_model(wanted.model)
-    serving.note_unknown("/v1/responses", wanted.model_extra)
+    exchange = enter(request, serving, wanted)
     chat = as_chat(wanted)
     tools = tool_use(chat, serving.tool_style)
     opened = await open_prompts(
@@ -83,7 +82,7 @@ class ResponsesReply:
             "response.in_progress", response=response
         )
 
-    def add(self, delta: Delta, usage: Usage) -> bytes:
+    def add(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
         is_end = delta.finish_reason is not None
         found = self._parsed(delta.text, is_end=is_end)
         logprobs = chat_logprobs(delta.logprobs, self._num_top).content if delta.logprobs else []
@@ -111,8 +110,9 @@ class ResponsesReply:
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         (output,) = outputs
         (made,) = output.outputs
+        logprobs = made.logprobs or []
         self.add(
-            Delta(0, made.text, [], None, 0, made.finish_reason, None, made.logprobs or []), usage
+            Delta(0, made.text, [], None, 0, made.finish_reason, None, logprobs), lambda: usage
         )
         return self._response(self._status, usage).as_json()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bireme.server.errors import ApiError
@@ -15,10 +16,10 @@ class UsageOf:
     is_last: bool = False
     is_continuous: bool = False
 
-    def along(self, usage: Usage) -> dict[str, Usage | None]:
+    def along(self, usage: Callable[[], Usage]) -> dict[str, Usage | None]:
         """The field of a piece; null announces that it comes at the end."""
         if self.is_continuous:
-            return {"usage": usage}
+            return {"usage": usage()}
         return {"usage": None} if self.is_last else {}
 
     def at_end(self, usage: Usage) -> dict[str, Usage | None]:

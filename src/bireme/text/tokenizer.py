@@ -63,6 +63,11 @@ class Tokenizer:
     def num_tokens(self) -> int:
         return int(self._fast.get_vocab_size())
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that a token stands for at most (as it is spelled, a byte a character)."""
+        return max(map(len, self._fast.get_vocab()))
+
     def to_json(self) -> str:
         """As in a tokenizer.json."""
         return str(self._fast.to_str())
