@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import DEADLINE_S, arguments, is_there, leftovers, serving, started
+from served import DEADLINE_S, Served, arguments, is_there, leftovers, serving, started
 from streaming import COMPLETIONS, LONG, Streaming
 
 from bireme.checkpoint.hub import DEMO
@@ -170,3 +171,22 @@ def test_what_cannot_start_says_so_in_a_line_and_exits_with_2(
     (line,) = done.stderr.splitlines()
     assert line.startswith("bireme: ")
     assert complaint in line
+
+
+def test_a_server_whose_log_nobody_reads_any_more_serves_and_ends() -> None:
+    reader, writer = os.pipe()
+    process = subprocess.Popen(
+        arguments(DEMO, "--port", "0"), stderr=writer, start_new_session=True
+    )
+    os.close(writer)
+    told = b""
+    while not (found := re.search(rb"serving .* at http://127.0.0.1:(\d+)/v1.*\n.*\n", told)):
+        told += os.read(reader, 1 << 16)
+    os.close(reader)
+    try:
+        server = Served(process, port=int(found[1]))
+        assert server.ask("POST", COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()

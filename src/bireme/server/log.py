@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -23,7 +24,12 @@ class Log:
         else:
             told = " ".join(f"{name}={_told(value)}" for name, value in fields.items())
             line = f"{now[11:23]} {text}{' ' if told else ''}{told}"
-        print(line, file=self._out or sys.stderr, flush=True)
+        self.show(line)
+
+    def show(self, *lines: str) -> None:
+        """As they are. Where nobody reads them any more, the server goes on without."""
+        with suppress(BrokenPipeError):
+            print(*lines, sep="\n", file=self._out or sys.stderr, flush=True)
 
 
 def _told(value: Any) -> str:

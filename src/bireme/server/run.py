@@ -6,7 +6,6 @@ import asyncio
 import resource
 import signal
 import socket
-import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -85,10 +84,10 @@ class FrontEnd:
         try:
             ready = await asyncio.shield(client.ready)
         except Exception as error:
-            print(f"bireme: {error}", file=sys.stderr, flush=True)
             self._server.should_exit = True
+            self._log.show(f"bireme: {error}")
             return
-        print(*ready.told, *self._how_to_ask(), sep="\n", file=sys.stderr, flush=True)
+        self._log.show(*ready.told, *self._how_to_ask())
 
     def _how_to_ask(self) -> list[str]:
         config, (host, port) = self.config, self._sock.getsockname()[:2]
