@@ -51,7 +51,15 @@ class _Calls:
     def has_any(self) -> bool:
         return self._num_begun > 0
 
-    def news(self, scanner: CallScanner, found: Parsed) -> None:
+    def read(self, scanner: CallScanner, text: str, found: Parsed) -> str:
+        """Lets a scanner take text; what it leaves."""
+        rest = scanner.add(text)
+        self._tell(scanner, found)
+        if scanner.is_done:
+            self._is_begun = False
+        return rest
+
+    def _tell(self, scanner: CallScanner, found: Parsed) -> None:
         if scanner.name is None:
             return
         if not self._is_begun:
@@ -61,9 +69,6 @@ class _Calls:
         if more := scanner.arguments[self._told :]:
             self._told += len(more)
             found.calls.append(CallPiece(self._num_begun - 1, more))
-
-    def end(self) -> None:
-        self._is_begun = False
 
 
 class MarkedCalls:
@@ -98,7 +103,7 @@ class MarkedCalls:
     def _step(self, found: Parsed) -> bool:
         """One part of what is left; False where more text is needed."""
         if self._scanner is not None:
-            return self._scan(found)
+            return self._scan(self._scanner, found)
         if self._is_behind:
             return self._pass_mark()
         before, mark, after = self._rest.partition(self._opening)
@@ -124,18 +129,14 @@ class MarkedCalls:
         """Space alone behind a call is none."""
         return "" if self._calls.has_any and not text.strip() else text
 
-    def _scan(self, found: Parsed) -> bool:
-        scanner = self._scanner
-        assert scanner is not None
-        self._rest = scanner.add(self._rest)
-        self._calls.news(scanner, found)
+    def _scan(self, scanner: CallScanner, found: Parsed) -> bool:
+        self._rest = self._calls.read(scanner, self._rest, found)
         if not scanner.is_done:
             return False
         if scanner.name is None:
             found.content += self._opening + scanner.text
         else:
             self._is_behind = True
-        self._calls.end()
         self._scanner = None
         return True
 
@@ -185,7 +186,7 @@ class BareCalls:
 
     def _step(self, found: Parsed) -> bool:
         if self._scanner is not None:
-            return self._scan(found)
+            return self._scan(self._scanner, found)
         text = self._rest.lstrip(self._BETWEEN if self._is_list or self._calls.has_any else None)
         if not text or (len(text) < len(self._prefix) and self._prefix.startswith(text)):
             return False
@@ -197,14 +198,10 @@ class BareCalls:
             self._leave(self._rest, found)
         return False
 
-    def _scan(self, found: Parsed) -> bool:
-        scanner = self._scanner
-        assert scanner is not None
-        self._rest = scanner.add(self._rest)
-        self._calls.news(scanner, found)
+    def _scan(self, scanner: CallScanner, found: Parsed) -> bool:
+        self._rest = self._calls.read(scanner, self._rest, found)
         if not scanner.is_done:
             return False
-        self._calls.end()
         self._scanner = None
         if scanner.name is None:
             self._leave(scanner.text + self._rest, found)
