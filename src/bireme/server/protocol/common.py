@@ -191,3 +191,13 @@ class ModelCard(Sent):
 class ModelList(Sent):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class Version(Sent):
+    version: str
+
+
+class Load(Sent):
+    """As vLLM names it."""
+
+    server_load: int

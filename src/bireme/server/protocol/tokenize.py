@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.chat import ChatMessage, Tool
 from bireme.server.protocol.common import Fields, Sent
@@ -38,3 +38,15 @@ class DetokenizeRequest(Fields):
 
 class DetokenizeResponse(Sent):
     prompt: str
+
+
+class TokenizerInfo(Sent):
+    """With the special tokens that there are: `bos_token` and its like."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
