@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.chat import ChatMessage, Tool
-from bireme.server.protocol.common import Fields, Sent
+from bireme.server.protocol.common import Fields, Sent, TokenId
 
 
 class TokenizeRequest(Fields):
@@ -33,7 +33,7 @@ class TokenizeResponse(Sent):
 
 class DetokenizeRequest(Fields):
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 class DetokenizeResponse(Sent):
