@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from served import Served, serving
 
@@ -157,3 +159,67 @@ def test_it_is_kept_whatever_is_sent(
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
     assert locked.ask("GET", "/health").status == 200
+
+
+# --- what answers hold -------------------------------------------------------------------------
+
+TOOL = {"type": "function", "function": {"name": "find"}}
+CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4}
+RICH: dict[str, list[dict[str, Any]]] = {
+    "/v1/chat/completions": [
+        CHAT,
+        {**CHAT, "n": 2, "logprobs": True, "top_logprobs": 2, "return_token_ids": True},
+        {**CHAT, "prompt_logprobs": 1, "seed": 3},
+        {**CHAT, "tools": [TOOL], "tool_choice": "required", "max_tokens": 40, "temperature": 0},
+    ],
+    "/v1/completions": [
+        {"prompt": "x", "max_tokens": 4},
+        {"prompt": ["x", [5]], "n": 2, "logprobs": 2, "echo": True, "return_token_ids": True},
+    ],
+    "/v1/responses": [
+        {"input": "x", "max_output_tokens": 4},
+        {"input": "x", "max_output_tokens": 4, "top_logprobs": 2, "instructions": "y"},
+    ],
+}
+ANSWERS = [(path, body) for path, bodies in RICH.items() for body in bodies]
+
+
+def check(document: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
+    jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(
+        value
+    )
+
+
+def schema_of(document: dict[str, Any], path: str, media_type: str) -> dict[str, Any]:
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]
+    found: dict[str, Any] = content[media_type]["schema"]
+    return found
+
+
+@pytest.mark.parametrize(("path", "body"), ANSWERS)
+def test_an_answer_is_as_told(
+    locked: Served, document: dict[str, Any], path: str, body: dict[str, Any]
+) -> None:
+    found = locked.ask("POST", path, body, BEARER)
+    assert found.status == 200, found.text
+    check(document, schema_of(document, path, "application/json"), found.json)
+
+
+@pytest.mark.parametrize(("path", "body"), ANSWERS)
+def test_each_event_of_a_stream_is_as_told(
+    locked: Served, document: dict[str, Any], path: str, body: dict[str, Any]
+) -> None:
+    is_named = path == "/v1/responses"
+    usage = {} if is_named else {"stream_options": {"include_usage": True}}
+    found = locked.ask("POST", path, {**body, "stream": True, **usage}, BEARER)
+    assert found.headers["content-type"].startswith("text/event-stream")
+    event = schema_of(document, path, "text/event-stream")
+    data = event["properties"]["data"]
+    payload = data if is_named else data["anyOf"][1]
+    *told, end = found.text.split("\n\n")
+    assert end == ""
+    assert is_named or told.pop() == "data: [DONE]"
+    for one in told:
+        fields = dict(line.split(": ", 1) for line in one.split("\n"))
+        check(document, event, fields)
+        check(document, payload["contentSchema"], json.loads(fields["data"]))
