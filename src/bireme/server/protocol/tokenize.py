@@ -10,8 +10,16 @@ from bireme.server.protocol.chat import ChatMessage, Tool
 from bireme.server.protocol.common import Fields, Sent, TokenId
 
 
+def _is_given(name: str, kind: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"type": kind}}}
+
+
 class TokenizeRequest(Fields):
     """A `prompt`, or the `messages` of a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"oneOf": [_is_given("prompt", "string"), _is_given("messages", "array")]}
+    )
 
     model: str | None = None
     prompt: str | None = None
