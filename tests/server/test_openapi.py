@@ -184,6 +184,14 @@ RICH: dict[str, list[dict[str, Any]]] = {
 ANSWERS = [(path, body) for path, bodies in RICH.items() for body in bodies]
 
 
+def test_the_examples_can_be_tried(locked: Served, document: dict[str, Any]) -> None:
+    for path in GENERATE | {"/tokenize", "/detokenize"}:
+        content = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        name = content["schema"]["$ref"].rpartition("/")[2]
+        (example,) = document["components"]["schemas"][name]["examples"]
+        assert locked.ask("POST", path, example, BEARER).status == 200, path
+
+
 def check(document: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
     jsonschema.Draft202012Validator({**schema, "components": document["components"]}).validate(
         value

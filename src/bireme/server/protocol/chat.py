@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.common import (
     Fields,
@@ -67,6 +67,12 @@ class NamedTool(Fields):
 
 class ChatCompletionRequest(SamplingFields):
     """A conversation to go on with."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}]
+        }
+    )
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: NumTokens = None

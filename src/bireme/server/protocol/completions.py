@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from bireme.sampling_params import MAX_INT64
 from bireme.server.protocol.common import (
@@ -21,6 +21,10 @@ MAX_PROMPTS = 1024
 
 class CompletionRequest(SamplingFields):
     """`prompt` is a text, token ids, or a list of either."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "import ", "max_tokens": 16}]}
+    )
 
     prompt: Annotated[
         str | list[TokenId] | list[str | list[TokenId]], told(minLength=1, minItems=1)

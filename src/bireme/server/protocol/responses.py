@@ -60,6 +60,10 @@ class TextSettings(Fields):
 class ResponsesRequest(Fields):
     """`input` is a text, or the items of a conversation."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"input": "Hello", "max_output_tokens": 16}]}
+    )
+
     model: str | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None

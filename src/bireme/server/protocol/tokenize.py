@@ -18,7 +18,10 @@ class TokenizeRequest(Fields):
     """A `prompt`, or the `messages` of a conversation."""
 
     model_config = ConfigDict(
-        json_schema_extra={"oneOf": [_is_given("prompt", "string"), _is_given("messages", "array")]}
+        json_schema_extra={
+            "examples": [{"prompt": "import "}],
+            "oneOf": [_is_given("prompt", "string"), _is_given("messages", "array")],
+        }
     )
 
     model: str | None = None
@@ -40,6 +43,8 @@ class TokenizeResponse(Sent):
 
 
 class DetokenizeRequest(Fields):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [5, 6]}]})
+
     model: str | None = None
     tokens: list[TokenId]
 
