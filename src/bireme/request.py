@@ -14,6 +14,7 @@ import msgspec
 from bireme.sampling_params import SamplingParams
 
 StepHeader = tuple[int, int]  # incarnation, step_id
+MAX_PRIORITY = 10**6  # and as much below zero
 WARM_UP_STEP = 0  # the ranks' own, when they start; those of requests come after it
 
 

@@ -18,7 +18,7 @@ MAX_STOPS = 64
 MAX_STOP_TOKEN_IDS = 1024
 MAX_TEXTS = 1024  # of a structured choice
 MAX_TEMPERATURE = 100
-_LONGEST_STOP = 1024  # characters
+LONGEST_STOP = 1024  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class SamplingParams:
 def _are_stops(value: str | Sequence[str]) -> bool:
     stops = [value] if isinstance(value, str) else list(value)
     return len(stops) <= MAX_STOPS and all(
-        isinstance(stop, str) and 0 < len(stop) <= _LONGEST_STOP and is_unicode(stop)
+        isinstance(stop, str) and 0 < len(stop) <= LONGEST_STOP and is_unicode(stop)
         for stop in stops
     )
 
@@ -220,7 +220,7 @@ _RULES: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
         "stop",
         str | list | tuple,
         _are_stops,
-        f"a text, or up to {MAX_STOPS} of them, of 1 to {_LONGEST_STOP} characters each",
+        f"a text, or up to {MAX_STOPS} of them, of 1 to {LONGEST_STOP} characters each",
     ),
     ("logprobs", int | None, lambda k: _is_count(k, MAX_LOGPROBS), _LOGPROBS),
     ("prompt_logprobs", int | None, lambda k: _is_count(k, MAX_LOGPROBS), _LOGPROBS),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from bireme.engine.engine import Matcher
 from bireme.engine.streams import Opened, PromptStream
 from bireme.errors import RequestError
-from bireme.request import Request
+from bireme.request import MAX_PRIORITY, Request
 from bireme.sampling_params import MAX_SEED, SamplingParams, StructuredOutputsParams
 from bireme.text.tokenizer import Message, Tokenizer, check_text, has_tokenizer
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from bireme.text.grammar import GrammarCompiler
 
 Prompt = str | Sequence[int]
-_LARGEST_PRIORITY = 10**6
 
 
 @dataclass(frozen=True)
@@ -175,9 +174,9 @@ def check_prompt(model: ServedModel, index: int, ids: Sequence[int], num_new: in
 def _check_handling(request_id: str | None, priority: int, timeout_s: float | None) -> None:
     if request_id is not None and not isinstance(request_id, str):
         raise RequestError(f"request_id={request_id!r:.60} must be a text")
-    if type(priority) is not int or abs(priority) > _LARGEST_PRIORITY:
+    if type(priority) is not int or abs(priority) > MAX_PRIORITY:
         raise RequestError(
-            f"priority={priority!r:.60} must be a whole number from -{_LARGEST_PRIORITY} to {_LARGEST_PRIORITY}"
+            f"priority={priority!r:.60} must be a whole number from -{MAX_PRIORITY} to {MAX_PRIORITY}"
         )
     if timeout_s is not None and (type(timeout_s) not in (int, float) or not timeout_s >= 0):
         raise RequestError(f"timeout_s={timeout_s!r:.60} must be a number of seconds, at least 0")

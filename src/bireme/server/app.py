@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, FastAPI, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
@@ -19,17 +20,18 @@ from starlette.types import ASGIApp
 
 from bireme import __version__
 from bireme.errors import BiremeError, EngineError
-from bireme.server import errors, tokenization
+from bireme.server import errors, openapi, tokenization
 from bireme.server.chat import chat
 from bireme.server.completions import complete
 from bireme.server.errors import ApiError, ClientGone
-from bireme.server.middleware import Gate
+from bireme.server.middleware import OPEN_PATHS, Gate
+from bireme.server.openapi import ANY, answers, streamed, tell_the_truth
 from bireme.server.protocol.chat import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
 )
-from bireme.server.protocol.common import ErrorResponse, Health, ModelCard, ModelList
+from bireme.server.protocol.common import Health, Load, ModelCard, ModelList, Version
 from bireme.server.protocol.completions import Completion, CompletionRequest
 from bireme.server.protocol.responses import Event, ModelResponse, ResponsesRequest
 from bireme.server.protocol.tokenize import (
@@ -37,6 +39,7 @@ from bireme.server.protocol.tokenize import (
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
+    TokenizerInfo,
 )
 from bireme.server.responses import answer
 from bireme.server.serving import Serving
@@ -80,34 +83,6 @@ class _JsonRoute(APIRoute):
         return strictly
 
 
-def _responses(model: type[Any], chunk: type[Any] | None = None) -> dict[int | str, dict[str, Any]]:
-    """For OpenAPI: an answer, a stream of pieces where there is one, and errors."""
-    found: dict[int | str, dict[str, Any]] = {200: {"model": model}}
-    if chunk is not None:
-        found[200]["content"] = {
-            "text/event-stream": {
-                "schema": {"type": "string"},
-                "x-event-schema": chunk.__name__,
-            }
-        }
-    return found | _errors(*_TOLD)
-
-
-_TOLD = {
-    400: "what was sent cannot be served",
-    401: "the API key is missing or wrong",
-    404: "no such model",
-    408: "the request did not arrive in time",
-    413: "the body is too long",
-    429: "too many requests are waiting; Retry-After says when to try again",
-    503: "the model is loading, the engine broke, or the server is shutting down",
-}
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorResponse, "description": _TOLD[status]} for status in statuses}
-
-
 def make_app(serving: Serving) -> ASGIApp:
     """The application behind its gate; `serving` outlives it."""
     app = FastAPIOffline(
@@ -118,13 +93,15 @@ def make_app(serving: Serving) -> ASGIApp:
         root_path=serving.config.root_path,
         strict_content_type=False,
     )
-    app.include_router(_inference(serving), responses=_errors(400, 401, 503))
-    app.include_router(_state(serving), responses=_errors(400, 401))
-    _tell_no_422(app)
+    routers = (_inference(serving), _state(serving))
+    for router in routers:
+        app.include_router(router)
+    tell_the_truth(app, has_keys=bool(serving.config.api_keys), open_paths=OPEN_PATHS)
+    routes = [route for router in routers for route in router.routes]
     handlers: dict[Any, Any] = {
         ApiError: errors.on_api_error,
         BiremeError: errors.on_bireme_error,
-        StarletteHTTPException: errors.on_http_error,
+        StarletteHTTPException: partial(errors.on_http_error, routes),
         RequestValidationError: errors.on_invalid,
         ClientGone: errors.on_client_gone,
         Exception: errors.on_bug,
@@ -143,73 +120,67 @@ def make_app(serving: Serving) -> ASGIApp:
     )
 
 
-def _tell_no_422(app: FastAPI) -> None:
-    """FastAPI documents what it would answer to a body of the wrong shape; that is a 400 here."""
-    document = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            told = document()
-            for operation in (it for path in told["paths"].values() for it in path.values()):
-                operation["responses"].pop("422", None)
-            for name in ("HTTPValidationError", "ValidationError"):
-                told["components"]["schemas"].pop(name, None)
-        assert app.openapi_schema is not None, "it was made just now"
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
 def _inference(serving: Serving) -> APIRouter:
-    router = APIRouter(route_class=_JsonRoute, tags=["inference"])
+    router = APIRouter(
+        route_class=_JsonRoute, tags=["inference"], responses=openapi.errors(*ANY, 408, 503)
+    )
+    generating = (404, 429)
 
-    @router.post("/v1/chat/completions", responses=_responses(ChatCompletion, ChatCompletionChunk))
+    @router.post(
+        "/v1/chat/completions",
+        responses=streamed(answers(ChatCompletion, *generating), ChatCompletionChunk),
+    )
     async def chat_completions(request: Request, body: ChatCompletionRequest) -> Response:
         """Goes on with a conversation."""
         return await chat(request, serving, body)
 
-    @router.post("/v1/completions", responses=_responses(Completion, Completion))
+    @router.post(
+        "/v1/completions", responses=streamed(answers(Completion, *generating), Completion)
+    )
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continues prompts."""
         return await complete(request, serving, body)
 
-    @router.post("/v1/responses", responses=_responses(ModelResponse, Event))
+    @router.post(
+        "/v1/responses",
+        responses=streamed(answers(ModelResponse, *generating), Event, is_named=True),
+    )
     async def responses(request: Request, body: ResponsesRequest) -> Response:
         """Goes on with a conversation, whose items the client keeps: nothing is stored."""
         return await answer(request, serving, body)
 
-    @router.post("/tokenize", responses=_responses(TokenizeResponse))
+    @router.post("/tokenize", responses=answers(TokenizeResponse, 404))
     async def tokenize(body: TokenizeRequest) -> Response:
         """The ids of a prompt or of a conversation."""
         return await tokenization.tokenize(serving, body)
 
-    @router.post("/detokenize", responses=_responses(DetokenizeResponse))
+    @router.post("/detokenize", responses=answers(DetokenizeResponse, 404))
     async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of ids."""
         return await tokenization.detokenize(serving, body)
 
-    @router.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
+    @router.get("/tokenizer_info", responses=answers(TokenizerInfo))
+    async def tokenizer_info() -> Response:
         """Special tokens and the chat template, for clients that count or render by themselves."""
-        return tokenization.tokenizer_info(serving)
+        return _json(tokenization.tokenizer_info(serving))
 
     return router
 
 
 def _state(serving: Serving) -> APIRouter:
-    router = APIRouter(tags=["state"])
-    health_responses: dict[int | str, dict[str, Any]] = {
-        200: {"model": Health},
-        503: {"model": Health, "description": "it cannot answer, and why"},
-    }
+    router = APIRouter(tags=["state"], responses=openapi.errors(*ANY))
+    cannot: openapi.Responses = {503: {"model": Health, "description": "it cannot answer, and why"}}
+    health_responses = answers(Health) | cannot
 
-    @router.get("/v1/models", responses={200: {"model": ModelList}})
+    @router.get("/v1/models", responses=answers(ModelList, 503))
     async def models() -> Response:
+        """The names of the one model."""
         cards = [_card(serving, name) for name in serving.model_names]
         return _json(ModelList(object="list", data=cards))
 
-    @router.get("/v1/models/{model:path}", responses=_responses(ModelCard))
+    @router.get("/v1/models/{model:path}", responses=answers(ModelCard, 404, 503))
     async def model(model: str) -> Response:
+        """One of its names."""
         return _json(_card(serving, serving.check_model(model)))
 
     @router.get("/health", responses=health_responses)
@@ -220,6 +191,7 @@ def _state(serving: Serving) -> APIRouter:
     @router.post("/ping", responses=health_responses, operation_id="ping_post")
     @router.get("/ping", responses=health_responses)
     async def ping() -> Response:
+        """As /health, for those that expect it here."""
         return _health(serving)
 
     @router.head("/metrics", include_in_schema=False)
@@ -229,14 +201,15 @@ def _state(serving: Serving) -> APIRouter:
         body, content_type = await serving.metrics_text()
         return Response(body, media_type=content_type)
 
-    @router.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": __version__}
+    @router.get("/version", responses=answers(Version))
+    async def version() -> Response:
+        """Bireme's own."""
+        return _json(Version(version=__version__))
 
-    @router.get("/load")
-    async def load() -> dict[str, int]:
+    @router.get("/load", responses=answers(Load))
+    async def load() -> Response:
         """How many requests are being served."""
-        return {"server_load": serving.num_active}
+        return _json(Load(server_load=serving.num_active))
 
     return router
 

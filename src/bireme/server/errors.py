@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
 
 from bireme.errors import BiremeError, CapacityError, EngineError, RequestError
 from bireme.server.exchange import Exchange
@@ -99,10 +101,25 @@ async def on_bireme_error(_: Request, error: Exception) -> Response:
     return ApiError.of(error).response()
 
 
-async def on_http_error(_: Request, error: Exception) -> Response:
+async def on_http_error(
+    routes: Sequence[BaseRoute], request: Request, error: Exception
+) -> Response:
     """Of the framework: no such route, a method that a route has not."""
     assert isinstance(error, HTTPException)
-    return ApiError(error.status_code, str(error.detail)).response(error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and (allowed := _methods(routes, request.scope)):
+        headers["Allow"] = ", ".join(allowed)
+    return ApiError(error.status_code, str(error.detail)).response(headers)
+
+
+def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+    """Of all routes with this path; the framework names those of the first alone."""
+    found = [
+        route.methods or ()
+        for route in routes
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE
+    ]
+    return sorted({method for methods in found for method in methods})
 
 
 async def on_invalid(_: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ from bireme.server.errors import ApiError, bug
 from bireme.server.exchange import Exchange
 from bireme.server.serving import Serving
 
-_OPEN = ("/health",)
+OPEN_PATHS = ("/health",)  # without a key
 _WHILE_DRAINING = ("/health", "/ping", "/metrics", "/load", "/version")
 _WATCHED = ("/health", "/ping", "/metrics", "/load")  # asked for every few seconds
 _LONGEST_ID = 256
@@ -68,7 +68,7 @@ class Gate:
             exchange.is_left |= not answer.is_complete
 
     def _check(self, exchange: Exchange, scope: Scope) -> None:
-        if self._keys and exchange.path not in _OPEN and not self._has_key(scope):
+        if self._keys and exchange.path not in OPEN_PATHS and not self._has_key(scope):
             raise ApiError(
                 401,
                 "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",

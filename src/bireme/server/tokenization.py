@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from fastapi.responses import Response
 
@@ -16,6 +15,7 @@ from bireme.server.protocol.tokenize import (
     DetokenizeResponse,
     TokenizeRequest,
     TokenizeResponse,
+    TokenizerInfo,
 )
 from bireme.server.serving import Serving
 
@@ -65,13 +65,14 @@ async def detokenize(serving: Serving, wanted: DetokenizeRequest) -> Response:
     return Response(DetokenizeResponse(prompt=text).as_json(), media_type="application/json")
 
 
-def tokenizer_info(serving: Serving) -> dict[str, Any]:
+def tokenizer_info(serving: Serving) -> TokenizerInfo:
     inputs = serving.inputs
     tokenizer = inputs.tokenizer
-    return {
+    described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "vocab_size": inputs.model.vocab_size,
         "model_max_length": inputs.model.max_model_len,
         **tokenizer.special_tokens,
         "chat_template": tokenizer.chat_template,
     }
+    return TokenizerInfo.model_validate(described)

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from bireme.server.protocol.common import Fields, SamplingFields, Sent, Usage
+from bireme.server.protocol.common import (
+    Fields,
+    NumLogprobs,
+    NumTokens,
+    SamplingFields,
+    Sent,
+    Usage,
+)
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -61,12 +68,18 @@ class NamedTool(Fields):
 class ChatCompletionRequest(SamplingFields):
     """A conversation to go on with."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16}]
+        }
+    )
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: NumTokens = None
+    max_completion_tokens: NumTokens = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    top_logprobs: NumLogprobs = None
+    prompt_logprobs: NumLogprobs = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None

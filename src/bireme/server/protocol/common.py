@@ -8,7 +8,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from bireme.errors import RequestError
-from bireme.sampling_params import MAX_SEED, SamplingParams, StructuredOutputsParams
+from bireme.request import MAX_PRIORITY
+from bireme.sampling_params import (
+    LONGEST_STOP,
+    MAX_CHOICES,
+    MAX_INT64,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_SEED,
+    MAX_STOP_TOKEN_IDS,
+    MAX_STOPS,
+    MAX_TEMPERATURE,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 
 class Fields(BaseModel):
@@ -24,6 +37,26 @@ class Sent(BaseModel):
 
     def as_json(self) -> bytes:
         return self.__pydantic_serializer__.to_json(self, exclude_unset=True)
+
+
+def told(**keywords: Any) -> Any:
+    """Bounds for OpenAPI alone: `SamplingParams` and the engine check them, in their own words."""
+    return Field(json_schema_extra=keywords)
+
+
+TokenId = Annotated[int, told(minimum=0)]
+_Stop = Annotated[str, told(minLength=1, maxLength=LONGEST_STOP)]
+_Bias = Annotated[float, told(minimum=-100, maximum=100)]
+
+Temperature = Annotated[float | None, told(minimum=0, maximum=MAX_TEMPERATURE)]
+TopP = Annotated[float | None, told(exclusiveMinimum=0, maximum=1)]
+TopK = Annotated[int | None, told(minimum=-1, maximum=MAX_INT64)]
+MinP = Annotated[float | None, told(minimum=0, maximum=1)]
+Penalty = Annotated[float | None, told(minimum=-2, maximum=2)]
+RepetitionPenalty = Annotated[float | None, told(minimum=0.01, maximum=100)]
+NumTokens = Annotated[int | None, told(minimum=1, maximum=MAX_INT64)]
+NumLogprobs = Annotated[int | None, told(minimum=0, maximum=MAX_LOGPROBS)]
+Priority = Annotated[int | None, told(minimum=-MAX_PRIORITY, maximum=MAX_PRIORITY)]
 
 
 class StreamOptions(Fields):
@@ -83,24 +116,24 @@ class SamplingFields(Fields):
     """How tokens are chosen; what is left out or null has the model's default."""
 
     model: str | None = None
-    n: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    n: Annotated[int | None, told(minimum=1, maximum=MAX_CHOICES)] = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    frequency_penalty: Penalty = None
+    presence_penalty: Penalty = None
+    repetition_penalty: RepetitionPenalty = None
+    logit_bias: Annotated[dict[str, _Bias] | None, told(maxProperties=MAX_LOGIT_BIAS)] = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Annotated[_Stop | list[_Stop] | None, told(maxItems=MAX_STOPS)] = None
+    stop_token_ids: Annotated[list[TokenId] | None, told(maxItems=MAX_STOP_TOKEN_IDS)] = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Annotated[int | None, told(minimum=0, maximum=MAX_INT64)] = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    priority: int | None = None
+    priority: Priority = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -137,7 +170,7 @@ class SamplingFields(Fields):
 
 def _as_id(text: str) -> int | str:
     """A text that is no id is left for SamplingParams to refuse."""
-    return int(text) if text.isdecimal() and len(text) < 20 else text
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else text
 
 
 class PromptTokensDetails(Sent):
@@ -191,3 +224,13 @@ class ModelCard(Sent):
 class ModelList(Sent):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class Version(Sent):
+    version: str
+
+
+class Load(Sent):
+    """As vLLM names it."""
+
+    server_load: int

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
-from bireme.server.protocol.common import SamplingFields, Sent, Usage
+from bireme.sampling_params import MAX_INT64
+from bireme.server.protocol.common import (
+    NumLogprobs,
+    SamplingFields,
+    Sent,
+    TokenId,
+    Usage,
+    told,
+)
 
 MAX_PROMPTS = 1024
 
@@ -14,11 +22,17 @@ MAX_PROMPTS = 1024
 class CompletionRequest(SamplingFields):
     """`prompt` is a text, token ids, or a list of either."""
 
-    prompt: str | list[int] | list[str | list[int]]
-    max_tokens: int | None = None
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"prompt": "import ", "max_tokens": 16}]}
+    )
+
+    prompt: Annotated[
+        str | list[TokenId] | list[str | list[TokenId]], told(minLength=1, minItems=1)
+    ]
+    max_tokens: Annotated[int | None, told(minimum=0, maximum=MAX_INT64)] = None
     echo: bool | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: NumLogprobs = None
+    prompt_logprobs: NumLogprobs = None
     best_of: int | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None

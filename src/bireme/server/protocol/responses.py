@@ -7,7 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.chat import ContentPart, TokenLogprob
-from bireme.server.protocol.common import Fields, Sent
+from bireme.server.protocol.common import (
+    Fields,
+    MinP,
+    NumLogprobs,
+    NumTokens,
+    Priority,
+    RepetitionPenalty,
+    Sent,
+    Temperature,
+    TopK,
+    TopP,
+)
 
 
 class InputItem(Fields):
@@ -49,17 +60,21 @@ class TextSettings(Fields):
 class ResponsesRequest(Fields):
     """`input` is a text, or the items of a conversation."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"input": "Hello", "max_output_tokens": 16}]}
+    )
+
     model: str | None = None
     input: str | Annotated[list[InputItem], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    max_output_tokens: NumTokens = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    min_p: MinP = None
+    repetition_penalty: RepetitionPenalty = None
     seed: int | None = None
-    top_logprobs: int | None = None
+    top_logprobs: NumLogprobs = None
     include: list[str] | None = None
     text: TextSettings | None = None
     tools: list[ResponseTool] | None = None
@@ -70,7 +85,7 @@ class ResponsesRequest(Fields):
     background: bool | None = None
     previous_response_id: str | None = None
     metadata: dict[str, str] | None = None
-    priority: int | None = None
+    priority: Priority = None
     user: str | None = None
 
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.chat import ChatMessage, Tool
-from bireme.server.protocol.common import Fields, Sent
+from bireme.server.protocol.common import Fields, Sent, TokenId
+
+
+def _is_given(name: str, kind: str) -> dict[str, Any]:
+    return {"required": [name], "properties": {name: {"type": kind}}}
 
 
 class TokenizeRequest(Fields):
     """A `prompt`, or the `messages` of a conversation."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"prompt": "import "}],
+            "oneOf": [_is_given("prompt", "string"), _is_given("messages", "array")],
+        }
+    )
 
     model: str | None = None
     prompt: str | None = None
@@ -32,9 +43,23 @@ class TokenizeResponse(Sent):
 
 
 class DetokenizeRequest(Fields):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [5, 6]}]})
+
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 class DetokenizeResponse(Sent):
     prompt: str
+
+
+class TokenizerInfo(Sent):
+    """With the special tokens that there are: `bos_token` and its like."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, str]
+
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    chat_template: str | None
