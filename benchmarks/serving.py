@@ -3,7 +3,7 @@
     python benchmarks/serving.py [--rounds 3] [--transformers PYTHON]
 
 In turn, `--rounds` times: tokens/s of 64 clients at once, over HTTP (streamed, `bireme bench serve`)
-and of the same engine in process (`AsyncLLM`); a Llama of 12 layers, hidden 1024, and the demo model,
+and of the same engine in process (`AsyncLLM`); a Llama of 8 layers, hidden 1024, and the demo model,
 which takes so little that what is said of its tokens takes as much; prompts of 32 tokens, 64 more.
 Then, against the real front end before an engine of known tokens: the time that 100 requests a second
 of 64 tokens in and 16 out take, which is all added; and what 500 streams that wait cost in CPU.
@@ -47,7 +47,7 @@ SHAPE = {
     "model_type": "llama",
     "hidden_size": 1024,
     "intermediate_size": 2816,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "vocab_size": 2048,
@@ -169,7 +169,7 @@ def shape(folder: Path) -> str:
 def all_throughputs(num_rounds: int) -> dict[str, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         rates = {
-            "Llama 12x1024": throughput(shape(Path(folder)), num_rounds, "dummy"),
+            "Llama 8x1024": throughput(shape(Path(folder)), num_rounds, "dummy"),
             "demo": throughput("demo", num_rounds),
         }
     found = {}
