@@ -211,6 +211,18 @@ def test_prompt_logprobs_of_a_long_prompt_that_is_cached_and_comes_in_chunks(
     check_logprobs(output.prompt_token_ids, 1, output.prompt_logprobs[1:], 2)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_answer_of_one_token_beside_prompt_logprobs_has_that_token(
+    pool: WorkerPool, n: int
+) -> None:
+    plain = SamplingParams(temperature=0, max_tokens=1, n=n)
+    asked = SamplingParams(temperature=0, max_tokens=1, n=n, prompt_logprobs=1)
+    with running(pool, 1, 1) as llm:
+        expected, found = (llm.generate(PROMPTS[3], params)[0] for params in (plain, asked))
+    assert [one.token_ids for one in found.outputs] == [one.token_ids for one in expected.outputs]
+    assert all(len(one.token_ids) == 1 for one in found.outputs)
+
+
 # --- structured output ----------------------------------------------------------------------------
 
 SCHEMA = {

@@ -65,7 +65,11 @@ class ServerOptions:
         Path | None, typer.Option("--ssl-keyfile", help="The certificate's key.")
     ] = None
     ssl_ca_certs: Annotated[
-        Path | None, typer.Option("--ssl-ca-certs", help="Of clients' certificates.")
+        Path | None,
+        typer.Option(
+            "--ssl-ca-certs",
+            help="Take clients whose certificate these have signed, and no others.",
+        ),
     ] = None
     max_body_bytes: Annotated[
         str, typer.Option("--max-body-bytes", metavar="SIZE", help="Of one request, like 8MiB.")

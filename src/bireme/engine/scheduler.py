@@ -314,21 +314,24 @@ class Scheduler:
         """Takes the oldest batch's output; what it brought to requests that have not ended."""
         batch = self._in_flight.popleft()
         news: list[News] = []
-        for part in output.prompt_logprobs:
-            state = batch.asked[part.slot]
-            if state.finish_reason is None:
-                news.append(News(state, [], [], part))
+        parts = {batch.asked[part.slot]: part for part in output.prompt_logprobs}
         logprobs: Iterable[list[TokenLogprobs]] = output.logprobs or ([],) * len(batch.sampled)
         for state, ids, likely in zip(batch.sampled, output.token_ids, logprobs, strict=True):
             state.num_in_flight -= 1
+            part = parts.pop(state, None)
             if state.finish_reason is not None:
                 continue
             taken = self._append(state, ids)
-            news.append(News(state, taken, likely[: len(taken)]))
+            news.append(News(state, taken, likely[: len(taken)], part))
             if state.finish_reason is not None:
                 self._end(state)
             elif state.is_leaving and not state.num_in_flight:
                 self._preempt(state)
+        news += [
+            News(state, [], [], part)
+            for state, part in parts.items()
+            if state.finish_reason is None
+        ]
         return news
 
     def _append(self, state: RequestState, ids: list[int]) -> list[int]:

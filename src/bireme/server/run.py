@@ -6,6 +6,7 @@ import asyncio
 import resource
 import signal
 import socket
+import ssl
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -77,6 +78,7 @@ class FrontEnd:
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
             ssl_ca_certs=None if config.ssl_ca_certs is None else str(config.ssl_ca_certs),
+            ssl_cert_reqs=ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         )
 
     async def _start(self, client: EngineClient) -> None:
