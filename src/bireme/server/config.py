@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -75,8 +76,36 @@ class ServerConfig:
             path = getattr(self, name)
             if path is not None and not path.is_file():
                 raise ConfigError(f"{name} {path} is no file")
+        self._check_certificates()
+        self._check_template()
         if not all(self.api_keys) or not all(self.served_model_names):
             raise ConfigError("api_keys and served_model_names hold an empty text; leave it out")
+
+    def _check_certificates(self) -> None:
+        if self.ssl_certfile is None:
+            return
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
+            if self.ssl_ca_certs is not None:
+                context.load_verify_locations(self.ssl_ca_certs)
+        except (OSError, ValueError) as error:
+            names = ", ".join(
+                str(path)
+                for path in (self.ssl_certfile, self.ssl_keyfile, self.ssl_ca_certs)
+                if path is not None
+            )
+            raise ConfigError(f"TLS cannot be set up with {names}: {error}") from None
+
+    def _check_template(self) -> None:
+        if self.chat_template is None:
+            return
+        from bireme.text.tokenizer import check_chat_template
+
+        try:
+            check_chat_template(self.chat_template.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"chat_template {self.chat_template}: {error}") from None
 
     @property
     def scheme(self) -> str:

@@ -26,20 +26,27 @@ async def tokenize(serving: Serving, wanted: TokenizeRequest) -> Response:
     if (wanted.prompt is None) == (wanted.messages is None):
         raise ApiError(400, "give either a prompt or messages")
     inputs = serving.inputs
-    ids = await asyncio.to_thread(_ids, inputs, wanted)
-    response = TokenizeResponse(
+    return Response(
+        await asyncio.to_thread(_tokenized, inputs, wanted), media_type="application/json"
+    )
+
+
+def _tokenized(inputs: InputProcessor, wanted: TokenizeRequest) -> bytes:
+    ids = _ids(inputs, wanted)
+    return TokenizeResponse(
         count=len(ids),
         max_model_len=inputs.model.max_model_len,
         tokens=ids,
         token_strs=list(map(inputs.tokenizer.name_of, ids)) if wanted.return_token_strs else None,
-    )
-    return Response(response.as_json(), media_type="application/json")
+    ).as_json()
 
 
 def _ids(inputs: InputProcessor, wanted: TokenizeRequest) -> list[int]:
     if wanted.messages is None:
         has_special = wanted.add_special_tokens is not False
-        return inputs.tokenizer.encode(wanted.prompt or "", add_special_tokens=has_special)
+        if not wanted.prompt:
+            return inputs.tokenizer.encode("", add_special_tokens=has_special)
+        return inputs.encode(wanted.prompt, "prompt", add_special_tokens=has_special)
     goes_on = bool(wanted.continue_final_message)
     return inputs.chat_ids(
         template_messages(wanted.messages),
@@ -53,16 +60,18 @@ def _ids(inputs: InputProcessor, wanted: TokenizeRequest) -> list[int]:
 async def detokenize(serving: Serving, wanted: DetokenizeRequest) -> Response:
     serving.check_model(wanted.model)
     serving.note_unknown("/detokenize", wanted.model_extra)
-    inputs = serving.inputs
-    bad = [id_ for id_ in wanted.tokens if not 0 <= id_ < inputs.model.vocab_size]
+    body = await asyncio.to_thread(_detokenized, serving.inputs, wanted.tokens)
+    return Response(body, media_type="application/json")
+
+
+def _detokenized(inputs: InputProcessor, ids: list[int]) -> bytes:
+    bad = [id_ for id_ in ids if not 0 <= id_ < inputs.model.vocab_size]
     if bad:
         raise RequestError(
             f"tokens={bad[0]} is no id; ids go from 0 to {inputs.model.vocab_size - 1}"
         )
-    text = await asyncio.to_thread(
-        inputs.tokenizer.decode, wanted.tokens, skip_special_tokens=False
-    )
-    return Response(DetokenizeResponse(prompt=text).as_json(), media_type="application/json")
+    text = inputs.tokenizer.decode(ids, skip_special_tokens=False)
+    return DetokenizeResponse(prompt=text).as_json()
 
 
 def tokenizer_info(serving: Serving) -> TokenizerInfo:

@@ -37,6 +37,14 @@ def check_text(text: str, where: str) -> None:
         raise RequestError(f"{where} holds half of a surrogate pair; whole characters are needed")
 
 
+def check_chat_template(template: str) -> None:
+    """ValueError says in which line it is no Jinja."""
+    try:
+        _compile(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from None
+
+
 class Tokenizer:
     """A fast tokenizer with its special tokens and its chat template, or the one given for it."""
 
