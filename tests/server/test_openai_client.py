@@ -450,3 +450,23 @@ def test_a_grammar_that_is_none_is_refused_before_anything_streams(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match="structured outputs"):
         chatted(client, stream=stream, extra_body={"structured_outputs": {"regex": "("}})
+
+
+def test_prompt_logprobs_are_whole_and_not_streamed(client: OpenAI) -> None:
+    body = {"prompt_logprobs": 1}
+    (choice,) = completed(client, max_tokens=1, extra_body=body).choices
+    told = choice.prompt_logprobs
+    assert told[0] is None
+    assert all(len(one) in (1, 2) for one in told[1:])
+    assert choice.text == completed(client, max_tokens=1).choices[0].text
+    with pytest.raises(openai.BadRequestError, match="not streamed"):
+        completed(client, max_tokens=1, stream=True, extra_body=body)
+
+
+def test_an_echo_with_logprobs_ends_with_the_only_token_of_its_answer(client: OpenAI) -> None:
+    one, two = (
+        completed(client, max_tokens=count, echo=True, logprobs=1).choices[0] for count in (1, 2)
+    )
+    assert one.logprobs.tokens == two.logprobs.tokens[:-1]
+    assert two.text.startswith(one.text)
+    assert len(one.text) > len("".join(one.logprobs.tokens[1:-1])) - 1

@@ -18,7 +18,7 @@ from bireme.server.chunked import ChunkedReply
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
 from bireme.server.generation import enter, open_prompts, respond
-from bireme.server.logprobs import completion_logprobs
+from bireme.server.logprobs import completion_logprobs, prompt_logprobs
 from bireme.server.protocol.common import Usage
 from bireme.server.protocol.completions import (
     MAX_PROMPTS,
@@ -165,6 +165,8 @@ class CompletionReply(ChunkedReply):
         extra: dict[str, Any] = {}
         if self._wanted.logprobs is not None:
             extra["logprobs"] = completion_logprobs(found, ids, self._tokenizer, offset)
+        if is_first and self._wanted.prompt_logprobs is not None:
+            extra["prompt_logprobs"] = prompt_logprobs(stream.prompt_logprobs)
         if self._wanted.return_token_ids:
             extra["token_ids"] = ids
             if is_first:

@@ -29,6 +29,10 @@ class UsageOf:
 
 def usage_of(wanted: SamplingFields) -> UsageOf:
     """ApiError 400 for options of a stream that is none."""
+    if wanted.stream and getattr(wanted, "prompt_logprobs", None) is not None:
+        raise ApiError(
+            400, "prompt_logprobs are not streamed; leave out stream", param="prompt_logprobs"
+        )
     options = wanted.stream_options
     if options is None:
         return UsageOf()
