@@ -213,7 +213,10 @@ def test_an_answer_is_as_told(
     check(document, schema_of(document, path, "application/json"), found.json)
 
 
-@pytest.mark.parametrize(("path", "body"), ANSWERS)
+STREAMED = [(path, body) for path, body in ANSWERS if "prompt_logprobs" not in body]
+
+
+@pytest.mark.parametrize(("path", "body"), STREAMED)
 def test_each_event_of_a_stream_is_as_told(
     locked: Served, document: dict[str, Any], path: str, body: dict[str, Any]
 ) -> None:
