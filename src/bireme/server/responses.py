@@ -193,7 +193,7 @@ class ResponsesReply:
             return b""
         self._is_open = False
         item = self._items[-1]
-        item.status = "incomplete" if self._reason == "length" else "completed"
+        item.status = "completed" if self._reason in (None, "stop") else "incomplete"
         if isinstance(item, OutputCall):
             events = self._event(
                 "response.function_call_arguments.done",
@@ -214,7 +214,11 @@ class ResponsesReply:
 
     @property
     def _status(self) -> str:
-        return "incomplete" if self._reason == "length" else "completed"
+        return "completed" if self._reason == "stop" else "incomplete"
+
+    @property
+    def _why_cut(self) -> str:
+        return "max_output_tokens" if self._reason == "length" else str(self._reason)
 
     def _parsed(self, text: str, *, is_end: bool) -> Parsed:
         if self._parser is None:
@@ -235,7 +239,7 @@ class ResponsesReply:
             created_at=self._created_s,
             status=status,  # type: ignore[arg-type]
             error=None,
-            incomplete_details=IncompleteDetails(reason="max_output_tokens") if is_cut else None,
+            incomplete_details=IncompleteDetails(reason=self._why_cut) if is_cut else None,
             instructions=wanted.instructions,
             max_output_tokens=wanted.max_output_tokens,
             metadata=wanted.metadata or {},
