@@ -190,3 +190,29 @@ def test_a_server_whose_log_nobody_reads_any_more_serves_and_ends() -> None:
         assert process.wait(DEADLINE_S) == 0
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (("--chat-template",), "line 1"),
+        (("--ssl-certfile", "--ssl-keyfile"), "TLS cannot be set up"),
+    ],
+)
+def test_a_file_of_no_use_is_told_before_anything_starts(
+    tmp_path: Path, names: tuple[str, ...], complaint: str
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("{% if %}")
+    options = [part for name in names for part in (name, str(path))]
+    done = subprocess.run(
+        arguments(DEMO, "--port", "0", *options),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert complaint in line
+    assert str(path) in line
