@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -489,3 +490,17 @@ def test_with_a_certificate_it_serves_https(tmp_path: Path) -> None:
             "-d", body, f"{server.url}/v1/chat/completions",
         )  # fmt: skip
         assert streamed.endswith("data: [DONE]\n\n")
+
+
+def test_a_switch_that_turns_off_has_one_name_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("no-log-requests: true\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "bireme", "serve", "demo", "--config", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "'no-log-requests', which is no option" in done.stderr

@@ -36,7 +36,7 @@ def _options(context: typer.Context, path: Path) -> dict[str, Any]:
     known = {
         name.lstrip("-"): parameter
         for parameter in context.command.params
-        for name in (*parameter.opts, *parameter.secondary_opts)
+        for name in parameter.opts
     }
     found = {}
     for key, value in _read(path).items():

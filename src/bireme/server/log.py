@@ -27,8 +27,8 @@ class Log:
         self.show(line)
 
     def show(self, *lines: str) -> None:
-        """As they are. Where nobody reads them any more, the server goes on without."""
-        with suppress(BrokenPipeError):
+        """As they are. Where they cannot be written any more, the server goes on without."""
+        with suppress(OSError):
             print(*lines, sep="\n", file=self._out or sys.stderr, flush=True)
 
 

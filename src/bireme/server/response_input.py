@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from bireme.server.errors import ApiError
 from bireme.server.protocol.chat import ChatCompletionRequest, ContentPart
-from bireme.server.protocol.responses import InputItem, NamedResponseTool, ResponsesRequest
+from bireme.server.protocol.responses import (
+    MAX_METADATA,
+    InputItem,
+    NamedResponseTool,
+    ResponsesRequest,
+)
 
 _SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "user")
 _LOGPROBS = "message.output_text.logprobs"
@@ -18,6 +23,7 @@ _LOGPROBS = "message.output_text.logprobs"
 def as_chat(wanted: ResponsesRequest) -> ChatCompletionRequest:
     """ApiError 400 for what needs storage, or what a chat cannot say."""
     _check_storage(wanted)
+    _check_metadata(wanted.metadata or {})
     given: dict[str, Any] = {name: getattr(wanted, name) for name in _SAME}
     has_logprobs = wanted.top_logprobs is not None or _LOGPROBS in (wanted.include or ())
     given |= {
@@ -48,6 +54,15 @@ def _check_storage(wanted: ResponsesRequest) -> None:
     if wanted.background:
         raise ApiError(
             400, "nothing is stored here, so background cannot be; leave it out", param="background"
+        )
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    if len(metadata) > MAX_METADATA or not all(isinstance(it, str) for it in metadata.values()):
+        raise ApiError(
+            400,
+            f"metadata holds {len(metadata)} pairs; at most {MAX_METADATA} are taken, of texts",
+            param="metadata",
         )
 
 

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.common import (
     Fields,
+    Listed,
     NumLogprobs,
     NumTokens,
     SamplingFields,
@@ -38,9 +39,9 @@ class ToolCall(Fields):
 
 class ChatMessage(Fields):
     role: Role
-    content: str | list[ContentPart] | None = None
+    content: str | Listed[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Listed[ToolCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -74,13 +75,13 @@ class ChatCompletionRequest(SamplingFields):
         }
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Listed[ChatMessage], Field(min_length=1)]
     max_tokens: NumTokens = None
     max_completion_tokens: NumTokens = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs = None
     prompt_logprobs: NumLogprobs = None
-    tools: list[Tool] | None = None
+    tools: Listed[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -44,9 +44,12 @@ def told(**keywords: Any) -> Any:
     return Field(json_schema_extra=keywords)
 
 
+T = TypeVar("T")
+# An error for the first item that is wrong, not for each of a million.
+Listed = Annotated[list[T], Field(fail_fast=True)]
+
 TokenId = Annotated[int, told(minimum=0)]
 _Stop = Annotated[str, told(minLength=1, maxLength=LONGEST_STOP)]
-_Bias = Annotated[float, told(minimum=-100, maximum=100)]
 
 Temperature = Annotated[float | None, told(minimum=0, maximum=MAX_TEMPERATURE)]
 TopP = Annotated[float | None, told(exclusiveMinimum=0, maximum=1)]
@@ -81,7 +84,7 @@ class StructuredOutputs(Fields):
 
     json_: Annotated[str | dict[str, Any] | bool | None, Field(alias="json")] = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Listed[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -124,10 +127,16 @@ class SamplingFields(Fields):
     frequency_penalty: Penalty = None
     presence_penalty: Penalty = None
     repetition_penalty: RepetitionPenalty = None
-    logit_bias: Annotated[dict[str, _Bias] | None, told(maxProperties=MAX_LOGIT_BIAS)] = None
+    logit_bias: Annotated[
+        dict[str, Any] | None,
+        told(
+            maxProperties=MAX_LOGIT_BIAS,
+            additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+        ),
+    ] = None
     seed: int | None = None
-    stop: Annotated[_Stop | list[_Stop] | None, told(maxItems=MAX_STOPS)] = None
-    stop_token_ids: Annotated[list[TokenId] | None, told(maxItems=MAX_STOP_TOKEN_IDS)] = None
+    stop: Annotated[_Stop | Listed[_Stop] | None, told(maxItems=MAX_STOPS)] = None
+    stop_token_ids: Annotated[Listed[TokenId] | None, told(maxItems=MAX_STOP_TOKEN_IDS)] = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int | None, told(minimum=0, maximum=MAX_INT64)] = None

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from bireme.sampling_params import MAX_INT64
 from bireme.server.protocol.common import (
+    Listed,
     NumLogprobs,
     SamplingFields,
     Sent,
@@ -27,7 +28,7 @@ class CompletionRequest(SamplingFields):
     )
 
     prompt: Annotated[
-        str | list[TokenId] | list[str | list[TokenId]], told(minLength=1, minItems=1)
+        str | Listed[TokenId] | Listed[str | Listed[TokenId]], told(minLength=1, minItems=1)
     ]
     max_tokens: Annotated[int | None, told(minimum=0, maximum=MAX_INT64)] = None
     echo: bool | None = None

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, Field
 from bireme.server.protocol.chat import ContentPart, TokenLogprob
 from bireme.server.protocol.common import (
     Fields,
+    Listed,
     MinP,
     NumLogprobs,
     NumTokens,
@@ -18,7 +19,10 @@ from bireme.server.protocol.common import (
     Temperature,
     TopK,
     TopP,
+    told,
 )
+
+MAX_METADATA = 16
 
 
 class InputItem(Fields):
@@ -26,11 +30,11 @@ class InputItem(Fields):
 
     type: str | None = None
     role: str | None = None
-    content: str | list[ContentPart] | None = None
+    content: str | Listed[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[ContentPart] | None = None
+    output: str | Listed[ContentPart] | None = None
 
 
 class ResponseTool(Fields):
@@ -65,7 +69,7 @@ class ResponsesRequest(Fields):
     )
 
     model: str | None = None
-    input: str | Annotated[list[InputItem], Field(min_length=1)]
+    input: str | Annotated[Listed[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: NumTokens = None
     temperature: Temperature = None
@@ -75,16 +79,19 @@ class ResponsesRequest(Fields):
     repetition_penalty: RepetitionPenalty = None
     seed: int | None = None
     top_logprobs: NumLogprobs = None
-    include: list[str] | None = None
+    include: Listed[str] | None = None
     text: TextSettings | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Listed[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     store: bool | None = None
     background: bool | None = None
     previous_response_id: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[
+        dict[str, Any] | None,
+        told(maxProperties=MAX_METADATA, additionalProperties={"type": "string"}),
+    ] = None
     priority: Priority = None
     user: str | None = None
 

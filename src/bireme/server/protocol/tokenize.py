@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.chat import ChatMessage, Tool
-from bireme.server.protocol.common import Fields, Sent, TokenId
+from bireme.server.protocol.common import Fields, Listed, Sent, TokenId
 
 
 def _is_given(name: str, kind: str) -> dict[str, Any]:
@@ -26,8 +26,8 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage] | None, Field(min_length=1)] = None
-    tools: list[Tool] | None = None
+    messages: Annotated[Listed[ChatMessage] | None, Field(min_length=1)] = None
+    tools: Listed[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -46,7 +46,7 @@ class DetokenizeRequest(Fields):
     model_config = ConfigDict(json_schema_extra={"examples": [{"tokens": [5, 6]}]})
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Listed[TokenId]
 
 
 class DetokenizeResponse(Sent):
