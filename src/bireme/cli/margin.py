@@ -25,6 +25,7 @@ class MarginWriter:
         self._has_margin = columns >= _NARROW
         self._width = columns - MARGIN_WIDTH - 3 if self._has_margin else columns
         self._word, self._column, self._num_lines = "", 0, 0
+        self._is_begun = False  # a line of combining marks has text and no width
         self._is_dim = "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
 
     def write(self, text: str) -> None:
@@ -35,7 +36,7 @@ class MarginWriter:
     def close(self) -> None:
         """Ends the last line, if there is one."""
         self._end_word()
-        if self._column:
+        if self._is_begun:
             self._end_line()
         self._out.flush()
 
@@ -63,6 +64,7 @@ class MarginWriter:
             text, size = text.lstrip(), cell_len(text.lstrip())
         self._out.write(text)
         self._column += size
+        self._is_begun = self._is_begun or bool(text)
 
     def _end_line(self) -> None:
         if self._has_margin:
@@ -71,6 +73,7 @@ class MarginWriter:
             self._out.write(f"{pad} {self.dim('│ ' + figure)}")
         self._out.write("\n")
         self._column, self._num_lines = 0, self._num_lines + 1
+        self._is_begun = False
 
     def dim(self, text: str) -> str:
         return f"\x1b[2m{text}\x1b[22m" if self._is_dim else text
