@@ -167,6 +167,12 @@ def test_arguments_may_come_before_the_name() -> None:
     assert read(BareCalls(), list(text))[1] == [("f", '{"x": [1, {"y": 2}]}')]
 
 
+def test_of_two_names_or_arguments_the_first_counts() -> None:
+    text = '{"name": "f", "arguments": {"x": 1}, "name": "g", "parameters": {"y": 22222}}'
+    for pieces in ([text], list(text)):
+        assert read(BareCalls(), pieces)[1] == [("f", '{"x": 1}')]
+
+
 @pytest.mark.parametrize(
     ("template", "wanted", "style"),
     [

@@ -44,7 +44,6 @@ class _Calls:
 
     def __init__(self) -> None:
         self._num_begun = 0
-        self._told = 0
         self._is_begun = False
 
     @property
@@ -63,11 +62,10 @@ class _Calls:
         if scanner.name is None:
             return
         if not self._is_begun:
-            self._is_begun, self._told = True, 0
+            self._is_begun = True
             found.calls.append(CallPiece(self._num_begun, "", _call_id(), scanner.name))
             self._num_begun += 1
-        if more := scanner.arguments[self._told :]:
-            self._told += len(more)
+        if more := scanner.take_arguments():
             found.calls.append(CallPiece(self._num_begun - 1, more))
 
 

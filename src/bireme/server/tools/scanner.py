@@ -8,43 +8,53 @@ _ARGUMENTS = ("arguments", "parameters")
 
 
 class CallScanner:
-    """Takes text from the opening brace on; `name` and `arguments` grow, the latter as it is written.
+    """Takes text from the opening brace on; `name` is there once it is read, arguments as they are
+    written. `is_done` once the object is closed, well-formed or not.
 
-    `text` is all that was taken; `is_done` once the object is closed, well-formed or not.
+    Of names and of arguments the first counts.
     """
 
     def __init__(self) -> None:
-        self.text = ""
         self.name: str | None = None
-        self.arguments = ""
         self.is_done = False
+        self._taken: list[str] = []
         self._depth = 0
-        self._string: str | None = None  # the one that is being read, as it is written
-        self._is_escaped = False
+        self._is_string = self._is_escaped = False
+        self._string: list[str] = []  # the one that is read, or was last
         self._key: str | None = None  # of the outermost object
-        self._is_value = False
-        self._value = ""
+        self._is_value = self._is_argument = self._has_arguments = False
+        self._arguments: list[str] = []  # not told yet
+        self._spaces: list[str] = []  # behind them, and perhaps none of theirs
+        self._is_text = False  # arguments as a text with JSON in it: its end is waited for
 
     @property
-    def is_call(self) -> bool:
-        """True for a finished object that names a function."""
-        return self.is_done and self.name is not None
+    def text(self) -> str:
+        """All that was taken."""
+        return "".join(self._taken)
 
     def add(self, text: str) -> str:
         """What follows the object, once it is closed."""
         for index, char in enumerate(text):
             self._add(char)
             if self.is_done:
-                self.text += text[: index + 1]
+                self._taken.append(text[: index + 1])
                 return text[index + 1 :]
-        self.text += text
+        self._taken.append(text)
         return ""
 
+    def take_arguments(self) -> str:
+        """What is new of them."""
+        if self._is_text:
+            return ""
+        found = "".join(self._arguments)
+        self._arguments.clear()
+        return found
+
     def _add(self, char: str) -> None:
-        if self._string is not None:
+        if self._is_string:
             self._go_on_in_string(char)
         elif char == '"':
-            self._string = char
+            self._is_string, self._string = True, [char]
         elif char in "{[":
             self._depth += 1
         elif char in "}]":
@@ -55,46 +65,52 @@ class CallScanner:
         if self._depth == 0:
             self._end_value()
             self.is_done = True
-        elif self._is_value:
+        elif self._is_argument:
             self._grow(char)
 
     def _go_on_in_string(self, char: str) -> None:
-        assert self._string is not None
-        self._string += char
+        self._string.append(char)
         if self._is_escaped:
             self._is_escaped = False
         elif char == "\\":
             self._is_escaped = True
         elif char == '"':
+            self._is_string = False
             if self._depth == 1 and not self._is_value:
                 self._key = _loads(self._string)
-            elif self._depth == 1 and self._key == "name":
+            elif self._depth == 1 and self._key == "name" and self.name is None:
                 self.name = _loads(self._string)
-            self._string = None
 
     def _turn(self, char: str) -> None:
         """From a key to its value, or from a value to the next key."""
-        if char == ":":
-            self._is_value, self._value = True, ""
-        else:
+        if char == ",":
             self._end_value()
+        elif not self._is_value:
+            self._is_value = True
+            self._is_argument = self._key in _ARGUMENTS and not self._has_arguments
 
     def _grow(self, char: str) -> None:
-        if self._key not in _ARGUMENTS or (not self._value and char.isspace()):
+        if char.isspace() and not self._is_string:
+            self._spaces.append(char)
             return
-        self._value += char
-        if not self._value.startswith('"'):  # of a text the end is waited for
-            self.arguments = self._value.rstrip() if self._string is None else self._value
+        if self._has_arguments:
+            self._arguments += self._spaces
+        else:
+            self._has_arguments, self._is_text = True, char == '"'
+        self._spaces.clear()
+        self._arguments.append(char)
 
     def _end_value(self) -> None:
-        if self._key in _ARGUMENTS and self._value.startswith('"'):
-            self.arguments = _loads(self._value.rstrip()) or ""
-        self._is_value, self._key, self._value = False, None, ""
+        if self._is_text:
+            self._is_text, self._arguments = False, [_loads(self._arguments) or ""]
+        self._is_value = self._is_argument = False
+        self._key = None
+        self._spaces.clear()
 
 
-def _loads(text: str) -> str | None:
+def _loads(chars: list[str]) -> str | None:
     try:
-        value = json.loads(text)
+        value = json.loads("".join(chars))
     except ValueError:
         return None
     return value if isinstance(value, str) else None
