@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 import msgspec
@@ -84,7 +84,7 @@ class Commands:
 
     def __init__(self, front_end: FrontEnd) -> None:
         self._front_end, self.inbox = front_end, Inbox()
-        self._compiling: set[str] = set()
+        self._compiling: dict[str, Future[None]] = {}  # by request id
         self._lock = threading.Lock()
         self._grammars = ThreadPoolExecutor(1, "grammars")
 
@@ -106,13 +106,14 @@ class Commands:
         match command:
             case Add(request) if request.params.structured_outputs is not None:
                 with self._lock:
-                    self._compiling.add(request.request_id)
-                self._grammars.submit(self._compile, request)
+                    work = self._grammars.submit(self._compile, request)
+                    self._compiling[request.request_id] = work
             case Add(request):
                 self.inbox.put((request, None))
             case Abort(request_id):
                 with self._lock:
-                    self._compiling.discard(request_id)
+                    if request_id in self._compiling:
+                        self._compiling.pop(request_id).cancel()
                     self.inbox.put(request_id)
             case AskStats():
                 self._front_end.say(self._ask())
@@ -122,19 +123,21 @@ class Commands:
                 raise AssertionError("an engine is started once")
 
     def _compile(self, request: Request) -> None:
+        matcher, refusal = None, None
         try:
             matcher = self._inputs.matcher(request.params.structured_outputs)
         except UserError as error:
-            self._front_end.refuse(request.request_id, error)
-            return
+            refusal = error
         except BaseException as error:  # the library's panics are no Exceptions
-            told = RequestError(f"the grammar cannot be compiled: {type(error).__name__}")
-            self._front_end.refuse(request.request_id, told)
-            return
+            refusal = RequestError(f"the grammar cannot be compiled: {type(error).__name__}")
         with self._lock:
-            if request.request_id in self._compiling:
-                self._compiling.discard(request.request_id)
+            if request.request_id not in self._compiling:
+                return  # aborted
+            del self._compiling[request.request_id]
+            if refusal is None:
                 self.inbox.put((request, matcher))
+        if refusal is not None:
+            self._front_end.refuse(request.request_id, refusal)
 
 
 def _stats(engine: Engine, executor: WorkerExecutor) -> Stats:
