@@ -81,6 +81,14 @@ class ServerOptions:
             "--receive-timeout", metavar="S", help="Seconds that a request may take to arrive."
         ),
     ] = 30.0
+    send_timeout: Annotated[
+        float,
+        typer.Option(
+            "--send-timeout",
+            metavar="S",
+            help="Seconds that a client may take nothing of its answer.",
+        ),
+    ] = 60.0
     keep_alive: Annotated[
         float,
         typer.Option(
@@ -156,6 +164,7 @@ class ServerOptions:
             allowed_origins=tuple(self.allowed_origins or ()),
             max_body_bytes=parse_bytes(self.max_body_bytes),
             receive_timeout_s=self.receive_timeout,
+            send_timeout_s=self.send_timeout,
             keep_alive_s=self.keep_alive,
             shutdown_timeout_s=self.shutdown_timeout,
         )

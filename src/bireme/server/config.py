@@ -25,6 +25,7 @@ _BOUNDS = {
     "max_body_bytes": (1024, 1 << 30),
     "max_connections": (1, 1 << 20),
     "receive_timeout_s": (0.1, 3600),
+    "send_timeout_s": (0.1, 3600),
     "keep_alive_s": (0.1, 3600),
     "shutdown_timeout_s": (0, 86400),
 }
@@ -34,7 +35,8 @@ _BOUNDS = {
 class ServerConfig:
     """Where the server listens, who may ask, and how much one client may take.
 
-    `receive_timeout_s` bounds how long a request may take to arrive, from its first byte to its last.
+    `receive_timeout_s` bounds how long a request may take to arrive, from its first byte to its last;
+    `send_timeout_s` how long a client may take nothing of its answer.
     `generation_config` auto takes the sampling defaults of the model's generation_config.json.
     """
 
@@ -50,6 +52,7 @@ class ServerConfig:
     max_body_bytes: int = 8 << 20
     max_connections: int = 4096
     receive_timeout_s: float = 30.0
+    send_timeout_s: float = 60.0
     keep_alive_s: float = 30.0
     shutdown_timeout_s: float = 30.0
     tool_call_parser: ToolCallParser = "auto"

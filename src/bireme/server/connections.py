@@ -4,23 +4,28 @@ request is whole."""
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from bireme.server.config import ServerConfig
 from bireme.server.errors import ApiError
 
 _MOST_HEADER_BYTES = 64 << 10
+# Seconds without a word until the peer is asked, between two questions, and how many it may miss.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's head is too long or too slow, and those beyond
-    `max_connections`.
+    `max_connections`; also one whose client takes nothing of its answer for `send_timeout_s`.
 
     uvicorn bounds the time between two requests alone; a body's bounds are the middleware's.
     """
 
     receive_timeout_s = 30.0
+    send_timeout_s = 60.0
     max_connections = 4096
 
     def __init__(self, *args: Any, **settings: Any) -> None:
@@ -28,21 +33,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._has_head = False
         self._deadline: asyncio.TimerHandle | None = None
+        self._send_deadline: asyncio.TimerHandle | None = None
 
     @classmethod
-    def with_bounds(cls, receive_timeout_s: float, max_connections: int) -> type[BoundedProtocol]:
-        bounds = {"receive_timeout_s": receive_timeout_s, "max_connections": max_connections}
-        return type(cls.__name__, (cls,), bounds)
+    def with_bounds(cls, config: ServerConfig) -> type[BoundedProtocol]:
+        names = ("receive_timeout_s", "send_timeout_s", "max_connections")
+        return type(cls.__name__, (cls,), {name: getattr(config, name) for name in names})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             transport.abort()
         else:
+            _notice_dead_peers(transport.get_extra_info("socket"))
             self._begin_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        self._end_sending()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -53,6 +61,30 @@ class BoundedProtocol(HttpToolsProtocol):
             self._num_head_bytes += len(data)
             if self._num_head_bytes > _MOST_HEADER_BYTES:
                 self.transport.abort()
+
+    def pause_writing(self) -> None:
+        """The client has yet to take what is written."""
+        super().pause_writing()
+        self._await_taken()
+
+    def resume_writing(self) -> None:
+        self._end_sending()
+        super().resume_writing()
+
+    def _await_taken(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._send_deadline = self.loop.call_later(self.send_timeout_s, self._check_taken, left)
+
+    def _check_taken(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._await_taken()
+        else:
+            self.transport.abort()
+
+    def _end_sending(self) -> None:
+        if self._send_deadline is not None:
+            self._send_deadline.cancel()
+            self._send_deadline = None
 
     def send_400_response(self, msg: str) -> None:
         """Of what is no HTTP, in the same words as all errors."""
@@ -84,3 +116,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self.transport.abort()
+
+
+def _notice_dead_peers(sock: socket.socket) -> None:
+    """A host that vanished says no goodbye; its request would run on for nobody."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if (option := getattr(socket, name, None)) is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
