@@ -232,7 +232,7 @@ def test_what_is_odd_but_allowed_is_served(server: Served) -> None:
     for more in (
         {"seed": BIG}, {"seed": -5}, {"stop": []}, {"user": "x" * 10_000}, {"metadata": {"a": BIG}},
         {"model": None, "n": None, "stop": None, "temperature": None}, {"top_k": -1},
-        {"u" * 5000: 1}, {f"unknown {number}": 1 for number in range(2000)}, {"logit_bias": {}},
+        {"u" * 5000: 1}, {f"unknown {number}": 1 for number in range(200)}, {"logit_bias": {}},
     ):  # fmt: skip
         found = server.ask("POST", COMPLETIONS, {"prompt": "x", "max_tokens": 1, **more})
         assert found.status == 200, (more, found.body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 from served import Served, serving
@@ -14,7 +15,8 @@ from streaming import COMPLETIONS, LONG, Streaming, connect, post
 @pytest.fixture(scope="module")
 def small() -> Iterator[Served]:
     """One request runs, and one may wait."""
-    options = ("--max-num-seqs", "1", "--max-num-waiting", "1", "--dtype", "float32")
+    options = ("--max-num-seqs", "1", "--max-num-waiting", "1", "--dtype", "float32",
+               "--max-body-bytes", "64KiB")  # fmt: skip
     with serving(*options) as server:
         yield server
 
@@ -64,3 +66,19 @@ def test_clients_that_leave_while_they_wait_are_never_run(small: Served) -> None
         until(lambda: small.metric("num_requests_waiting") == 0)
     assert len(running.tokens()) == 100
     assert small.ask("GET", "/load").json == {"server_load": 0}
+
+
+def test_bodies_of_all_requests_are_bounded_together(small: Served) -> None:
+    """Those that come are counted, whole or not; room is free again once they are gone."""
+    part = b"x" * (60 << 10)
+    with ExitStack() as stack:
+        for _ in range(17):
+            sock = stack.enter_context(connect(small))
+            head = post(COMPLETIONS, b"").replace(b"Length: 0", b"Length: 65000")
+            sock.sendall(head + part)
+        until(lambda: small.ask("GET", "/load").json == {"server_load": 17})
+        found = small.ask("POST", COMPLETIONS, {"prompt": "x" * 50_000})
+        assert (found.status, found.headers["retry-after"]) == (429, "1")
+        assert "bodies of all requests" in found.error["message"]
+    until(lambda: small.ask("GET", "/load").json == {"server_load": 0})
+    assert small.ask("POST", COMPLETIONS, {"prompt": "x", "max_tokens": 1}).status == 200

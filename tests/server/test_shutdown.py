@@ -81,6 +81,17 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
         check_all_ended(pids)
 
 
+def test_a_second_ctrl_c_does_not_wait_for_an_engine_that_hangs() -> None:
+    with serving("--dtype", "float32") as server:
+        pids = server.descendants()
+        os.kill(pids[0], signal.SIGSTOP)
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("shutting down requests=0")
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(8) == 0  # it would be waited for 20 s
+        check_all_ended(pids)
+
+
 def test_ctrl_c_ends_a_server_that_still_loads() -> None:
     with started() as server:
         until(lambda: len(server.descendants()) >= 2)  # the engine has begun to start its rank

@@ -207,6 +207,10 @@ class Callers:
             del self._names[used]
         return True
 
+    def check_fits(self, num_requests: int) -> None:
+        """RequestError for more than there is ever room for."""
+        _check_most(num_requests, "requests", self._most_requests)
+
     def _check_room(self, opened: Sequence[Opened]) -> None:
         """Of an engine that may have ended since the prompts were opened."""
         if self._error is not None:
@@ -220,8 +224,7 @@ class Callers:
             ("requests", len(self._listeners), num_new, self._most_requests),
             ("prompt tokens", self._num_tokens, num_tokens, self._most_tokens),
         ):
-            if new > most:
-                raise RequestError(f"{new} {what} at once are too many; send at most {most}")
+            _check_most(new, what, most)
             if there + new > most:
                 raise CapacityError(f"{there} {what} of {most} are there; try again later")
 
@@ -269,3 +272,8 @@ class Callers:
         self._listeners.clear()
         self._names.clear()
         self._num_tokens = 0
+
+
+def _check_most(num: int, what: str, most: int) -> None:
+    if num > most:
+        raise RequestError(f"{num} {what} at once are too many; send at most {most}")

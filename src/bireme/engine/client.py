@@ -44,6 +44,7 @@ _FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(From
 _LENGTH = struct.Struct("<I")
 _EXIT_S = 10.0
 _BROKEN_S = 2.0
+_HURRY_S = 1.0
 _MOST_MISSED = 3
 
 
@@ -132,6 +133,12 @@ class EngineClient:
         if self._writer is not None:
             self._writer.close()
         await asyncio.to_thread(self._process.close, _BROKEN_S if is_broken else _EXIT_S)
+
+    def hurry(self) -> None:
+        """Gives the engine a second to end, whatever it is at."""
+        if self._writer is not None:
+            self._writer.close()
+        asyncio.get_running_loop().call_later(_HURRY_S, self._process.process.kill)
 
     async def stats(self) -> Stats:
         """EngineError where the engine is gone."""

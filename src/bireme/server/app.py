@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import msgspec
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from fastapi.routing import APIRoute
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from bireme import __version__
@@ -24,6 +20,7 @@ from bireme.server import errors, openapi, tokenization
 from bireme.server.chat import chat
 from bireme.server.completions import complete
 from bireme.server.errors import ApiError, ClientGone
+from bireme.server.json_route import JsonRoute
 from bireme.server.middleware import OPEN_PATHS, Gate
 from bireme.server.openapi import ANY, answers, streamed, tell_the_truth
 from bireme.server.protocol.chat import (
@@ -45,44 +42,6 @@ from bireme.server.responses import answer
 from bireme.server.serving import Serving
 
 
-class _StrictJson(Request):
-    """Bodies as JSON is defined: no NaN, no half of a surrogate pair, and an error that says where."""
-
-    async def json(self) -> Any:
-        body = await self.body()
-        try:
-            return msgspec.json.decode(body)
-        except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            raise HTTPException(400, f"the body is no JSON: {_why(body, error)}") from None
-
-
-_HALF = re.compile(rb"\\u[dD][89a-fA-F]")
-
-
-def _why(body: bytes, error: Exception) -> str:
-    """msgspec takes the end of a text behind half of a surrogate pair for the body's end."""
-    if _HALF.search(body) and "surrogate" not in str(error):
-        return f"{error}, or a text holds half of a surrogate pair"
-    return str(error)
-
-
-class _JsonRoute(APIRoute):
-    """Its body is read before FastAPI takes over, which makes 400 of all that goes wrong on the way."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strictly(request: Request) -> Response:
-            strict = _StrictJson(request.scope, request.receive)
-            try:
-                await strict.body()
-            except ClientDisconnect:
-                raise ClientGone from None
-            return await handle(strict)
-
-        return strictly
-
-
 def make_app(serving: Serving) -> ASGIApp:
     """The application behind its gate; `serving` outlives it."""
     app = FastAPIOffline(
@@ -93,7 +52,8 @@ def make_app(serving: Serving) -> ASGIApp:
         root_path=serving.config.root_path,
         strict_content_type=False,
     )
-    routers = (_inference(serving), _state(serving))
+    large = ThreadPoolExecutor(1, "large-bodies")
+    routers = (_inference(serving, large), _state(serving))
     for router in routers:
         app.include_router(router)
     tell_the_truth(app, has_keys=bool(serving.config.api_keys), open_paths=OPEN_PATHS)
@@ -120,9 +80,11 @@ def make_app(serving: Serving) -> ASGIApp:
     )
 
 
-def _inference(serving: Serving) -> APIRouter:
+def _inference(serving: Serving, large: Executor) -> APIRouter:
     router = APIRouter(
-        route_class=_JsonRoute, tags=["inference"], responses=openapi.errors(*ANY, 408, 503)
+        route_class=JsonRoute.on(large),
+        tags=["inference"],
+        responses=openapi.errors(*ANY, 408, 503),
     )
     generating = (404, 429)
 

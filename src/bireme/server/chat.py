@@ -13,7 +13,7 @@ from bireme.engine.callers import Answers
 from bireme.engine.input_processor import Prompt
 from bireme.outputs import CompletionOutput, Delta, RequestOutput
 from bireme.sampling_params import MAX_LOGPROBS, SamplingParams
-from bireme.server.chunked import ChunkedReply
+from bireme.server.chunked import ChunkedReply, filled, head_of
 from bireme.server.conversation import template_messages, template_variables
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
@@ -149,19 +149,15 @@ class ChatReply(ChunkedReply):
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         (output,) = outputs
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"usage": usage}
         if self._wanted.prompt_logprobs is not None:
             extra["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
         if self._wanted.return_token_ids:
             extra["prompt_token_ids"] = output.prompt_token_ids
-        return ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            choices=[self._choice(answer) for answer in output.outputs],
-            usage=usage,
-            **self._about,
-            **extra,
-        ).as_json()
+        empty = ChatCompletion.model_construct(
+            id=self._id, object="chat.completion", choices=[], **self._about
+        )
+        return filled(head_of(empty), map(self._choice, output.outputs), extra)
 
     def _choice(self, answer: CompletionOutput) -> ChatChoice:
         found = self._parsed(answer.index, answer.text, is_end=True)

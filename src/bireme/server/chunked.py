@@ -3,7 +3,10 @@ choices, so the rest is written once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic_core import to_json
 
 from bireme.server.errors import ApiError
 from bireme.server.protocol.common import Sent, Usage
@@ -15,17 +18,14 @@ class ChunkedReply:
     """Base of such replies. `empty` is a chunk whose last field that is set is `choices`, with none."""
 
     def __init__(self, empty: Sent, usage: UsageOf) -> None:
-        head, self._usage = empty.as_json(), usage
-        assert head.endswith(b'"choices":[]}')
-        self._head = head.removesuffix(b"]}")
+        self._head, self._usage = head_of(empty), usage
 
-    def chunk(
-        self, choices: Sequence[Sent], extra: Mapping[str, Sent | Sequence[int] | None]
-    ) -> bytes:
+    def chunk(self, choices: Iterable[Sent], extra: Mapping[str, Any]) -> bytes:
         """One event; `extra` are further fields of the chunk."""
-        told = b",".join([choice.as_json() for choice in choices])
-        more = b"".join([b',"%s":%s' % (name.encode(), _json(it)) for name, it in extra.items()])
-        return sse(self._head + told + b"]" + more + b"}")
+        return sse(self.filled(choices, extra))
+
+    def filled(self, choices: Iterable[Sent], extra: Mapping[str, Any]) -> bytes:
+        return filled(self._head, choices, extra)
 
     def end(self, usage: Usage) -> bytes:
         last = self._usage.at_end(usage)
@@ -35,7 +35,19 @@ class ChunkedReply:
         return sse(error.as_json()) + DONE
 
 
-def _json(value: Sent | Sequence[int] | None) -> bytes:
-    if isinstance(value, Sent):
-        return value.as_json()
-    return b"null" if value is None else str(list(value)).encode()
+def head_of(empty: Sent) -> bytes:
+    """All of it that comes before the first choice."""
+    head = empty.as_json()
+    assert head.endswith(b'"choices":[]}')
+    return head.removesuffix(b"]}")
+
+
+def filled(head: bytes, choices: Iterable[Sent], extra: Mapping[str, Any]) -> bytes:
+    """With choices and further fields. Each choice by itself, so that no thread waits for all."""
+    told = b",".join([choice.as_json() for choice in choices])
+    more = b"".join([b',"%s":%s' % (name.encode(), _json(it)) for name, it in extra.items()])
+    return head + told + b"]" + more + b"}"
+
+
+def _json(value: Any) -> bytes:
+    return value.as_json() if isinstance(value, Sent) else to_json(value)

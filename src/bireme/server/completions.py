@@ -37,6 +37,7 @@ async def complete(request: Request, serving: Serving, wanted: CompletionRequest
     exchange = enter(request, serving, wanted)
     usage = usage_of(wanted)
     _check(wanted)
+    serving.check_fits(len(wanted.prompts) * max(1, wanted.n or 1))
     opened = await open_prompts(
         serving,
         exchange,
@@ -134,12 +135,12 @@ class CompletionReply(ChunkedReply):
         return self.chunk([choice], self._usage.along(usage))
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
-        choices = [
+        choices = (
             self._choice(prompt, answer.index, answer, answer.logprobs or [])
             for prompt, output in enumerate(outputs)
             for answer in output.outputs
-        ]
-        return self._empty.model_copy(update={"choices": choices, "usage": usage}).as_json()
+        )
+        return self.filled(choices, {"usage": usage})
 
     def _choice(
         self,

@@ -166,9 +166,8 @@ async def respond(
         if is_stream:
             return _Stream(generation, reply, head, first)
         await unless_gone(request, _all(generation))
-        return Response(
-            reply.whole(generation.outputs, generation.usage()), media_type="application/json"
-        )
+        whole = await asyncio.to_thread(reply.whole, generation.outputs, generation.usage())
+        return Response(whole, media_type="application/json")
     except BaseException as error:
         if isinstance(error, BiremeError):
             generation.note_error(error)

@@ -65,6 +65,7 @@ class Gate:
                 raise  # uvicorn cuts the connection, so that nobody takes this for the end
         finally:
             self._serving.end(is_work)
+            body.release()
             exchange.is_left |= not answer.is_complete
 
     def _check(self, exchange: Exchange, scope: Scope) -> None:
@@ -155,12 +156,12 @@ class _BoundedBody:
 
     def __init__(self, scope: Scope, receive: Receive, serving: Serving) -> None:
         config = serving.config
-        self._receive, self._most = receive, config.max_body_bytes
+        self._receive, self._serving, self._most = receive, serving, config.max_body_bytes
         self._timeout_s = config.receive_timeout_s
         self._deadline_s = time.monotonic() + config.receive_timeout_s
         declared = _header(scope, b"content-length")
         self._declared = int(declared) if declared.isdigit() else 0
-        self._num_bytes = 0
+        self._num_bytes = self._num_held = 0
         self.is_coming = self._declared > 0 or bool(_header(scope, b"transfer-encoding"))
 
     def check_length(self) -> None:
@@ -179,11 +180,19 @@ class _BoundedBody:
             raise ApiError(
                 408, f"the request did not arrive within {self._timeout_s:g} s", code="timeout"
             ) from None
-        self._num_bytes += len(message.get("body", b""))
+        num_bytes = len(message.get("body", b""))
+        self._num_bytes += num_bytes
         self.is_coming = message.get("more_body", False)
         if self._num_bytes > self._most:
             self._refuse(self._num_bytes)
+        self._serving.hold_bytes(num_bytes)
+        self._num_held += num_bytes
         return message
+
+    def release(self) -> None:
+        """The request was served."""
+        self._serving.release_bytes(self._num_held)
+        self._num_held = 0
 
     async def drop(self) -> None:
         """Takes what is still on its way, for a moment."""

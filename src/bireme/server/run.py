@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 import signal
 import socket
@@ -48,6 +49,8 @@ class FrontEnd:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection has to look through it again
         await client.begin()
         starting = asyncio.create_task(self._start(client))
         try:
@@ -66,7 +69,7 @@ class FrontEnd:
         return uvicorn.Config(
             make_app(self._serving),
             loop="uvloop",
-            http=BoundedProtocol.with_bounds(config.receive_timeout_s, config.max_connections),
+            http=BoundedProtocol.with_bounds(config),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -116,6 +119,7 @@ class FrontEnd:
             self._ending = asyncio.create_task(self._drain())
         elif number == signal.SIGINT:
             self._ending.cancel()
+            self._serving.client.hurry()
             self._server.force_exit = self._server.should_exit = True
 
     async def _drain(self) -> None:

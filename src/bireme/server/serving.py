@@ -23,6 +23,7 @@ from bireme.server.tracing import Tracer
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MOST_NAMES = 100
+_MOST_BODIES = 16  # of the longest, of all requests that are served
 
 
 class Serving:
@@ -38,6 +39,7 @@ class Serving:
         self.created = int(time.time())
         self.is_draining = False
         self.num_active = 0
+        self._num_body_bytes = 0
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._unknown: set[str] = set()
@@ -52,6 +54,21 @@ class Serving:
         self.num_active -= num
         if not self.num_active:
             self._is_idle.set()
+
+    def hold_bytes(self, num_bytes: int) -> None:
+        """So much more of requests' bodies is kept; ApiError 429 where that is too much for all."""
+        most = _MOST_BODIES * self.config.max_body_bytes
+        if self._num_body_bytes + num_bytes > most:
+            raise ApiError(
+                429,
+                f"the bodies of all requests have {self._num_body_bytes + num_bytes} bytes; "
+                f"{most} are taken at once; try again later",
+                code="rate_limit_exceeded",
+            )
+        self._num_body_bytes += num_bytes
+
+    def release_bytes(self, num_bytes: int) -> None:
+        self._num_body_bytes -= num_bytes
 
     async def until_idle(self) -> None:
         """Returns when no request is served."""
@@ -73,6 +90,11 @@ class Serving:
         if not ready.done():
             return None
         return ready.exception() or self.client.callers.error
+
+    def check_fits(self, num_requests: int) -> None:
+        """RequestError for more than the engine ever takes; ApiError 503 while it cannot be asked."""
+        if self.inputs is not None:
+            self.client.callers.check_fits(num_requests)
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under; none stands for the first."""

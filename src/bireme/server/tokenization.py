@@ -65,6 +65,9 @@ async def detokenize(serving: Serving, wanted: DetokenizeRequest) -> Response:
 
 
 def _detokenized(inputs: InputProcessor, ids: list[int]) -> bytes:
+    most = inputs.model.max_model_len
+    if len(ids) > most:
+        raise RequestError(f"tokens has {len(ids)} ids; the context holds {most}, so send fewer")
     bad = [id_ for id_ in ids if not 0 <= id_ < inputs.model.vocab_size]
     if bad:
         raise RequestError(

@@ -7,14 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 
 from bireme.server.protocol.common import (
+    MAX_FIELDS,
     Fields,
-    Listed,
     NumLogprobs,
     NumTokens,
+    Objects,
     SamplingFields,
     Sent,
     Usage,
 )
+
+# Of a chat template.
+Variables = Annotated[dict[str, Any], Field(max_length=MAX_FIELDS)]
 
 Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 
@@ -39,9 +43,9 @@ class ToolCall(Fields):
 
 class ChatMessage(Fields):
     role: Role
-    content: str | Listed[ContentPart] | None = None
+    content: str | Objects[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Listed[ToolCall] | None = None
+    tool_calls: Objects[ToolCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -75,18 +79,18 @@ class ChatCompletionRequest(SamplingFields):
         }
     )
 
-    messages: Annotated[Listed[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Objects[ChatMessage], Field(min_length=1)]
     max_tokens: NumTokens = None
     max_completion_tokens: NumTokens = None
     logprobs: bool | None = None
     top_logprobs: NumLogprobs = None
     prompt_logprobs: NumLogprobs = None
-    tools: Listed[Tool] | None = None
+    tools: Objects[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Variables | None = None
 
 
 class TopLogprob(Sent):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from bireme.errors import RequestError
 from bireme.request import MAX_PRIORITY
@@ -23,11 +24,25 @@ from bireme.sampling_params import (
     StructuredOutputsParams,
 )
 
+MAX_FIELDS = 256  # of one object
+MAX_OBJECTS = 4096  # of one list
+
 
 class Fields(BaseModel):
     """What a client sends: types are not guessed ("1" is no number), further fields are accepted."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "too_many_fields",
+                "{given} fields are too many; send at most {most}",
+                {"given": len(given), "most": MAX_FIELDS},
+            )
+        return given
 
 
 class Sent(BaseModel):
@@ -47,6 +62,8 @@ def told(**keywords: Any) -> Any:
 T = TypeVar("T")
 # An error for the first item that is wrong, not for each of a million.
 Listed = Annotated[list[T], Field(fail_fast=True)]
+# Of objects, each of which costs microseconds.
+Objects = Annotated[list[T], Field(fail_fast=True, max_length=MAX_OBJECTS)]
 
 TokenId = Annotated[int, told(minimum=0)]
 _Stop = Annotated[str, told(minLength=1, maxLength=LONGEST_STOP)]

@@ -13,6 +13,7 @@ from bireme.server.protocol.common import (
     MinP,
     NumLogprobs,
     NumTokens,
+    Objects,
     Priority,
     RepetitionPenalty,
     Sent,
@@ -30,11 +31,11 @@ class InputItem(Fields):
 
     type: str | None = None
     role: str | None = None
-    content: str | Listed[ContentPart] | None = None
+    content: str | Objects[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | Listed[ContentPart] | None = None
+    output: str | Objects[ContentPart] | None = None
 
 
 class ResponseTool(Fields):
@@ -69,7 +70,7 @@ class ResponsesRequest(Fields):
     )
 
     model: str | None = None
-    input: str | Annotated[Listed[InputItem], Field(min_length=1)]
+    input: str | Annotated[Objects[InputItem], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: NumTokens = None
     temperature: Temperature = None
@@ -81,7 +82,7 @@ class ResponsesRequest(Fields):
     top_logprobs: NumLogprobs = None
     include: Listed[str] | None = None
     text: TextSettings | None = None
-    tools: Listed[ResponseTool] | None = None
+    tools: Objects[ResponseTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
-from bireme.server.protocol.chat import ChatMessage, Tool
-from bireme.server.protocol.common import Fields, Listed, Sent, TokenId
+from bireme.server.protocol.chat import ChatMessage, Tool, Variables
+from bireme.server.protocol.common import Fields, Listed, Objects, Sent, TokenId
 
 
 def _is_given(name: str, kind: str) -> dict[str, Any]:
@@ -26,13 +26,13 @@ class TokenizeRequest(Fields):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[Listed[ChatMessage] | None, Field(min_length=1)] = None
-    tools: Listed[Tool] | None = None
+    messages: Annotated[Objects[ChatMessage] | None, Field(min_length=1)] = None
+    tools: Objects[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: Variables | None = None
 
 
 class TokenizeResponse(Sent):
