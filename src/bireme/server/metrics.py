@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus: vLLM's names, labels and buckets, under `bireme:`.
+"""What a server counts, for Prometheus: vLLM's names, labels and buckets (of waiting more), under `bireme:`.
 
 What the server sees, requests and their tokens, is counted here as it happens; what the engine
 counts is taken from its `Stats` when somebody asks. Kept by names without a prefix, which is put
@@ -32,9 +32,9 @@ _BETWEEN_TOKENS_S = (
     0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
     40.0, 80.0,
 )  # fmt: skip
-_REQUEST_S = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
-    480.0, 960.0, 1920.0, 7680.0,
+_REQUEST_S = (  # vLLM's from 0.3 on: to wait for less is what is usual
+    0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0,
+    20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
 _NUM_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
