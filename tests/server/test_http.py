@@ -467,8 +467,11 @@ def wait_for_answer(server: Served) -> Answer:
             assert is_there(server.pid)
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
-def test_with_a_certificate_it_serves_https(tmp_path: Path) -> None:
+@pytest.fixture
+def signed(tmp_path: Path) -> tuple[Path, Path]:
+    """A key, and a certificate that it has signed itself."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
     subprocess.run(
         [
@@ -478,6 +481,11 @@ def test_with_a_certificate_it_serves_https(tmp_path: Path) -> None:
         ],
         capture_output=True, check=True,
     )  # fmt: skip
+    return key, certificate
+
+
+def test_with_a_certificate_it_serves_https(signed: tuple[Path, Path], tmp_path: Path) -> None:
+    key, certificate = signed
     config = tmp_path / "server.toml"
     config.write_text(f'ssl-certfile = "{certificate}"\nssl-keyfile = "{key}"\n')
     with serving("--config", str(config)) as server:
@@ -490,6 +498,17 @@ def test_with_a_certificate_it_serves_https(tmp_path: Path) -> None:
             "-d", body, f"{server.url}/v1/chat/completions",
         )  # fmt: skip
         assert streamed.endswith("data: [DONE]\n\n")
+
+
+def test_clients_without_a_signed_certificate_are_refused(signed: tuple[Path, Path]) -> None:
+    key, certificate = map(str, signed)
+    options = ("--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certs", certificate)
+    with serving(*options) as server:
+        shown = ("--cert", certificate, "--key", key)
+        found = curl("--cacert", certificate, *shown, f"{server.url}/health")
+        assert json.loads(found) == {"status": "ready"}
+        with pytest.raises(AssertionError, match=r"curl: \(\d+\)"):
+            curl("--cacert", certificate, f"{server.url}/health")
 
 
 def test_a_switch_that_turns_off_has_one_name_in_a_file(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import builtins
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
 from typing import Any
@@ -16,6 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind
+from served import serving
 
 from bireme import SamplingParams
 from bireme.errors import ConfigError
@@ -108,7 +111,9 @@ def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_spans_reach_an_endpoint_by_the_time_it_is_closed() -> None:
+@contextmanager
+def collector() -> Iterator[tuple[str, list[bytes]]]:
+    """An endpoint for traces, and what comes to it."""
     bodies: list[bytes] = []
 
     class Collector(BaseHTTPRequestHandler):
@@ -123,9 +128,28 @@ def test_spans_reach_an_endpoint_by_the_time_it_is_closed() -> None:
     with HTTPServer(("127.0.0.1", 0), Collector) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
-        tracer = Tracer.of(f"http://127.0.0.1:{server.server_port}/v1/traces", "demo")
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1/traces", bodies
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_spans_reach_an_endpoint_by_the_time_it_is_closed() -> None:
+    with collector() as (url, bodies):
+        tracer = Tracer.of(url, "demo")
         tracer.note("cmpl-1", PARAMS, finished(), PARENT)
         tracer.close()
-        server.shutdown()
-        thread.join()
     assert b"llm_request" in b"".join(bodies)
+
+
+def test_a_server_that_ends_has_told_of_its_requests_under_the_clients_traces() -> None:
+    with collector() as (url, bodies), serving("--otlp-traces-endpoint", url) as server:
+        body = {"prompt": "import ", "max_tokens": 2}
+        assert server.ask("POST", "/v1/completions", body, PARENT).status == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+    told = b"".join(bodies)
+    assert b"llm_request" in told
+    assert bytes.fromhex("ab" * 16) in told
+    assert bytes.fromhex("cd" * 8) in told
