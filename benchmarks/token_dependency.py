@@ -27,7 +27,9 @@ from bireme import LLM, SamplingParams
 from bireme.engine.engine import Engine
 from bireme.engine.pool import WorkerPool
 from bireme.engine.scheduler import Scheduler
-from bireme.observe.token_dependency import token_dependency_shares
+from bireme.observe.causes import Cause
+from bireme.observe.engine_ledger import ledger_of
+from bireme.trace import SpanKind
 
 NUM_STAGES = 4
 REQUESTS = [4, 8]
@@ -76,8 +78,10 @@ def measure(llm: LLM, mode: str, num_requests: int, num_tokens: int) -> tuple[fl
     rate = num_requests * num_tokens / (time.perf_counter() - start)
     margin = NUM_STAGES + 1 if mode == MODES[0] else 1  # prompts come, and requests end
     last = engine.scheduler._next_step_id - 1
-    shares = token_dependency_shares(list(llm.spans().values()), first + 2 * margin, last - margin)
-    return rate, shares
+    spans, *_ = llm.spans().values()
+    ends = {span.step_id: span.end_ns for span in spans if span.kind is SpanKind.STEP}
+    found = ledger_of(llm, ends[first + 2 * margin], ends[last - margin])
+    return rate, [row.idle[Cause.TOKEN_DEPENDENCY] / row.wall for row in found.ranks]
 
 
 def main() -> None:

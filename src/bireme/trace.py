@@ -22,13 +22,14 @@ _HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever 
 _NOW = struct.Struct("<III4x")  # step id, spans begun in it, innermost open kind (0: none)
 _RECORD = struct.Struct("<QQQIHH")  # start ns, end ns, bytes, step id, kind, incarnation
 _pack_now, _pack_record = _NOW.pack_into, _RECORD.pack_into
-_MAGIC = b"BIREME03"
+_MAGIC = b"BIREME04"
 _COUNT_AT = struct.calcsize("<8sII")
 DEFAULT_CAPACITY = 1 << 16
 
 
 class SpanKind(IntEnum):
-    """What a span measures; nested kinds lie inside a STEP."""
+    """What a span measures; nested kinds lie inside a STEP. The last three are the driver's: a step is
+    told to the ranks, the oldest is waited for, there is no request."""
 
     STEP = 1
     COMPUTE = 2
@@ -38,6 +39,9 @@ class SpanKind(IntEnum):
     RECV = 6
     SAMPLE = 7
     LOAD = 8
+    SUBMIT = 9
+    WAIT = 10
+    EMPTY = 11
 
 
 _NUM_KINDS = max(SpanKind) + 1  # 0: what is around the outermost span
@@ -112,10 +116,10 @@ Totals = Mapping[SpanKind, Total]
 class OpenSpan:
     """A span that is being measured. A class of its own: a generator costs a sum a tenth of its time."""
 
-    __slots__ = ("_kind", "_num_bytes", "_outer", "_ring", "_start_ns")
+    __slots__ = ("_kind", "_num_bytes", "_outer", "_ring", "_start_ns", "_step_id")
 
-    def __init__(self, ring: SpanRing, kind: SpanKind, num_bytes: int) -> None:
-        self._ring, self._kind, self._num_bytes = ring, kind, num_bytes
+    def __init__(self, ring: SpanRing, kind: SpanKind, num_bytes: int, step_id: int) -> None:
+        self._ring, self._kind, self._num_bytes, self._step_id = ring, kind, num_bytes, step_id
 
     def __enter__(self) -> None:
         self._outer = self._ring.begin(self._kind)
@@ -123,7 +127,12 @@ class OpenSpan:
 
     def __exit__(self, *_: object) -> None:
         self._ring.close_span(
-            self._kind, self._outer, self._start_ns, time.monotonic_ns(), self._num_bytes
+            self._kind,
+            self._outer,
+            self._start_ns,
+            time.monotonic_ns(),
+            self._num_bytes,
+            self._step_id,
         )
 
 
@@ -168,17 +177,17 @@ class SpanRing:
 
     def write(self, kind: SpanKind, start_ns: int, end_ns: int, num_bytes: int = 0) -> None:
         """A span inside the innermost open one, measured by the caller."""
-        self.close_span(kind, self._open, start_ns, end_ns, num_bytes)
+        self.close_span(kind, self._open, start_ns, end_ns, num_bytes, self._step_id)
 
-    def close_span(self, kind: int, outer: int, start_ns: int, end_ns: int, num_bytes: int) -> None:
+    def close_span(
+        self, kind: int, outer: int, start_ns: int, end_ns: int, num_bytes: int, step_id: int
+    ) -> None:
         """Writes its record; `outer` is the kind of the span around it, 0 where there is none.
 
         One call with everything in it: a call more costs as much as three of its sums.
         """
         at = _RECORDS_AT + self._count % self.capacity * _RECORD.size
-        _pack_record(
-            self._map, at, start_ns, end_ns, num_bytes, self._step_id, kind, self._incarnation
-        )
+        _pack_record(self._map, at, start_ns, end_ns, num_bytes, step_id, kind, self._incarnation)
         self._count += 1
         self._written[0] = self._count  # one store, after the record: no torn reads
         num_ns = end_ns - start_ns
@@ -196,9 +205,9 @@ class SpanRing:
         """A step at a time: a store a span would cost more than the sums do."""
         _TOTALS.pack_into(self._map, _TOTALS_AT, *chain.from_iterable(self._totals))
 
-    def span(self, kind: SpanKind, num_bytes: int = 0) -> OpenSpan:
-        """What is done inside it becomes a record."""
-        return OpenSpan(self, kind, num_bytes)
+    def span(self, kind: SpanKind, num_bytes: int = 0, step_id: int | None = None) -> OpenSpan:
+        """What is done inside it becomes a record; `step_id` where it is of another step than this."""
+        return OpenSpan(self, kind, num_bytes, self._step_id if step_id is None else step_id)
 
     def begin(self, kind: int) -> int:
         """Opens a span; the kind of the one around it."""

@@ -16,7 +16,9 @@ import pytest
 from bireme import LLM, SamplingParams
 from bireme.engine.pool import WorkerPool
 from bireme.engine.scheduler import Scheduler
-from bireme.observe.token_dependency import token_dependency_shares
+from bireme.observe.causes import Cause
+from bireme.observe.engine_ledger import ledger_of
+from bireme.trace import SpanKind
 
 NUM_STAGES, NUM_TOKENS = 4, 10
 SLOW = """
@@ -48,28 +50,27 @@ def put_one_batch_in_flight(llm: LLM) -> None:
     engine.scheduler.max_in_flight = 1
 
 
-def shares(llm: LLM, num_requests: int) -> list[float]:
-    """Of the steps in the middle: prompts are in, and no request has ended."""
+def shares(llm: LLM, num_requests: int, margin: int) -> list[float]:
+    """Of each stage's time, but for `margin` steps at both ends: prompts are in, and no request has
+    ended."""
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     llm.generate([[5 + index, 6, 7] for index in range(num_requests)], params)
-    stages = list(llm.spans().values())
-    last = max(span.step_id for span in stages[0])
-    margin = NUM_STAGES + 1
-    return token_dependency_shares(stages, 2 * margin, last - margin)
+    first, *_ = llm.spans().values()
+    ends = [span.end_ns for span in first if span.kind is SpanKind.STEP]
+    found = ledger_of(llm, ends[margin], ends[-margin])
+    assert all(abs(row.unattributed) <= 0.01 * row.wall for row in found.ranks)
+    return [row.idle[Cause.TOKEN_DEPENDENCY] / row.wall for row in found.ranks]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_requests", [4, 8])
 def test_no_stage_waits_for_ids_where_each_has_a_batch(llm: LLM, num_requests: int) -> None:
-    found = shares(llm, num_requests)
+    found = shares(llm, num_requests, 2 * (NUM_STAGES + 1))
     assert max(found) < 0.2, found  # on a quiet machine under 0.05: benchmarks/token_dependency.py
 
 
 @pytest.mark.slow
 def test_stages_wait_for_ids_where_one_batch_is_in_flight(llm: LLM) -> None:
     put_one_batch_in_flight(llm)
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    llm.generate([[5 + index, 6, 7] for index in range(4)], params)
-    stages = list(llm.spans().values())
-    found = token_dependency_shares(stages, 2, NUM_TOKENS - 1)
+    found = shares(llm, 4, 2)
     assert min(found) > 0.5, found

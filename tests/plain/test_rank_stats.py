@@ -27,7 +27,7 @@ class Rank:
     def span(self, kind: SpanKind, num_bytes: int = 0) -> Iterator[None]:
         outer, start_s = self.ring.begin(kind), self.now_s
         yield
-        self.ring.close_span(kind, outer, start_s * 10**9, self.now_s * 10**9, num_bytes)
+        self.ring.close_span(kind, outer, start_s * 10**9, self.now_s * 10**9, num_bytes, 0)
 
     def step(self) -> None:
         """Overhead 1 s, receive 2, busy 4 + 16 + 32, collective 8 + 64, send 128."""

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -20,9 +20,11 @@ from bireme.request import (
     PromptLogprobs,
     Request,
     ScheduledBatch,
+    StepHeader,
     StepMasks,
     TokenLogprobs,
 )
+from bireme.trace import SpanKind, SpanRing
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,10 @@ class Engine:
         scheduler: Scheduler,
         executor: Executor,
         clock: Callable[[], float] = time.monotonic,
+        spans: SpanRing | None = None,
     ) -> None:
         self.scheduler, self.clock, self._executor = scheduler, clock, executor
+        self._spans = spans
         self._matchers: dict[str, Matcher] = {}
         self._masked: deque[_Masked] = deque()
 
@@ -103,11 +107,14 @@ class Engine:
         events = [self._event(News(state, [], [])) for state in self._expired()]
         while (batch := self.scheduler.schedule()) is not None:
             self._note_begun(batch)
-            self._executor.submit(batch)
+            with self._span(SpanKind.SUBMIT, batch.header):
+                self._executor.submit(batch)
             self._await_masks(batch)
         self._give_masks()
         if self.scheduler.num_in_flight and self._is_worth_waiting(wake):
-            news = self.scheduler.update(self._executor.collect())
+            with self._span(SpanKind.WAIT):
+                output = self._executor.collect()
+            news = self.scheduler.update(output)
             events += [self._event(self._matched(item)) for item in news]
             self._give_masks()  # before the caller does whatever it does with the tokens
         return events
@@ -123,13 +130,26 @@ class Engine:
         scheduler = self.scheduler
         if wake is None or scheduler.num_in_flight >= scheduler.max_in_flight:
             return True
-        return self._executor.wait(wake)
+        with self._span(SpanKind.WAIT):
+            return self._executor.wait(wake)
 
     def wait_while_idle(self, wake: int) -> None:
         """Where there is nothing to do, until the descriptor `wake` is readable; EngineError as soon as a
         rank is gone."""
         if not self.has_unfinished and not self.scheduler.num_in_flight:
-            self._executor.wait(wake)
+            with self._span(SpanKind.EMPTY):
+                self._executor.wait(wake)
+
+    def _span(
+        self, kind: SpanKind, header: StepHeader | None = None
+    ) -> AbstractContextManager[None]:
+        """What the ledger asks of the engine itself: when it told of a step, waited, had no request."""
+        if self._spans is None:
+            return nullcontext()
+        if header is not None:
+            incarnation, step_id = header
+            self._spans.set_step(step_id, incarnation)
+        return self._spans.span(kind)
 
     def run(self, requests: Iterable[tuple[Request, Matcher | None]]) -> Iterator[TokenEvent]:
         """Yields tokens as they come, until all requests have ended; no more wait than may.

@@ -24,7 +24,7 @@ from bireme.engine.prepare import (
 from bireme.engine.scheduler import Scheduler
 from bireme.errors import ConfigError, EngineError
 from bireme.text.tokenizer import Message, Tokenizer
-from bireme.trace import Span, chrome_trace
+from bireme.trace import Span, SpanRing, chrome_trace
 
 
 class EngineHost:
@@ -76,6 +76,7 @@ class EngineHost:
         self._pool = pool or WorkerPool()
         self._executor: WorkerExecutor | None = None
         self._engine: Engine | None = None
+        self._spans: SpanRing | None = None  # the engine's own
         self.inputs = InputProcessor(served_model(self.model, self.plan))
 
     def start(self) -> Engine:
@@ -85,13 +86,18 @@ class EngineHost:
         if self._engine is None:
             self._executor = WorkerExecutor(self.plan, self._pool)
             limits = scheduler_limits(self.model.config, self.config)
-            self._engine = Engine(Scheduler(limits, self.plan.kinds), self._executor)
+            self._spans = SpanRing.create()
+            scheduler = Scheduler(limits, self.plan.kinds)
+            self._engine = Engine(scheduler, self._executor, spans=self._spans)
         return self._engine
 
     def close(self) -> None:
         """Ends the ranks, or gives them back to the pool that was passed in; a later use starts them
         again."""
         executor, self._executor, self._engine = self._executor, None, None
+        spans, self._spans = self._spans, None
+        if spans is not None:
+            spans.close()
         if executor is not None and self._own_pool:
             executor.forget()
         elif executor is not None:
@@ -127,9 +133,16 @@ class EngineHost:
         """The newest spans of every rank."""
         return self.executor.spans()
 
+    def engine_spans(self) -> list[Span]:
+        """The newest spans of the engine itself; EngineError before it started."""
+        if self._spans is None:
+            raise EngineError("no rank is running; start the model first")
+        return self._spans.read()
+
     def write_trace(self, path: str | Path) -> None:
-        """A Chrome/Perfetto trace of the newest spans, a track a rank."""
-        Path(path).write_bytes(msgspec.json.encode(chrome_trace(self.spans())))
+        """A Chrome/Perfetto trace of the newest spans, a track a rank and one for the engine."""
+        tracks = {**self.spans(), "engine": self.engine_spans()}
+        Path(path).write_bytes(msgspec.json.encode(chrome_trace(tracks)))
 
     # --- the way in ----------------------------------------------------------------------------
 

@@ -107,7 +107,7 @@ class DistReceiver:
         message = torch.empty(
             HEADER_BYTES + expected.payload_bytes, dtype=torch.uint8, device=device
         )
-        with self._spans.span(SpanKind.RECV, message.numel()), _peers():
+        with self._spans.span(SpanKind.RECV, message.numel(), header[1]), _peers():
             work = dist.irecv(message, self._edge.src, group=self._group)
             assert work is not None
             work.wait()

@@ -318,7 +318,7 @@ class ShmReceiver:
         rows = torch.empty(shape, dtype=dtype, device=device)
         num_bytes = rows.numel() * rows.element_size()
         expected = Stated.of(header, shape[0], num_bytes // max(1, shape[0]))
-        with self._spans.span(SpanKind.RECV, HEADER_BYTES + num_bytes):
+        with self._spans.span(SpanKind.RECV, HEADER_BYTES + num_bytes, header[1]):
             self._written.await_count(self._count + 1)
             at = self._ring.slot_at(self._count)
             stated = Stated.unpack(self._segment.raw(at, HEADER_BYTES))

@@ -1,0 +1,170 @@
+"""Why a rank idles: by where the step is that it waits for. The table is in `docs/metrics.md`."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from enum import StrEnum
+from itertools import pairwise
+
+from bireme.observe.timeline import Busy, Driver, Key, RankStep, Track
+
+
+class Cause(StrEnum):
+    """Of idle time; UNATTRIBUTED where the spans that would tell are gone."""
+
+    FILL_DRAIN = "fill_drain"
+    IMBALANCE = "imbalance"
+    TOKEN_DEPENDENCY = "token_dependency"
+    STARVED = "starved"
+    HOST = "host"
+    TRANSFER = "transfer"
+    UNATTRIBUTED = "unattributed"
+
+
+Piece = tuple[int, int, Cause]  # [start, end) in nanoseconds
+
+
+class Causes:
+    """Cuts idle intervals wherever what is waited for changes state.
+
+    `has_token_dependency` is false for pipelines whose micro-batches need nothing of one another.
+    """
+
+    def __init__(
+        self,
+        tracks: Mapping[Key, Track],
+        stages: Sequence[Sequence[RankStep]],
+        driver: Driver,
+        *,
+        has_token_dependency: bool,
+    ) -> None:
+        self._tracks, self._driver = tracks, driver
+        self._has_token_dependency = has_token_dependency
+        self._num_stages = len(stages)
+        self._busy = [Busy(steps) for steps in stages]
+        self._in_order = list(tracks.values())
+        self._place = {key: index for index, key in enumerate(tracks)}
+        self._ready = sorted(map(self._ready_ns, self._in_order))
+        self._ends = sorted(track.done_ns for track in self._in_order if track.done_ns is not None)
+        self._changes = sorted({*driver.changes_ns, *_changes(self._in_order)})
+
+    def pieces(
+        self, start_ns: int, end_ns: int, awaited: Key | None, *, is_own: bool = True
+    ) -> Iterator[Piece]:
+        """Of an interval in which a rank idled, waiting for the step `awaited`, None where none came.
+
+        `is_own` for a step that it is to begin, not one whose ids it needs.
+        """
+        first = bisect_right(self._changes, start_ns)
+        last = bisect_left(self._changes, end_ns)
+        edges = [start_ns, *self._changes[first:last], end_ns]
+        for start, end in pairwise(edges):
+            if start < end:
+                yield start, end, self._at(start, awaited, is_own=is_own)
+
+    def ids_sent_ns(self, key: Key) -> int | None:
+        """When the ids of a step were sent back."""
+        track = self._tracks.get(key)
+        last = None if track is None else track.parts[-1]
+        return None if last is None else last.sent_ns
+
+    def _ready_ns(self, track: Track) -> int:
+        """When all that a step needs to begin was there."""
+        needed = None if track.needs is None else self.ids_sent_ns(track.needs)
+        return track.submit_ns if needed is None else max(track.submit_ns, needed)
+
+    def _at(self, time_ns: int, key: Key | None, *, is_own: bool) -> Cause:
+        track = None if key is None else self._tracks.get(key)
+        if track is None or time_ns < track.submit_ns:
+            return self._before_submission(time_ns, track) if is_own else Cause.UNATTRIBUTED
+        return self._by_place(time_ns, track, is_bound=not (is_own and track.is_first))
+
+    def _by_place(self, time_ns: int, track: Track, *, is_bound: bool) -> Cause:
+        """Of a rank that waits for a step, by where that one is. `is_bound` is false where the pipeline
+        fills with it, or drains behind it: no other step could be worked on meanwhile."""
+        for stage, part in enumerate(track.parts):
+            if part is None:
+                return Cause.UNATTRIBUTED
+            if time_ns < part.work_ns:
+                return self._before_work(time_ns, track, stage, part)
+            if time_ns < part.sent_ns:
+                return self._in_work(time_ns) if is_bound else Cause.FILL_DRAIN
+        return Cause.TRANSFER  # its ids are on their way
+
+    def _before_submission(self, time_ns: int, track: Track | None) -> Cause:
+        driver = self._driver
+        if driver.is_empty(time_ns):
+            return Cause.STARVED
+        if not driver.waits(time_ns):
+            return Cause.HOST
+        empty_ns = driver.next_empty_ns(time_ns)
+        in_flight = self._in_flight(time_ns)
+        if not in_flight:
+            return Cause.HOST
+        if track is None or (empty_ns is not None and empty_ns < track.submit_ns):
+            return self._by_place(time_ns, in_flight[-1], is_bound=False)  # nothing more comes
+        return self._by_place(time_ns, in_flight[0], is_bound=True)
+
+    def _before_work(self, time_ns: int, track: Track, stage: int, part: RankStep) -> Cause:
+        """The step is told, and perhaps sent, to a stage that has not begun it."""
+        busy_with = self._busy[stage].at(time_ns)
+        if busy_with is not None and busy_with != track.key:
+            return Cause.IMBALANCE
+        if time_ns < part.start_ns:
+            return Cause.HOST  # nothing holds it up but its process
+        if stage:
+            return Cause.TRANSFER
+        needed = None if track.needs is None else self._tracks.get(track.needs)
+        return Cause.HOST if needed is None else self._by_place(time_ns, needed, is_bound=True)
+
+    def _in_work(self, time_ns: int) -> Cause:
+        """Is the stage that works too slow, or are there too few steps that could be worked on?"""
+        is_full = self._num_independent(time_ns) >= self._num_stages
+        if is_full or not self._has_token_dependency:
+            return Cause.IMBALANCE
+        return Cause.TOKEN_DEPENDENCY if self._is_any_held_up(time_ns) else Cause.FILL_DRAIN
+
+    def _is_any_held_up(self, time_ns: int) -> bool:
+        """By ids: some step is ready later, and before there is no request."""
+        index = bisect_right(self._ready, time_ns)
+        if index == len(self._ready):
+            return False
+        empty_ns = self._driver.next_empty_ns(time_ns)
+        return empty_ns is None or self._ready[index] < empty_ns
+
+    def _num_independent(self, time_ns: int) -> int:
+        """Steps in flight that wait for no other's ids."""
+        return bisect_right(self._ready, time_ns) - bisect_right(self._ends, time_ns)
+
+    def _in_flight(self, time_ns: int) -> list[Track]:
+        """Oldest first."""
+        stop = bisect_right(self._in_order, time_ns, key=lambda track: track.submit_ns)
+        start = bisect_right(
+            self._in_order, time_ns, hi=stop, key=lambda track: track.done_ns or track.submit_ns
+        )
+        return self._in_order[start:stop]
+
+    def next_after(self, key: Key | None) -> Key | None:
+        """The step that was told behind another; the first for None."""
+        index = (
+            0 if key is None else self._place[key] + 1 if key in self._place else len(self._place)
+        )
+        return self._in_order[index].key if index < len(self._in_order) else None
+
+    def slot_free_ns(self, stage: int, key: Key) -> int | None:
+        """When the next stage took the message that was where the one of this step goes: a link holds
+        one more than there are stages."""
+        index = self._place.get(key, 0) - (self._num_stages + 1)
+        if index < 0:
+            return None
+        taken = self._in_order[index].parts[stage + 1]
+        return None if taken is None else taken.work_ns
+
+
+def _changes(tracks: Sequence[Track]) -> Iterator[int]:
+    for track in tracks:
+        yield track.submit_ns
+        for part in track.parts:
+            if part is not None:
+                yield from (part.start_ns, part.work_ns, part.sent_ns, part.end_ns)

@@ -1,0 +1,196 @@
+"""The bubble ledger on pipelines whose every nanosecond is known: what is planted is what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from piped import US, Piped
+
+from bireme.observe.causes import Cause
+from bireme.observe.ledger import Rows, make_ledger
+from bireme.observe.timeline import RankSpans
+from bireme.trace import Span, SpanKind
+
+DELAYS = [50 * US, 200 * US, 1000 * US]
+NUM_STEPS = 200
+
+
+def rows(piped: Piped, *, has_token_dependency: bool = True) -> list[Rows]:
+    return list(piped.run().ledger(has_token_dependency=has_token_dependency).ranks)
+
+
+def parts(row: Rows) -> dict[str, int]:
+    return {
+        **{cause.value: row.idle[cause] for cause in Cause},
+        "compute": row.compute,
+        "collective_move": row.collective_move,
+        "collective_wait": row.collective_wait,
+        "transfer": row.transfer,
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(0, 2),
+    st.integers(0, 300),
+    st.integers(0, 300),
+    st.data(),
+)
+def test_rows_add_up_to_the_wall_time(
+    num_stages: int,
+    num_steps: int,
+    num_groups: int,
+    lookahead: int,
+    link: int,
+    host: int,
+    data: st.DataObject,
+) -> None:
+    """Of any window, and none is negative."""
+    times = data.draw(st.lists(st.integers(1, 500), min_size=7, max_size=7))
+    empty = data.draw(st.frozensets(st.integers(1, max(1, num_steps - 1)), max_size=2))
+    piped = Piped(
+        num_stages, num_steps, num_groups,
+        lambda stage, step: times[(stage * 3 + step) % 7] * US,
+        link * US, host * US, lookahead, 700 * US, empty,
+    ).run()  # fmt: skip
+    whole = piped.ledger()
+    start = data.draw(st.integers(0, whole.end_ns - 1))
+    end = data.draw(st.integers(start + 1, whole.end_ns))
+    ranks = [RankSpans(f"rank {it}", it, 0, spans) for it, spans in enumerate(piped.stages)]
+    for ledger in (whole, make_ledger(ranks, piped.driver, start_ns=start, end_ns=end)):
+        for row in ledger.ranks:
+            assert row.unattributed == 0
+            assert all(value >= 0 for value in parts(row).values())
+
+
+def check_grows(
+    base: Piped, planted: Piped, row: str, delay_ns: int, *, ranks: set[int], dependent: bool = True
+) -> None:
+    """On these ranks by the delay within 5 %, and all other rows together by less than 5 % of it."""
+    before = rows(base, has_token_dependency=dependent)
+    after = rows(planted, has_token_dependency=dependent)
+    for index in ranks:
+        old, new = parts(before[index]), parts(after[index])
+        grown = {name: new[name] - old[name] for name in old}
+        assert grown.pop(row) == pytest.approx(delay_ns, rel=0.05)
+        assert sum(map(abs, grown.values())) < 0.05 * delay_ns
+
+
+@pytest.mark.parametrize("delay_ns", DELAYS)
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize("slow", [0, 1])
+@pytest.mark.parametrize("dependent", [True, False])
+def test_a_slow_stage_is_imbalance_of_the_others(
+    num_stages: int, slow: int, delay_ns: int, dependent: bool
+) -> None:
+    def work(extra: int) -> Callable[[int, int], int]:
+        return lambda stage, _: 100 * US + extra * (stage == slow)
+
+    def piped(extra: int) -> Piped:
+        num_groups = num_stages if dependent else NUM_STEPS
+        return Piped(num_stages, NUM_STEPS, num_groups, work(extra))
+
+    others = set(range(num_stages)) - {slow}
+    check_grows(
+        piped(0), piped(delay_ns), "imbalance", NUM_STEPS * delay_ns, ranks=others,
+        dependent=dependent,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("work_ns", DELAYS)
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_one_batch_in_flight_is_a_dependency_on_its_token(num_stages: int, work_ns: int) -> None:
+    """Each stage idles while the others work."""
+    for lookahead in (0, 1):
+        piped = Piped(num_stages, NUM_STEPS, 1, lambda *_: work_ns, lookahead=lookahead)
+        for row in rows(piped):
+            idle = NUM_STEPS * (num_stages - 1) * work_ns
+            assert row.idle[Cause.TOKEN_DEPENDENCY] == pytest.approx(idle, rel=0.05)
+            assert row.idle[Cause.IMBALANCE] == 0
+
+
+@pytest.mark.parametrize("num_groups", [4, 5, 8])
+def test_as_many_groups_as_stages_depend_on_no_token(num_groups: int) -> None:
+    for row in rows(Piped(4, NUM_STEPS, num_groups)):
+        assert row.idle[Cause.TOKEN_DEPENDENCY] < 0.02 * row.wall
+
+
+@pytest.mark.parametrize("delay_ns", [10_000 * US, 20_000 * US, 50_000 * US])
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_an_empty_queue_starves_all_stages(num_stages: int, delay_ns: int) -> None:
+    def piped(empty_ns: int) -> Piped:
+        gap = frozenset({NUM_STEPS // 2})
+        return Piped(num_stages, NUM_STEPS, num_stages, empty_ns=empty_ns, after_empty=gap)
+
+    check_grows(piped(US), piped(US + delay_ns), "starved", delay_ns, ranks={0, num_stages - 1})
+
+
+@pytest.mark.parametrize("delay_ns", DELAYS)
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_a_blocked_host_is_told_on_every_stage(num_stages: int, delay_ns: int) -> None:
+    def piped(host_ns: int) -> Piped:
+        return Piped(num_stages, NUM_STEPS, 1, host_ns=host_ns, lookahead=0)
+
+    grown = NUM_STEPS * delay_ns
+    check_grows(piped(0), piped(delay_ns), "host", grown, ranks=set(range(num_stages)))
+
+
+@pytest.mark.parametrize("delay_ns", DELAYS)
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_a_slow_link_is_transfer_wherever_one_waits_for_it(num_stages: int, delay_ns: int) -> None:
+    def piped(link_ns: int) -> Piped:
+        return Piped(num_stages, NUM_STEPS, 1, link_ns=link_ns)
+
+    grown = NUM_STEPS * num_stages * delay_ns  # between stages, and the ids' way back
+    check_grows(piped(0), piped(delay_ns), "transfer", grown, ranks=set(range(num_stages)))
+
+
+@pytest.mark.parametrize("num_micro_batches", [2, 8, 16])
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_micro_batches_leave_the_bubble_of_the_textbook(
+    num_stages: int, num_micro_batches: int
+) -> None:
+    """(p - 1) / (m + p - 1), all of it filling and draining."""
+    piped = Piped(num_stages, num_micro_batches, num_micro_batches, lambda *_: 10_000 * US)
+    expected = (num_stages - 1) / (num_micro_batches + num_stages - 1)
+    for row in rows(piped, has_token_dependency=False):
+        assert row.idle[Cause.FILL_DRAIN] / row.wall == pytest.approx(expected, abs=0.002)
+
+
+@pytest.mark.parametrize("delay_ns", DELAYS)
+def test_a_late_rank_is_waited_for_and_named(delay_ns: int) -> None:
+    """Two ranks of a group; each sum moves for 10 us once both are there."""
+    spans: list[list[Span]] = [[], []]
+    at = 0
+    for step in range(20):
+        last = at + 100 * US + delay_ns
+        for rank, arrival in enumerate((at + 100 * US, last)):
+            end = last + 10 * US
+            spans[rank] += [
+                Span(SpanKind.ALL_REDUCE, arrival, end, 64, step, 0),
+                Span(SpanKind.COMPUTE, at, end, 0, step, 0),
+                Span(SpanKind.STEP, at, end, 0, step, 0),
+            ]
+        at = last + 10 * US
+    ranks = [RankSpans(f"rank {it}", 0, it, of_rank) for it, of_rank in enumerate(spans)]
+    early, late = make_ledger(ranks, [], start_ns=0, end_ns=at).ranks
+    assert early.collective_wait == 20 * delay_ns
+    assert dict(early.late) == {"rank 1": 20 * delay_ns}
+    assert late.collective_wait == 0
+    assert early.collective_move == late.collective_move == 200 * US
+    assert (early.compute, late.compute) == (2000 * US, 2000 * US + 20 * delay_ns)
+    assert early.unattributed == late.unattributed == 0
+
+
+def test_spans_that_are_gone_are_told_as_unattributed() -> None:
+    piped = Piped(2, 20, 2).run()
+    ranks = [RankSpans("rank 0", 0, 0, piped.stages[0]), RankSpans("rank 1", 1, 0, [])]
+    first, second = make_ledger(ranks, piped.driver, start_ns=0, end_ns=10**6).ranks
+    assert second.unattributed > 0
+    assert first.compute > 0
