@@ -27,7 +27,7 @@ from bireme import LLM, SamplingParams
 from bireme.engine.engine import Engine
 from bireme.engine.pool import WorkerPool
 from bireme.engine.scheduler import Scheduler
-from bireme.observe.causes import Cause
+from bireme.observe.causes import Row
 from bireme.observe.engine_ledger import ledger_of
 from bireme.trace import SpanKind
 
@@ -81,7 +81,7 @@ def measure(llm: LLM, mode: str, num_requests: int, num_tokens: int) -> tuple[fl
     spans, *_ = llm.spans().values()
     ends = {span.step_id: span.end_ns for span in spans if span.kind is SpanKind.STEP}
     found = ledger_of(llm, ends[first + 2 * margin], ends[last - margin])
-    return rate, [row.idle[Cause.TOKEN_DEPENDENCY] / row.wall for row in found.ranks]
+    return rate, [rank.share(Row.TOKEN_DEPENDENCY) for rank in found.ranks]
 
 
 def main() -> None:

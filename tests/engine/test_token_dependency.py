@@ -16,7 +16,7 @@ import pytest
 from bireme import LLM, SamplingParams
 from bireme.engine.pool import WorkerPool
 from bireme.engine.scheduler import Scheduler
-from bireme.observe.causes import Cause
+from bireme.observe.causes import Row
 from bireme.observe.engine_ledger import ledger_of
 from bireme.trace import SpanKind
 
@@ -58,8 +58,8 @@ def shares(llm: LLM, num_requests: int, margin: int) -> list[float]:
     first, *_ = llm.spans().values()
     ends = [span.end_ns for span in first if span.kind is SpanKind.STEP]
     found = ledger_of(llm, ends[margin], ends[-margin])
-    assert all(abs(row.unattributed) <= 0.01 * row.wall for row in found.ranks)
-    return [row.idle[Cause.TOKEN_DEPENDENCY] / row.wall for row in found.ranks]
+    assert all(abs(rank.share(Row.UNATTRIBUTED)) <= 0.01 for rank in found.ranks)
+    return [rank.share(Row.TOKEN_DEPENDENCY) for rank in found.ranks]
 
 
 @pytest.mark.slow

@@ -10,19 +10,23 @@ from itertools import pairwise
 from bireme.observe.timeline import Busy, Driver, Key, RankStep, Track
 
 
-class Cause(StrEnum):
-    """Of idle time; UNATTRIBUTED where the spans that would tell are gone."""
+class Row(StrEnum):
+    """Of the ledger: every instant of a rank is in one. The last are causes of idleness; UNATTRIBUTED where
+    the spans that would tell are gone."""
 
+    COMPUTE = "compute"
+    COLLECTIVE_MOVE = "collective_move"
+    COLLECTIVE_WAIT = "collective_wait"
+    TRANSFER = "transfer"
     FILL_DRAIN = "fill_drain"
     IMBALANCE = "imbalance"
     TOKEN_DEPENDENCY = "token_dependency"
     STARVED = "starved"
     HOST = "host"
-    TRANSFER = "transfer"
     UNATTRIBUTED = "unattributed"
 
 
-Piece = tuple[int, int, Cause]  # [start, end) in nanoseconds
+Piece = tuple[int, int, Row]  # [start, end) in nanoseconds
 
 
 class Causes:
@@ -74,56 +78,56 @@ class Causes:
         needed = None if track.needs is None else self.ids_sent_ns(track.needs)
         return track.submit_ns if needed is None else max(track.submit_ns, needed)
 
-    def _at(self, time_ns: int, key: Key | None, *, is_own: bool) -> Cause:
+    def _at(self, time_ns: int, key: Key | None, *, is_own: bool) -> Row:
         track = None if key is None else self._tracks.get(key)
         if track is None or time_ns < track.submit_ns:
-            return self._before_submission(time_ns, track) if is_own else Cause.UNATTRIBUTED
+            return self._before_submission(time_ns, track) if is_own else Row.UNATTRIBUTED
         return self._by_place(time_ns, track, is_bound=not (is_own and track.is_first))
 
-    def _by_place(self, time_ns: int, track: Track, *, is_bound: bool) -> Cause:
+    def _by_place(self, time_ns: int, track: Track, *, is_bound: bool) -> Row:
         """Of a rank that waits for a step, by where that one is. `is_bound` is false where the pipeline
         fills with it, or drains behind it: no other step could be worked on meanwhile."""
         for stage, part in enumerate(track.parts):
             if part is None:
-                return Cause.UNATTRIBUTED
+                return Row.UNATTRIBUTED
             if time_ns < part.work_ns:
                 return self._before_work(time_ns, track, stage, part)
             if time_ns < part.sent_ns:
-                return self._in_work(time_ns) if is_bound else Cause.FILL_DRAIN
-        return Cause.TRANSFER  # its ids are on their way
+                return self._in_work(time_ns) if is_bound else Row.FILL_DRAIN
+        return Row.TRANSFER  # its ids are on their way
 
-    def _before_submission(self, time_ns: int, track: Track | None) -> Cause:
+    def _before_submission(self, time_ns: int, track: Track | None) -> Row:
         driver = self._driver
         if driver.is_empty(time_ns):
-            return Cause.STARVED
+            return Row.STARVED
         if not driver.waits(time_ns):
-            return Cause.HOST
+            return Row.HOST
         empty_ns = driver.next_empty_ns(time_ns)
         in_flight = self._in_flight(time_ns)
         if not in_flight:
-            return Cause.HOST
+            return Row.HOST
         if track is None or (empty_ns is not None and empty_ns < track.submit_ns):
             return self._by_place(time_ns, in_flight[-1], is_bound=False)  # nothing more comes
         return self._by_place(time_ns, in_flight[0], is_bound=True)
 
-    def _before_work(self, time_ns: int, track: Track, stage: int, part: RankStep) -> Cause:
+    def _before_work(self, time_ns: int, track: Track, stage: int, part: RankStep) -> Row:
         """The step is told, and perhaps sent, to a stage that has not begun it."""
         busy_with = self._busy[stage].at(time_ns)
         if busy_with is not None and busy_with != track.key:
-            return Cause.IMBALANCE
+            return Row.IMBALANCE
         if time_ns < part.start_ns:
-            return Cause.HOST  # nothing holds it up but its process
+            return Row.HOST  # nothing holds it up but its process
         if stage:
-            return Cause.TRANSFER
+            return Row.TRANSFER
         needed = None if track.needs is None else self._tracks.get(track.needs)
-        return Cause.HOST if needed is None else self._by_place(time_ns, needed, is_bound=True)
+        return Row.HOST if needed is None else self._by_place(time_ns, needed, is_bound=True)
 
-    def _in_work(self, time_ns: int) -> Cause:
+    def _in_work(self, time_ns: int) -> Row:
         """Is the stage that works too slow, or are there too few steps that could be worked on?"""
         is_full = self._num_independent(time_ns) >= self._num_stages
         if is_full or not self._has_token_dependency:
-            return Cause.IMBALANCE
-        return Cause.TOKEN_DEPENDENCY if self._is_any_held_up(time_ns) else Cause.FILL_DRAIN
+            return Row.IMBALANCE
+        return Row.TOKEN_DEPENDENCY if self._is_any_held_up(time_ns) else Row.FILL_DRAIN
 
     def _is_any_held_up(self, time_ns: int) -> bool:
         """By ids: some step is ready later, and before there is no request."""

@@ -7,34 +7,47 @@ before idleness, whose causes are told by `causes`. What the rows leave of the w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
-from bireme.observe.causes import Cause, Causes
+from bireme.observe.causes import Causes, Row
 from bireme.observe.timeline import Driver, Key, RankSpans, RankStep, key_of, rank_steps, tracks
 from bireme.trace import Span
 
 
-@dataclass
-class Rows:
-    """One rank's nanoseconds. `collective_wait` is for the last of a tensor group to arrive, by whom in
-    `late`; `host` includes what a rank itself needs around the work of a step."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """[start_ns, end_ns) of one rank's time; `key` is the step that it was at, if any."""
+
+    start_ns: int
+    end_ns: int
+    row: Row
+    key: Key | None = None
+
+
+@dataclass(frozen=True)
+class RankLedger:
+    """One rank's time in the window, in disjoint pieces; `late_ns` by whom it waited for in collectives."""
 
     name: str
     stage: int
-    wall: int
-    compute: int = 0
-    collective_move: int = 0
-    collective_wait: int = 0
-    transfer: int = 0
-    idle: Counter[Cause] = field(default_factory=Counter)
-    late: Counter[str] = field(default_factory=Counter)
+    wall_ns: int
+    pieces: Sequence[Piece]
+    late_ns: Mapping[str, int]
 
-    @property
-    def unattributed(self) -> int:
-        """Of which no span tells, or which two rows would claim."""
-        known = self.compute + self.collective_move + self.collective_wait + self.transfer
-        return self.wall - known - sum(self.idle.values())
+    @cached_property
+    def ns(self) -> Mapping[Row, int]:
+        """By row; they add up to the wall time."""
+        found = dict.fromkeys(Row, 0)
+        for piece in self.pieces:
+            found[piece.row] += piece.end_ns - piece.start_ns
+        found[Row.UNATTRIBUTED] = 0
+        found[Row.UNATTRIBUTED] = self.wall_ns - sum(found.values())
+        return found
+
+    def share(self, row: Row) -> float:
+        return self.ns[row] / self.wall_ns
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Ledger:
 
     start_ns: int
     end_ns: int
-    ranks: Sequence[Rows]
+    ranks: Sequence[RankLedger]
 
 
 def make_ledger(
@@ -59,19 +72,13 @@ def make_ledger(
     stages = [its for rank, its in zip(ranks, steps, strict=True) if rank.tp_rank == 0]
     told = Driver(list(driver))
     causes = Causes(tracks(stages, told), stages, told, has_token_dependency=has_token_dependency)
-    senders = [None, *({step.key: step for step in its} for its in stages)]
     arrivals = _arrivals(ranks, steps)
     window = start_ns, end_ns
-    return Ledger(
-        start_ns,
-        end_ns,
-        [
-            _RankLedger(
-                rank, window, senders[rank.stage], rank.stage == len(stages) - 1, causes, arrivals
-            ).rows(its)
-            for rank, its in zip(ranks, steps, strict=True)
-        ],
-    )
+    found = [
+        _RankPieces(rank, its, window, stages, causes, arrivals)
+        for rank, its in zip(ranks, steps, strict=True)
+    ]
+    return Ledger(start_ns, end_ns, [one.ledger() for one in found])
 
 
 Arrivals = Mapping[tuple[int, Key, int], tuple[int, str]]  # (stage, step, ordinal) -> last, by whom
@@ -88,63 +95,67 @@ def _arrivals(ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]) -
     return found
 
 
-class _RankLedger:
-    """One rank's time in the window, from its first nanosecond to the last."""
+class _RankPieces:
+    """Cuts one rank's time in the window, from its first nanosecond to the last."""
 
     def __init__(
         self,
         rank: RankSpans,
+        steps: Sequence[RankStep],
         window: tuple[int, int],
-        senders: Mapping[Key, RankStep] | None,
-        is_last: bool,
+        stages: Sequence[Sequence[RankStep]],
         causes: Causes,
         arrivals: Arrivals,
     ) -> None:
-        self._rank, (self._start, self._end) = rank, window
-        self._senders, self._is_last = senders, is_last
+        self._rank, self._steps, (self._start, self._end) = rank, steps, window
         self._causes, self._arrivals = causes, arrivals
-        self._rows = Rows(rank.name, rank.stage, self._end - self._start)
+        self._is_last = rank.stage == len(stages) - 1
+        self._senders = {step.key: step for step in stages[rank.stage - 1]} if rank.stage else None
+        self._late: Counter[str] = Counter()
 
-    def rows(self, steps: Sequence[RankStep]) -> Rows:
-        at = self._start
-        for step in steps:
+    def ledger(self) -> RankLedger:
+        wall = self._end - self._start
+        pieces = [piece for piece in map(self._clipped, self._all()) if piece is not None]
+        return RankLedger(self._rank.name, self._rank.stage, wall, pieces, self._late)
+
+    def _clipped(self, piece: Piece) -> Piece | None:
+        start, end = max(piece.start_ns, self._start), min(piece.end_ns, self._end)
+        return Piece(start, end, piece.row, piece.key) if start < end else None
+
+    def _all(self) -> Iterator[Piece]:
+        at, last = self._start, None
+        for step in self._steps:
             if step.end_ns > self._start and step.start_ns < self._end:
-                self._idle(at, step.start_ns, step.key)
-                self._step(step)
+                yield from self._idle(at, step.start_ns, step.key)
+                yield from self._step(step)
                 at = step.end_ns
-        last = max((it.key for it in steps if it.start_ns < self._end), default=None)
-        self._idle(at, self._end, self._causes.next_after(last))
-        return self._rows
+            last = step.key if step.start_ns < self._end else last
+        yield from self._idle(at, self._end, self._causes.next_after(last))
 
-    def _step(self, step: RankStep) -> None:
+    def _step(self, step: RankStep) -> Iterator[Piece]:
         for span in step.receives:
-            self._receive(step, span)
+            yield from self._receive(step, span)
         for ordinal, span in enumerate(step.collectives):
-            self._collective(step, ordinal, span)
-        inner = [*step.receives, *step.collectives, *step.sends]
-        inside = self._sum(span for span in inner if _is_in(span, step.work))
-        work = self._sum(step.work)
-        around = self._length(step.start_ns, step.end_ns) - work - self._sum(inner) + inside
+            yield from self._collective(step, ordinal, span)
         for span in step.sends:
-            self._send(step, span)
-        self._rows.compute += work - inside
-        self._rows.idle[Cause.HOST] += around
+            yield from self._send(step, span)
+        inner = sorted(
+            (span.start_ns, span.end_ns)
+            for span in (*step.receives, *step.collectives, *step.sends)
+        )
+        work = sorted((span.start_ns, span.end_ns) for span in step.work)
+        for outer in work:
+            for start, end in _without(outer, inner):
+                yield Piece(start, end, Row.COMPUTE, step.key)
+        for start, end in _without((step.start_ns, step.end_ns), sorted([*inner, *work])):
+            yield Piece(start, end, Row.HOST, step.key)
 
-    def _receive(self, step: RankStep, span: Span) -> None:
+    def _receive(self, step: RankStep, span: Span) -> Iterator[Piece]:
         """Idle until the sender sends."""
         awaited, sent_ns = self._sender(step, span)
         begun_ns = span.end_ns if sent_ns is None else min(max(span.start_ns, sent_ns), span.end_ns)
-        self._idle(span.start_ns, begun_ns, awaited, is_own=self._senders is not None)
-        self._rows.transfer += self._length(begun_ns, span.end_ns)
-
-    def _send(self, step: RankStep, span: Span) -> None:
-        """Idle while the link is full: the next stage is behind."""
-        free_ns = None if self._is_last else self._causes.slot_free_ns(self._rank.stage, step.key)
-        begun_ns = (
-            span.start_ns if free_ns is None else min(max(span.start_ns, free_ns), span.end_ns)
-        )
-        self._rows.idle[Cause.IMBALANCE] += self._length(span.start_ns, begun_ns)
-        self._rows.transfer += self._length(begun_ns, span.end_ns)
+        yield from self._idle(span.start_ns, begun_ns, awaited, is_own=self._senders is not None)
+        yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
 
     def _sender(self, step: RankStep, span: Span) -> tuple[Key | None, int | None]:
         """The step that is received, and when it was sent; the first stage receives ids."""
@@ -154,34 +165,40 @@ class _RankLedger:
         sender = self._senders.get(step.key)
         return step.key, None if sender is None else sender.sent_ns
 
-    def _collective(self, step: RankStep, ordinal: int, span: Span) -> None:
+    def _send(self, step: RankStep, span: Span) -> Iterator[Piece]:
+        """Idle while the link is full: the next stage is behind."""
+        free_ns = None if self._is_last else self._causes.slot_free_ns(self._rank.stage, step.key)
+        begun_ns = (
+            span.start_ns if free_ns is None else min(max(span.start_ns, free_ns), span.end_ns)
+        )
+        yield Piece(span.start_ns, begun_ns, Row.IMBALANCE, step.key)
+        yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
+
+    def _collective(self, step: RankStep, ordinal: int, span: Span) -> Iterator[Piece]:
         last_ns, name = self._arrivals[self._rank.stage, step.key, ordinal]
         come_ns = min(max(last_ns, span.start_ns), span.end_ns)
-        wait = self._length(span.start_ns, come_ns)
-        self._rows.collective_wait += wait
-        if wait:
-            self._rows.late[name] += wait
-        self._rows.collective_move += self._length(come_ns, span.end_ns)
+        wait = self._clipped(Piece(span.start_ns, come_ns, Row.COLLECTIVE_WAIT, step.key))
+        if wait is not None:
+            self._late[name] += wait.end_ns - wait.start_ns
+            yield wait
+        yield Piece(come_ns, span.end_ns, Row.COLLECTIVE_MOVE, step.key)
 
     def _idle(
         self, start_ns: int, end_ns: int, awaited: Key | None, *, is_own: bool = True
-    ) -> None:
+    ) -> Iterator[Piece]:
         start, end = max(start_ns, self._start), min(end_ns, self._end)
-        if start >= end:
-            return
-        for begin, stop, cause in self._causes.pieces(start, end, awaited, is_own=is_own):
-            if cause is Cause.TRANSFER:
-                self._rows.transfer += stop - begin
-            elif cause is not Cause.UNATTRIBUTED:
-                self._rows.idle[cause] += stop - begin
-
-    def _sum(self, spans: Iterable[Span]) -> int:
-        return sum(self._length(span.start_ns, span.end_ns) for span in spans)
-
-    def _length(self, start_ns: int, end_ns: int) -> int:
-        """Of the part that lies in the window."""
-        return max(0, min(end_ns, self._end) - max(start_ns, self._start))
+        if start < end:
+            for begin, stop, row in self._causes.pieces(start, end, awaited, is_own=is_own):
+                yield Piece(begin, stop, row)
 
 
-def _is_in(span: Span, outer: Sequence[Span]) -> bool:
-    return any(it.start_ns <= span.start_ns and span.end_ns <= it.end_ns for it in outer)
+def _without(outer: tuple[int, int], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """What sorted holes leave of an interval."""
+    at, end = outer
+    for start, stop in holes:
+        if stop > at and start < end:
+            if at < start:
+                yield at, start
+            at = stop
+    if at < end:
+        yield at, end
