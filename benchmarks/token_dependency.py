@@ -28,7 +28,7 @@ from bireme.engine.engine import Engine
 from bireme.engine.pool import WorkerPool
 from bireme.engine.scheduler import Scheduler
 from bireme.observe.causes import Row
-from bireme.observe.engine_ledger import ledger_of
+from bireme.observe.ledger import make_ledger
 from bireme.trace import SpanKind
 
 NUM_STAGES = 4
@@ -80,7 +80,7 @@ def measure(llm: LLM, mode: str, num_requests: int, num_tokens: int) -> tuple[fl
     last = engine.scheduler._next_step_id - 1
     spans, *_ = llm.spans().values()
     ends = {span.step_id: span.end_ns for span in spans if span.kind is SpanKind.STEP}
-    found = ledger_of(llm, ends[first + 2 * margin], ends[last - margin])
+    found = make_ledger(llm.recorded(), ends[first + 2 * margin], ends[last - margin])
     return rate, [rank.share(Row.TOKEN_DEPENDENCY) for rank in found.ranks]
 
 

@@ -12,11 +12,10 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
-from typing import Any
 
 _HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever written
 _NOW = struct.Struct("<III4x")  # step id, spans begun in it, innermost open kind (0: none)
@@ -71,6 +70,16 @@ class Span:
     @property
     def category(self) -> str:
         return _CATEGORY.get(self.kind, "compute")
+
+
+@dataclass(frozen=True)
+class RankSpans:
+    """What one rank wrote, and which it is."""
+
+    name: str
+    stage: int
+    tp_rank: int
+    spans: Sequence[Span]
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,39 +248,3 @@ class SpanRing:
             start, end, num_bytes, step, kind, incarnation = _RECORD.unpack_from(self._map, at)
             spans.append(Span(SpanKind(kind), start, end, num_bytes, step, incarnation))
         return spans
-
-
-def chrome_trace(rings: dict[str, list[Span]]) -> dict[str, Any]:
-    """Spans as Chrome/Perfetto trace events, one track a rank (keys: the ranks' names).
-
-    Times are microseconds from the earliest span.
-    """
-    origin = min((span.start_ns for spans in rings.values() for span in spans), default=0)
-    events: list[dict[str, Any]] = []
-    for track, (name, spans) in enumerate(rings.items()):
-        events.append(
-            {"ph": "M", "name": "thread_name", "pid": 0, "tid": track, "args": {"name": name}}
-        )
-        events.append(
-            {
-                "ph": "M",
-                "name": "thread_sort_index",
-                "pid": 0,
-                "tid": track,
-                "args": {"sort_index": track},
-            }
-        )
-        events.extend(
-            {
-                "ph": "X",
-                "name": span.kind.name.lower(),
-                "cat": span.category,
-                "pid": 0,
-                "tid": track,
-                "ts": (span.start_ns - origin) / 1000,
-                "dur": (span.end_ns - span.start_ns) / 1000,
-                "args": {"step_id": span.step_id, "bytes": span.num_bytes},
-            }
-            for span in sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
-        )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}

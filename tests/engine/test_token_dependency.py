@@ -17,7 +17,7 @@ from bireme import LLM, SamplingParams
 from bireme.engine.pool import WorkerPool
 from bireme.engine.scheduler import Scheduler
 from bireme.observe.causes import Row
-from bireme.observe.engine_ledger import ledger_of
+from bireme.observe.ledger import make_ledger
 from bireme.trace import SpanKind
 
 NUM_STAGES, NUM_TOKENS = 4, 10
@@ -57,7 +57,7 @@ def shares(llm: LLM, num_requests: int, margin: int) -> list[float]:
     llm.generate([[5 + index, 6, 7] for index in range(num_requests)], params)
     first, *_ = llm.spans().values()
     ends = [span.end_ns for span in first if span.kind is SpanKind.STEP]
-    found = ledger_of(llm, ends[margin], ends[-margin])
+    found = make_ledger(llm.recorded(), ends[margin], ends[-margin])
     assert all(abs(rank.share(Row.UNATTRIBUTED)) <= 0.01 for rank in found.ranks)
     return [rank.share(Row.TOKEN_DEPENDENCY) for rank in found.ranks]
 

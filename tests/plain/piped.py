@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from bireme.chrome_trace import Recorded
 from bireme.observe.ledger import Ledger, make_ledger
-from bireme.observe.timeline import RankSpans
-from bireme.trace import Span, SpanKind
+from bireme.trace import RankSpans, Span, SpanKind
 
 US = 1000  # nanoseconds
 
@@ -46,14 +46,14 @@ class Piped:
 
     def ledger(self, *, has_token_dependency: bool = True) -> Ledger:
         """Of all of it."""
-        ranks = [RankSpans(f"rank {it}", it, 0, spans) for it, spans in enumerate(self.stages)]
         return make_ledger(
-            ranks,
-            self.driver,
-            start_ns=0,
-            end_ns=max(self._end),
-            has_token_dependency=has_token_dependency,
+            self.recorded, 0, max(self._end), has_token_dependency=has_token_dependency
         )
+
+    @property
+    def recorded(self) -> Recorded:
+        ranks = [RankSpans(f"rank {it}", it, 0, spans) for it, spans in enumerate(self.stages)]
+        return Recorded(ranks, self.driver)
 
     def _tell(self, spans: list[Span], kind: SpanKind, start: int, end: int, step: int) -> None:
         if start < end:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from piped import US, Piped
 
+from bireme.chrome_trace import Recorded
 from bireme.observe.causes import Row
 from bireme.observe.ledger import RankLedger, make_ledger
-from bireme.observe.timeline import RankSpans
-from bireme.trace import Span, SpanKind
+from bireme.trace import RankSpans, Span, SpanKind
 
 DELAYS = [50 * US, 200 * US, 1000 * US]
 NUM_STEPS = 200
@@ -52,8 +52,7 @@ def test_rows_add_up_to_the_wall_time(
     whole = piped.ledger()
     start = data.draw(st.integers(0, whole.end_ns - 1))
     end = data.draw(st.integers(start + 1, whole.end_ns))
-    ranks = [RankSpans(f"rank {it}", it, 0, spans) for it, spans in enumerate(piped.stages)]
-    for ledger in (whole, make_ledger(ranks, piped.driver, start_ns=start, end_ns=end)):
+    for ledger in (whole, make_ledger(piped.recorded, start, end)):
         for rank in ledger.ranks:
             assert rank.ns[Row.UNATTRIBUTED] == 0
             in_order = sorted(rank.pieces, key=lambda piece: piece.start_ns)
@@ -172,7 +171,7 @@ def test_a_late_rank_is_waited_for_and_named(delay_ns: int) -> None:
             ]
         at = last + 10 * US
     ranks = [RankSpans(f"rank {it}", 0, it, of_rank) for it, of_rank in enumerate(spans)]
-    early, late = make_ledger(ranks, [], start_ns=0, end_ns=at).ranks
+    early, late = make_ledger(Recorded(ranks, []), 0, at).ranks
     assert early.ns[Row.COLLECTIVE_WAIT] == 20 * delay_ns
     assert dict(early.late_ns) == {"rank 1": 20 * delay_ns}
     assert late.ns[Row.COLLECTIVE_WAIT] == 0
@@ -184,6 +183,6 @@ def test_a_late_rank_is_waited_for_and_named(delay_ns: int) -> None:
 def test_spans_that_are_gone_are_told_as_unattributed() -> None:
     piped = Piped(2, 20, 2).run()
     ranks = [RankSpans("rank 0", 0, 0, piped.stages[0]), RankSpans("rank 1", 1, 0, [])]
-    first, second = make_ledger(ranks, piped.driver, start_ns=0, end_ns=10**6).ranks
+    first, second = make_ledger(Recorded(ranks, piped.driver), 0, 10**6).ranks
     assert second.ns[Row.UNATTRIBUTED] > 0
     assert first.ns[Row.COMPUTE] > 0

@@ -10,7 +10,7 @@ import sys
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bireme.trace import Now, Span, SpanKind, SpanRing, Total, chrome_trace
+from bireme.trace import Now, Span, SpanKind, SpanRing, Total
 
 
 def test_spans_come_back_in_order() -> None:
@@ -49,27 +49,6 @@ def test_spans_outlive_a_killed_writer() -> None:
     assert done.returncode == -signal.SIGKILL
     assert ring.read() == [Span(SpanKind.COMPUTE, 1, 2, 3, 0, 0)]
     ring.close()
-
-
-def test_a_chrome_trace_has_a_track_a_rank_and_microseconds() -> None:
-    spans = [
-        Span(SpanKind.STEP, 5_000, 9_000, 0, 3, 0),
-        Span(SpanKind.SEND, 6_000, 7_000, 64, 3, 0),
-    ]
-    trace = chrome_trace({"rank 0": spans, "rank 1": spans[:1]})
-    names = {
-        event["args"]["name"]: event["tid"]
-        for event in trace["traceEvents"]
-        if event["name"] == "thread_name"
-    }
-    assert names == {"rank 0": 0, "rank 1": 1}
-    send = next(event for event in trace["traceEvents"] if event["name"] == "send")
-    assert (send["ts"], send["dur"], send["cat"], send["args"]["bytes"]) == (
-        1.0,
-        1.0,
-        "transfer",
-        64,
-    )
 
 
 def test_a_ring_leaves_no_file_behind() -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import msgspec
 
 from bireme.checkpoint.prepared import PreparedModel, prepare_model
+from bireme.chrome_trace import Recorded, chrome_trace
 from bireme.config import EngineConfig, ParallelConfig, check_settings
 from bireme.engine.engine import Engine
 from bireme.engine.executor import WorkerExecutor
@@ -23,8 +24,9 @@ from bireme.engine.prepare import (
 )
 from bireme.engine.scheduler import Scheduler
 from bireme.errors import ConfigError, EngineError
+from bireme.parallel.mesh import Mesh
 from bireme.text.tokenizer import Message, Tokenizer
-from bireme.trace import Span, SpanRing, chrome_trace
+from bireme.trace import RankSpans, Span, SpanRing
 
 
 class EngineHost:
@@ -141,8 +143,16 @@ class EngineHost:
 
     def write_trace(self, path: str | Path) -> None:
         """A Chrome/Perfetto trace of the newest spans, a track a rank and one for the engine."""
-        tracks = {**self.spans(), "engine": self.engine_spans()}
-        Path(path).write_bytes(msgspec.json.encode(chrome_trace(tracks)))
+        Path(path).write_bytes(msgspec.json.encode(chrome_trace(self.recorded())))
+
+    def recorded(self) -> Recorded:
+        """The newest spans of all, to be written down or accounted for."""
+        widths = self.plan.config.parallel.widths
+        ranks = []
+        for rank, (name, spans) in enumerate(self.spans().items()):
+            mesh = Mesh(widths, rank)
+            ranks.append(RankSpans(name, mesh.stage, mesh.tp_rank, spans))
+        return Recorded(ranks, self.engine_spans())
 
     # --- the way in ----------------------------------------------------------------------------
 

@@ -7,13 +7,15 @@ before idleness, whose causes are told by `causes`. What the rows leave of the w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from bireme.chrome_trace import Recorded
+from bireme.errors import UserError
 from bireme.observe.causes import Causes, Row
-from bireme.observe.timeline import Driver, Key, RankSpans, RankStep, key_of, rank_steps, tracks
-from bireme.trace import Span
+from bireme.observe.timeline import Driver, Key, RankStep, key_of, rank_steps, tracks
+from bireme.trace import RankSpans, Span, SpanKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,25 +62,39 @@ class Ledger:
 
 
 def make_ledger(
-    ranks: Sequence[RankSpans],
-    driver: Iterable[Span],
+    recorded: Recorded,
+    start_ns: int | None = None,
+    end_ns: int | None = None,
     *,
-    start_ns: int,
-    end_ns: int,
     has_token_dependency: bool = True,
 ) -> Ledger:
-    """Of the window [start_ns, end_ns); the ranks' and the driver's spans are of one clock."""
+    """Of the window [start_ns, end_ns), or from the first step to the last; the ranks' and the engine's
+    spans are of one clock. UserError for a window without a step."""
+    ranks = recorded.ranks
+    window = _window(ranks, start_ns, end_ns)
     steps = [rank_steps(rank.spans) for rank in ranks]
     stages = [its for rank, its in zip(ranks, steps, strict=True) if rank.tp_rank == 0]
-    told = Driver(list(driver))
+    told = Driver(recorded.engine)
     causes = Causes(tracks(stages, told), stages, told, has_token_dependency=has_token_dependency)
     arrivals = _arrivals(ranks, steps)
-    window = start_ns, end_ns
     found = [
         _RankPieces(rank, its, window, stages, causes, arrivals)
         for rank, its in zip(ranks, steps, strict=True)
     ]
-    return Ledger(start_ns, end_ns, [one.ledger() for one in found])
+    return Ledger(*window, [one.ledger() for one in found])
+
+
+def _window(
+    ranks: Sequence[RankSpans], start_ns: int | None, end_ns: int | None
+) -> tuple[int, int]:
+    steps = [span for rank in ranks for span in rank.spans if span.kind is SpanKind.STEP]
+    if not steps:
+        raise UserError("there is no step to account for; run something first")
+    start = min(span.start_ns for span in steps) if start_ns is None else start_ns
+    end = max(span.end_ns for span in steps) if end_ns is None else end_ns
+    if start >= end:
+        raise UserError(f"the window from {start} to {end} ns is empty; the steps go on after it")
+    return start, end
 
 
 Arrivals = Mapping[tuple[int, Key, int], tuple[int, str]]  # (stage, step, ordinal) -> last, by whom

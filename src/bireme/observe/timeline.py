@@ -19,16 +19,6 @@ Key = tuple[int, int]  # incarnation, step_id
 COLLECTIVES = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
 
 
-@dataclass(frozen=True)
-class RankSpans:
-    """What one rank wrote."""
-
-    name: str
-    stage: int
-    tp_rank: int
-    spans: Sequence[Span]
-
-
 @dataclass(slots=True)
 class RankStep:
     """One step on one rank; the parts inside it in the order of their starts."""

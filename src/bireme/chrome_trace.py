@@ -1,0 +1,136 @@
+"""Spans as Chrome/Perfetto trace events, and back: a track a rank and one for the engine, and an arrow a
+message. Times are microseconds from the earliest span."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bireme.errors import UserError
+from bireme.trace import RankSpans, Span, SpanKind
+
+_FORMAT = 2
+_ENGINE = "engine"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a trace holds: the ranks' spans and the engine's own."""
+
+    ranks: Sequence[RankSpans]
+    engine: Sequence[Span]
+
+
+def chrome_trace(recorded: Recorded) -> dict[str, Any]:
+    """As `traceEvents`; `otherData` says which format this is."""
+    tracks: list[tuple[str, dict[str, Any], Sequence[Span]]] = [
+        (rank.name, {"stage": rank.stage, "tp_rank": rank.tp_rank}, rank.spans)
+        for rank in recorded.ranks
+    ]
+    tracks.append((_ENGINE, {}, recorded.engine))
+    origin = min((span.start_ns for _, _, spans in tracks for span in spans), default=0)
+    events: list[dict[str, Any]] = []
+    for track, (name, place, spans) in enumerate(tracks):
+        events += _heading(track, name, place)
+        in_order = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
+        events += [_event(track, span, origin) for span in in_order]
+    events += _arrows(recorded.ranks, origin)
+    return {
+        "traceEvents": events,
+        "displayTimeUnit": "ms",
+        "otherData": {"bireme_trace": _FORMAT},
+    }
+
+
+def _heading(track: int, name: str, place: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    about = {"ph": "M", "pid": 0, "tid": track}
+    yield {**about, "name": "thread_name", "args": {"name": name, **place}}
+    yield {**about, "name": "thread_sort_index", "args": {"sort_index": track}}
+
+
+def _event(track: int, span: Span, origin: int) -> dict[str, Any]:
+    return {
+        "ph": "X",
+        "name": span.kind.name.lower(),
+        "cat": span.category,
+        "pid": 0,
+        "tid": track,
+        "ts": (span.start_ns - origin) / 1000,
+        "dur": (span.end_ns - span.start_ns) / 1000,
+        "args": {
+            "step_id": span.step_id,
+            "bytes": span.num_bytes,
+            "incarnation": span.incarnation,
+        },
+    }
+
+
+def _arrows(ranks: Sequence[RankSpans], origin: int) -> Iterator[dict[str, Any]]:
+    """From each message that was sent to where it was received: hidden states to the next stage, ids to
+    the first."""
+    last = max((rank.stage for rank in ranks), default=0)
+    sends: dict[tuple[int, int, int], tuple[int, Span]] = {}  # first of (stage, incarnation, step)
+    for track, rank in enumerate(ranks):
+        for span in rank.spans:
+            if span.kind is SpanKind.SEND:
+                sends.setdefault((rank.stage, span.incarnation, span.step_id), (track, span))
+    numbers = count(1)
+    for track, rank in enumerate(ranks):
+        for span in rank.spans:
+            at = (rank.stage - 1) % (last + 1), span.incarnation, span.step_id
+            if span.kind is SpanKind.RECV and at in sends:
+                source, sent = sends[at]
+                about = {"name": "message", "cat": "transfer", "pid": 0, "id": next(numbers)}
+                yield {**about, "ph": "s", "tid": source, "ts": (sent.start_ns - origin) / 1000}
+                end_us = (span.end_ns - origin) / 1000
+                yield {**about, "ph": "f", "bp": "e", "tid": track, "ts": end_us}
+
+
+def read_chrome_trace(path: Path) -> Recorded:
+    """What `chrome_trace` wrote; UserError for another file, or one of an earlier version."""
+    try:
+        trace = msgspec.json.decode(path.read_bytes())
+        events = trace["traceEvents"]
+        found = trace.get("otherData", {}).get("bireme_trace", 1)
+        if found == _FORMAT:
+            return _recorded(events)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no trace that can be read: {error}") from None
+    raise UserError(
+        f"{path} is a trace of format {found}, and {_FORMAT} is read; record it again with --trace"
+    )
+
+
+def _recorded(events: Sequence[Mapping[str, Any]]) -> Recorded:
+    headings = {event["tid"]: event["args"] for event in events if event["name"] == "thread_name"}
+    spans: dict[int, list[Span]] = {track: [] for track in headings}
+    for event in events:
+        if event["ph"] == "X":
+            spans[event["tid"]].append(_span(event))
+    ranks = [
+        RankSpans(about["name"], about["stage"], about["tp_rank"], spans[track])
+        for track, about in headings.items()
+        if "stage" in about
+    ]
+    engine = [
+        span for track, about in headings.items() if "stage" not in about for span in spans[track]
+    ]
+    return Recorded(ranks, engine)
+
+
+def _span(event: Mapping[str, Any]) -> Span:
+    start_ns = round(event["ts"] * 1000)
+    about = event["args"]
+    return Span(
+        SpanKind[event["name"].upper()],
+        start_ns,
+        start_ns + round(event["dur"] * 1000),
+        about["bytes"],
+        about["step_id"],
+        about["incarnation"],
+    )

@@ -1,0 +1,95 @@
+"""Traces for Perfetto: what is written can be read back, and anything else is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from piped import US, Piped
+
+from bireme.chrome_trace import Recorded, chrome_trace, read_chrome_trace
+from bireme.errors import UserError
+from bireme.observe.ledger import make_ledger
+from bireme.trace import RankSpans, Span, SpanKind
+
+
+def written(recorded: Recorded, folder: Path) -> Path:
+    path = folder / "trace.json"
+    path.write_bytes(msgspec.json.encode(chrome_trace(recorded)))
+    return path
+
+
+def test_there_is_a_track_a_rank_and_microseconds() -> None:
+    spans = [
+        Span(SpanKind.STEP, 5_000, 9_000, 0, 3, 0),
+        Span(SpanKind.SEND, 6_000, 7_000, 64, 3, 0),
+    ]
+    ranks = [RankSpans("rank 0", 0, 0, spans), RankSpans("rank 1", 0, 1, spans[:1])]
+    events = chrome_trace(Recorded(ranks, []))["traceEvents"]
+    names = {it["args"]["name"]: it["tid"] for it in events if it["name"] == "thread_name"}
+    assert names == {"rank 0": 0, "rank 1": 1, "engine": 2}
+    send = next(it for it in events if it["name"] == "send")
+    assert (send["ts"], send["dur"], send["cat"], send["args"]["bytes"]) == (
+        1.0,
+        1.0,
+        "transfer",
+        64,
+    )
+
+
+def test_messages_are_arrows_that_begin_and_end_in_spans() -> None:
+    piped = Piped(3, 5, 2, link_ns=7 * US).run()
+    events = chrome_trace(piped.recorded)["traceEvents"]
+    received = sum(span.kind is SpanKind.RECV for spans in piped.stages for span in spans)
+    begins = {it["id"]: it for it in events if it["ph"] == "s"}
+    ends = {it["id"]: it for it in events if it["ph"] == "f"}
+    assert begins.keys() == ends.keys()
+    assert len(ends) == received
+    for number, begin in begins.items():
+        end = ends[number]
+        assert (begin["tid"] + 1) % 3 == end["tid"]
+        assert begin["ts"] <= end["ts"]
+        assert lies_in(begin, "send", events)
+        assert lies_in(end, "recv", events)
+
+
+def lies_in(arrow: dict[str, Any], name: str, events: list[dict[str, Any]]) -> bool:
+    return any(
+        it["ph"] == "X"
+        and (it["tid"], it["name"]) == (arrow["tid"], name)
+        and it["ts"] <= arrow["ts"] <= it["ts"] + it["dur"] + 1e-6
+        for it in events
+    )
+
+
+def test_what_is_read_back_has_the_same_ledger(tmp_path: Path) -> None:
+    piped = Piped(3, 20, 2, lambda stage, step: (100 + 7 * stage + step) * US + 1).run()
+    again = read_chrome_trace(written(piped.recorded, tmp_path))
+    assert make_ledger(again).ranks == make_ledger(shifted(piped.recorded)).ranks
+
+
+def shifted(recorded: Recorded) -> Recorded:
+    """A trace begins at 0."""
+    spans = [*recorded.engine, *(span for rank in recorded.ranks for span in rank.spans)]
+    assert min(span.start_ns for span in spans) == 0
+    return recorded
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "no trace that can be read"),
+        ("[]", "no trace that can be read"),
+        ("{}", "no trace that can be read"),
+        ('{"traceEvents": [{}], "otherData": {"bireme_trace": 2}}', "no trace that can be read"),
+        ('{"traceEvents": []}', "format 1, and 2 is read"),
+        ('{"traceEvents": [], "otherData": {"bireme_trace": 9}}', "format 9, and 2 is read"),
+    ],
+)
+def test_another_file_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=told):
+        read_chrome_trace(path)
