@@ -1,0 +1,100 @@
+"""What a route makes of what the engine says, event by event."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bireme.checkpoint.hub import resolve_model
+from bireme.engine.callers import Callers
+from bireme.engine.engine import TokenEvent
+from bireme.engine.input_processor import InputProcessor, ServedModel
+from bireme.errors import RequestError
+from bireme.request import PromptLogprobs, TokenLogprobs
+from bireme.sampling_params import SamplingParams
+from bireme.server.exchange import Exchange
+from bireme.server.generation import Generation
+from bireme.server.metrics import ServerMetrics
+from bireme.server.tracing import Tracer
+
+DEMO = resolve_model("demo")
+INPUTS = InputProcessor(ServedModel("demo", DEMO, 2048, 1024, frozenset({2})))
+LIKELY = TokenLogprobs(-1.0, 1, [], [])
+
+
+class Engine:
+    """Stands behind the callers of one server, and says what a test lets it."""
+
+    def __init__(self, prompt: str | Sequence[int], **params: Any) -> None:
+        self.callers, self.asked = Callers(), []  # type: ignore[var-annotated]
+        self.callers.begin(INPUTS, self.asked.append, 100, 10_000)
+        self.opened = INPUTS.open(0, prompt, SamplingParams(**params))
+        self.ids = [request.request_id for request, _ in self.opened.requests]
+        self.exchange = Exchange("id", "POST", "/v1/completions", "client")
+        self.serving: Any = SimpleNamespace(
+            client=SimpleNamespace(callers=self.callers),
+            inputs=INPUTS,
+            metrics=ServerMetrics("demo"),
+            tracer=Tracer(),
+        )
+
+    def generation(self) -> Generation:
+        return Generation(self.serving, self.exchange, [self.opened])
+
+    def say(
+        self,
+        choice: int,
+        token_ids: Sequence[int],
+        reason: str | None = None,
+        why: str | None = None,
+        prompt: PromptLogprobs | None = None,
+    ) -> None:
+        likely = [LIKELY for _ in token_ids]
+        event = TokenEvent(
+            self.ids[choice], list(token_ids), reason, why, 1.0, likely, prompt
+        )  # fmt: skip
+        self.callers.deliver([event])
+
+
+def on_loop(work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [0, 1], ids=["first", "last"])
+def test_an_error_comes_behind_what_came_with_it(bad: int) -> None:
+    async def work() -> None:
+        engine = Engine("x", n=3, max_tokens=9)
+        generation = engine.generation()
+        for choice in (bad, *({0, 1, 2} - {bad})):
+            if choice == bad:
+                engine.say(choice, [], "error", "too many states")
+            else:
+                engine.say(choice, [300, 301], "stop")
+        deltas = await generation.take()
+        assert [(it.choice, it.finish_reason) for it in deltas] == [
+            (choice, "stop") for choice in range(3) if choice != bad
+        ]
+        assert generation.outputs[0].finished
+        assert not generation.is_finished
+        with pytest.raises(RequestError, match="too many states"):
+            await generation.take()
+
+    on_loop(work)
+
+
+def test_an_error_that_comes_alone_is_raised_at_once() -> None:
+    async def work() -> None:
+        engine = Engine("x", max_tokens=9)
+        generation = engine.generation()
+        engine.say(0, [], "error", "too many states")
+        with pytest.raises(RequestError, match="too many states"):
+            await generation.take()
+
+    on_loop(work)
