@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,15 @@ from bireme.engine.input_processor import InputProcessor, ServedModel
 from bireme.errors import RequestError
 from bireme.request import PromptLogprobs, TokenLogprobs
 from bireme.sampling_params import SamplingParams
+from bireme.server.completions import CompletionReply
+from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
 from bireme.server.generation import Generation
 from bireme.server.metrics import ServerMetrics
+from bireme.server.protocol.common import Usage
+from bireme.server.protocol.completions import CompletionRequest
 from bireme.server.tracing import Tracer
+from bireme.server.usage import UsageOf
 
 DEMO = resolve_model("demo")
 INPUTS = InputProcessor(ServedModel("demo", DEMO, 2048, 1024, frozenset({2})))
@@ -96,5 +102,48 @@ def test_an_error_that_comes_alone_is_raised_at_once() -> None:
         engine.say(0, [], "error", "too many states")
         with pytest.raises(RequestError, match="too many states"):
             await generation.take()
+
+    on_loop(work)
+
+
+# --- completions -------------------------------------------------------------------------------
+
+
+def reply_to(engine: Engine, generation: Generation, **wanted: Any) -> CompletionReply:
+    asked = CompletionRequest(prompt="x", stream=True, **wanted)
+    reply = CompletionReply(engine.serving, engine.exchange, asked, UsageOf(True, True))
+    assert reply.begin(generation.answers) == b""
+    return reply
+
+
+def choices(events: bytes) -> list[dict[str, Any]]:
+    told = [json.loads(it[6:]) for it in events.decode().split("\n\n") if it.startswith("data: {")]
+    return [choice for one in told for choice in one.get("choices", ())]
+
+
+def usages(events: bytes) -> list[dict[str, Any]]:
+    told = [json.loads(it[6:]) for it in events.decode().split("\n\n") if it.startswith("data: {")]
+    return [one["usage"] for one in told if one.get("usage")]
+
+
+USAGE = Usage.of(1, 2, 0)
+
+
+@pytest.mark.parametrize("is_failed", [False, True])
+def test_an_echo_loses_nothing_though_its_prompt_is_never_scored(is_failed: bool) -> None:
+    async def work() -> None:
+        engine = Engine("x = 1", n=2, max_tokens=9, logprobs=0, prompt_logprobs=0)
+        generation = engine.generation()
+        reply = reply_to(engine, generation, n=2, echo=True, logprobs=0)
+        engine.say(1, [300, 301], "stop")
+        engine.say(0, [], "abort")
+        deltas = await generation.take()
+        early = b"".join(reply.add(delta, lambda: USAGE) for delta in deltas)
+        late = reply.failed(ApiError(400, "no")) if is_failed else reply.end(USAGE)
+        assert early == b""
+        found = choices(late)
+        assert [(it["index"], it["finish_reason"]) for it in found] == [(1, "stop"), (0, "abort")]
+        assert found[0]["text"] == "x = 1" + INPUTS.tokenizer.decode([300, 301])
+        assert late.endswith(b"data: [DONE]\n\n")
 
     on_loop(work)

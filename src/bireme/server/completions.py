@@ -110,19 +110,29 @@ class CompletionReply(ChunkedReply):
         )
         super().__init__(self._empty, usage)
         self._num_told: dict[int, int] = {}  # characters, by choice
-        self._held: dict[int, list[Delta]] = {}  # by prompt, until its log-probabilities are known
+        # By prompt, until its log-probabilities are known.
+        self._held: dict[int, list[tuple[Delta, Callable[[], Usage]]]] = {}
 
     def begin(self, answers: Answers) -> bytes:
         self._streams = answers.streams
         return b""
 
     def add(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
-        held = self._held.setdefault(delta.index, [])
-        held.append(delta)
-        if self._must_wait(delta.index):
-            return b""
-        del self._held[delta.index]
-        return b"".join(self._told(one, usage) for one in held)
+        self._held.setdefault(delta.index, []).append((delta, usage))
+        return b"" if self._must_wait(delta.index) else self._let_go(delta.index)
+
+    def end(self, usage: Usage) -> bytes:
+        return self._let_all_go() + super().end(usage)
+
+    def failed(self, error: ApiError) -> bytes:
+        return self._let_all_go() + super().failed(error)
+
+    def _let_all_go(self) -> bytes:
+        """Of prompts that ended before their log-probabilities were known."""
+        return b"".join([self._let_go(prompt) for prompt in list(self._held)])
+
+    def _let_go(self, prompt: int) -> bytes:
+        return b"".join([self._told(*one) for one in self._held.pop(prompt)])
 
     def _must_wait(self, prompt: int) -> bool:
         """An echo shows what the first continuation alone learns."""
