@@ -147,3 +147,18 @@ def test_an_echo_loses_nothing_though_its_prompt_is_never_scored(is_failed: bool
         assert late.endswith(b"data: [DONE]\n\n")
 
     on_loop(work)
+
+
+def test_an_echo_of_no_new_token_bills_none() -> None:
+    async def work() -> None:
+        engine = Engine("x", max_tokens=1)
+        generation = engine.generation()
+        reply = reply_to(engine, generation, echo=True, max_tokens=0)
+        engine.say(0, [300], "length")
+        (delta,) = await generation.take()
+        events = reply.add(delta, generation.usage) + reply.end(generation.usage())
+        assert [it["completion_tokens"] for it in usages(events)] == [0, 0]
+        whole = json.loads(reply.whole(generation.outputs, generation.usage()))
+        assert (whole["usage"]["completion_tokens"], whole["usage"]["total_tokens"]) == (0, 2)
+
+    on_loop(work)

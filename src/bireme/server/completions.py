@@ -122,7 +122,7 @@ class CompletionReply(ChunkedReply):
         return b"" if self._must_wait(delta.index) else self._let_go(delta.index)
 
     def end(self, usage: Usage) -> bytes:
-        return self._let_all_go() + super().end(usage)
+        return self._let_all_go() + super().end(self._billed(usage))
 
     def failed(self, error: ApiError) -> bytes:
         return self._let_all_go() + super().failed(error)
@@ -141,7 +141,13 @@ class CompletionReply(ChunkedReply):
 
     def _told(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
         choice = self._choice(delta.index, delta.choice, delta, delta.logprobs)
-        return self.chunk([choice], self._usage.along(usage))
+        return self.chunk([choice], self._usage.along(lambda: self._billed(usage())))
+
+    def _billed(self, usage: Usage) -> Usage:
+        """Without the token that an echo alone makes to have the prompt scored."""
+        if not _is_echo_alone(self._wanted):
+            return usage
+        return Usage.of(usage.prompt_tokens, 0, usage.prompt_tokens_details.cached_tokens)
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         choices = [
@@ -149,7 +155,8 @@ class CompletionReply(ChunkedReply):
             for prompt, output in enumerate(outputs)
             for answer in output.outputs
         ]
-        return self._empty.model_copy(update={"choices": choices, "usage": usage}).as_json()
+        told = {"choices": choices, "usage": self._billed(usage)}
+        return self._empty.model_copy(update=told).as_json()
 
     def _choice(
         self,
