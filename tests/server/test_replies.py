@@ -162,3 +162,69 @@ def test_an_echo_of_no_new_token_bills_none() -> None:
         assert (whole["usage"]["completion_tokens"], whole["usage"]["total_tokens"]) == (0, 2)
 
     on_loop(work)
+
+
+SPLIT = "é = '日本 🚣'  # naïve"
+
+
+def logprobs_of(
+    prompt: str | list[int], pieces: Sequence[Sequence[int]], **more: Any
+) -> dict[str, Any]:
+    """Of one answer that comes in `pieces`, its chunks joined."""
+    found: dict[str, Any] = {"text": "", "text_offset": [], "tokens": [], "top_logprobs": []}
+
+    async def work() -> None:
+        engine = Engine(prompt, max_tokens=900, logprobs=0, prompt_logprobs=0, **more)
+        generation = engine.generation()
+        reply = reply_to(engine, generation, echo=True, logprobs=0)
+        scores = PromptLogprobs(0, 1, [LIKELY] * (engine.opened.stream.num_prompt_tokens - 1))
+        for index, ids in enumerate(pieces):
+            is_last = index == len(pieces) - 1
+            engine.say(0, ids, "length" if is_last else None, None, None if index else scores)
+            for delta in await generation.take():
+                for choice in choices(reply.add(delta, lambda: USAGE)):
+                    found["text"] += choice["text"]
+                    for name in ("text_offset", "tokens", "top_logprobs"):
+                        found[name] += choice["logprobs"][name]
+        whole = json.loads(reply_to(engine, generation, echo=True, logprobs=0).whole(
+            generation.outputs, USAGE
+        ))["choices"][0]  # fmt: skip
+        assert found["text"] == whole["text"]
+        assert {name: found[name] for name in ("text_offset", "tokens", "top_logprobs")} == {
+            name: whole["logprobs"][name] for name in ("text_offset", "tokens", "top_logprobs")
+        }
+
+    on_loop(work)
+    return found
+
+
+@pytest.mark.parametrize("is_text", [True, False])
+def test_a_character_of_several_tokens_leaves_offsets_in_place(is_text: bool) -> None:
+    ids = INPUTS.tokenizer.encode(SPLIT, add_special_tokens=False)
+    assert len(ids) > len(SPLIT), "every character is several tokens, or there is nothing to test"
+    found = logprobs_of(SPLIT if is_text else ids, [[id_] for id_ in ids])
+    assert found["text"] == SPLIT * 2
+    assert found["text_offset"] == sorted(found["text_offset"])
+    named = list(zip(found["tokens"], found["text_offset"], strict=True))
+    spelled = [(it, at) for it, at in named if "\ufffd" not in it and not it.startswith("<|")]
+    assert len(spelled) > len(SPLIT)
+    assert all(found["text"].startswith(token, at) for token, at in spelled)
+    assert [at for token, at in named if token == "é"] == [0, len(SPLIT)]
+    chosen = [next(iter(top)) for top in found["top_logprobs"] if top]
+    assert chosen == found["tokens"][-len(chosen) :]
+
+
+def test_offsets_behind_a_special_token_that_is_typed_are_in_place() -> None:
+    found = logprobs_of("a<|end|>b = 1", [[300]])
+    assert found["text"].startswith("a<|end|>b = 1")
+    at = found["text_offset"][found["tokens"].index("<|end|>")]
+    assert (at, found["text_offset"][-1]) == (1, len("a<|end|>b = 1"))
+    assert found["text_offset"][found["tokens"].index("<|end|>") + 1] == 1 + len("<|end|>")
+
+
+def test_a_stop_string_moves_no_offset() -> None:
+    ids = INPUTS.tokenizer.encode("one two", add_special_tokens=False)
+    found = logprobs_of("x", [[id_] for id_ in ids], stop=["e two"])
+    named = list(zip(found["tokens"], found["text_offset"], strict=True))
+    assert found["text"] == "xon"
+    assert all("xone two".startswith(token, at) for token, at in named[1:])

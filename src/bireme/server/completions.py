@@ -18,7 +18,7 @@ from bireme.server.chunked import ChunkedReply
 from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
 from bireme.server.generation import enter, open_prompts, respond
-from bireme.server.logprobs import completion_logprobs, prompt_logprobs
+from bireme.server.logprobs import TokenPlaces, TokenTold, completion_logprobs, prompt_logprobs
 from bireme.server.protocol.common import Usage
 from bireme.server.protocol.completions import (
     MAX_PROMPTS,
@@ -109,7 +109,7 @@ class CompletionReply(ChunkedReply):
             choices=[],
         )
         super().__init__(self._empty, usage)
-        self._num_told: dict[int, int] = {}  # characters, by choice
+        self._places: dict[int, TokenPlaces] = {}  # by choice
         # By prompt, until its log-probabilities are known.
         self._held: dict[int, list[tuple[Delta, Callable[[], Usage]]]] = {}
 
@@ -170,18 +170,17 @@ class CompletionReply(ChunkedReply):
         text, ids, reason = piece.text, list(piece.token_ids), piece.finish_reason
         if _is_echo_alone(self._wanted):
             text, ids, reason = "", [], "length" if reason else None
-        found: list[Logprobs | None] = list(logprobs[: len(ids)])
-        is_first = index not in self._num_told
-        offset = self._num_told.setdefault(index, 0)
+        is_first = index not in self._places
+        places = self._places.setdefault(index, TokenPlaces(self._tokenizer))
         stream = self._streams[prompt]
-        if is_first and self._wanted.echo:
-            text = self._prompt_text(stream) + text
-            ids = [*stream.prompt_token_ids, *ids]
-            found = [*(stream.prompt_logprobs or []), *found]
-        self._num_told[index] += len(text)
+        shown = self._prompt_text(stream) if is_first and self._wanted.echo else None
         extra: dict[str, Any] = {}
         if self._wanted.logprobs is not None:
-            extra["logprobs"] = completion_logprobs(found, ids, self._tokenizer, offset)
+            told = [] if shown is None else _of_prompt(stream, shown, places)
+            told += _of_answer(ids, logprobs, places)
+            extra["logprobs"] = completion_logprobs(told)
+        if shown is not None:
+            text, ids = shown + text, [*stream.prompt_token_ids, *ids]
         if is_first and self._wanted.prompt_logprobs is not None:
             extra["prompt_logprobs"] = prompt_logprobs(stream.prompt_logprobs)
         if self._wanted.return_token_ids:
@@ -198,3 +197,15 @@ class CompletionReply(ChunkedReply):
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode(stream.prompt_token_ids)
+
+
+def _of_prompt(stream: PromptStream, shown: str, places: TokenPlaces) -> list[TokenTold]:
+    ids = stream.prompt_token_ids
+    found = stream.prompt_logprobs or [None] * len(ids)
+    return list(zip(ids, found, places.of_prompt(ids, shown), strict=True))
+
+
+def _of_answer(
+    ids: Sequence[int], logprobs: Sequence[Logprobs], places: TokenPlaces
+) -> list[TokenTold]:
+    return list(zip(ids, logprobs[: len(ids)], places.of_answer(ids), strict=True))
