@@ -350,6 +350,30 @@ def test_calls_that_the_model_writes_by_itself_are_calls(locked: Served) -> None
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("parallel", "num"), [(None, 2), (True, 2), (False, 1)])
+def test_without_parallel_calls_the_first_alone_is_told(
+    locked: Served, parallel: bool | None, num: int, stream: bool
+) -> None:
+    text = "\n".join(
+        f'<tool_call>\n{{"name": "find", "arguments": {{"é": {number}}}}}\n</tool_call>'
+        for number in (1, 2)
+    )
+    body = {
+        **CHAT, "tools": [TOOL], "max_tokens": 200, "structured_outputs": {"choice": [text]},
+        "parallel_tool_calls": parallel, "stream": stream,
+    }  # fmt: skip
+    told = with_key(locked, "POST", "/v1/chat/completions", body).text
+    events = [json.loads(it.removeprefix("data: ")) for it in told.split("\n\n") if "{" in it]
+    choices = [event["choices"][0] for event in events]
+    pieces = [
+        it for one in choices for it in (one.get("message") or one["delta"]).get("tool_calls", ())
+    ]
+    arguments = "".join(it["function"].get("arguments", "") for it in pieces)
+    assert arguments == '{"é": 1}{"é": 2}'[: num * 8]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
 # --- the command line --------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bireme.errors import RequestError
 from bireme.sampling_params import StructuredOutputsParams
 from bireme.server.protocol.chat import ChatCompletionRequest, NamedTool, Tool
-from bireme.server.tools.parsers import BareCalls, NamedCall, ToolParser, parser_of
+from bireme.server.tools.parsers import BareCalls, FirstCall, NamedCall, ToolParser, parser_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
                 "tool_choice auto: it is not known how this model writes calls; start the server "
                 "with --tool-call-parser, or use tool_choice required"
             )
-        return ToolUse(shown, None, lambda: parser_of(style))
+        is_single = request.parallel_tool_calls is False
+        return ToolUse(
+            shown, None, lambda: FirstCall(parser_of(style)) if is_single else parser_of(style)
+        )
     if isinstance(choice, NamedTool):
         tool = _named(tools, choice.function.name)
         structure = StructuredOutputsParams(json=_parameters(tool))
