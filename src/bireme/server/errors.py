@@ -16,6 +16,7 @@ from starlette.types import Scope
 
 from bireme.errors import BiremeError, CapacityError, EngineError, RequestError
 from bireme.server.exchange import Exchange
+from bireme.server.faults import faults
 
 _TYPES = {
     400: "invalid_request_error",
@@ -125,16 +126,9 @@ def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
 async def on_invalid(_: Request, error: Exception) -> Response:
     """A body of the wrong shape: names the first fields."""
     assert isinstance(error, RequestValidationError)
-    told = [_told(one) for one in error.errors()[:_MOST_TOLD]]
-    param = ".".join(map(str, error.errors()[0]["loc"][1:])) or None
-    return ApiError(400, "; ".join(dict.fromkeys(told)), param=param and param[:100]).response()
-
-
-def _told(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"][1:] if part != "body")
-    if not where and error["type"] in ("missing", "model_attributes_type", "dict_type"):
-        return "the body must be a JSON object, sent as application/json"
-    return f"{where:.100}: {error['msg']:.200}" if where else f"{error['msg']:.200}"
+    told = faults(error.errors(), error.body)[:_MOST_TOLD]
+    text = "; ".join(fault.message for fault in told)
+    return ApiError(400, text, param=told[0].where[:100] or None).response()
 
 
 async def on_client_gone(request: Request, _: Exception) -> Response:
