@@ -305,6 +305,46 @@ def test_a_field_that_may_be_several_things_is_named_with_them(
     assert not re.search(r"\.str\b|list\[|literal", error["message"])
 
 
+REGEX = {"structured_outputs": {"regex": "("}}
+BAD = {"type": "no such type"}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": BAD}}
+CALLED = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD}}],
+    "tool_choice": "required",
+}
+RESPONSES = "/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {"max_tokens": -1}, "max_tokens"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
+        (COMPLETIONS, REGEX, "structured_outputs"),
+        (COMPLETIONS, {"response_format": FORMAT}, "response_format"),
+        (COMPLETIONS, {"structured_outputs": {}}, "structured_outputs"),
+        (CHAT, {"response_format": FORMAT}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, REGEX, "structured_outputs"),
+        (CHAT, CALLED, "tools"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": BAD}}}, "text"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_error_names_the_field_that_the_client_has_sent(
+    server: Served, path: str, body: dict[str, Any], param: str
+) -> None:
+    base = {COMPLETIONS: {"prompt": "x"}, CHAT: {"messages": HELLO}, RESPONSES: {"input": "x"}}
+    for stream in (False, True):
+        found = server.ask("POST", path, {**base[path], **body, "stream": stream})
+        assert (found.status, found.error["param"]) == (400, param), found.body
+        if param.startswith("max"):
+            assert f"{param}={body[param]} must be" in found.error["message"]
+
+
 def test_what_is_odd_but_allowed_is_served(server: Served) -> None:
     for more in (
         {"seed": BIG}, {"seed": -5}, {"stop": []}, {"user": "x" * 10_000}, {"metadata": {"a": BIG}},

@@ -18,7 +18,7 @@ from bireme.errors import RequestError
 from bireme.request import PromptLogprobs, TokenLogprobs
 from bireme.sampling_params import SamplingParams
 from bireme.server.completions import CompletionReply
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.generation import Generation
 from bireme.server.metrics import ServerMetrics
@@ -111,7 +111,9 @@ def test_an_error_that_comes_alone_is_raised_at_once() -> None:
 
 def reply_to(engine: Engine, generation: Generation, **wanted: Any) -> CompletionReply:
     asked = CompletionRequest(prompt="x", stream=True, **wanted)
-    reply = CompletionReply(engine.serving, engine.exchange, asked, UsageOf(True, True))
+    reply = CompletionReply(
+        engine.serving, engine.exchange, asked, UsageOf(True, True), FieldNames("response_format")
+    )
     assert reply.begin(generation.answers) == b""
     return reply
 
@@ -127,6 +129,17 @@ def usages(events: bytes) -> list[dict[str, Any]]:
 
 
 USAGE = Usage.of(1, 2, 0)
+
+
+def test_an_error_of_a_grammar_names_the_field_that_asked_for_it() -> None:
+    async def work() -> None:
+        engine = Engine("x", max_tokens=9)
+        reply = reply_to(engine, engine.generation())
+        why = RequestError("the grammar cannot be followed any further: too complex")
+        told = json.loads(reply.failed(ApiError.of(why)).split(b"\n\n")[0][6:])
+        assert told["error"]["param"] == "response_format"
+
+    on_loop(work)
 
 
 @pytest.mark.parametrize("is_failed", [False, True])

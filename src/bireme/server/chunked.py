@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.protocol.common import Sent, Usage
 from bireme.server.sse import DONE, sse
 from bireme.server.usage import UsageOf
@@ -14,8 +14,8 @@ from bireme.server.usage import UsageOf
 class ChunkedReply:
     """Base of such replies. `empty` is a chunk whose last field that is set is `choices`, with none."""
 
-    def __init__(self, empty: Sent, usage: UsageOf) -> None:
-        head, self._usage = empty.as_json(), usage
+    def __init__(self, empty: Sent, usage: UsageOf, names: FieldNames) -> None:
+        head, self._usage, self._names = empty.as_json(), usage, names
         assert head.endswith(b'"choices":[]}')
         self._head = head.removesuffix(b"]}")
 
@@ -32,7 +32,7 @@ class ChunkedReply:
         return (self.chunk([], last) if last else b"") + DONE
 
     def failed(self, error: ApiError) -> bytes:
-        return sse(error.as_json()) + DONE
+        return sse(self._names.told(error).as_json()) + DONE
 
 
 def _json(value: Sent | Sequence[int] | None) -> bytes:

@@ -15,7 +15,7 @@ from bireme.engine.streams import PromptStream
 from bireme.outputs import CompletionOutput, Delta, Logprobs, RequestOutput
 from bireme.sampling_params import SamplingParams
 from bireme.server.chunked import ChunkedReply
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.generation import enter, open_prompts, respond
 from bireme.server.logprobs import TokenPlaces, TokenTold, completion_logprobs, prompt_logprobs
@@ -37,15 +37,17 @@ async def complete(request: Request, serving: Serving, wanted: CompletionRequest
     exchange = enter(request, serving, wanted)
     usage = usage_of(wanted)
     _check(wanted)
-    opened = await open_prompts(
-        serving,
-        exchange,
-        lambda: _prompts(serving, wanted),
-        lambda _: _params(serving, wanted),
-        wanted.priority or 0,
-    )
-    reply = CompletionReply(serving, exchange, wanted, usage)
-    return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
+    names = FieldNames(wanted.structure_field)
+    with names.used():
+        opened = await open_prompts(
+            serving,
+            exchange,
+            lambda: _prompts(serving, wanted),
+            lambda _: _params(serving, wanted),
+            wanted.priority or 0,
+        )
+        reply = CompletionReply(serving, exchange, wanted, usage, names)
+        return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
 
 
 def _check(wanted: CompletionRequest) -> None:
@@ -97,7 +99,12 @@ class CompletionReply(ChunkedReply):
     """The answer to one request of `/v1/completions`."""
 
     def __init__(
-        self, serving: Serving, exchange: Exchange, wanted: CompletionRequest, usage: UsageOf
+        self,
+        serving: Serving,
+        exchange: Exchange,
+        wanted: CompletionRequest,
+        usage: UsageOf,
+        names: FieldNames,
     ) -> None:
         self._tokenizer = serving.inputs.tokenizer if serving.inputs.has_tokenizer else None
         self._wanted = wanted
@@ -108,7 +115,7 @@ class CompletionReply(ChunkedReply):
             model=exchange.model or "",
             choices=[],
         )
-        super().__init__(self._empty, usage)
+        super().__init__(self._empty, usage, names)
         self._places: dict[int, TokenPlaces] = {}  # by choice
         # By prompt, until its log-probabilities are known.
         self._held: dict[int, list[tuple[Delta, Callable[[], Usage]]]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from bireme.errors import RequestError
 from bireme.sampling_params import StructuredOutputsParams
+from bireme.server.errors import ApiError
 from bireme.server.protocol.chat import ChatCompletionRequest, NamedTool, Tool
 from bireme.server.tools.parsers import BareCalls, FirstCall, NamedCall, ToolParser, parser_of
 
@@ -23,7 +24,7 @@ class ToolUse:
 
 
 def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
-    """RequestError for a choice that cannot be; `style` is how the model writes calls by itself."""
+    """RequestError or ApiError for a choice that cannot be; `style` is how the model writes calls by itself."""
     tools = request.tools or []
     choice = request.tool_choice or ("auto" if tools else "none")
     if choice == "none":
@@ -69,7 +70,11 @@ def _schema_of_calls(tools: Sequence[Tool], *, is_single: bool) -> dict[str, Any
         parameters = dict(_parameters(tool))
         for name, defined in parameters.pop("$defs", {}).items():
             if definitions.setdefault(name, defined) != defined:
-                raise RequestError(f"the tools define {name!r:.80} differently; rename one of them")
+                raise ApiError(
+                    400,
+                    f"the tools define {name!r:.80} differently; rename one of them",
+                    param="tools",
+                )
         calls.append(
             {
                 "type": "object",
