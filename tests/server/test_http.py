@@ -400,7 +400,8 @@ def test_the_command_line_overrules_the_environment_and_that_the_file(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("prot: 8000", "'prot', which is no option of bireme serve"),
+        ("prot: 8000", "'prot', which is no option of bireme serve; did you mean port?"),
+        ("zzz: 8000", "'zzz', which is no option of bireme serve\n"),
         ("config: other.yaml", "'config', which is no option"),
         ("port: {a: 1}", "'port'"),
         ("port: eight", "eight"),
@@ -420,6 +421,25 @@ def test_a_config_file_that_cannot_be_names_the_key(
 
 
 @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("BIREME_SERVE_PROT", "; did you mean BIREME_SERVE_PORT?"),
+        ("BIREME_SERVE_MAX_NUM_SEQ", "; did you mean BIREME_SERVE_MAX_NUM_SEQS?"),
+        ("BIREME_SERVE_ZZZ", ""),
+    ],
+)
+def test_a_variable_that_no_option_has_is_refused_as_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, hint: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("BIREME_SERVE", "no option's at all")
+    assert run(["serve", DEMO]) == 2
+    expected = f"the environment gives {name}, which is no option of bireme serve{hint}\n"
+    assert capsys.readouterr().err == f"bireme: {expected}"
+    assert run(["serve", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
     ("options", "complaint"),
     [
         (["--ssl-keyfile", "/nowhere"], "ssl_certfile and ssl_keyfile go together"),
@@ -428,6 +448,11 @@ def test_a_config_file_that_cannot_be_names_the_key(
         (["--max-body-bytes", "12 monkeys"], "12 monkeys"),
         (["--receive-timeout", "0"], "receive_timeout_s=0"),
         (["--api-key", ""], "api_keys"),
+        (
+            ["--otlp-traces-endpoint", "foo"],
+            "otlp_traces_endpoint='foo' must begin with http:// or https://",
+        ),
+        (["--root-path", "foo"], "root_path='foo' must begin with a slash, like /foo"),
         (["--host", "no.such.host.invalid"], "--port and --host name another place"),
     ],
 )
