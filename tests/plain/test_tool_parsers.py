@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bireme.server.tools.parsers import (
     BareCalls,
+    FirstCall,
     MarkedCalls,
     NamedCall,
     ToolParser,
@@ -25,6 +26,8 @@ STYLES: dict[str, Callable[[], ToolParser]] = {
     "llama3_json": BareCalls,
     "list": lambda: BareCalls(is_list=True),
     "named": lambda: NamedCall("f"),
+    "the first of hermes": lambda: FirstCall(MarkedCalls()),
+    "the first of llama3_json": lambda: FirstCall(BareCalls()),
 }
 
 
@@ -70,6 +73,16 @@ def test_any_pieces_of_a_text_give_what_it_gives_at_once(
         cuts = sorted(data.draw(st.sets(st.integers(1, len(text)))))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         assert read(STYLES[style](), pieces) == whole
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama3_json"])
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+@example('{"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}')
+@example(2 * '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>')
+def test_the_first_call_is_told_as_it_is_beside_others(style: str, text: str) -> None:
+    content, calls = read(STYLES[style](), [text])
+    assert read(STYLES[f"the first of {style}"](), [text]) == (content, calls[:1])
 
 
 JSON = st.recursive(

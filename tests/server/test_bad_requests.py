@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import socket
 import threading
@@ -226,6 +227,122 @@ def test_what_cannot_be_asked_is_refused(server: Served, path: str, body: dict[s
     found = server.ask("POST", path, {**base, **body})
     assert found.status == 400, found.body
     assert len(found.error["message"]) < 500
+
+
+TEXT_OR_PARTS = 'must be a text, or a list of parts like {"type": "text", "text": "..."}'
+PROMPTS = "must be a text, token ids, or a list of texts or of token ids"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "message"),
+    [
+        (COMPLETIONS, {"prompt": 5}, "prompt", f"prompt=5 {PROMPTS}"),
+        (COMPLETIONS, {"prompt": None}, "prompt", f"prompt=None {PROMPTS}"),
+        (COMPLETIONS, {"prompt": {"a": 1}}, "prompt", f"prompt={{'a': 1}} {PROMPTS}"),
+        (COMPLETIONS, {"prompt": ["x", 5]}, "prompt", f"prompt=['x', 5] {PROMPTS}"),
+        (COMPLETIONS, {"prompt": [[5, "x"]]}, "prompt", f"prompt=[[5, 'x']] {PROMPTS}"),
+        (COMPLETIONS, {}, "prompt", "prompt: Field required"),
+        (COMPLETIONS, {"stop": 5}, "stop", "stop=5 must be a text, or a list of texts"),
+        (
+            COMPLETIONS,
+            {"temperature": "x"},
+            "temperature",
+            "temperature: Input should be a valid number",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": 5}]},
+            "messages.0.content",
+            f"messages.0.content=5 {TEXT_OR_PARTS}",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"text": "x"}]}]},
+            "messages.0.content.0.type",
+            "messages.0.content.0.type: Field required",
+        ),
+        (
+            CHAT,
+            {"messages": HELLO, "tool_choice": 5},
+            "tool_choice",
+            "tool_choice=5 must be none, auto, required, or ",
+        ),
+        (
+            CHAT,
+            {"messages": HELLO, "tool_choice": {"type": "function"}},
+            "tool_choice.function",
+            "tool_choice.function: Field required",
+        ),
+        (
+            CHAT,
+            {"messages": [{"role": "robot", "content": 5}]},
+            "messages.0.role",
+            "messages.0.role: Input should be ",
+        ),
+        (
+            "/v1/responses",
+            {"input": [{"role": 5}]},
+            "input.0.role",
+            "input.0.role: Input should be",
+        ),
+        ("/v1/responses", {"input": [5]}, "input", "input=[5] must be a text, or a list of items"),
+        ("/v1/responses", {"input": 5}, "input", "input=5 must be a text, or a list of items"),
+        (
+            "/v1/responses",
+            {"input": [{"content": 5}]},
+            "input.0.content",
+            f"input.0.content=5 {TEXT_OR_PARTS}",
+        ),
+    ],
+)
+def test_a_field_that_may_be_several_things_is_named_with_them(
+    server: Served, path: str, body: dict[str, Any], param: str, message: str
+) -> None:
+    base = {"prompt": "x"} if path == COMPLETIONS and body.keys() - {"prompt"} else {}
+    error = server.ask("POST", path, {**base, **body}).error
+    assert error["param"] == param
+    assert message in error["message"]
+    assert not re.search(r"\.str\b|list\[|literal", error["message"])
+
+
+REGEX = {"structured_outputs": {"regex": "("}}
+BAD = {"type": "no such type"}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": BAD}}
+CALLED = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": BAD}}],
+    "tool_choice": "required",
+}
+RESPONSES = "/v1/responses"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, {"max_tokens": -1}, "max_tokens"),
+        (CHAT, {"max_tokens": 0}, "max_tokens"),
+        (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (RESPONSES, {"max_output_tokens": 0}, "max_output_tokens"),
+        (COMPLETIONS, REGEX, "structured_outputs"),
+        (COMPLETIONS, {"response_format": FORMAT}, "response_format"),
+        (COMPLETIONS, {"structured_outputs": {}}, "structured_outputs"),
+        (CHAT, {"response_format": FORMAT}, "response_format"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
+        (CHAT, REGEX, "structured_outputs"),
+        (CHAT, CALLED, "tools"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": BAD}}}, "text"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_error_names_the_field_that_the_client_has_sent(
+    server: Served, path: str, body: dict[str, Any], param: str
+) -> None:
+    base = {COMPLETIONS: {"prompt": "x"}, CHAT: {"messages": HELLO}, RESPONSES: {"input": "x"}}
+    for stream in (False, True):
+        found = server.ask("POST", path, {**base[path], **body, "stream": stream})
+        assert (found.status, found.error["param"]) == (400, param), found.body
+        if param.startswith("max"):
+            assert f"{param}={body[param]} must be" in found.error["message"]
 
 
 def test_what_is_odd_but_allowed_is_served(server: Served) -> None:

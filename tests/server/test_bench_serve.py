@@ -272,9 +272,13 @@ def free_port() -> int:
 
 def test_a_server_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     port = free_port()
-    status = run(["bench", "serve", "--port", str(port), "--ready-check-timeout-sec", "0.1"])
-    assert status == 2
-    assert f"http://127.0.0.1:{port} does not answer" in capsys.readouterr().err
+    command = ["bench", "serve", "--port", str(port)]
+    assert run([*command, "--ready-check-timeout-sec", "0.1"]) == 2
+    told = capsys.readouterr().err
+    assert f"nothing answers at http://127.0.0.1:{port}: connection refused; start" in told
+    assert run([*command, "--model", "m"]) == 1
+    told = capsys.readouterr().err
+    assert f"the first: nothing answers at http://127.0.0.1:{port}: connection refused" in told
 
 
 @pytest.mark.parametrize(

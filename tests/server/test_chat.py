@@ -182,7 +182,12 @@ def test_stages_show_where_the_server_counts_them() -> None:
         (["http://127.0.0.1:9", "-tp", "2"], "has its layout and its devices already"),
         (["demo", "--model", "m"], "--model names one of a server's models"),
         (["--max-tokens", "0"], "max_tokens=0 must be at least 1"),
-        (["http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+        (
+            ["http://127.0.0.1:9"],
+            "nothing answers at http://127.0.0.1:9: connection refused; start",
+        ),
+        (["127.0.0.1:8100"], "'127.0.0.1:8100' is no model; did you mean http://127.0.0.1:8100"),
+        (["localhost:8100/v1"], "did you mean http://localhost:8100/v1"),
     ],
 )
 def test_what_cannot_work_is_refused(

@@ -350,6 +350,30 @@ def test_calls_that_the_model_writes_by_itself_are_calls(locked: Served) -> None
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("parallel", "num"), [(None, 2), (True, 2), (False, 1)])
+def test_without_parallel_calls_the_first_alone_is_told(
+    locked: Served, parallel: bool | None, num: int, stream: bool
+) -> None:
+    text = "\n".join(
+        f'<tool_call>\n{{"name": "find", "arguments": {{"é": {number}}}}}\n</tool_call>'
+        for number in (1, 2)
+    )
+    body = {
+        **CHAT, "tools": [TOOL], "max_tokens": 200, "structured_outputs": {"choice": [text]},
+        "parallel_tool_calls": parallel, "stream": stream,
+    }  # fmt: skip
+    told = with_key(locked, "POST", "/v1/chat/completions", body).text
+    events = [json.loads(it.removeprefix("data: ")) for it in told.split("\n\n") if "{" in it]
+    choices = [event["choices"][0] for event in events]
+    pieces = [
+        it for one in choices for it in (one.get("message") or one["delta"]).get("tool_calls", ())
+    ]
+    arguments = "".join(it["function"].get("arguments", "") for it in pieces)
+    assert arguments == '{"é": 1}{"é": 2}'[: num * 8]
+    assert choices[-1]["finish_reason"] == "tool_calls"
+
+
 # --- the command line --------------------------------------------------------------------------
 
 
@@ -376,7 +400,8 @@ def test_the_command_line_overrules_the_environment_and_that_the_file(
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("prot: 8000", "'prot', which is no option of bireme serve"),
+        ("prot: 8000", "'prot', which is no option of bireme serve; did you mean port?"),
+        ("zzz: 8000", "'zzz', which is no option of bireme serve\n"),
         ("config: other.yaml", "'config', which is no option"),
         ("port: {a: 1}", "'port'"),
         ("port: eight", "eight"),
@@ -396,6 +421,25 @@ def test_a_config_file_that_cannot_be_names_the_key(
 
 
 @pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("BIREME_SERVE_PROT", "; did you mean BIREME_SERVE_PORT?"),
+        ("BIREME_SERVE_MAX_NUM_SEQ", "; did you mean BIREME_SERVE_MAX_NUM_SEQS?"),
+        ("BIREME_SERVE_ZZZ", ""),
+    ],
+)
+def test_a_variable_that_no_option_has_is_refused_as_in_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, hint: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("BIREME_SERVE", "no option's at all")
+    assert run(["serve", DEMO]) == 2
+    expected = f"the environment gives {name}, which is no option of bireme serve{hint}\n"
+    assert capsys.readouterr().err == f"bireme: {expected}"
+    assert run(["serve", "--help"]) == 0
+
+
+@pytest.mark.parametrize(
     ("options", "complaint"),
     [
         (["--ssl-keyfile", "/nowhere"], "ssl_certfile and ssl_keyfile go together"),
@@ -404,6 +448,11 @@ def test_a_config_file_that_cannot_be_names_the_key(
         (["--max-body-bytes", "12 monkeys"], "12 monkeys"),
         (["--receive-timeout", "0"], "receive_timeout_s=0"),
         (["--api-key", ""], "api_keys"),
+        (
+            ["--otlp-traces-endpoint", "foo"],
+            "otlp_traces_endpoint='foo' must begin with http:// or https://",
+        ),
+        (["--root-path", "foo"], "root_path='foo' must begin with a slash, like /foo"),
         (["--host", "no.such.host.invalid"], "--port and --host name another place"),
     ],
 )

@@ -74,6 +74,44 @@ def test_any_ids_stream_to_their_whole_text(ids: list[int]) -> None:
     assert "".join(decoder.add([id_]) for id_ in ids) + decoder.finish() == tokenizer.decode(ids)
 
 
+def single_bytes(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that are parts of characters."""
+    return [id_ for id_ in range(tokenizer.num_tokens) if tokenizer.decode([id_]) == "\ufffd"]
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_any_bytes_stream_to_their_whole_text(data: st.DataObject) -> None:
+    tokenizer = Tokenizer(DEMO)
+    parts = single_bytes(tokenizer)
+    ids = data.draw(st.lists(st.sampled_from(parts), min_size=20, max_size=60))
+    decoder = tokenizer.decoder()
+    assert "".join(decoder.add([id_]) for id_ in ids) + decoder.finish() == tokenizer.decode(ids)
+
+
+class Counting:
+    """A tokenizer that counts the tokens that it is given."""
+
+    def __init__(self) -> None:
+        self._fast, self.num = FastTokenizer.from_file(str(DEMO / "tokenizer.json")), 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.num += len(ids)
+        text: str = self._fast.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+
+@pytest.mark.parametrize("kind", ["part of a character", "special", "word"])
+def test_a_run_of_one_token_takes_time_in_proportion(ours: Tokenizer, kind: str) -> None:
+    special = ours.special_ids
+    found = {"part of a character": single_bytes(ours)[-1], "special": min(special), "word": 300}
+    ids, fast = [found[kind]] * 3000, Counting()
+    decoder = IncrementalDecoder(fast, special)  # type: ignore[arg-type]
+    text = decoder.add(ids) + decoder.finish()
+    assert text == ours.decode(ids)
+    assert fast.num < 150 * len(ids)
+
+
 def test_a_template_that_refuses_says_so(ours: Tokenizer) -> None:
     with pytest.raises(RequestError, match="the roles are system, user and assistant"):
         ours.apply_chat_template([{"role": "robot", "content": "hi"}])

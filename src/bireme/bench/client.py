@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import ssl
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
@@ -123,7 +126,7 @@ class Client:
                 async for data in read_events(response.content.iter_any()):
                     yield data
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise StreamError(_reason(error, self.target.request_timeout_s)) from None
+            raise StreamError(self._reason(error, self.target.request_timeout_s)) from None
 
     async def get_text(self, path: str) -> str:
         """What is there; empty where nothing is."""
@@ -156,15 +159,23 @@ class Client:
                     body = await _read(response, _MAX_BODY_BYTES)
                 if response.status not in _NOT_READY:
                     return response.status, body
-                reason = f"{response.status} {response.reason}"
+                reason = f"{self.target.base_url} is not ready: {response.status} {response.reason}"
+            except aiohttp.ClientConnectorError as error:
+                reason = self._reason(error, _ASK_TIMEOUT_S)
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                reason = _reason(error, _ASK_TIMEOUT_S)
+                why = self._reason(error, _ASK_TIMEOUT_S)
+                reason = f"{self.target.base_url} does not answer: {why}"
             if time.monotonic() >= deadline:
-                raise RequestError(
-                    f"{self.target.base_url} does not answer: {reason}; "
-                    "start a server there, or name the one that runs"
-                )
+                raise RequestError(f"{reason}; start a server there, or name the one that runs")
             await asyncio.sleep(_RETRY_S)
+
+    def _reason(self, error: Exception, timeout_s: float) -> str:
+        """On one line; of a time-out aiohttp says nothing."""
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return f"nothing answers at {self.target.base_url}: {_why_unreachable(error.os_error)}"
+        if isinstance(error, TimeoutError):
+            return f"no end of the answer within {timeout_s:g} s" if not str(error) else str(error)
+        return " ".join(f"{error or type(error).__name__}".split())
 
 
 def _models_url(target: Target) -> str:
@@ -193,11 +204,11 @@ class _Models(msgspec.Struct):
     data: list[_Model]
 
 
-def _reason(error: Exception, timeout_s: float) -> str:
-    """On one line; of a time-out aiohttp says nothing."""
-    if isinstance(error, TimeoutError):
-        return f"no end of the answer within {timeout_s:g} s" if not str(error) else str(error)
-    return " ".join(f"{error or type(error).__name__}".split())
+def _why_unreachable(error: OSError) -> str:
+    """In the system's words: asyncio names the address again instead."""
+    is_of_system = error.errno and not isinstance(error, socket.gaierror | ssl.SSLError)
+    words = os.strerror(error.errno or 0) if is_of_system else error.strerror or str(error)
+    return " ".join(words.lower().split())
 
 
 async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:

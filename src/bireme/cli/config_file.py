@@ -1,9 +1,12 @@
-"""`--config`: options of a command in a YAML or TOML file, under the names that they have on the command
-line."""
+"""Options of a command from elsewhere: `--config`, a YAML or TOML file, under the names that they have on
+the command line, and the environment."""
 
 from __future__ import annotations
 
+import difflib
+import os
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +25,25 @@ class FromEnvironment(TyperCommand):
         for parameter in self.params:
             if isinstance(parameter, TyperOption):
                 parameter.show_envvar = False
+
+    def invoke(self, ctx: Any) -> Any:
+        """ConfigError names a variable that no option has."""
+        prefix = f"{ctx.auto_envvar_prefix}_"
+        known = {f"{prefix}{str(it.name).upper()}" for it in self.params}
+        for name in sorted(os.environ):
+            if name.startswith(prefix) and name not in known:
+                raise ConfigError(
+                    f"the environment gives {name:.80}, which is no option of {ctx.command_path}"
+                    f"{_hint(name, known, prefix)}"
+                )
+        return super().invoke(ctx)
+
+
+def _hint(name: str, known: Collection[str], prefix: str = "") -> str:
+    """The known name that is likest, if one is like it; all begin with `prefix`."""
+    ends = [one.removeprefix(prefix) for one in known]
+    likest = difflib.get_close_matches(name.removeprefix(prefix), ends, n=1, cutoff=0.7)
+    return f"; did you mean {prefix}{likest[0]}?" if likest else ""
 
 
 def _load(context: typer.Context, path: Path | None) -> Path | None:
@@ -45,6 +67,7 @@ def _options(context: typer.Context, path: Path) -> dict[str, Any]:
         if parameter is None or parameter.name == "config":
             raise ConfigError(
                 f"{path} gives {key!r:.80}, which is no option of {context.command_path}"
+                f"{_hint(name, known)}"
             )
         found[str(parameter.name)] = _value(path, key, value, is_list=parameter.multiple)
     return found

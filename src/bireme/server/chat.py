@@ -15,7 +15,7 @@ from bireme.outputs import CompletionOutput, Delta, RequestOutput
 from bireme.sampling_params import MAX_LOGPROBS, SamplingParams
 from bireme.server.chunked import ChunkedReply, filled, head_of
 from bireme.server.conversation import template_messages, template_variables
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.generation import enter, open_prompts, respond
 from bireme.server.logprobs import chat_logprobs, prompt_logprobs
@@ -43,15 +43,22 @@ async def chat(request: Request, serving: Serving, wanted: ChatCompletionRequest
     """Raises ApiError or RequestError for what cannot be served."""
     exchange = enter(request, serving, wanted)
     usage, tools = usage_of(wanted), tool_use(wanted, serving.tool_style)
-    opened = await open_prompts(
-        serving,
-        exchange,
-        lambda: [chat_prompt(serving, wanted, tools)],
-        lambda prompt: chat_params(serving, wanted, tools, prompt),
-        wanted.priority or 0,
+    names = FieldNames(
+        structure=wanted.structure_field if tools.structure is None else "tools",
+        max_tokens="max_tokens"
+        if wanted.max_completion_tokens is None
+        else "max_completion_tokens",
     )
-    reply = ChatReply(exchange, wanted, tools, usage)
-    return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
+    with names.used():
+        opened = await open_prompts(
+            serving,
+            exchange,
+            lambda: [chat_prompt(serving, wanted, tools)],
+            lambda prompt: chat_params(serving, wanted, tools, prompt),
+            wanted.priority or 0,
+        )
+        reply = ChatReply(exchange, wanted, tools, usage, names)
+        return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
 
 
 def chat_prompt(serving: Serving, wanted: ChatCompletionRequest, tools: ToolUse) -> list[int]:
@@ -99,7 +106,12 @@ class ChatReply(ChunkedReply):
     """The answer to one request of `/v1/chat/completions`."""
 
     def __init__(
-        self, exchange: Exchange, wanted: ChatCompletionRequest, tools: ToolUse, usage: UsageOf
+        self,
+        exchange: Exchange,
+        wanted: ChatCompletionRequest,
+        tools: ToolUse,
+        usage: UsageOf,
+        names: FieldNames,
     ) -> None:
         self._wanted, self._tools = wanted, tools
         self._id = f"chatcmpl-{exchange.request_id}"
@@ -107,7 +119,7 @@ class ChatReply(ChunkedReply):
         empty = ChatCompletionChunk(
             id=self._id, object="chat.completion.chunk", choices=[], **self._about
         )
-        super().__init__(empty, usage)
+        super().__init__(empty, usage, names)
         make = tools.parser
         self._parsers = [make() for _ in range(wanted.n or 1)] if make is not None else []
         self._has_calls: set[int] = set()

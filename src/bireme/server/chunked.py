@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.protocol.common import Sent, Usage
 from bireme.server.sse import DONE, sse
 from bireme.server.usage import UsageOf
@@ -17,8 +17,8 @@ from bireme.server.usage import UsageOf
 class ChunkedReply:
     """Base of such replies. `empty` is a chunk whose last field that is set is `choices`, with none."""
 
-    def __init__(self, empty: Sent, usage: UsageOf) -> None:
-        self._head, self._usage = head_of(empty), usage
+    def __init__(self, empty: Sent, usage: UsageOf, names: FieldNames) -> None:
+        self._head, self._usage, self._names = head_of(empty), usage, names
 
     def chunk(self, choices: Iterable[Sent], extra: Mapping[str, Any]) -> bytes:
         """One event; `extra` are further fields of the chunk."""
@@ -32,7 +32,7 @@ class ChunkedReply:
         return (self.chunk([], last) if last else b"") + DONE
 
     def failed(self, error: ApiError) -> bytes:
-        return sse(error.as_json()) + DONE
+        return sse(self._names.told(error).as_json()) + DONE
 
 
 def head_of(empty: Sent) -> bytes:

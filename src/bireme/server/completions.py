@@ -15,10 +15,10 @@ from bireme.engine.streams import PromptStream
 from bireme.outputs import CompletionOutput, Delta, Logprobs, RequestOutput
 from bireme.sampling_params import SamplingParams
 from bireme.server.chunked import ChunkedReply
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.generation import enter, open_prompts, respond
-from bireme.server.logprobs import completion_logprobs, prompt_logprobs
+from bireme.server.logprobs import TokenPlaces, TokenTold, completion_logprobs, prompt_logprobs
 from bireme.server.protocol.common import Usage
 from bireme.server.protocol.completions import (
     MAX_PROMPTS,
@@ -38,15 +38,17 @@ async def complete(request: Request, serving: Serving, wanted: CompletionRequest
     usage = usage_of(wanted)
     _check(wanted)
     serving.check_fits(len(wanted.prompts) * max(1, wanted.n or 1))
-    opened = await open_prompts(
-        serving,
-        exchange,
-        lambda: _prompts(serving, wanted),
-        lambda _: _params(serving, wanted),
-        wanted.priority or 0,
-    )
-    reply = CompletionReply(serving, exchange, wanted, usage)
-    return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
+    names = FieldNames(wanted.structure_field)
+    with names.used():
+        opened = await open_prompts(
+            serving,
+            exchange,
+            lambda: _prompts(serving, wanted),
+            lambda _: _params(serving, wanted),
+            wanted.priority or 0,
+        )
+        reply = CompletionReply(serving, exchange, wanted, usage, names)
+        return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
 
 
 def _check(wanted: CompletionRequest) -> None:
@@ -98,7 +100,12 @@ class CompletionReply(ChunkedReply):
     """The answer to one request of `/v1/completions`."""
 
     def __init__(
-        self, serving: Serving, exchange: Exchange, wanted: CompletionRequest, usage: UsageOf
+        self,
+        serving: Serving,
+        exchange: Exchange,
+        wanted: CompletionRequest,
+        usage: UsageOf,
+        names: FieldNames,
     ) -> None:
         self._tokenizer = serving.inputs.tokenizer if serving.inputs.has_tokenizer else None
         self._wanted = wanted
@@ -109,21 +116,31 @@ class CompletionReply(ChunkedReply):
             model=exchange.model or "",
             choices=[],
         )
-        super().__init__(self._empty, usage)
-        self._num_told: dict[int, int] = {}  # characters, by choice
-        self._held: dict[int, list[Delta]] = {}  # by prompt, until its log-probabilities are known
+        super().__init__(self._empty, usage, names)
+        self._places: dict[int, TokenPlaces] = {}  # by choice
+        # By prompt, until its log-probabilities are known.
+        self._held: dict[int, list[tuple[Delta, Callable[[], Usage]]]] = {}
 
     def begin(self, answers: Answers) -> bytes:
         self._streams = answers.streams
         return b""
 
     def add(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
-        held = self._held.setdefault(delta.index, [])
-        held.append(delta)
-        if self._must_wait(delta.index):
-            return b""
-        del self._held[delta.index]
-        return b"".join(self._told(one, usage) for one in held)
+        self._held.setdefault(delta.index, []).append((delta, usage))
+        return b"" if self._must_wait(delta.index) else self._let_go(delta.index)
+
+    def end(self, usage: Usage) -> bytes:
+        return self._let_all_go() + super().end(self._billed(usage))
+
+    def failed(self, error: ApiError) -> bytes:
+        return self._let_all_go() + super().failed(error)
+
+    def _let_all_go(self) -> bytes:
+        """Of prompts that ended before their log-probabilities were known."""
+        return b"".join([self._let_go(prompt) for prompt in list(self._held)])
+
+    def _let_go(self, prompt: int) -> bytes:
+        return b"".join([self._told(*one) for one in self._held.pop(prompt)])
 
     def _must_wait(self, prompt: int) -> bool:
         """An echo shows what the first continuation alone learns."""
@@ -132,7 +149,13 @@ class CompletionReply(ChunkedReply):
 
     def _told(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
         choice = self._choice(delta.index, delta.choice, delta, delta.logprobs)
-        return self.chunk([choice], self._usage.along(usage))
+        return self.chunk([choice], self._usage.along(lambda: self._billed(usage())))
+
+    def _billed(self, usage: Usage) -> Usage:
+        """Without the token that an echo alone makes to have the prompt scored."""
+        if not _is_echo_alone(self._wanted):
+            return usage
+        return Usage.of(usage.prompt_tokens, 0, usage.prompt_tokens_details.cached_tokens)
 
     def whole(self, outputs: Sequence[RequestOutput], usage: Usage) -> bytes:
         choices = (
@@ -140,7 +163,7 @@ class CompletionReply(ChunkedReply):
             for prompt, output in enumerate(outputs)
             for answer in output.outputs
         )
-        return self.filled(choices, {"usage": usage})
+        return self.filled(choices, {"usage": self._billed(usage)})
 
     def _choice(
         self,
@@ -154,18 +177,17 @@ class CompletionReply(ChunkedReply):
         text, ids, reason = piece.text, list(piece.token_ids), piece.finish_reason
         if _is_echo_alone(self._wanted):
             text, ids, reason = "", [], "length" if reason else None
-        found: list[Logprobs | None] = list(logprobs[: len(ids)])
-        is_first = index not in self._num_told
-        offset = self._num_told.setdefault(index, 0)
+        is_first = index not in self._places
+        places = self._places.setdefault(index, TokenPlaces(self._tokenizer))
         stream = self._streams[prompt]
-        if is_first and self._wanted.echo:
-            text = self._prompt_text(stream) + text
-            ids = [*stream.prompt_token_ids, *ids]
-            found = [*(stream.prompt_logprobs or []), *found]
-        self._num_told[index] += len(text)
+        shown = self._prompt_text(stream) if is_first and self._wanted.echo else None
         extra: dict[str, Any] = {}
         if self._wanted.logprobs is not None:
-            extra["logprobs"] = completion_logprobs(found, ids, self._tokenizer, offset)
+            told = [] if shown is None else _of_prompt(stream, shown, places)
+            told += _of_answer(ids, logprobs, places)
+            extra["logprobs"] = completion_logprobs(told)
+        if shown is not None:
+            text, ids = shown + text, [*stream.prompt_token_ids, *ids]
         if is_first and self._wanted.prompt_logprobs is not None:
             extra["prompt_logprobs"] = prompt_logprobs(stream.prompt_logprobs)
         if self._wanted.return_token_ids:
@@ -182,3 +204,15 @@ class CompletionReply(ChunkedReply):
         if self._tokenizer is None:
             return ""
         return self._tokenizer.decode(stream.prompt_token_ids)
+
+
+def _of_prompt(stream: PromptStream, shown: str, places: TokenPlaces) -> list[TokenTold]:
+    ids = stream.prompt_token_ids
+    found = stream.prompt_logprobs or [None] * len(ids)
+    return list(zip(ids, found, places.of_prompt(ids, shown), strict=True))
+
+
+def _of_answer(
+    ids: Sequence[int], logprobs: Sequence[Logprobs], places: TokenPlaces
+) -> list[TokenTold]:
+    return list(zip(ids, logprobs[: len(ids)], places.of_answer(ids), strict=True))

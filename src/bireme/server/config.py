@@ -81,8 +81,19 @@ class ServerConfig:
                 raise ConfigError(f"{name} {path} is no file")
         self._check_certificates()
         self._check_template()
+        self._check_urls()
         if not all(self.api_keys) or not all(self.served_model_names):
             raise ConfigError("api_keys and served_model_names hold an empty text; leave it out")
+
+    def _check_urls(self) -> None:
+        endpoint, root = self.otlp_traces_endpoint, self.root_path
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_traces_endpoint={endpoint!r} must begin with http:// or https://, "
+                "like http://localhost:4318/v1/traces"
+            )
+        if root and not root.startswith("/"):
+            raise ConfigError(f"root_path={root!r} must begin with a slash, like /{root}")
 
     def _check_certificates(self) -> None:
         if self.ssl_certfile is None:

@@ -33,8 +33,10 @@ def template_variables(given: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 
 def _message(index: int, message: ChatMessage) -> Message:
+    """With all further fields that are given: templates read `reasoning_content` and its like."""
     role = "system" if message.role == "developer" else message.role
-    found: Message = {"role": role, "content": _text(index, message.content)}
+    extra = {name: it for name, it in (message.model_extra or {}).items() if it is not None}
+    found: Message = {**extra, "role": role, "content": _text(index, message.content)}
     if message.name is not None:
         found["name"] = message.name
     if message.tool_call_id is not None:

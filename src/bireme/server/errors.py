@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -16,6 +18,7 @@ from starlette.types import Scope
 
 from bireme.errors import BiremeError, CapacityError, EngineError, RequestError
 from bireme.server.exchange import Exchange
+from bireme.server.faults import faults
 
 _TYPES = {
     400: "invalid_request_error",
@@ -47,9 +50,7 @@ class ApiError(Exception):
         if isinstance(error, RequestError):
             text = str(error)
             code = "context_length_exceeded" if "the context holds" in text else None
-            named = re.match(r"(\w+)[= ]", text)
-            is_field = named is not None and "=" in text[: named.end()]
-            return cls(400, text, param=named[1] if named and is_field else None, code=code)
+            return cls(400, text, param=_field(text), code=code)
         return cls(503 if isinstance(error, EngineError) else 500, str(error), code="engine_error")
 
     @property
@@ -85,6 +86,36 @@ class ApiError(Exception):
             {**self.headers, **(headers or {})},
             media_type="application/json",
         )
+
+
+def _field(text: str) -> str | None:
+    """The one that a message begins with: `n=0 must be...`, `tool_choice needs...`."""
+    named = re.match(r"(\w+)[= ]", text)
+    return named[1] if named and ("=" in named[0] or "_" in named[0]) else None
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """The fields that a client has sent for `SamplingParams.max_tokens` and for its structure."""
+
+    structure: str
+    max_tokens: str = "max_tokens"
+
+    def told(self, error: ApiError) -> ApiError:
+        """In its own words."""
+        if error.status != 400:
+            return error
+        text = re.sub(r"\bmax_tokens=", f"{self.max_tokens}=", error.message)
+        is_of_structure = re.search("structured outputs|the grammar", text) is not None
+        param = _field(text) or (self.structure if is_of_structure else error.param)
+        return ApiError(400, text, param=param, code=error.code)
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        try:
+            yield
+        except RequestError as error:
+            raise self.told(ApiError.of(error)) from None
 
 
 class ClientGone(Exception):
@@ -125,16 +156,9 @@ def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
 async def on_invalid(_: Request, error: Exception) -> Response:
     """A body of the wrong shape: names the first fields."""
     assert isinstance(error, RequestValidationError)
-    told = [_told(one) for one in error.errors()[:_MOST_TOLD]]
-    param = ".".join(map(str, error.errors()[0]["loc"][1:])) or None
-    return ApiError(400, "; ".join(dict.fromkeys(told)), param=param and param[:100]).response()
-
-
-def _told(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"][1:] if part != "body")
-    if not where and error["type"] in ("missing", "model_attributes_type", "dict_type"):
-        return "the body must be a JSON object, sent as application/json"
-    return f"{where:.100}: {error['msg']:.200}" if where else f"{error['msg']:.200}"
+    told = faults(error.errors(), error.body)[:_MOST_TOLD]
+    text = "; ".join(fault.message for fault in told)
+    return ApiError(400, text, param=told[0].where[:100] or None).response()
 
 
 async def on_client_gone(request: Request, _: Exception) -> Response:

@@ -54,6 +54,7 @@ class Generation:
         self._serving, self._exchange, self._opened = serving, exchange, opened
         self.answers = serving.client.callers.submit(opened)
         self._outputs: dict[int, RequestOutput] = {}
+        self._error: RequestError | None = None  # to be raised behind what came before it
         streams = self.answers.streams
         exchange.num_prompt_tokens = sum(one.num_prompt_tokens for one in streams)
         metrics = serving.metrics
@@ -70,12 +71,24 @@ class Generation:
         exchange.num_cached_tokens = sum(it.num_cached_tokens for it in self.answers.streams)
         return Usage.of(exchange.num_prompt_tokens, exchange.num_tokens, exchange.num_cached_tokens)
 
+    @property
+    def is_finished(self) -> bool:
+        """True once there is nothing more to take."""
+        return self.answers.is_finished and self._error is None
+
     async def take(self) -> list[Delta]:
-        """What has come; RequestError where a grammar ended a request."""
-        deltas = await self.answers.take()
-        for delta in deltas:
-            self._note(delta)
-        return deltas
+        """What has come; then RequestError where a grammar ended a request."""
+        found: list[Delta] = []
+        if self._error is None:
+            for delta in await self.answers.take():
+                self._note(delta)
+                if delta.finish_reason == "error":
+                    self._error = RequestError(str(delta.stop_reason))
+                else:
+                    found.append(delta)
+        if self._error is not None and not found:
+            raise self._error
+        return found
 
     def close(self) -> None:
         """Ends what still runs: its client has left, or it failed."""
@@ -110,8 +123,6 @@ class Generation:
             self._note_finished(delta.index, FinishedRequest.of(delta.output))
         if delta.finish_reason is not None:
             exchange.finish_reasons.append(delta.finish_reason)
-        if delta.finish_reason == "error":
-            raise RequestError(str(delta.stop_reason))
 
 
 def enter(
@@ -176,7 +187,7 @@ async def respond(
 
 
 async def _all(generation: Generation) -> None:
-    while not generation.answers.is_finished:
+    while not generation.is_finished:
         await generation.take()
 
 
@@ -200,10 +211,9 @@ class _Stream(StreamingResponse):
 async def _events(
     generation: Generation, reply: Reply, head: bytes, first: Sequence[Delta]
 ) -> AsyncIterator[bytes]:
-    answers = generation.answers
     yield head + _added(generation, reply, first)
     try:
-        while not answers.is_finished:
+        while not generation.is_finished:
             yield _added(generation, reply, await generation.take())
         yield reply.end(generation.usage())
     except BiremeError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 from bireme.outputs import Logprob, Logprobs
@@ -44,28 +44,60 @@ def _top(token_id: int, found: Logprob) -> TopLogprob:
     return TopLogprob(token=text, logprob=_finite(found), bytes=list(text.encode(errors="replace")))
 
 
-def completion_logprobs(
-    tokens: Sequence[Logprobs | None],
-    ids: Sequence[int],
-    tokenizer: Tokenizer | None,
-    offset: int,
-) -> CompletionLogprobs:
-    """Of tokens whose text begins at `offset` (characters); None is a first token, which nothing
-    comes before. Special tokens take no room in the text."""
-    widths = [len(tokenizer.decode([id_])) if tokenizer else 0 for id_ in ids]
+Place = tuple[int, str]  # where a token's text begins, and what it is called
+# A token, its log-probabilities, its place. None: nothing comes before a first token.
+TokenTold = tuple[int, Logprobs | None, Place]
+
+
+class TokenPlaces:
+    """Where each token of one choice begins in its text, and the text that it brings there, as they
+    come: of a character of several tokens all begin with it, and the last one brings it.
+
+    A token that brings none is called as it is by itself.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer, self._offset = tokenizer, 0
+        self._decoder = tokenizer.decoder() if tokenizer else None
+
+    def of_prompt(self, ids: Sequence[int], shown: str) -> list[Place]:
+        """What comes behind it begins at the end of what is shown of it."""
+        places = [self._place(id_, shown) for id_ in ids]
+        self._offset = len(shown)
+        self._decoder = self._tokenizer.decoder() if self._tokenizer else None
+        return places
+
+    def of_answer(self, ids: Sequence[int]) -> list[Place]:
+        return [self._place(id_) for id_ in ids]
+
+    def _place(self, id_: int, shown: str = "") -> Place:
+        if self._tokenizer is None or self._decoder is None:
+            return 0, f"token_id:{id_}"
+        offset, text = self._offset, self._decoder.add([id_])
+        name = text or self._tokenizer.name_of(id_)
+        is_typed = id_ in self._tokenizer.special_ids and shown.startswith(name, offset)
+        self._offset += len(name if is_typed else text)
+        return offset, name
+
+
+def completion_logprobs(told: Sequence[TokenTold]) -> CompletionLogprobs:
     return CompletionLogprobs(
-        text_offset=list(accumulate(widths[:-1], initial=offset)) if ids else [],
-        tokens=[tokenizer.name_of(id_) if tokenizer else f"token_id:{id_}" for id_ in ids],
-        token_logprobs=[
-            None if found is None else _finite(found[token_id])
-            for found, token_id in zip(tokens, ids, strict=True)
+        text_offset=[offset for _, _, (offset, _) in told],
+        tokens=[name for _, _, (_, name) in told],
+        token_logprobs=[found if found is None else _finite(found[id_]) for id_, found, _ in told],
+        top_logprobs=[
+            found if found is None else _by_text(found, name) for _, found, (_, name) in told
         ],
-        top_logprobs=[None if found is None else _by_text(found) for found in tokens],
     )
 
 
-def _by_text(found: Logprobs) -> dict[str, float]:
-    return {_text(token_id, one): _finite(one) for token_id, one in found.items()}
+def _by_text(found: Logprobs, name: str) -> dict[str, float]:
+    """The chosen token by its name; of others of one text the likeliest."""
+    chosen, *others = found.items()
+    told = {name: _finite(chosen[1])}
+    for token_id, one in others:
+        told.setdefault(_text(token_id, one), _finite(one))
+    return told
 
 
 def prompt_logprobs(found: Sequence[Logprobs | None] | None) -> list[dict[str, Any] | None] | None:

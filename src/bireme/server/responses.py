@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from bireme.engine.callers import Answers
 from bireme.outputs import Delta, RequestOutput
 from bireme.server.chat import chat_params, chat_prompt
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.generation import enter, open_prompts, respond
 from bireme.server.logprobs import chat_logprobs
@@ -44,15 +44,17 @@ async def answer(request: Request, serving: Serving, wanted: ResponsesRequest) -
     exchange = enter(request, serving, wanted)
     chat = as_chat(wanted)
     tools = tool_use(chat, serving.tool_style)
-    opened = await open_prompts(
-        serving,
-        exchange,
-        lambda: [chat_prompt(serving, chat, tools)],
-        lambda prompt: chat_params(serving, chat, tools, prompt),
-        wanted.priority or 0,
-    )
-    reply = ResponsesReply(exchange, wanted, chat, tools)
-    return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
+    names = FieldNames("text" if tools.structure is None else "tools", "max_output_tokens")
+    with names.used():
+        opened = await open_prompts(
+            serving,
+            exchange,
+            lambda: [chat_prompt(serving, chat, tools)],
+            lambda prompt: chat_params(serving, chat, tools, prompt),
+            wanted.priority or 0,
+        )
+        reply = ResponsesReply(exchange, wanted, chat, tools, names)
+        return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
 
 
 class ResponsesReply:
@@ -64,7 +66,9 @@ class ResponsesReply:
         wanted: ResponsesRequest,
         chat: ChatCompletionRequest,
         tools: ToolUse,
+        names: FieldNames,
     ) -> None:
+        self._names = names
         self._wanted, self._num_top = wanted, chat.top_logprobs or 0
         self._model = exchange.model or ""
         self._id, self._created_s = f"resp_{exchange.request_id}", time.time()
@@ -100,6 +104,7 @@ class ResponsesReply:
         return self._event(f"response.{status}", response=self._response(status, usage))
 
     def failed(self, error: ApiError) -> bytes:
+        error = self._names.told(error)
         code = error.code or error.type
         response = self._response("failed")
         response.error = ResponseError(code=code, message=error.message)

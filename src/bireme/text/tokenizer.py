@@ -87,7 +87,13 @@ class Tokenizer:
 
     def decoder(self) -> IncrementalDecoder:
         """A decoder for one stream of ids."""
-        return IncrementalDecoder(self._fast)
+        return IncrementalDecoder(self._fast, self.special_ids)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Those that a text leaves out."""
+        added = self._fast.get_added_tokens_decoder()
+        return frozenset(id_ for id_, token in added.items() if token.special)
 
     @cached_property
     def special_tokens(self) -> dict[str, str]:
@@ -198,13 +204,14 @@ def _refuse(message: str) -> None:
 
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_MOST_HELD = 16  # tokens; a character has 4 bytes at most
 
 
 class IncrementalDecoder:
     """Text of a stream of ids, given out once it can no longer change (whole characters)."""
 
-    def __init__(self, fast: FastTokenizer) -> None:
-        self._fast = fast
+    def __init__(self, fast: FastTokenizer, special_ids: frozenset[int] = frozenset()) -> None:
+        self._fast, self._special_ids = fast, special_ids
         self._ids: list[int] = []  # from the last settled text on, which gives the next its context
         self._num_settled = 0
 
@@ -217,13 +224,29 @@ class IncrementalDecoder:
         return self._decode(self._ids)[len(self._decode(self._ids[: self._num_settled])) :]
 
     def _add(self, id_: int) -> str:
+        if (
+            id_ in self._special_ids
+        ):  # it would be kept, and a long run of them decoded again and again
+            return ""
         self._ids.append(id_)
         settled, text = self._decode(self._ids[: self._num_settled]), self._decode(self._ids)
         if len(text) <= len(settled) or text.endswith(_UNFINISHED):
-            return ""
-        self._ids = self._ids[self._num_settled :]
-        self._num_settled = len(self._ids)
-        return text[len(settled) :]
+            is_long = len(self._ids) - self._num_settled >= _MOST_HELD
+            return self._settle_most(settled, text) if is_long else ""
+        return self._settle(len(self._ids), text[len(settled) :])
+
+    def _settle(self, end: int, text: str) -> str:
+        """The ids before `end` are settled, by this text."""
+        self._ids, self._num_settled = self._ids[self._num_settled :], end - self._num_settled
+        return text
+
+    def _settle_most(self, settled: str, text: str) -> str:
+        """Of many ids that spell no character, all but the last, which may begin one."""
+        for end in range(len(self._ids) - 1, self._num_settled, -1):
+            head = self._decode(self._ids[:end])
+            if len(settled) < len(head) < len(text) and text.startswith(head):
+                return self._settle(end, head[len(settled) :])
+        return ""
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._fast.decode(ids, skip_special_tokens=True)

@@ -178,6 +178,11 @@ class SamplingFields(Fields):
         settings.setdefault("structured_outputs", self._structured())
         return SamplingParams(**{**defaults, **given, **settings})
 
+    @property
+    def structure_field(self) -> str:
+        """The one that asks for a structured output, if one does."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
     def _structured(self) -> StructuredOutputsParams | None:
         if self.structured_outputs is not None:
             return self.structured_outputs.as_params()

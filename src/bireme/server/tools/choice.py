@@ -8,8 +8,9 @@ from typing import Any
 
 from bireme.errors import RequestError
 from bireme.sampling_params import StructuredOutputsParams
+from bireme.server.errors import ApiError
 from bireme.server.protocol.chat import ChatCompletionRequest, NamedTool, Tool
-from bireme.server.tools.parsers import BareCalls, NamedCall, ToolParser, parser_of
+from bireme.server.tools.parsers import BareCalls, FirstCall, NamedCall, ToolParser, parser_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class ToolUse:
 
 
 def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
-    """RequestError for a choice that cannot be; `style` is how the model writes calls by itself."""
+    """RequestError or ApiError for a choice that cannot be; `style` is how the model writes calls by itself."""
     tools = request.tools or []
     choice = request.tool_choice or ("auto" if tools else "none")
     if choice == "none":
@@ -37,7 +38,10 @@ def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
                 "tool_choice auto: it is not known how this model writes calls; start the server "
                 "with --tool-call-parser, or use tool_choice required"
             )
-        return ToolUse(shown, None, lambda: parser_of(style))
+        is_single = request.parallel_tool_calls is False
+        return ToolUse(
+            shown, None, lambda: FirstCall(parser_of(style)) if is_single else parser_of(style)
+        )
     if isinstance(choice, NamedTool):
         tool = _named(tools, choice.function.name)
         structure = StructuredOutputsParams(json=_parameters(tool))
@@ -66,7 +70,11 @@ def _schema_of_calls(tools: Sequence[Tool], *, is_single: bool) -> dict[str, Any
         parameters = dict(_parameters(tool))
         for name, defined in parameters.pop("$defs", {}).items():
             if definitions.setdefault(name, defined) != defined:
-                raise RequestError(f"the tools define {name!r:.80} differently; rename one of them")
+                raise ApiError(
+                    400,
+                    f"the tools define {name!r:.80} differently; rename one of them",
+                    param="tools",
+                )
         calls.append(
             {
                 "type": "object",

@@ -227,6 +227,22 @@ class NamedCall:
         return Parsed()
 
 
+class FirstCall:
+    """Of what another parser finds, one call at most."""
+
+    def __init__(self, parser: ToolParser) -> None:
+        self._parser = parser
+
+    def add(self, text: str) -> Parsed:
+        return self._first(self._parser.add(text))
+
+    def finish(self) -> Parsed:
+        return self._first(self._parser.finish())
+
+    def _first(self, found: Parsed) -> Parsed:
+        return Parsed(found.content, [piece for piece in found.calls if piece.index == 0])
+
+
 def _overlap(text: str, mark: str) -> int:
     """How many of the last characters may be the beginning of a mark."""
     longest = min(len(text), len(mark) - 1)
