@@ -491,6 +491,35 @@ def test_what_is_no_good_http_is_refused_or_closed(server: Served, sent: bytes) 
         assert error_of(answer)["message"]
 
 
+@pytest.mark.parametrize("path", ["/health", COMPLETIONS])
+def test_trailers_without_an_end_close_the_connection(server: Served, path: str) -> None:
+    """And take no memory: headers behind a body in chunks are read by nobody."""
+    method = "GET" if path == "/health" else "POST"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+    trailers = b"".join(b"name-%d: %s\r\n" % (number, b"v" * 60) for number in range(1000))
+    with connect(server) as sock:
+        sock.sendall(head.encode())
+        with pytest.raises(ConnectionError):
+            sock.sendall(trailers * 1000)
+
+
+def test_an_answer_that_needs_no_body_does_not_wait_for_one(server: Served) -> None:
+    """What is still to come of it is never taken for the next request."""
+    with connect(server) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        found = all_of(sock)
+    assert status_of(found) == 200
+    assert b"connection: close" in found.lower()
+
+
+def test_web_pages_of_others_may_not_ask_where_there_is_no_key(server: Served) -> None:
+    body = {"prompt": "x", "max_tokens": 1}
+    found = server.ask("POST", COMPLETIONS, body, {"Origin": "http://elsewhere.example"})
+    assert (found.status, found.error["code"]) == (403, "origin_not_allowed")
+    assert "--allowed-origins" in found.error["message"]
+    assert server.ask("POST", COMPLETIONS, body, {"Origin": server.url}).status == 200
+
+
 def test_a_request_id_must_be_printable_and_short(server: Served) -> None:
     for bad in ("x" * 300, "tab\tinside", "esc\x1b[31m"):
         found = server.ask("GET", "/v1/models", None, {"x-request-id": bad})

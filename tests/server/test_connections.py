@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
@@ -40,9 +41,10 @@ class Endless:
 
 
 @asynccontextmanager
-async def asked(app: Endless, send_timeout_s: float) -> AsyncIterator[socket.socket]:
+async def asked(app: Endless, timeout_s: float) -> AsyncIterator[socket.socket]:
     """A connection on which a request was sent."""
-    protocol = BoundedProtocol.with_bounds(ServerConfig(send_timeout_s=send_timeout_s))
+    config = ServerConfig(send_timeout_s=timeout_s, receive_timeout_s=timeout_s)
+    protocol = BoundedProtocol.with_bounds(config)
     server = uvicorn.Server(uvicorn.Config(app, http=protocol, lifespan="off", log_config=None))
     listening = socket.create_server(("127.0.0.1", 0))
     serving = asyncio.create_task(server._serve([listening]))
@@ -76,6 +78,23 @@ def test_a_client_that_takes_its_answer_is_not() -> None:
             left = 64 << 20
             while left > 0:
                 left -= len(await asyncio.get_running_loop().sock_recv(sock, 1 << 16))
+            assert not app.is_left.is_set()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /next HTTP/1.1\r\nHo"])
+def test_what_follows_a_request_does_not_cut_its_answer(more: bytes) -> None:
+    """Old clients send an empty line; the next request may come in parts."""
+
+    async def main() -> None:
+        app, loop = Endless(), asyncio.get_running_loop()
+        async with asked(app, 0.2) as sock, asyncio.timeout(DEADLINE_S):
+            assert await loop.sock_recv(sock, 1 << 16)
+            await loop.sock_sendall(sock, more)
+            until_s = loop.time() + 1  # five times what the head of a request may take
+            while loop.time() < until_s:
+                assert await loop.sock_recv(sock, 1 << 16)
             assert not app.is_left.is_set()
 
     asyncio.run(main())

@@ -237,7 +237,7 @@ def test_a_key_is_right_or_wrong_as_a_whole(
 def test_a_server_with_keys_asks_for_one_in_its_curl_line(closed: tuple[Served, list[str]]) -> None:
     server, told = closed
     assert "it is open" not in "".join(told)
-    assert '"Authorization: Bearer $API_KEY"' in server.curl
+    assert '"Authorization: Bearer $BIREME_SERVE_API_KEY"' in server.curl
 
 
 def test_each_served_name_is_answered_under(locked: Served) -> None:
@@ -536,7 +536,9 @@ def signed(tmp_path: Path) -> tuple[Path, Path]:
 def test_with_a_certificate_it_serves_https(signed: tuple[Path, Path], tmp_path: Path) -> None:
     key, certificate = signed
     config = tmp_path / "server.toml"
-    config.write_text(f'ssl-certfile = "{certificate}"\nssl-keyfile = "{key}"\n')
+    config.write_text(
+        f'ssl-certfile = "{certificate}"\nssl-keyfile = "{key}"\nreceive-timeout = 2\n'
+    )
     with serving("--config", str(config)) as server:
         assert server.scheme == "https"
         found = curl("--cacert", str(certificate), f"{server.url}/health")
@@ -547,6 +549,8 @@ def test_with_a_certificate_it_serves_https(signed: tuple[Path, Path], tmp_path:
             "-d", body, f"{server.url}/v1/chat/completions",
         )  # fmt: skip
         assert streamed.endswith("data: [DONE]\n\n")
+        with socket.create_connection((server.host, server.port), timeout=20) as silent:
+            assert silent.recv(1) == b""  # no handshake within the receive timeout
 
 
 def test_clients_without_a_signed_certificate_are_refused(signed: tuple[Path, Path]) -> None:

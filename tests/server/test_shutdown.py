@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from served import DEADLINE_S, Served, arguments, is_there, leftovers, serving, started
-from streaming import COMPLETIONS, LONG, Streaming
+from streaming import COMPLETIONS, LONG, Streaming, connect, post
 
 from bireme.checkpoint.hub import DEMO
 
@@ -67,6 +67,29 @@ def test_what_takes_longer_than_the_shutdown_timeout_is_ended() -> None:
         assert server.end() == 0
         assert any("not all requests ended in time" in line for line in server.told)
         check_all_ended(pids)
+
+
+def test_a_request_that_has_not_arrived_holds_nothing_up() -> None:
+    with (
+        serving("--dtype", "float32", "--shutdown-timeout", "60") as server,
+        connect(server) as sock,
+    ):
+        sock.sendall(post(COMPLETIONS, b"").replace(b"Length: 0", b"Length: 100") + b"{")
+        until(lambda: server.ask("GET", "/load").json == {"server_load": 1})
+        server.process.send_signal(signal.SIGTERM)
+        assert sock.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+        assert server.process.wait(20) == 0
+        assert not any("Traceback" in line for line in server.told)
+
+
+def test_metrics_do_not_wait_for_an_engine_that_hangs() -> None:
+    with serving("--dtype", "float32") as server:
+        engine = server.descendants()[0]
+        os.kill(engine, signal.SIGSTOP)
+        assert server.metric("engine_ready") == 0
+        assert server.ask("GET", "/health").json == {"status": "ready"}  # not given up yet
+        os.kill(engine, signal.SIGCONT)
+        until(lambda: server.metric("num_requests_running") == 0)
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:

@@ -31,7 +31,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self._num_head_bytes = 0
-        self._has_head = False
+        self._is_in_head = self._is_in_body = False
         self._deadline: asyncio.TimerHandle | None = None
         self._send_deadline: asyncio.TimerHandle | None = None
 
@@ -46,21 +46,41 @@ class BoundedProtocol(HttpToolsProtocol):
             transport.abort()
         else:
             _notice_dead_peers(transport.get_extra_info("socket"))
-            self._begin_head()
+            self._begin_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head()
+        self._end_deadline()
         self._end_sending()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._has_head and self._deadline is None:  # the next request on this connection
-            self._begin_head()
+        """Time runs for the next request on this connection once the last one is answered."""
+        was_in_head = self._is_in_head
+        if self._deadline is None and not self._is_answering and not self._is_in_body:
+            self._begin_deadline()
         super().data_received(data)
-        if self._deadline is not None:  # the head is still to come whole
-            self._num_head_bytes += len(data)
-            if self._num_head_bytes > _MOST_HEADER_BYTES:
-                self.transport.abort()
+        if was_in_head and self._is_in_head:
+            self._count_head(len(data))
+
+    def on_message_begin(self) -> None:
+        self._is_in_head, self._num_head_bytes = True, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Behind a body in chunks there may be more of them, which nobody reads."""
+        if self._is_in_body:
+            self._count_head(len(name) + len(value))
+        else:
+            super().on_header(name, value)
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _count_head(self, num_bytes: int) -> None:
+        self._num_head_bytes += num_bytes
+        if self._num_head_bytes > _MOST_HEADER_BYTES:
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         """The client has yet to take what is written."""
@@ -97,19 +117,18 @@ class BoundedProtocol(HttpToolsProtocol):
         self.transport.close()
 
     def on_headers_complete(self) -> None:
-        self._has_head = True
-        self._end_head()
+        self._is_in_head, self._is_in_body = False, True
+        self._end_deadline()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        self._has_head = False
+        self._is_in_body = False
         super().on_message_complete()
 
-    def _begin_head(self) -> None:
-        self._num_head_bytes = 0
+    def _begin_deadline(self) -> None:
         self._deadline = self.loop.call_later(self.receive_timeout_s, self._give_up)
 
-    def _end_head(self) -> None:
+    def _end_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

@@ -23,6 +23,7 @@ from bireme.server.faults import faults
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     409: "invalid_request_error",
@@ -116,6 +117,10 @@ class FieldNames:
             yield
         except RequestError as error:
             raise self.told(ApiError.of(error)) from None
+
+
+def shutting_down() -> ApiError:
+    return ApiError(503, "the server is shutting down", code="shutting_down")
 
 
 class ClientGone(Exception):

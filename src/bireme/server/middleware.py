@@ -12,7 +12,7 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bireme.server.errors import ApiError, bug
+from bireme.server.errors import ApiError, bug, shutting_down
 from bireme.server.exchange import Exchange
 from bireme.server.serving import Serving
 
@@ -76,10 +76,25 @@ class Gate:
                 code="invalid_api_key",
             )
         if self._serving.is_draining and exchange.path not in _WHILE_DRAINING:
-            raise ApiError(503, "the server is shutting down", code="shutting_down")
+            raise shutting_down()
+        self._check_origin(exchange, scope)
         if len(exchange.request_id) > _LONGEST_ID or not exchange.request_id.isprintable():
             exchange.request_id = secrets.token_hex(8)
             raise ApiError(400, f"x-request-id must be at most {_LONGEST_ID} printable characters")
+
+    def _check_origin(self, exchange: Exchange, scope: Scope) -> None:
+        """Browsers let any page send; a key keeps pages out, and where there is none, this does."""
+        origin = _header(scope, b"origin").decode("latin-1")
+        if not origin or self._keys or exchange.method != "POST":
+            return
+        own = f"{scope['scheme']}://{_header(scope, b'host').decode('latin-1')}"
+        if origin != own and not {origin, "*"} & set(self._serving.config.allowed_origins):
+            raise ApiError(
+                403,
+                f"web pages of {origin:.200} may not ask; the server was started without "
+                "--allowed-origins for them",
+                code="origin_not_allowed",
+            )
 
     def _has_key(self, scope: Scope) -> bool:
         """Compared in constant time, whatever the lengths."""
@@ -135,7 +150,10 @@ class _Answer:
         if message["type"] == "http.response.start":
             self._exchange.status = message["status"]
             request_id = self._exchange.request_id.encode("latin-1", "replace")
-            message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            more = [(b"x-request-id", request_id)]
+            if self._body.is_coming:  # what is not read is never followed by another request
+                more.append((b"connection", b"close"))
+            message["headers"] = [*message["headers"], *more]
         elif message["type"] == "http.response.body":
             self.is_complete = not message.get("more_body", False)
             if self.is_complete and self._body.is_coming:
@@ -173,10 +191,13 @@ class _BoundedBody:
         if not self.is_coming:  # only an empty part, or a disconnect, is left to come
             return await self._receive()
         try:
-            async with asyncio.timeout(self._deadline_s - time.monotonic()):
-                message = await self._receive()
+            with self._serving.receiving(self._deadline_s - time.monotonic()) as timeout:
+                async with timeout:
+                    message = await self._receive()
         except TimeoutError:
             self.is_coming = False
+            if self._serving.is_draining:
+                raise shutting_down() from None
             raise ApiError(
                 408, f"the request did not arrive within {self._timeout_s:g} s", code="timeout"
             ) from None

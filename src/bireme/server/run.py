@@ -9,7 +9,8 @@ import signal
 import socket
 import ssl
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import uvicorn
 import uvloop
@@ -22,6 +23,8 @@ from bireme.server.connections import BoundedProtocol
 from bireme.server.log import Log
 from bireme.server.serving import Serving
 
+_LAST_WORDS_S = 1.0  # for answers to say that they were cut short
+
 
 class _Server(uvicorn.Server):
     """Signals are the front end's to handle."""
@@ -29,6 +32,28 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's, with a bound on TLS handshakes, in which it knows nothing of a connection."""
+        config, loop = self.config, asyncio.get_running_loop()
+        protocol: Any = config.http_protocol_class
+        timeout_s = None if config.ssl is None else protocol.receive_timeout_s
+        self.servers = [
+            await loop.create_server(
+                lambda: protocol(config=config, server_state=self.server_state, app_state={}),
+                sock=sock,
+                ssl=config.ssl,
+                ssl_handshake_timeout=timeout_s,
+                backlog=config.backlog,
+            )
+            for sock in sockets or ()
+        ]
+        self.started = True
+
+    def cut_connections(self) -> None:
+        """Whose clients take nothing of what they are told."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 class FrontEnd:
@@ -76,7 +101,7 @@ class FrontEnd:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            timeout_keep_alive=int(max(1, config.keep_alive_s)),
+            timeout_keep_alive=config.keep_alive_s,  # type: ignore[arg-type]  # call_later takes any
             timeout_graceful_shutdown=5,
             ssl_certfile=config.ssl_certfile,
             ssl_keyfile=config.ssl_keyfile,
@@ -98,7 +123,7 @@ class FrontEnd:
         config, (host, port) = self.config, self._sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         url = f"{config.scheme}://{shown}:{port}"
-        key = ' -H "Authorization: Bearer $API_KEY"' if config.api_keys else ""
+        key = ' -H "Authorization: Bearer $BIREME_SERVE_API_KEY"' if config.api_keys else ""
         name = self._serving.model_names[0]
         has_chat = (
             self._serving.inputs.has_tokenizer and self._serving.inputs.tokenizer.chat_template
@@ -125,7 +150,7 @@ class FrontEnd:
     async def _drain(self) -> None:
         """New requests are refused; those that run may end, for a time."""
         serving, timeout_s = self._serving, self.config.shutdown_timeout_s
-        serving.is_draining = True
+        serving.drain()
         self._log.say("shutting down", requests=serving.num_active, timeout_s=timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
@@ -133,6 +158,10 @@ class FrontEnd:
         except TimeoutError:
             self._log.say("not all requests ended in time", requests=serving.num_active)
             serving.client.callers.fail(EngineError("the server is shutting down"))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await serving.until_idle()
+            self._server.cut_connections()
         self._server.should_exit = True
 
 

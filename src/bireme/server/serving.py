@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from bireme.server.tracing import Tracer
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MOST_NAMES = 100
+_ANSWER_S = 1.0  # an engine that takes longer is left out of the metrics
 _MOST_BODIES = 16  # of the longest, of all requests that are served
 
 
@@ -40,6 +41,7 @@ class Serving:
         self.is_draining = False
         self.num_active = 0
         self._num_body_bytes = 0
+        self._receiving: set[asyncio.Timeout] = set()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._unknown: set[str] = set()
@@ -69,6 +71,23 @@ class Serving:
 
     def release_bytes(self, num_bytes: int) -> None:
         self._num_body_bytes -= num_bytes
+
+    @contextmanager
+    def receiving(self, timeout_s: float) -> Iterator[asyncio.Timeout]:
+        """A time limit for more of a request to come; none comes any more once the server drains."""
+        timeout = asyncio.timeout(0 if self.is_draining else timeout_s)
+        self._receiving.add(timeout)
+        try:
+            yield timeout
+        finally:
+            self._receiving.discard(timeout)
+
+    def drain(self) -> None:
+        """From here on no request begins, and none that has yet to arrive goes on."""
+        self.is_draining = True
+        now = asyncio.get_running_loop().time()
+        for timeout in list(self._receiving):
+            timeout.reschedule(now)
 
     async def until_idle(self) -> None:
         """Returns when no request is served."""
@@ -133,8 +152,8 @@ class Serving:
         """For Prometheus, with what the engine counts while it can be asked."""
         stats = None
         if self.client.ready.done() and self.broken is None:
-            with suppress(EngineError):
-                stats = await self.client.stats()
+            with suppress(EngineError, TimeoutError):
+                stats = await asyncio.wait_for(self.client.stats(), _ANSWER_S)
         return self.metrics.render(stats)
 
     def note_unknown(self, route: str, fields: Mapping[str, Any] | None) -> None:
