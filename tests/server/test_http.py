@@ -406,6 +406,8 @@ def test_the_command_line_overrules_the_environment_and_that_the_file(
         ("port: {a: 1}", "'port'"),
         ("port: eight", "eight"),
         ("- port", "holds a list"),
+        ("api-key: 0123", "'api-key' something that is no text; put it in quotes"),
+        ("served-model-name: [demo, true]", "'served-model-name' something that is no text"),
         ("a: [", "is no YAML"),
     ],
 )
@@ -437,6 +439,22 @@ def test_a_variable_that_no_option_has_is_refused_as_in_a_file(
     expected = f"the environment gives {name}, which is no option of bireme serve{hint}\n"
     assert capsys.readouterr().err == f"bireme: {expected}"
     assert run(["serve", "--help"]) == 0
+
+
+def test_a_variable_is_one_key_whatever_spaces_are_in_it() -> None:
+    with serving(env={"BIREME_SERVE_API_KEY": "correct horse"}) as server:
+        for key, status in (("correct horse", 200), ("horse", 401), ("correct", 401)):
+            headers = {"Authorization": f"Bearer {key}"}
+            assert server.ask("GET", "/v1/models", None, headers).status == status
+
+
+def test_an_empty_variable_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A key that was forgotten must not open the server."""
+    monkeypatch.setenv("BIREME_SERVE_API_KEY", "")
+    assert run(["serve", DEMO]) == 2
+    assert "BIREME_SERVE_API_KEY is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,11 @@ class FromEnvironment(TyperCommand):
         for parameter in self.params:
             if isinstance(parameter, TyperOption):
                 parameter.show_envvar = False
+                # A variable is one value, whatever spaces are in it.
+                parameter.envvar_list_splitter = "\0"  # type: ignore[misc]
 
     def invoke(self, ctx: Any) -> Any:
-        """ConfigError names a variable that no option has."""
+        """ConfigError names a variable that no option has, or that is empty."""
         prefix = f"{ctx.auto_envvar_prefix}_"
         known = {f"{prefix}{str(it.name).upper()}" for it in self.params}
         for name in sorted(os.environ):
@@ -36,6 +38,8 @@ class FromEnvironment(TyperCommand):
                     f"the environment gives {name:.80}, which is no option of {ctx.command_path}"
                     f"{_hint(name, known, prefix)}"
                 )
+            if name in known and not os.environ[name]:
+                raise ConfigError(f"{name} is empty; give it a value, or unset it")
         return super().invoke(ctx)
 
 
@@ -80,7 +84,12 @@ def _value(path: Path, key: str, value: Any, *, is_list: bool) -> Any:
             f"{path} gives {key!r:.80} {value!r:.60}; write it as on the command line"
         )
     if is_list:
-        return value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str) for one in values):
+            raise ConfigError(
+                f"{path} gives {key!r:.80} something that is no text; put it in quotes"
+            )
+        return values
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
