@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import traceback
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -30,6 +32,20 @@ class Log:
         """As they are. Where they cannot be written any more, the server goes on without."""
         with suppress(OSError):
             print(*lines, sep="\n", file=self._out or sys.stderr, flush=True)
+
+
+class LibraryLog(logging.Handler):
+    """What libraries log, as lines of ours."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        more = {}
+        if record.exc_info:
+            more["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        self._log.say(record.getMessage(), logger=record.name, **more)
 
 
 def _told(value: Any) -> str:

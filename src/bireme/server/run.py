@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import resource
 import signal
 import socket
@@ -20,7 +21,7 @@ from bireme.errors import EngineError, UserError
 from bireme.server.app import make_app
 from bireme.server.config import ServerConfig
 from bireme.server.connections import BoundedProtocol
-from bireme.server.log import Log
+from bireme.server.log import LibraryLog, Log
 from bireme.server.serving import Serving
 
 _LAST_WORDS_S = 1.0  # for answers to say that they were cut short
@@ -178,7 +179,11 @@ def raise_file_limit() -> None:
 def serve(config: ServerConfig, sock: socket.socket, process: EngineProcess) -> int:
     """Runs until it is told to end; the exit status."""
     raise_file_limit()
-    front_end = FrontEnd(config, sock, process, Log(config.log_format))
+    log = Log(config.log_format)
+    logging.basicConfig(handlers=[LibraryLog(log)], force=True)
+    # Of what is no HTTP it would write a line each time.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    front_end = FrontEnd(config, sock, process, log)
     try:
         return uvloop.run(front_end.run())
     finally:
