@@ -238,13 +238,21 @@ class SpanRing:
         found = _TOTALS.unpack_from(self._map, _TOTALS_AT)
         return {kind: Total(*found[4 * kind : 4 * kind + 4]) for kind in SpanKind}
 
-    def read(self) -> list[Span]:
-        """The newest records, oldest first. The record under the writer's hand is left out."""
+    def read(self, since_ns: int = 0) -> list[Span]:
+        """The newest records, oldest first: those that ended after `since_ns`, and the one before them.
+        The record under the writer's hand is left out."""
         count = self._written[0]
         first = max(0, count - self.capacity + 1) if count >= self.capacity else 0
         spans = []
-        for index in range(first, count):
+        for index in range(count - 1, first - 1, -1):
             at = _RECORDS_AT + index % self.capacity * _RECORD.size
             start, end, num_bytes, step, kind, incarnation = _RECORD.unpack_from(self._map, at)
             spans.append(Span(SpanKind(kind), start, end, num_bytes, step, incarnation))
-        return spans
+            if end < since_ns:
+                break
+        return spans[::-1]
+
+    @property
+    def path(self) -> str:
+        """Under which other processes of this user can open it, while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"

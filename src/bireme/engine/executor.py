@@ -268,6 +268,11 @@ class WorkerExecutor:
             name: rank.spans.read() for name, rank in zip(names, self._world.ranks, strict=True)
         }
 
+    def ring_paths(self) -> dict[str, str]:
+        """Where every rank's ring can be opened, by the rank's name."""
+        names = self._plan.rank_names
+        return {name: rank.spans.path for name, rank in zip(names, self._world.ranks, strict=True)}
+
     def rank_stats(self) -> list[RankStats]:
         """What every rank did since it was loaded; from one thread at a time, at any time."""
         return [watch.stats() for watch in self._watches]

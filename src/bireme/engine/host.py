@@ -23,6 +23,7 @@ from bireme.engine.prepare import (
     served_model,
 )
 from bireme.engine.scheduler import Scheduler
+from bireme.engine.service_messages import RingPlace
 from bireme.errors import ConfigError, EngineError
 from bireme.parallel.mesh import Mesh
 from bireme.text.tokenizer import Message, Tokenizer
@@ -134,6 +135,21 @@ class EngineHost:
     def spans(self) -> dict[str, list[Span]]:
         """The newest spans of every rank."""
         return self.executor.spans()
+
+    def ring_places(self) -> list[RingPlace]:
+        """Where other processes find what the ranks write."""
+        widths = self.plan.config.parallel.widths
+        return [
+            RingPlace(name, mesh.stage, mesh.tp_rank, path)
+            for rank, (name, path) in enumerate(self.executor.ring_paths().items())
+            for mesh in [Mesh(widths, rank)]
+        ]
+
+    @property
+    def engine_ring(self) -> str:
+        """And where what the engine writes itself."""
+        assert self._spans is not None, "it runs"
+        return self._spans.path
 
     def engine_spans(self) -> list[Span]:
         """The newest spans of the engine itself; EngineError before it started."""

@@ -76,9 +76,11 @@ def _start() -> RankProcess:
             start_new_session=True,
             env=_environment(),
         )
+    except BaseException:
+        spans.close_fd()
+        raise
     finally:
         theirs.close()
-        spans.close_fd()
     return RankProcess(process, ours, ReplyReader(ours), spans)
 
 
@@ -123,6 +125,7 @@ class WorkerPool:
                 rank.process.kill()
             for rank in self._processes:
                 rank.process.wait()
+                rank.spans.close_fd()
             self._processes = []
 
 

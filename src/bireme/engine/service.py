@@ -166,6 +166,8 @@ def _ready(host: EngineHost) -> Ready:
         num_cache_tokens=budget.num_tokens,
         max_concurrency=float(budget.num_requests),
         told=host.describe(),
+        rings=host.ring_places(),
+        engine_ring=host.engine_ring,
     )
 
 

@@ -53,6 +53,15 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
     doing: str
 
 
+class RingPlace(msgspec.Struct, frozen=True):
+    """A rank, and where its span ring can be opened while the engine runs."""
+
+    name: str
+    stage: int
+    tp_rank: int
+    path: str
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Every rank has made a step. `told` are the lines for people: layout, memory, capacity."""
 
@@ -65,6 +74,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     num_cache_tokens: int
     max_concurrency: float
     told: list[str]
+    rings: list[RingPlace] = []
+    engine_ring: str = ""
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):

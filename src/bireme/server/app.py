@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi_offline import FastAPIOffline
@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from bireme import __version__
 from bireme.errors import BiremeError, EngineError
+from bireme.observe.told import NUM_COLUMNS
 from bireme.server import errors, openapi, tokenization
 from bireme.server.chat import chat
 from bireme.server.completions import complete
@@ -28,7 +29,7 @@ from bireme.server.protocol.chat import (
     ChatCompletionChunk,
     ChatCompletionRequest,
 )
-from bireme.server.protocol.common import Health, Load, ModelCard, ModelList, Version
+from bireme.server.protocol.common import Health, Ledger, Load, ModelCard, ModelList, Version
 from bireme.server.protocol.completions import Completion, CompletionRequest
 from bireme.server.protocol.responses import Event, ModelResponse, ResponsesRequest
 from bireme.server.protocol.tokenize import (
@@ -172,6 +173,17 @@ def _state(serving: Serving) -> APIRouter:
     async def load() -> Response:
         """How many requests are being served."""
         return _json(Load(server_load=serving.num_active))
+
+    @router.get("/debug/ledger", responses=answers(Ledger, 503))
+    async def ledger(
+        seconds: Annotated[float, Query(gt=0, le=3600)] = 5.0,
+        columns: Annotated[int, Query(ge=1, le=1000)] = NUM_COLUMNS,
+    ) -> Response:
+        """Where each rank's time went in the last seconds, as far back as its spans reach."""
+        if not serving.ledger.is_there:
+            raise ApiError(503, "no rank has written anything yet", code="loading")
+        told = await serving.ledger.last(seconds, columns)
+        return Response(told.as_json(), media_type="application/json")
 
     return router
 

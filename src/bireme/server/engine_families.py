@@ -8,6 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from bireme.engine.rank_stats import RankStats
 from bireme.engine.service_messages import Stats
+from bireme.observe.told import ToldLedger
 
 Labels = dict[str, str]
 
@@ -128,3 +129,16 @@ def _rank_families(ranks: Sequence[RankStats], labels: Labels) -> Iterator[Metri
         for kind, size in _MEMORY.items():
             memory.add_metric([*own, kind], size(rank))
     yield memory
+
+
+def ledger_families(ledger: ToldLedger, labels: Labels) -> Iterator[Metric]:
+    """The bubble ledger of the last moment; `docs/metrics.md` says what its rows are."""
+    family = GaugeMetricFamily(
+        "ledger_share",
+        "Share of a rank's time in the last second, by row of the bubble ledger; rows add up to 1.",
+        labels=[*labels, "stage", "rank", "row"],
+    )
+    for number, rank in enumerate(ledger.ranks):
+        for row, share in rank.shares.items():
+            family.add_metric([*labels.values(), str(rank.stage), str(number), row], share)
+    yield family

@@ -16,8 +16,9 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from bireme.engine.service_messages import Stats
+from bireme.observe.told import ToldLedger
 from bireme.outputs import Delta
-from bireme.server.engine_families import engine_families
+from bireme.server.engine_families import engine_families, ledger_families
 from bireme.server.finished import FinishedRequest
 
 PREFIX = "bireme"
@@ -72,6 +73,7 @@ class ServerMetrics:
         self.labels = {"model_name": model_name, "engine": "0"}
         self._own = CollectorRegistry()
         self._stats: Stats | None = None
+        self._ledger: ToldLedger | None = None
         self._observe = {
             name: Histogram(name, told, [*self.labels], buckets=buckets, registry=self._own).labels(
                 **self.labels
@@ -116,13 +118,15 @@ class ServerMetrics:
             **self.labels, method=method, handler=handler, status=str(status)
         ).inc()
 
-    def render(self, stats: Stats | None) -> tuple[bytes, str]:
+    def render(self, stats: Stats | None, ledger: ToldLedger | None = None) -> tuple[bytes, str]:
         """Everything, and its content type; `stats` None: the engine is not ready."""
-        self._stats = stats
+        self._stats, self._ledger = stats, ledger
         return generate_latest(self._registry), CONTENT_TYPE
 
     def _families(self) -> Iterator[Metric]:
         yield from engine_families(self._stats, self.labels)
+        if self._ledger is not None:
+            yield from ledger_families(self._ledger, self.labels)
         yield from self._own.collect()
 
 

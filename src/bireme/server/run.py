@@ -83,6 +83,7 @@ class FrontEnd:
             await self._server.serve([self._sock])
         finally:
             starting.cancel()
+            await self._serving.ledger.aclose()
             await client.aclose()
             await asyncio.to_thread(self._serving.tracer.close)
         error = self._serving.broken if self._ending is None else None
@@ -118,6 +119,7 @@ class FrontEnd:
             self._server.should_exit = True
             self._log.show(f"bireme: {error}")
             return
+        self._serving.ledger.begin(ready)
         self._log.show(*ready.told, *self._how_to_ask())
 
     def _how_to_ask(self) -> list[str]:

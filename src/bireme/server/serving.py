@@ -16,6 +16,7 @@ from bireme.hf_config import read_json
 from bireme.sampling_params import SamplingParams
 from bireme.server.config import ServerConfig
 from bireme.server.errors import ApiError
+from bireme.server.ledger_reader import LedgerReader
 from bireme.server.log import Log
 from bireme.server.metrics import ServerMetrics
 from bireme.server.tools.parsers import style_of
@@ -23,6 +24,7 @@ from bireme.server.tracing import Tracer
 
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _MOST_NAMES = 100
+_LEDGER_S = 1.0
 _ANSWER_S = 1.0  # an engine that takes longer is left out of the metrics
 _MOST_BODIES = 16  # of the longest, of all requests that are served
 
@@ -42,6 +44,7 @@ class Serving:
         self.num_active = 0
         self._num_body_bytes = 0
         self._receiving: set[asyncio.Timeout] = set()
+        self.ledger = LedgerReader()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._unknown: set[str] = set()
@@ -150,11 +153,14 @@ class Serving:
 
     async def metrics_text(self) -> tuple[bytes, str]:
         """For Prometheus, with what the engine counts while it can be asked."""
-        stats = None
+        stats, ledger = None, None
         if self.client.ready.done() and self.broken is None:
             with suppress(EngineError, TimeoutError):
                 stats = await asyncio.wait_for(self.client.stats(), _ANSWER_S)
-        return self.metrics.render(stats)
+        if stats is not None and self.ledger.is_there:
+            with suppress(EngineError):
+                ledger = await self.ledger.last(_LEDGER_S)
+        return self.metrics.render(stats, ledger)
 
     def note_unknown(self, route: str, fields: Mapping[str, Any] | None) -> None:
         """Logs the fields that a route does not know, each once."""

@@ -261,6 +261,24 @@ class Version(Sent):
     version: str
 
 
+class LedgerRank(Sent):
+    """`shares` of the time by row, `late` by the rank that was waited for, and the time as a line."""
+
+    name: str
+    stage: int
+    shares: dict[str, float]
+    late: dict[str, float]
+    line: str
+
+
+class Ledger(Sent):
+    """Of `seconds`, until `until_s` seconds ago."""
+
+    seconds: float
+    until_s: float
+    ranks: list[LedgerRank]
+
+
 class Load(Sent):
     """As vLLM names it."""
 

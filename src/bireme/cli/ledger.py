@@ -1,0 +1,90 @@
+"""Show where each rank's time went: of a trace (--trace of another command), or of a running server.
+
+Every instant of a rank is in one row. docs/metrics.md says what each is, and why a rank idles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from bireme.observe.told import ToldLedger, ToldRank
+
+NAME = "ledger"
+SHORT = "Show where each rank's time went, bubbles by cause."
+_MOST_COLUMNS = 8
+_LABEL_WIDTH = len("rank 999 ")
+
+
+def run(
+    source: Annotated[str, typer.Argument(metavar="TRACE.json|URL", help="A trace, or a server.")],
+    *,
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="Of a server: how much of the past.")
+    ] = 5.0,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="The server's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    from rich.console import Console
+
+    from bireme.observe.told import told_of_server, told_of_trace
+
+    num_columns = max(20, Console().width - _LABEL_WIDTH)
+    if source.startswith(("http://", "https://")):
+        told = told_of_server(source, seconds, api_key, num_columns)
+    else:
+        told = told_of_trace(Path(source), num_columns)
+    if as_json:
+        typer.echo(told.as_json().decode())
+    else:
+        show(told)
+
+
+def show(told: ToldLedger) -> None:
+    """As a table, of stages where there are many ranks, and as a grid."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bireme.observe.causes import Row
+    from bireme.observe.grid import LEGEND
+
+    console = Console(highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"% of {told.seconds:.3g} s")
+    columns = _columns(told.ranks)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for row in Row:
+        shares = [mean(rank.shares[row] for rank in ranks) for ranks in columns.values()]
+        if any(shares):
+            table.add_row(row.replace("_", " "), *(f"{100 * share:.1f}" for share in shares))
+    console.print(table)
+    for rank in told.ranks:
+        if rank.late:
+            name, share = max(rank.late.items(), key=lambda item: item[1])
+            console.print(f"{rank.name} waited {100 * share:.1f} % of the time for {name}")
+    console.print()
+    width = max(len(_short(rank)) for rank in told.ranks)
+    for rank in told.ranks:
+        console.print(f"{_short(rank):{width}} {rank.line}", overflow="crop", no_wrap=True)
+    console.print(LEGEND, style="dim")
+
+
+def _columns(ranks: Sequence[ToldRank]) -> dict[str, list[ToldRank]]:
+    if len(ranks) <= _MOST_COLUMNS:
+        return {f"{_short(rank)}\nstage {rank.stage}": [rank] for rank in ranks}
+    found: dict[str, list[ToldRank]] = {}
+    for rank in ranks:
+        found.setdefault(f"stage {rank.stage}", []).append(rank)
+    return {f"{name}\n{len(them)} ranks": them for name, them in found.items()}
+
+
+def _short(rank: ToldRank) -> str:
+    return rank.name.partition(" (")[0]

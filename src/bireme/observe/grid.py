@@ -1,0 +1,50 @@
+"""A pipeline's time as lines of characters, a line a rank: for terminals."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from bireme.observe.causes import Row
+from bireme.observe.ledger import Ledger, Piece, RankLedger
+
+SIGNS = {
+    Row.COLLECTIVE_MOVE: "=",
+    Row.COLLECTIVE_WAIT: "w",
+    Row.TRANSFER: ">",
+    Row.FILL_DRAIN: "/",
+    Row.IMBALANCE: "<",
+    Row.TOKEN_DEPENDENCY: "~",
+    Row.STARVED: ".",
+    Row.HOST: "h",
+    Row.UNATTRIBUTED: "?",
+}
+LEGEND = (
+    "0-9 compute, by step; = collective; w wait for a rank of the group; > transfer; / fill, drain; "
+    "< imbalance; ~ token dependency; . starved; h host; ? unattributed"
+)
+
+
+def grid(ledger: Ledger, num_columns: int) -> dict[str, str]:
+    """By rank; each column shows what took most of its time."""
+    return {rank.name: _line(rank, ledger, num_columns) for rank in ledger.ranks}
+
+
+def _line(rank: RankLedger, ledger: Ledger, num_columns: int) -> str:
+    cells: list[Counter[str]] = [Counter() for _ in range(num_columns)]
+    width = (ledger.end_ns - ledger.start_ns) / num_columns
+    for piece in rank.pieces:
+        sign = _sign(piece)
+        first = int((piece.start_ns - ledger.start_ns) / width)
+        last = min(int((piece.end_ns - ledger.start_ns) / width), num_columns - 1)
+        for index in range(first, last + 1):
+            start = ledger.start_ns + index * width
+            covered = min(piece.end_ns, start + width) - max(piece.start_ns, start)
+            cells[index][sign] += max(0, round(covered))
+    return "".join(cell.most_common(1)[0][0] if cell else "?" for cell in cells)
+
+
+def _sign(piece: Piece) -> str:
+    if piece.row is not Row.COMPUTE:
+        return SIGNS[piece.row]
+    assert piece.key is not None, "work is of a step"
+    return str(piece.key[1] % 10)

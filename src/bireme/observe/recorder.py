@@ -1,0 +1,98 @@
+"""The ledger of running ranks, made in a process of its own, so that it holds up no request:
+`python -m bireme.observe.recorder` takes an `Asked` a line in JSON, and answers with a `ToldLedger`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from bireme.chrome_trace import Recorded
+from bireme.observe.ledger import make_ledger
+from bireme.observe.told import NUM_COLUMNS, ToldLedger
+from bireme.trace import RankSpans, Span, SpanKind, SpanRing
+
+_BEFORE_NS = 10**9  # what steps at the window's beginning waited for was earlier
+
+
+class AskedRank(msgspec.Struct, frozen=True):
+    """A rank and the descriptor of its ring."""
+
+    name: str
+    stage: int
+    tp_rank: int
+    fd: int
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """Of the last `seconds`; `engine_fd` is the ring of the engine itself."""
+
+    ranks: list[AskedRank]
+    engine_fd: int
+    seconds: float
+    num_columns: int = NUM_COLUMNS
+
+
+class Recorder:
+    """Rings are mapped once, however often they are read."""
+
+    def __init__(self) -> None:
+        self._rings: dict[int, SpanRing] = {}
+
+    def told(self, asked: Asked) -> ToldLedger:
+        """Up to the last moment of which all ranks' spans tell: a step's come when it has ended."""
+        now_ns = time.monotonic_ns()
+        since_ns = now_ns - int(asked.seconds * 1e9)
+        rings = [self._ring(rank.fd) for rank in asked.ranks]
+        read_ns = since_ns - _BEFORE_NS
+        found = [ring.read(read_ns) for ring in rings]
+        engine = self._ring(asked.engine_fd)
+        recorded = Recorded(
+            [
+                RankSpans(rank.name, rank.stage, rank.tp_rank, spans)
+                for rank, spans in zip(asked.ranks, found, strict=True)
+            ],
+            _with_open(engine, engine.read(read_ns), now_ns),
+        )
+        start_ns, end_ns = since_ns, now_ns
+        for ring, spans in zip(rings, found, strict=True):
+            start_ns = max(start_ns, _first_ns(ring, spans))
+            if ring.now().kind is not None:  # amid a step
+                end_ns = min(end_ns, spans[-1].end_ns if spans else since_ns)
+        end_ns = max(end_ns, since_ns + 1)
+        ledger = make_ledger(recorded, min(start_ns, end_ns - 1), end_ns)
+        return ToldLedger.of(ledger, (now_ns - end_ns) / 1e9, asked.num_columns)
+
+    def _ring(self, fd: int) -> SpanRing:
+        if fd not in self._rings:
+            self._rings[fd] = SpanRing(fd)
+        return self._rings[fd]
+
+
+def _first_ns(ring: SpanRing, spans: Sequence[Span]) -> int:
+    """From when on a ring knows all: it may have been overwritten."""
+    is_full = len(spans) >= ring.capacity - 1
+    return spans[0].end_ns if is_full else 0
+
+
+def _with_open(ring: SpanRing, spans: list[Span], now_ns: int) -> list[Span]:
+    """And with what the engine is in the middle of, which it began when the last span ended or later."""
+    kind = ring.now().kind
+    if kind not in (SpanKind.WAIT, SpanKind.EMPTY):
+        return spans
+    start_ns = max((span.end_ns for span in spans), default=0)
+    return [*spans, Span(kind, start_ns, now_ns, 0, 0, 0)]
+
+
+def main() -> None:
+    recorder = Recorder()
+    for line in sys.stdin.buffer:
+        asked = msgspec.json.decode(line, type=Asked)
+        sys.stdout.buffer.write(recorder.told(asked).as_json() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

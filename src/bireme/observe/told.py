@@ -1,0 +1,87 @@
+"""A ledger as it is told: to people, over HTTP, as JSON."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import msgspec
+
+from bireme.chrome_trace import read_chrome_trace
+from bireme.errors import UserError
+from bireme.observe.causes import Row
+from bireme.observe.grid import grid
+from bireme.observe.ledger import Ledger, make_ledger
+
+NUM_COLUMNS = 100
+_ANSWER_S = 60.0
+
+
+class ToldRank(msgspec.Struct, frozen=True):
+    """`shares` of the wall time by row; `late` by the rank that was waited for; `line` is its grid."""
+
+    name: str
+    stage: int
+    shares: dict[str, float]
+    late: dict[str, float]
+    line: str
+
+
+class ToldLedger(msgspec.Struct, frozen=True):
+    """`seconds` of wall time, up to `until_s` seconds before it was asked for."""
+
+    seconds: float
+    until_s: float
+    ranks: list[ToldRank]
+
+    @classmethod
+    def of(cls, ledger: Ledger, until_s: float = 0.0, num_columns: int = NUM_COLUMNS) -> ToldLedger:
+        lines = grid(ledger, num_columns)
+        return cls(
+            seconds=(ledger.end_ns - ledger.start_ns) / 1e9,
+            until_s=until_s,
+            ranks=[
+                ToldRank(
+                    name=rank.name,
+                    stage=rank.stage,
+                    shares={row.value: rank.share(row) for row in Row},
+                    late={name: ns / rank.wall_ns for name, ns in rank.late_ns.items()},
+                    line=lines[rank.name],
+                )
+                for rank in ledger.ranks
+            ],
+        )
+
+    def as_json(self) -> bytes:
+        return msgspec.json.encode(self)
+
+
+def told_of_trace(path: Path, num_columns: int = NUM_COLUMNS) -> ToldLedger:
+    """UserError for what is no trace of ours."""
+    return ToldLedger.of(make_ledger(read_chrome_trace(path)), num_columns=num_columns)
+
+
+def told_of_server(
+    url: str, seconds: float, api_key: str | None, num_columns: int = NUM_COLUMNS
+) -> ToldLedger:
+    """Of a server's last seconds; UserError where it does not answer."""
+    query = urllib.parse.urlencode({"seconds": seconds, "columns": num_columns})
+    request = urllib.request.Request(f"{url.rstrip('/')}/debug/ledger?{query}")
+    if api_key is not None:
+        request.add_header("Authorization", f"Bearer {api_key}")
+    try:
+        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
+            return msgspec.json.decode(answer.read(), type=ToldLedger)
+    except urllib.error.HTTPError as error:
+        raise UserError(f"{url} answers {error.code}: {_message(error.read())}") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise UserError(f"{url} gives no ledger: {error}") from None
+
+
+def _message(body: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, LookupError, TypeError):
+        return body[:200].decode(errors="replace")

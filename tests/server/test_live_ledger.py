@@ -1,0 +1,82 @@
+"""The bubble ledger of a running server, over HTTP, in the metrics and in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from served import Served, serving
+from streaming import Streaming
+
+from bireme.observe.causes import Row
+
+
+@pytest.fixture(scope="module")
+def piped() -> Iterator[Served]:
+    with serving("--dtype", "float32", "-pp", "2") as server:
+        yield server
+
+
+def test_the_last_seconds_are_accounted_for(piped: Served) -> None:
+    Streaming(piped, max_tokens=200).tokens()
+    found = piped.ask("GET", "/debug/ledger?seconds=2").json
+    assert 0 < found["seconds"] <= 2
+    assert [rank["stage"] for rank in found["ranks"]] == [0, 1]
+    for rank in found["ranks"]:
+        assert set(rank["shares"]) == set(Row)
+        assert sum(rank["shares"].values()) == pytest.approx(1)
+        assert rank["shares"]["unattributed"] < 0.01
+        assert rank["shares"]["compute"] > 0
+        assert rank["shares"]["token_dependency"] > 0  # one request, two stages
+        assert len(rank["line"]) == 100
+
+
+def test_a_server_without_requests_is_starved(piped: Served) -> None:
+    piped.ask("POST", "/v1/completions", {"prompt": "x", "max_tokens": 1})
+    found = piped.ask("GET", "/debug/ledger?seconds=0.001").json
+    assert [rank["shares"]["starved"] for rank in found["ranks"]] == [1.0, 1.0]
+
+
+def test_metrics_show_the_last_moment(piped: Served) -> None:
+    text = piped.ask("GET", "/metrics").text
+    found = re.findall(r'^bireme:ledger_share{.*rank="(.)".*row="(\w+)".*} (\S+)$', text, re.M)
+    assert {(rank, row) for rank, row, _ in found} == {(rank, row) for rank in "01" for row in Row}
+    assert sum(float(share) for _, _, share in found) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "x", "1e9"])
+def test_a_window_that_cannot_be_is_refused(piped: Served, seconds: str) -> None:
+    assert piped.ask("GET", f"/debug/ledger?seconds={seconds}").status == 400
+
+
+def test_the_command_shows_a_servers_ledger(piped: Served) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bireme", "ledger", piped.url, "--seconds", "1"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "% of " in done.stdout
+    assert len(re.findall(r"^rank \d \S+$", done.stdout, re.M)) == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "bireme", "ledger", piped.url, "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert len(json.loads(done.stdout)["ranks"]) == 2
+
+
+def test_what_a_killed_rank_wrote_can_still_be_read() -> None:
+    """And its reader ends with the server."""
+    with serving("--dtype", "float32", "-pp", "2") as server:
+        Streaming(server, max_tokens=50).tokens()
+        os.kill(server.descendants()[-1], signal.SIGKILL)
+        while server.ask("GET", "/health").status == 200:
+            pass
+        found = server.ask("GET", "/debug/ledger?seconds=60").json
+        assert all(rank["shares"]["compute"] > 0 for rank in found["ranks"])
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
