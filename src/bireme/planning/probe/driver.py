@@ -1,0 +1,112 @@
+"""The driver's side: joins worlds of ranks, and asks them until a point has had its time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import msgspec
+
+from bireme.cluster.topology import Point
+from bireme.engine.deadline import Patience
+from bireme.engine.joining import WorldPlan, join_world
+from bireme.engine.messages import Leave, Reply, Result, Task
+from bireme.engine.pool import WorkerPool, World
+from bireme.errors import EngineError
+from bireme.planning.probe.messages import (
+    Describe,
+    EmptyStep,
+    Facts,
+    Measure,
+    Question,
+    Samples,
+    Work,
+    encode,
+)
+from bireme.planning.probe.statistics import MIN_REPEATS, num_repeats, summarise
+
+PROGRAM = "bireme.planning.probe.rank"
+_START_S = 300.0  # for processes to start and to join
+_ANSWER_S = 120.0
+_WARMUP = 2  # repeats that do not count, each time
+_PILOT_REPEATS = 3
+
+
+@contextmanager
+def joined(
+    pool: WorkerPool, devices: Sequence[str], widths: Sequence[int], largest_bytes: int
+) -> Iterator[ProbedWorld]:
+    """A world of one rank a device, whose stages send at most `largest_bytes` at a time."""
+    names = [f"rank {rank} ({device})" for rank, device in enumerate(devices)]
+    plan = WorldPlan(
+        widths=tuple(widths),
+        devices=tuple(devices),
+        hidden_bytes=largest_bytes,
+        sampled_bytes=largest_bytes,
+        transport="auto",
+        step_timeout_s=_ANSWER_S,
+        start_timeout_s=_START_S,
+    )
+    world = World(pool, names, plan.widths, _ANSWER_S)
+    with ExitStack() as held:
+        held.callback(world.close)
+        steps = join_world(world, plan, held)
+        yield ProbedWorld(world)
+        world.send_all(Leave())
+        world.gather(_ANSWER_S, "leaving")
+        steps.remove()
+
+
+class ProbedWorld:
+    """Ranks that measure, all at once: a rank's figures hold while the others are at work too."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def facts(self) -> list[Facts]:
+        return [msgspec.msgpack.decode(body, type=Facts) for body in self._ask(Describe())]
+
+    def local(self, work: Work, size: int, budget_s: float) -> list[Point]:
+        """Of each rank, by itself."""
+        return [summarise(size, one.seconds) for one in self._samples(work, budget_s)]
+
+    def shared(self, work: Work, size: int, budget_s: float) -> Point:
+        """Of what all do together: each repeat is the mean over the ranks."""
+        found = [one.seconds for one in self._samples(work, budget_s)]
+        return summarise(size, [statistics.fmean(each) for each in zip(*found, strict=True)])
+
+    def empty_step(self, budget_s: float) -> Point:
+        """From the driver through all ranks and back."""
+        pilot = [self._empty_step_s() for _ in range(_WARMUP + _PILOT_REPEATS)]
+        repeats = num_repeats(statistics.median(pilot), budget_s)
+        taken = [self._empty_step_s() for _ in range(repeats)]
+        return summarise(len(self._world.ranks), taken)
+
+    def _empty_step_s(self) -> float:
+        start = time.perf_counter()
+        self._world.send_all(Task(encode(EmptyStep())))
+        self._world.step_reply(Patience(_ANSWER_S, _ANSWER_S), 0)
+        return time.perf_counter() - start
+
+    def _samples(self, work: Work, budget_s: float) -> list[Samples]:
+        """Of as many repeats as the budget is good for, the same number on every rank."""
+        pilot = self._measure(work, _PILOT_REPEATS)
+        repeat_s = max(statistics.median(one.seconds) * one.num_calls for one in pilot)
+        repeats = num_repeats(repeat_s, budget_s)
+        return pilot if repeats <= MIN_REPEATS else self._measure(work, repeats)
+
+    def _measure(self, work: Work, repeats: int) -> list[Samples]:
+        bodies = self._ask(Measure(work, _WARMUP, repeats))
+        return [msgspec.msgpack.decode(body, type=Samples) for body in bodies]
+
+    def _ask(self, question: Question) -> list[bytes]:
+        self._world.send_all(Task(encode(question)))
+        return [_body(reply) for reply in self._world.gather(_ANSWER_S, "being measured")]
+
+
+def _body(reply: Reply) -> bytes:
+    if not isinstance(reply, Result):
+        raise EngineError(f"a rank answered a question with {type(reply).__name__}")
+    return reply.body
