@@ -70,9 +70,7 @@ def run(
         typer.echo(msgspec.json.format(msgspec.json.encode(cluster), indent=1))
     else:
         print_report(cluster)
-        typer.echo(
-            f"{out}: written in {cluster.measured.elapsed_s:.0f} s" if cluster.measured else ""
-        )
+        typer.echo(f"{out}: written")
 
 
 def _note(text: str) -> None:

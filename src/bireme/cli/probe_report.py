@@ -25,6 +25,15 @@ def print_report(cluster: Cluster) -> None:
         if table is not None:
             console.print(table)
     console.print(_steps(node.empty_step), highlight=False)
+    if cluster.measured and cluster.measured.is_quick:
+        console.print("measured with --quick, at sizes that caches hold: no numbers to plan with")
+    points = cluster.points
+    if unsteady := sum(point.is_unsteady for point in points):
+        console.print(
+            f"{unsteady} of {len(points)} points are unsteady: their slowest tenth took over twice as "
+            "long as their fastest; measure again while nothing else runs",
+            highlight=False,
+        )
 
 
 def _steps(curve: Curve) -> str:
@@ -47,7 +56,7 @@ def _devices(node: Node) -> Table:
         table.add_row(
             device.name,
             device.model,
-            str(device.num_threads),
+            str(device.num_threads or ""),
             format_bytes(device.memory_bytes),
             *(f"{curve[-1].size_per_s / 1e9:.1f}" for curve in rates),
             _us(device.launch[0]),

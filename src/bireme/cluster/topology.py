@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from bireme.config import DTYPE_BYTES
 from bireme.errors import ConfigError
@@ -30,8 +30,14 @@ class Point(NamedTuple):
     def size_per_s(self) -> float:
         return self.size / self.seconds
 
+    @property
+    def is_unsteady(self) -> bool:
+        """True where the ninetieth percentile is over twice the tenth: something else ran as well."""
+        return self.p10_s is not None and self.p90_s is not None and self.p90_s > 2 * self.p10_s
+
 
 Curve = tuple[Point, ...]  # by rising size
+_KINDS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +67,7 @@ class Device:
     """
 
     name: str
-    kind: Literal["cpu", "cuda"]
+    kind: str
     model: str = ""
     memory_bytes: int
     num_threads: int | None = None
@@ -75,6 +81,8 @@ class Device:
 
     def __post_init__(self) -> None:
         _check_name(self.name)
+        if self.kind not in _KINDS:
+            raise ConfigError(f"kind {self.kind!r} is not known; use {', '.join(_KINDS)}")
         _check_positive(
             memory_bytes=self.memory_bytes,
             num_threads=self.num_threads,
@@ -89,6 +97,11 @@ class Device:
             memory_copy=self.memory_copy,
             page_cache_read=self.page_cache_read,
         )
+
+    @property
+    def curves(self) -> list[Curve]:
+        own = [self.launch, self.memory_read, self.memory_copy, self.page_cache_read]
+        return [*own, *(product.curve for product in self.products)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +169,15 @@ class Cluster:
     nodes: tuple[Node, ...]
     links: tuple[Link, ...] = ()
     groups: tuple[Group, ...] = ()
+
+    @property
+    def points(self) -> list[Point]:
+        """Of all curves."""
+        curves = [node.empty_step for node in self.nodes]
+        curves += [curve for node in self.nodes for one in node.devices for curve in one.curves]
+        curves += [link.send for link in self.links]
+        curves += [group.all_reduce for group in self.groups]
+        return [point for curve in curves for point in curve]
 
     def __post_init__(self) -> None:
         nodes = [node.name for node in self.nodes]

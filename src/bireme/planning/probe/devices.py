@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from bireme.cluster.topology import Curve, Device, Point, Product
 from bireme.planning.probe.driver import ProbedWorld
@@ -19,6 +19,7 @@ from bireme.planning.probe.messages import (
     ReadPageCache,
 )
 from bireme.planning.probe.plan import ProbePlan
+from bireme.planning.probe.statistics import rounded
 
 Advance = Callable[[int], None]  # takes how many more points are done
 
@@ -44,9 +45,9 @@ def measure_devices(
             kind="cuda" if device.startswith("cuda") else "cpu",
             model=facts[rank].model,
             memory_bytes=_memory_bytes(device, facts, rank),
-            num_threads=facts[rank].num_threads,
+            num_threads=facts[rank].num_threads or None,
             flop_per_s=_best_rates(products[rank]),
-            memory_bytes_per_s=read[rank].size_per_s,
+            memory_bytes_per_s=rounded(read[rank].size_per_s),
             launch=(launch[rank],),
             memory_read=(read[rank],),
             memory_copy=(copy[rank],),
@@ -69,7 +70,7 @@ def _memory_bytes(device: str, facts: Sequence[Facts], rank: int) -> int:
 
 def _write_checkpoint(folder: Path, num_bytes: int) -> None:
     noise = np.random.default_rng(0).integers(0, 256, num_bytes, dtype=np.uint8)
-    save_file({"noise": noise}, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(save({"noise": noise}))
 
 
 def _measure_products(
@@ -110,5 +111,5 @@ def _best_rates(products: Sequence[Product]) -> dict[str, float]:
     best: dict[str, float] = {}
     for product in products:
         rates = [product.flop_per_s(point) for point in product.curve]
-        best[product.dtype] = max([best.get(product.dtype, 0.0), *rates])
+        best[product.dtype] = rounded(max([best.get(product.dtype, 0.0), *rates]))
     return best

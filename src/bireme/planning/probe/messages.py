@@ -69,7 +69,7 @@ Question = Describe | EmptyStep | Measure
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """Of a rank's device."""
+    """Of a rank's device; a GPU has 0 threads."""
 
     model: str
     memory_bytes: int

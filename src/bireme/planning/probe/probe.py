@@ -29,7 +29,7 @@ from bireme.planning.probe import hardware
 from bireme.planning.probe.devices import Advance, measure_devices
 from bireme.planning.probe.driver import PROGRAM, joined
 from bireme.planning.probe.messages import AllReduce, Send, Work
-from bireme.planning.probe.plan import ProbePlan, groups, pairs
+from bireme.planning.probe.plan import ProbePlan
 from bireme.planning.probe.statistics import latency_and_rate
 
 
@@ -60,7 +60,9 @@ def probe(devices: Sequence[str], plan: ProbePlan, advance: Advance) -> Cluster:
             is_quick=plan.is_quick,
         ),
         nodes=(node,),
-        links=tuple(_link(names, *pair) for pair in sends.items()),
+        links=tuple(
+            _link([names[rank] for rank in ranks], curve) for ranks, curve in sends.items()
+        ),
         groups=tuple(
             Group(devices=tuple(names[rank] for rank in ranks), all_reduce=curve)
             for ranks, curve in sums.items()
@@ -68,17 +70,16 @@ def probe(devices: Sequence[str], plan: ProbePlan, advance: Advance) -> Cluster:
     )
 
 
-def _link(names: Sequence[str], ranks: tuple[int, ...], curve: Curve) -> Link:
+def _link(between: Sequence[str], curve: Curve) -> Link:
     latency_s, bytes_per_s = latency_and_rate(curve)
-    between = tuple(names[rank] for rank in ranks)
-    return Link(between=between, latency_s=latency_s, bytes_per_s=bytes_per_s, send=curve)
+    return Link(between=tuple(between), latency_s=latency_s, bytes_per_s=bytes_per_s, send=curve)
 
 
 def _versions(devices: Sequence[str]) -> dict[str, str]:
     versions = {
         "bireme": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     if devices[0] != "cpu":
         versions["cuda"] = str(torch.version.cuda)
@@ -116,15 +117,19 @@ class _Probe:
 
     def sums(self) -> dict[tuple[int, ...], Curve]:
         """Of every group: a tensor group of that many ranks."""
-        chosen = groups(len(self.devices))
+        chosen = self.plan.groups(len(self.devices))
         return {
             ranks: self._curve(ranks, (len(ranks),), AllReduce, len(chosen)) for ranks in chosen
         }
 
     def sends(self) -> dict[tuple[int, ...], Curve]:
-        """Of every pair: two stages of one rank each."""
-        chosen = pairs(len(self.devices))
-        return {ranks: self._curve(ranks, (1, 1), Send, len(chosen)) for ranks in chosen}
+        """Of every pair: two stages of one rank each. All ranks, where one pair stands for any."""
+        num_ranks = len(self.devices)
+        chosen = self.plan.pairs(num_ranks)
+        found = {ranks: self._curve(ranks, (1, 1), Send, len(chosen)) for ranks in chosen}
+        if self.plan.pairs_are_alike:
+            return {tuple(range(num_ranks)): curve for curve in found.values()}
+        return found
 
     def _curve(
         self,

@@ -47,7 +47,7 @@ class ProbedRank(Worker):
     def _facts(self) -> Facts:
         if self._device.type == "cuda":
             facts = torch.cuda.get_device_properties(self._device)
-            return Facts(facts.name, facts.total_memory, 1)
+            return Facts(facts.name, facts.total_memory, 0)
         return Facts(cpu_model(), memory_bytes(), torch.get_num_threads())
 
     @torch.inference_mode()
