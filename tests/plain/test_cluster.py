@@ -24,43 +24,8 @@ from bireme.cluster.topology import (
 from bireme.config import DTYPE_BYTES
 from bireme.errors import ConfigError
 
-BY_HAND = """\
-format_version = 1
-
-[[nodes]]
-name = "left"
-
-[[nodes.devices]]
-name = "gpu0"
-kind = "cuda"
-memory_bytes = 80_000_000_000
-memory_bytes_per_s = 3.35e12
-flop_per_s = { bfloat16 = 990e12 }
-
-[[nodes.devices]]
-name = "gpu1"
-kind = "cuda"
-memory_bytes = 80_000_000_000
-
-[[nodes]]
-name = "right"
-
-[[nodes.devices]]
-name = "gpu0"
-kind = "cuda"
-memory_bytes = 80_000_000_000
-
-[[links]]
-between = ["left/gpu0", "left/gpu1"]
-latency_s = 5e-6
-bytes_per_s = 450e9
-send = [[1024, 5e-6], [1_000_000, 8e-6]]
-
-[[links]]
-between = ["left", "right"]
-latency_s = 1e-5
-bytes_per_s = 25_000_000_000
-"""
+PAGE = Path(__file__).parents[2] / "docs" / "cluster-file.md"
+BY_HAND = PAGE.read_text(encoding="utf-8").partition("```toml\n")[2].partition("```")[0]
 
 positive = st.floats(min_value=1e-12, max_value=1e18)
 counts = st.integers(1, 2**62)
@@ -172,7 +137,7 @@ def test_a_cluster_is_described_by_hand() -> None:
         ("memory_bytes =", "memory =", r"nodes\[0\].devices\[0\] has no key memory; did you mean"),
         ("memory_bytes =", "zz =", "has no key zz; the keys are name, kind, model, memory_bytes"),
         ('"left"', "7", r"nodes\[0\].name: Expected `str`, got `int`"),
-        ('name = "left"\n', "", r"nodes\[0\]: Object missing required field `name`"),
+        ('name = "left"', "", r"nodes\[0\]: Object missing required field `name`"),
         ('"cuda"', '"tpu"', r"nodes\[0\].devices\[0\]: kind 'tpu' is not known; use cpu, cuda"),
         ("bfloat16 =", "int3 =", "dtype 'int3' is not known; use float32, float16, bfloat16"),
         ("80_000_000_000", "0", "memory_bytes=0 must be a finite number above 0"),

@@ -32,6 +32,7 @@ _START_S = 300.0  # for processes to start and to join
 _ANSWER_S = 120.0
 _WARMUP = 2  # repeats that do not count, each time
 _PILOT_REPEATS = 3
+_BATCHES = 4  # of a point, where it is slow enough; more where it is faster
 
 
 @contextmanager
@@ -70,12 +71,12 @@ class ProbedWorld:
 
     def local(self, work: Work, size: int, budget_s: float) -> list[Point]:
         """Of each rank, by itself."""
-        return [summarise(size, one.seconds) for one in self._samples(work, budget_s)]
+        return [summarise(size, seconds) for seconds in self._samples(work, budget_s)]
 
     def shared(self, work: Work, size: int, budget_s: float) -> Point:
         """Of what all do together: each repeat is the mean over the ranks."""
-        found = [one.seconds for one in self._samples(work, budget_s)]
-        return summarise(size, [statistics.fmean(each) for each in zip(*found, strict=True)])
+        each = zip(*self._samples(work, budget_s), strict=True)
+        return summarise(size, [statistics.fmean(seconds) for seconds in each])
 
     def empty_step(self, budget_s: float) -> Point:
         """From the driver through all ranks and back."""
@@ -90,12 +91,18 @@ class ProbedWorld:
         self._world.step_reply(Patience(_ANSWER_S, _ANSWER_S), 0)
         return time.perf_counter() - start
 
-    def _samples(self, work: Work, budget_s: float) -> list[Samples]:
-        """Of as many repeats as the budget is good for, the same number on every rank."""
-        pilot = self._measure(work, _PILOT_REPEATS)
-        repeat_s = max(statistics.median(one.seconds) * one.num_calls for one in pilot)
-        repeats = num_repeats(repeat_s, budget_s)
-        return pilot if repeats <= MIN_REPEATS else self._measure(work, repeats)
+    def _samples(self, work: Work, budget_s: float) -> list[list[float]]:
+        """Seconds of each rank, of batch after batch until the budget is spent: what else the machine
+        is at changes by the tenth of a second."""
+        batch, end = self._measure(work, _PILOT_REPEATS), time.monotonic() + budget_s
+        if _repeat_s(batch) * MIN_REPEATS > budget_s:
+            return [one.seconds for one in batch]
+        found: list[list[float]] = [[] for _ in batch]
+        while time.monotonic() < end:
+            batch = self._measure(work, num_repeats(_repeat_s(batch), budget_s / _BATCHES))
+            for seconds, one in zip(found, batch, strict=True):
+                seconds += one.seconds
+        return found
 
     def _measure(self, work: Work, repeats: int) -> list[Samples]:
         bodies = self._ask(Measure(work, _WARMUP, repeats))
@@ -104,6 +111,11 @@ class ProbedWorld:
     def _ask(self, question: Question) -> list[bytes]:
         self._world.send_all(Task(encode(question)))
         return [_body(reply) for reply in self._world.gather(_ANSWER_S, "being measured")]
+
+
+def _repeat_s(batch: list[Samples]) -> float:
+    """What one repeat takes the slowest rank."""
+    return max(statistics.median(one.seconds) * one.num_calls for one in batch)
 
 
 def _body(reply: Reply) -> bytes:

@@ -33,7 +33,7 @@ def captured(call: Call, num_calls: int) -> Repeat:
     call()  # before capture: libraries allocate at the first call
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may query
         for _ in range(num_calls):
             call()
     return Repeat(graph.replay, num_calls)
