@@ -39,6 +39,7 @@ def test_a_short_run_writes_what_it_measured(written: Path) -> None:
     names = tuple(f"{node.name}/{device.name}" for device in node.devices)
     assert [link.between for link in cluster.links] == [names]
     assert [group.devices for group in cluster.groups] == [names]
+    assert cluster.links[0].transport == cluster.groups[0].transport == "shared memory"
     assert [point.size for point in node.empty_step] == [1, 2]
 
 
@@ -67,6 +68,13 @@ def test_a_file_that_is_there_is_kept_unless_forced(
     assert written.read_bytes() == before
 
 
+def test_gloo_is_measured_where_it_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    assert run([*ARGUMENTS, "--transport", "distributed", "-o", str(path)]) == 0
+    cluster = read_cluster(path)
+    assert cluster.links[0].transport == cluster.groups[0].transport == "gloo"
+
+
 def test_one_rank_measures_itself_and_is_told_as_json(
     written: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +92,7 @@ def test_one_rank_measures_itself_and_is_told_as_json(
     [
         (["--ranks", "0"], "ranks=0 must be at least 1"),
         (["--device", "tpu"], "device 'tpu' is not known; use auto, cpu, cuda"),
+        (["--transport", "smoke"], "transport 'smoke' is not known; use auto, distributed"),
         (["--device", "cpu", "--devices", "0"], "devices maps ranks to GPUs"),
         (["-o", "nowhere/at/all.toml"], "cannot be written: .* is no folder"),
         (["-o", "/"], "cannot be written: it is a folder; name a file in it"),

@@ -92,7 +92,9 @@ def clusters(draw: st.DrawFn) -> Cluster:
     if len(known) < 2:
         return Cluster(measured=draw(st.none() | measurements), nodes=made)  # type: ignore[arg-type]
     some = st.lists(st.sampled_from(known), min_size=2, unique=True).map(tuple)
-    links = st.builds(Link, between=some, latency_s=positive, bytes_per_s=positive, send=curves())
+    links = st.builds(
+        Link, between=some, transport=texts, latency_s=positive, bytes_per_s=positive, send=curves()
+    )
     groups = st.builds(Group, devices=some, all_reduce=curves())
     return Cluster(
         measured=draw(st.none() | measurements),

@@ -39,6 +39,13 @@ def run(
     ] = None,
     device: options.Device = "auto",
     devices: options.Devices = None,
+    transport: Annotated[
+        str,
+        typer.Option(
+            "--transport",
+            help="auto: shared memory between ranks on a host's CPUs; distributed: gloo. GPUs have NCCL.",
+        ),
+    ] = "auto",
     quick: Annotated[
         bool, typer.Option("--quick", help="A few small sizes, in seconds: to try it out.")
     ] = False,
@@ -48,12 +55,14 @@ def run(
     as_json: options.JsonOutput = False,
 ) -> None:
     _check_out(out, force)
-    chosen = _devices(ranks, device, devices)
     from bireme.cluster.file import write_cluster
+    from bireme.engine.prepare import resolve_devices
     from bireme.planning.probe import hardware
     from bireme.planning.probe.plan import plan_for
     from bireme.planning.probe.probe import probe
 
+    config = _config(ranks, device=device, devices=devices, transport=transport)
+    chosen = resolve_devices(config)
     if (load := hardware.load_average()) > (cores := hardware.num_cores()):
         _note(
             f"the machine is busy (load average {load:.1f} on {cores} cores): figures will be low"
@@ -62,7 +71,7 @@ def run(
         _note(f"{len(chosen)} ranks share {cores} cores: figures are of ranks that take turns")
     plan = plan_for(chosen[0].partition(":")[0], is_quick=quick)
     with count_bar("measuring", plan.num_points(len(chosen))) as advance:
-        cluster = probe(chosen, plan, lambda num_points: advance(num_points, 0))
+        cluster = probe(chosen, plan, lambda num_points: advance(num_points, 0), config.transport)
     write_cluster(out, cluster)
     if as_json:
         import msgspec
@@ -86,16 +95,13 @@ def _check_out(out: Path, force: bool) -> None:
     options.check_folder(out, out.absolute().parent)
 
 
-def _devices(ranks: int | None, device: str, devices: str | None) -> tuple[str, ...]:
-    """What each rank runs on, as torch calls it."""
-    from bireme.engine.prepare import resolve_devices
-
-    given = options.engine_config(device=device, devices=devices)
+def _config(ranks: int | None, **given: str | None) -> EngineConfig:
+    """One rank a device; all GPUs, or two ranks on the CPU, where nothing says how many."""
+    fields = options.engine_config(**given)
     if ranks is None:
-        ranks = len(given["devices"]) if "devices" in given else _default_ranks(device)
+        ranks = len(fields["devices"]) if "devices" in fields else _default_ranks(fields["device"])
     options.check_at_least("ranks", ranks, 1)
-    parallel = ParallelConfig(widths=(ranks,))
-    return resolve_devices(EngineConfig(parallel=parallel, **given))
+    return EngineConfig(parallel=ParallelConfig(widths=(ranks,)), **fields)
 
 
 def _default_ranks(device: str) -> int:

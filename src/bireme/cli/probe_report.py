@@ -97,7 +97,7 @@ def _messages(cluster: Cluster) -> Table | None:
     columns.append(_slowest([link.send for link in cluster.links]))
     names = [*(f"all-reduce of {width}" for width in widths), "send"]
     heads = [head for name in names for head in (f"{name}, us", "GB/s")]
-    table = _table("between ranks", ("bytes", *heads))
+    table = _table(f"between ranks, over {cluster.links[0].transport}", ("bytes", *heads))
     for points in zip(*columns, strict=True):
         cells = [cell for p in points for cell in (_us(p), f"{p.size_per_s / 1e9:.2f}")]
         table.add_row(format_bytes(points[0].size), *cells)

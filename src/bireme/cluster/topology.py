@@ -125,9 +125,10 @@ class Node:
 @dataclass(frozen=True, kw_only=True)
 class Link:
     """Between any two of `between`, either way: devices, or whole nodes. A message of b bytes takes
-    latency_s + b / bytes_per_s; sizes of `send` are bytes."""
+    latency_s + b / bytes_per_s; sizes of `send` are bytes. `transport`: what it went through."""
 
     between: tuple[str, ...]
+    transport: str = ""
     latency_s: float
     bytes_per_s: float
     send: Curve = ()
@@ -143,6 +144,7 @@ class Group:
     """Devices whose sums were measured together; sizes of `all_reduce` are bytes of one rank."""
 
     devices: tuple[str, ...]
+    transport: str = ""
     all_reduce: Curve
 
     def __post_init__(self) -> None:

@@ -10,11 +10,13 @@ from contextlib import ExitStack, contextmanager
 import msgspec
 
 from bireme.cluster.topology import Point
+from bireme.config import Transport
 from bireme.engine.deadline import Patience
 from bireme.engine.joining import WorldPlan, join_world
 from bireme.engine.messages import Leave, Reply, Result, Task
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
+from bireme.parallel import shm
 from bireme.planning.probe.messages import (
     Describe,
     EmptyStep,
@@ -35,9 +37,20 @@ _PILOT_REPEATS = 3
 _BATCHES = 4  # of a point, where it is slow enough; more where it is faster
 
 
+def carrier(devices: Sequence[str], transport: Transport) -> str:
+    """What sums and messages between ranks on `devices` go through."""
+    if devices[0] != "cpu":
+        return "nccl"
+    return "shared memory" if transport == "auto" and shm.is_supported() else "gloo"
+
+
 @contextmanager
 def joined(
-    pool: WorkerPool, devices: Sequence[str], widths: Sequence[int], largest_bytes: int
+    pool: WorkerPool,
+    devices: Sequence[str],
+    widths: Sequence[int],
+    transport: Transport,
+    largest_bytes: int = 1,
 ) -> Iterator[ProbedWorld]:
     """A world of one rank a device, whose stages send at most `largest_bytes` at a time."""
     names = [f"rank {rank} ({device})" for rank, device in enumerate(devices)]
@@ -46,18 +59,17 @@ def joined(
         devices=tuple(devices),
         hidden_bytes=largest_bytes,
         sampled_bytes=largest_bytes,
-        transport="auto",
+        transport=transport,
         step_timeout_s=_ANSWER_S,
         start_timeout_s=_START_S,
     )
     world = World(pool, names, plan.widths, _ANSWER_S)
     with ExitStack() as held:
         held.callback(world.close)
-        steps = join_world(world, plan, held)
+        join_world(world, plan, held)
         yield ProbedWorld(world)
         world.send_all(Leave())
         world.gather(_ANSWER_S, "leaving")
-        steps.remove()
 
 
 class ProbedWorld:

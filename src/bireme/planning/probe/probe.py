@@ -23,23 +23,26 @@ from bireme.cluster.topology import (
     Node,
     Point,
 )
+from bireme.config import Transport
 from bireme.engine.pool import WorkerPool
 from bireme.errors import ConfigError
 from bireme.planning.probe import hardware
 from bireme.planning.probe.devices import Advance, measure_devices
-from bireme.planning.probe.driver import PROGRAM, joined
+from bireme.planning.probe.driver import PROGRAM, carrier, joined
 from bireme.planning.probe.messages import AllReduce, Send, Work
 from bireme.planning.probe.plan import ProbePlan
 from bireme.planning.probe.statistics import latency_and_rate
 
 
-def probe(devices: Sequence[str], plan: ProbePlan, advance: Advance) -> Cluster:
+def probe(
+    devices: Sequence[str], plan: ProbePlan, advance: Advance, transport: Transport = "auto"
+) -> Cluster:
     """One rank on each of `devices`, named as torch names them; `advance` hears of every point."""
     if devices[0] != "cpu" and len(set(devices)) < len(devices):
         raise ConfigError(f"devices {', '.join(devices)}: each GPU is measured once; name it once")
     start, load = time.monotonic(), hardware.load_average()
     with WorkerPool(PROGRAM) as pool:
-        found = _Probe(pool, devices, plan, advance)
+        found = _Probe(pool, devices, plan, advance, transport)
         made, steps = found.devices_and_steps()
         sums, sends = found.sums(), found.sends()
     node = Node(
@@ -50,6 +53,7 @@ def probe(devices: Sequence[str], plan: ProbePlan, advance: Advance) -> Cluster:
         empty_step=steps,
         devices=made,
     )
+    through = carrier(devices, transport)
     names = [f"{node.name}/{device.name}" for device in made]
     return Cluster(
         measured=Measurement(
@@ -61,18 +65,24 @@ def probe(devices: Sequence[str], plan: ProbePlan, advance: Advance) -> Cluster:
         ),
         nodes=(node,),
         links=tuple(
-            _link([names[rank] for rank in ranks], curve) for ranks, curve in sends.items()
+            _link([names[rank] for rank in ranks], through, curve) for ranks, curve in sends.items()
         ),
         groups=tuple(
-            Group(devices=tuple(names[rank] for rank in ranks), all_reduce=curve)
+            Group(devices=tuple(names[rank] for rank in ranks), transport=through, all_reduce=curve)
             for ranks, curve in sums.items()
         ),
     )
 
 
-def _link(between: Sequence[str], curve: Curve) -> Link:
+def _link(between: Sequence[str], transport: str, curve: Curve) -> Link:
     latency_s, bytes_per_s = latency_and_rate(curve)
-    return Link(between=tuple(between), latency_s=latency_s, bytes_per_s=bytes_per_s, send=curve)
+    return Link(
+        between=tuple(between),
+        transport=transport,
+        latency_s=latency_s,
+        bytes_per_s=bytes_per_s,
+        send=curve,
+    )
 
 
 def _versions(devices: Sequence[str]) -> dict[str, str]:
@@ -95,6 +105,7 @@ class _Probe:
     devices: Sequence[str]
     plan: ProbePlan
     advance: Advance
+    transport: Transport
 
     def devices_and_steps(self) -> tuple[tuple[Device, ...], Curve]:
         """Every device by itself; an empty step through 1, 2, ... ranks."""
@@ -102,7 +113,7 @@ class _Probe:
         steps = [self._empty_step(size) for size in range(1, num_ranks)]
         with (
             tempfile.TemporaryDirectory(prefix="bireme-") as folder,
-            joined(self.pool, self.devices, (num_ranks,), 1) as world,
+            joined(self.pool, self.devices, (num_ranks,), self.transport) as world,
         ):
             steps.append(world.empty_step(self.plan.budget_s))
             self.advance(1)
@@ -110,7 +121,7 @@ class _Probe:
         return made, tuple(steps)
 
     def _empty_step(self, num_ranks: int) -> Point:
-        with joined(self.pool, self.devices[:num_ranks], (num_ranks,), 1) as world:
+        with joined(self.pool, self.devices[:num_ranks], (num_ranks,), self.transport) as world:
             point = world.empty_step(self.plan.budget_s)
         self.advance(1)
         return point
@@ -140,7 +151,7 @@ class _Probe:
     ) -> Curve:
         devices, sizes = [self.devices[rank] for rank in ranks], self.plan.message_bytes
         points = []
-        with joined(self.pool, devices, widths, sizes[-1]) as world:
+        with joined(self.pool, devices, widths, self.transport, sizes[-1]) as world:
             for size in sizes:
                 points.append(world.shared(work(size), size, self.plan.budget_s / num_curves))
                 self.advance(1)
