@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bireme.planning.probe import hardware
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -24,10 +26,10 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
         "commit": _commit(),
         "hardware": {
-            "cpu": _first_value("/proc/cpuinfo", "model name") or platform.machine(),
+            "cpu": hardware.cpu_model(),
             "num_cores": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "load_average_at_the_end": os.getloadavg()[0],
+            "memory_bytes": hardware.memory_bytes(),
+            "load_average_at_the_end": hardware.load_average(),
         },
         "versions": {"python": platform.python_version(), **_versions(packages)},
     }
@@ -41,14 +43,6 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def _first_value(path: str, field: str) -> str | None:
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), None)
 
 
 def _commit() -> str:

@@ -64,6 +64,8 @@ PLAIN_MODULES = [
     "bireme.checkpoint.reader",
     "bireme.checkpoint.manifest",
     "bireme.checkpoint.sharder",
+    "bireme.planning.probe.plan",
+    "bireme.planning.probe.statistics",
 ]
 
 

@@ -69,11 +69,17 @@ class Capture(msgspec.Struct, frozen=True, tag=True):
     probes: bool
 
 
+class Task(msgspec.Struct, frozen=True, tag=True):
+    """What a program of a floor above asks of its ranks, encoded by it."""
+
+    body: bytes
+
+
 class Leave(msgspec.Struct, frozen=True, tag=True):
     """Drop the model and leave the world; the process stays."""
 
 
-Command = Join | Load | Execute | Masks | Capture | Leave
+Command = Join | Load | Execute | Masks | Capture | Task | Leave
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -109,6 +115,12 @@ class Output(msgspec.Struct, frozen=True, tag=True):
     output: StepOutput
 
 
+class Result(msgspec.Struct, frozen=True, tag=True):
+    """What became of a Task, encoded by who knows it."""
+
+    body: bytes
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """`is_secondary`: a peer was lost, so that the cause is likely elsewhere."""
 
@@ -118,7 +130,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     is_secondary: bool
 
 
-Reply = Done | Loaded | Output | Failed
+Reply = Done | Loaded | Output | Result | Failed
 
 _ENCODER = msgspec.msgpack.Encoder()
 _COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

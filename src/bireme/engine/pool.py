@@ -63,11 +63,11 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _start() -> RankProcess:
+def _start(program: str) -> RankProcess:
     ours, theirs = socket.socketpair()
     spans = SpanRing.create()
     fds = (theirs.fileno(), spans.fd)
-    command = [sys.executable, "-P", "-m", "bireme.engine.worker", *map(str, fds)]
+    command = [sys.executable, "-P", "-m", program, *map(str, fds)]
     try:
         process = subprocess.Popen(
             command,
@@ -91,10 +91,12 @@ def _are_secondary(seen: dict[int, Failed | None]) -> bool:
 class WorkerPool:
     """Processes that become the ranks of one world after another; a context manager.
 
-    After a failure all are ended; the next `take` starts new ones.
+    After a failure all are ended; the next `take` starts new ones. `program` is the module that a
+    process runs: `engine.worker`, or one that ends in its `main`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: str = "bireme.engine.worker") -> None:
+        self._program = program
         self._processes: list[RankProcess] = []
 
     def __enter__(self) -> WorkerPool:
@@ -108,7 +110,7 @@ class WorkerPool:
         if any(rank.process.poll() is not None for rank in self._processes):
             self.close()
         while len(self._processes) < num_ranks:
-            self._processes.append(_start())
+            self._processes.append(_start(self._program))
         return self._processes[:num_ranks]
 
     def close(self, grace_s: float = _EXIT_S) -> None:

@@ -44,6 +44,8 @@ from bireme.engine.messages import (
     Masks,
     Output,
     Reply,
+    Result,
+    Task,
     decode,
     send,
 )
@@ -104,7 +106,7 @@ class Commands:
 
 
 class Worker:
-    """State of one rank between commands."""
+    """State of one rank between commands. Programs of floors above add what they do for a Task."""
 
     def __init__(self, spans: SpanRing, commands: Commands) -> None:
         self._spans, self._commands = spans, commands
@@ -127,9 +129,14 @@ class Worker:
                 return None
             case Capture(folder, probes):
                 return self._capture(folder, probes)
+            case Task(body):
+                return self.perform(body)
             case Leave():
                 self.leave()
                 return Done()
+
+    def perform(self, body: bytes) -> Result | None:
+        raise EngineError("this program knows no tasks")
 
     def leave(self) -> None:
         """Gives the groups, the model and its memory back; commands come over the socket again."""
@@ -272,13 +279,13 @@ def _end(sock: socket.socket, error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def main() -> None:
+def main(program: type[Worker] = Worker) -> None:
     """Serves commands until the driver closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
     sock = socket.socket(fileno=int(sys.argv[1]))
     commands = Commands()
-    worker = Worker(SpanRing(int(sys.argv[2])), commands)
+    worker = program(SpanRing(int(sys.argv[2])), commands)
     threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
     while True:
         try:

@@ -1,0 +1,111 @@
+"""Measure this machine and write what it can do to a file: how fast its devices multiply and move
+memory, what a sum between ranks and a message from one to another take by size, what a launch and an
+empty step cost, and how fast checkpoints are read from the page cache.
+
+Everything goes through the rank processes, collectives and reader that inference uses, one rank a
+device, all at work at once. It takes one to three minutes; run it while the machine has nothing else
+to do. Figures are medians; the file keeps the tenth and ninetieth percentile beside them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bireme.cli import options
+from bireme.cli.probe_report import print_report
+from bireme.cli.progress import count_bar
+from bireme.config import EngineConfig, ParallelConfig
+from bireme.errors import RequestError
+
+NAME = "probe"
+SHORT = "Measure this machine, for plans."
+
+
+def run(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write, in TOML.")
+    ] = Path("cluster.toml"),
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            "--ranks",
+            metavar="N",
+            help="Ranks that are measured, one a device; all GPUs, or 2 that share the cores, if not given.",
+        ),
+    ] = None,
+    device: options.Device = "auto",
+    devices: options.Devices = None,
+    transport: Annotated[
+        str,
+        typer.Option(
+            "--transport",
+            help="auto: shared memory between ranks on a host's CPUs; distributed: gloo. GPUs have NCCL.",
+        ),
+    ] = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few small sizes, in seconds: to try it out.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Overwrite FILE where it is there.")
+    ] = False,
+    as_json: options.JsonOutput = False,
+) -> None:
+    _check_out(out, force)
+    from bireme.cluster.file import write_cluster
+    from bireme.engine.prepare import resolve_devices
+    from bireme.planning.probe import hardware
+    from bireme.planning.probe.plan import plan_for
+    from bireme.planning.probe.probe import probe
+
+    config = _config(ranks, device=device, devices=devices, transport=transport)
+    chosen = resolve_devices(config)
+    if (load := hardware.load_average()) > (cores := hardware.num_cores()):
+        _note(
+            f"the machine is busy (load average {load:.1f} on {cores} cores): figures will be low"
+        )
+    if chosen[0] == "cpu" and len(chosen) > cores:
+        _note(f"{len(chosen)} ranks share {cores} cores: figures are of ranks that take turns")
+    plan = plan_for(chosen[0].partition(":")[0], is_quick=quick)
+    with count_bar("measuring", plan.num_points(len(chosen))) as advance:
+        cluster = probe(chosen, plan, lambda num_points: advance(num_points, 0), config.transport)
+    write_cluster(out, cluster)
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.format(msgspec.json.encode(cluster), indent=1))
+    else:
+        print_report(cluster)
+        typer.echo(f"{out}: written")
+
+
+def _note(text: str) -> None:
+    print(f"bireme: {text}", file=sys.stderr)
+
+
+def _check_out(out: Path, force: bool) -> None:
+    """To be told before the work."""
+    if out.is_dir():
+        raise RequestError(f"{out} cannot be written: it is a folder; name a file in it")
+    if out.exists() and not force:
+        raise RequestError(f"{out} is there already; name another file, or give --force")
+    options.check_folder(out, out.absolute().parent)
+
+
+def _config(ranks: int | None, **given: str | None) -> EngineConfig:
+    """One rank a device; all GPUs, or two ranks on the CPU, where nothing says how many."""
+    fields = options.engine_config(**given)
+    if ranks is None:
+        ranks = len(fields["devices"]) if "devices" in fields else _default_ranks(fields["device"])
+    options.check_at_least("ranks", ranks, 1)
+    return EngineConfig(parallel=ParallelConfig(widths=(ranks,)), **fields)
+
+
+def _default_ranks(device: str) -> int:
+    import torch
+
+    num_gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    return num_gpus or 2

@@ -1,0 +1,1 @@
+"""What runs where, and what it will take: measuring a cluster, and planning for one."""

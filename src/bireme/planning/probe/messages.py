@@ -1,0 +1,91 @@
+"""What the driver asks of the ranks that it measures; msgpack inside `Task` and `Result`."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Multiply(msgspec.Struct, frozen=True, tag=True):
+    """Activations [num_tokens, in_features] by a weight [out_features, in_features]."""
+
+    dtype: str
+    num_tokens: int
+    in_features: int
+    out_features: int
+
+
+class ReadMemory(msgspec.Struct, frozen=True, tag=True):
+    num_bytes: int
+
+
+class CopyMemory(msgspec.Struct, frozen=True, tag=True):
+    """`num_bytes` are read, and as many written."""
+
+    num_bytes: int
+
+
+class Launch(msgspec.Struct, frozen=True, tag=True):
+    """An operation on one number: host time until it is under way."""
+
+
+class ReadPageCache(msgspec.Struct, frozen=True, tag=True):
+    """The tensors of a checkpoint that was just written, into memory."""
+
+    folder: str
+
+
+class AllReduce(msgspec.Struct, frozen=True, tag=True):
+    """A sum over the tensor group, of float32."""
+
+    num_bytes: int
+
+
+class Send(msgspec.Struct, frozen=True, tag=True):
+    """From stage 0 to stage 1, and as much back."""
+
+    num_bytes: int
+
+
+Work = Multiply | ReadMemory | CopyMemory | Launch | ReadPageCache | AllReduce | Send
+
+
+class Describe(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `Facts`."""
+
+
+class EmptyStep(msgspec.Struct, frozen=True, tag=True):
+    """Nothing; the rank that answers steps says so."""
+
+
+class Measure(msgspec.Struct, frozen=True, tag=True):
+    """Asks for `Samples`, after `num_warmup` more that do not count."""
+
+    work: Work
+    num_warmup: int
+    num_repeats: int
+
+
+Question = Describe | EmptyStep | Measure
+
+
+class Facts(msgspec.Struct, frozen=True):
+    """Of a rank's device; a GPU has 0 threads."""
+
+    model: str
+    memory_bytes: int
+    num_threads: int
+
+
+class Samples(msgspec.Struct, frozen=True):
+    """Seconds of one piece of work, of which each repeat did `num_calls`."""
+
+    seconds: list[float]
+    num_calls: int
+
+
+_QUESTIONS: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
+encode = msgspec.msgpack.Encoder().encode
+
+
+def decode_question(body: bytes) -> Question:
+    return _QUESTIONS.decode(body)
