@@ -11,6 +11,7 @@ import typer
 
 from bireme.cli import bench_serve, options
 from bireme.cli.grouped import flattened
+from bireme.cli.ledger import show_run
 from bireme.cli.progress import count_bar
 from bireme.cli.ranks import print_ranks
 from bireme.config import format_bytes
@@ -55,6 +56,7 @@ def throughput(
     seed: Seed = 0,
     engine: options.EngineOptions,
     as_json: options.JsonOutput = False,
+    ledger: options.ShowLedger = False,
 ) -> None:
     from bireme.bench.throughput import measure_throughput
     from bireme.bench.workload import Workload
@@ -68,6 +70,8 @@ def throughput(
         print_ranks(llm)
         with count_bar("requests", num_prompts, "tokens/s") as advance:
             result = measure_throughput(llm, workload, progress=advance)
+        if ledger:
+            show_run(llm)
     _print(llm, result.as_json(), _throughput_rows(result), as_json)
 
 

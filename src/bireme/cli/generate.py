@@ -14,6 +14,7 @@ import typer
 from bireme.cli import options, sampling
 from bireme.cli.answers import print_json, print_text
 from bireme.cli.grouped import flattened
+from bireme.cli.ledger import show_run
 from bireme.cli.prompts import read_prompts
 from bireme.cli.ranks import print_ranks
 from bireme.errors import RequestError
@@ -84,6 +85,7 @@ def run(
             "--trace", metavar="OUT.json", help="Write a Chrome/Perfetto trace, a track a rank."
         ),
     ] = None,
+    ledger: options.ShowLedger = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print nothing but the answer.")
     ] = False,
@@ -119,6 +121,8 @@ def run(
         finally:
             if trace is not None:  # of a rank that failed, too
                 llm.write_trace(trace)
+        if ledger:
+            show_run(llm)
 
 
 def _as_ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:

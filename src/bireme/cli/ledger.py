@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bireme.engine.host import EngineHost
     from bireme.observe.told import ToldLedger, ToldRank
 
 NAME = "ledger"
@@ -47,7 +50,19 @@ def run(
         show(told)
 
 
-def show(told: ToldLedger) -> None:
+def show_run(host: EngineHost) -> None:
+    """Of all that an engine in this process did, as far back as its rings reach."""
+    from rich.console import Console
+
+    from bireme.observe.ledger import make_ledger
+    from bireme.observe.told import ToldLedger
+
+    console = Console(stderr=True, highlight=False)
+    num_columns = max(20, console.width - _LABEL_WIDTH)
+    show(ToldLedger.of(make_ledger(host.recorded()), num_columns=num_columns), console)
+
+
+def show(told: ToldLedger, console: Console | None = None) -> None:
     """As a table, of stages where there are many ranks, and as a grid."""
     from rich.console import Console
     from rich.table import Table
@@ -55,7 +70,7 @@ def show(told: ToldLedger) -> None:
     from bireme.observe.causes import Row
     from bireme.observe.grid import LEGEND
 
-    console = Console(highlight=False)
+    console = console or Console(highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column(f"% of {told.seconds:.3g} s")
     columns = _columns(told.ranks)

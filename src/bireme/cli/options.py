@@ -124,6 +124,10 @@ MaxNumWaitingTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Of made-up weights.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+ShowLedger = Annotated[
+    bool,
+    typer.Option("--ledger", help="Then show, on standard error, where each rank's time went."),
+]
 
 
 @dataclass(frozen=True)

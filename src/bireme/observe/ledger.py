@@ -68,10 +68,10 @@ def make_ledger(
     *,
     has_token_dependency: bool = True,
 ) -> Ledger:
-    """Of the window [start_ns, end_ns), or from the first step to the last; the ranks' and the engine's
-    spans are of one clock. UserError for a window without a step."""
+    """Of the window [start_ns, end_ns), or from when the first step was told to the end of the last; the
+    ranks' and the engine's spans are of one clock. UserError where there is neither."""
     ranks = recorded.ranks
-    window = _window(ranks, start_ns, end_ns)
+    window = _window(recorded, start_ns, end_ns)
     steps = [rank_steps(rank.spans) for rank in ranks]
     stages = [its for rank, its in zip(ranks, steps, strict=True) if rank.tp_rank == 0]
     told = Driver(recorded.engine)
@@ -84,13 +84,18 @@ def make_ledger(
     return Ledger(*window, [one.ledger() for one in found])
 
 
-def _window(
-    ranks: Sequence[RankSpans], start_ns: int | None, end_ns: int | None
-) -> tuple[int, int]:
-    steps = [span for rank in ranks for span in rank.spans if span.kind is SpanKind.STEP]
+def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tuple[int, int]:
+    told = min((it.start_ns for it in recorded.engine if it.kind is SpanKind.SUBMIT), default=0)
+    steps = [
+        span
+        for rank in recorded.ranks
+        for span in rank.spans
+        if span.kind is SpanKind.STEP and span.start_ns >= told
+    ]
     if not steps and (start_ns is None or end_ns is None):
         raise UserError("there is no step to account for; run something first")
-    start = min(span.start_ns for span in steps) if start_ns is None else start_ns
+    first = told or min((span.start_ns for span in steps), default=0)
+    start = first if start_ns is None else start_ns
     end = max(span.end_ns for span in steps) if end_ns is None else end_ns
     assert start < end, "a window that is given is not empty"
     return start, end
