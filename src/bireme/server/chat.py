@@ -193,12 +193,12 @@ class ChatReply(ChunkedReply):
 
     def _parsed(self, choice: int, text: str, *, is_end: bool) -> Parsed:
         if not self._parsers:
-            return Parsed(text)
+            return Parsed([text] if text else [])
         parser: ToolParser = self._parsers[choice]
         found = parser.add(text)
         if is_end:
             rest = parser.finish()
-            found = Parsed(found.content + rest.content, found.calls + rest.calls)
+            found = Parsed(found.parts + rest.parts)
         if found.calls:
             self._has_calls.add(choice)
         return found

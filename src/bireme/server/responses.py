@@ -227,11 +227,11 @@ class ResponsesReply:
 
     def _parsed(self, text: str, *, is_end: bool) -> Parsed:
         if self._parser is None:
-            return Parsed(text)
+            return Parsed([text] if text else [])
         found = self._parser.add(text)
         if is_end:
             rest = self._parser.finish()
-            found = Parsed(found.content + rest.content, found.calls + rest.calls)
+            found = Parsed(found.parts + rest.parts)
         return found
 
     def _response(self, status: str, usage: Usage | None = None) -> ModelResponse:

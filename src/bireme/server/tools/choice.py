@@ -32,6 +32,7 @@ def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
     if not tools:
         raise RequestError("tool_choice needs tools; name at least one")
     shown = [tool.model_dump(exclude_none=True) for tool in tools]
+    names = {tool.function.name for tool in tools}
     if choice == "auto":
         if style is None:
             raise RequestError(
@@ -40,14 +41,17 @@ def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
             )
         is_single = request.parallel_tool_calls is False
         return ToolUse(
-            shown, None, lambda: FirstCall(parser_of(style)) if is_single else parser_of(style)
+            shown,
+            None,
+            lambda: FirstCall(parser_of(style, names)) if is_single else parser_of(style, names),
         )
     if isinstance(choice, NamedTool):
         tool = _named(tools, choice.function.name)
         structure = StructuredOutputsParams(json=_parameters(tool))
         return ToolUse(shown, structure, lambda: NamedCall(tool.function.name), is_named=True)
     schema = _schema_of_calls(tools, is_single=request.parallel_tool_calls is False)
-    return ToolUse(shown, StructuredOutputsParams(json=schema), lambda: BareCalls(is_list=True))
+    structure = StructuredOutputsParams(json=schema)
+    return ToolUse(shown, structure, lambda: BareCalls(names, is_list=True))
 
 
 def _named(tools: Sequence[Tool], name: str) -> Tool:
