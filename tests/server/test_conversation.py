@@ -40,6 +40,15 @@ def test_a_further_field_that_is_null_is_left_out_as_our_own_are() -> None:
     assert seen({**said, "reasoning_content": None, "name": None}) == [said]
 
 
+@pytest.mark.parametrize(
+    ("written", "given"), [('{"a": 1}', {"a": 1}), ("", {}), ('{"a": 1', '{"a": 1'), ("a = 1", "a = 1")]
+)  # fmt: skip
+def test_arguments_are_an_object_or_the_text_that_is_none(written: str, given: object) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": written}}
+    (message,) = seen({"role": "assistant", "content": "x", "tool_calls": [call]})
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": given}
+
+
 def test_a_template_writes_what_was_thought() -> None:
     tokenizer = Tokenizer(resolve_model("demo"), TEMPLATE)
     messages = seen(

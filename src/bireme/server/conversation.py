@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from bireme.server.errors import ApiError
@@ -42,7 +43,7 @@ def _message(index: int, message: ChatMessage) -> Message:
     if message.tool_call_id is not None:
         found["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        found["tool_calls"] = [_call(index, call) for call in message.tool_calls]
+        found["tool_calls"] = [_call(call) for call in message.tool_calls]
     return found
 
 
@@ -60,16 +61,11 @@ def _text(index: int, content: str | Sequence[ContentPart] | None) -> str:
     return "\n".join(part.text or "" for part in content)
 
 
-def _call(index: int, call: ToolCall) -> dict[str, Any]:
-    """Templates want the arguments as an object."""
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        raise ApiError(
-            400,
-            f"messages.{index}.tool_calls: the arguments of {call.function.name!r:.80} are no JSON",
-            param="messages",
-        ) from None
+def _call(call: ToolCall) -> dict[str, Any]:
+    """Templates want the arguments as an object; of a call that was cut short they are a text."""
+    arguments = call.function.arguments or "{}"
+    with suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments)
     return {
         "id": call.id,
         "type": "function",
