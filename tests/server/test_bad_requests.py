@@ -409,6 +409,9 @@ def test_tools_and_schemas_may_nest_and_too_deep_ones_are_refused(server: Served
         text = '{"a":' * depth + "1" + "}" * depth
         found = asked({"type": "object", "default": json.loads(text)})
         assert found.status in (200, 400), (depth, found.body)
+        text = '{"not":' * depth + "{}" + "}" * depth
+        found = asked({"type": "object", **json.loads(text)})
+        assert found.status in (200, 400), (depth, found.body)
     assert asked(NESTED).status in (200, 400)
 
 

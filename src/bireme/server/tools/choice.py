@@ -8,8 +8,8 @@ from typing import Any
 
 from bireme.errors import RequestError
 from bireme.sampling_params import StructuredOutputsParams
-from bireme.server.errors import ApiError
 from bireme.server.protocol.chat import ChatCompletionRequest, NamedTool, Tool
+from bireme.server.tools.moved_schema import moved
 from bireme.server.tools.parsers import BareCalls, FirstCall, NamedCall, ToolParser, parser_of
 
 
@@ -63,33 +63,31 @@ def _named(tools: Sequence[Tool], name: str) -> Tool:
 
 
 def _parameters(tool: Tool) -> dict[str, Any]:
-    return tool.function.parameters or {"type": "object", "properties": {}}
+    """A tool without parameters takes none."""
+    return tool.function.parameters or {
+        "type": "object",
+        "properties": {},
+        "additionalProperties": False,
+    }
 
 
 def _schema_of_calls(tools: Sequence[Tool], *, is_single: bool) -> dict[str, Any]:
-    """A list of calls; what the tools' schemas define is defined for all, as their references say."""
-    definitions: dict[str, Any] = {}
-    calls = []
-    for tool in tools:
-        parameters = dict(_parameters(tool))
-        for name, defined in parameters.pop("$defs", {}).items():
-            if definitions.setdefault(name, defined) != defined:
-                raise ApiError(
-                    400,
-                    f"the tools define {name!r:.80} differently; rename one of them",
-                    param="tools",
-                )
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "parameters": parameters},
-                "required": ["name", "parameters"],
-                "additionalProperties": False,
-            }
-        )
+    """A list of calls; each tool's schema is a definition, by the tool's number."""
+    places = [f"#/$defs/{number}" for number in range(len(tools))]
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, "parameters": {"$ref": place}},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for tool, place in zip(tools, places, strict=True)
+    ]
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     if is_single:
         schema["maxItems"] = 1
-    if definitions:
-        schema["$defs"] = definitions
+    schema["$defs"] = {
+        str(number): moved(_parameters(tool), place)
+        for number, (tool, place) in enumerate(zip(tools, places, strict=True))
+    }
     return schema
