@@ -155,6 +155,22 @@ def test_unknown_fields_are_accepted_and_told_once() -> None:
         assert sum("never_heard_of" in line for line in server.told) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_request_that_is_refused_is_none_that_has_ended(
+    server: Served, stream: bool, num: int
+) -> None:
+    def ended() -> list[str]:
+        told = server.ask("GET", "/metrics").text.splitlines()
+        names = ("bireme:request_success_total", "bireme:e2e_request_latency_seconds_count")
+        return [line for line in told if line.startswith(names)]
+
+    before = ended()
+    body = {"prompt": "x", "n": num, "stream": stream, "structured_outputs": {"regex": "("}}
+    assert server.ask("POST", "/v1/completions", body).status == 400
+    assert ended() == before
+
+
 def test_a_request_is_a_line_of_the_log_without_its_prompt(server: Served) -> None:
     server.ask("POST", "/v1/chat/completions", CHAT, {"x-request-id": "logged"})
     line = server.wait_for("request_id=logged").string

@@ -62,7 +62,7 @@ OF_LEAF = object_of(x={"type": "boolean"})
         (object_of(c={"anyOf": [{"$ref": "#"}, {"type": "null"}]}), {"c": {"c": None}}, {"c": {"c": 1}}),
         (object_of(a={"const": {"$ref": "#/x"}}), {"a": {"$ref": "#/x"}}, {"a": {"$ref": "#/$defs/0/x"}}),
         (object_of(a={"enum": [{"$ref": "#"}, 1]}), {"a": {"$ref": "#"}}, {"a": 2}),
-        (object_of(default={"$ref": "#/definitions/L"}) | {"definitions": {"L": OF_LEAF}}, {"default": LEAF}, {"default": 1}),
+        ({**object_of(default={"$ref": "#/$defs/L"}), "$defs": {"L": OF_LEAF}}, {"default": LEAF}, {"default": 1}),
         (None, {}, {"a": 1}),
         ({}, {}, {"a": 1}),
     ],
