@@ -122,14 +122,20 @@ class ClientGone(Exception):
     """The client closed its connection: there is nobody to answer."""
 
 
-async def on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+def _refused(request: Request, error: ApiError, why: str | None = None) -> Response:
+    """`why` for the log, where the message quotes what may be of a prompt."""
+    Exchange.of(request.scope).error = why or error.message
     return error.response()
 
 
-async def on_bireme_error(_: Request, error: Exception) -> Response:
+async def on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _refused(request, error)
+
+
+async def on_bireme_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, BiremeError)
-    return ApiError.of(error).response()
+    return _refused(request, ApiError.of(error))
 
 
 async def on_http_error(
@@ -140,6 +146,7 @@ async def on_http_error(
     headers = dict(error.headers or {})
     if error.status_code == 405 and (allowed := _methods(routes, request.scope)):
         headers["Allow"] = ", ".join(allowed)
+    Exchange.of(request.scope).error = str(error.detail)
     return ApiError(error.status_code, str(error.detail)).response(headers)
 
 
@@ -153,12 +160,13 @@ def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
     return sorted({method for methods in found for method in methods})
 
 
-async def on_invalid(_: Request, error: Exception) -> Response:
+async def on_invalid(request: Request, error: Exception) -> Response:
     """A body of the wrong shape: names the first fields."""
     assert isinstance(error, RequestValidationError)
     told = faults(error.errors(), error.body)[:_MOST_TOLD]
     text = "; ".join(fault.message for fault in told)
-    return ApiError(400, text, param=told[0].where[:100] or None).response()
+    why = "; ".join(fault.unquoted for fault in told)
+    return _refused(request, ApiError(400, text, param=told[0].where[:100] or None), why)
 
 
 async def on_client_gone(request: Request, _: Exception) -> Response:
