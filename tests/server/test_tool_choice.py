@@ -9,6 +9,7 @@ import pytest
 
 from bireme.checkpoint.hub import resolve_model
 from bireme.engine.input_processor import InputProcessor, ServedModel
+from bireme.errors import RequestError
 from bireme.server.protocol.chat import ChatCompletionRequest
 from bireme.server.tools.choice import ToolUse, tool_use
 
@@ -88,3 +89,31 @@ def test_tools_may_define_one_name_differently() -> None:
     for name, value, is_right in (("f", True, True), ("g", None, True), ("g", True, False)):
         call = [{"name": name, "parameters": {"a": value}}]
         assert fits(made, json.dumps(call)) == is_right
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+TOOLS = dict.fromkeys(("f", "g", "h"), OF_LEAF)
+
+
+def test_allowed_tools_are_all_that_there_are() -> None:
+    must = use(TOOLS, allowed("required", "f", "h"))
+    for name, is_right in (("f", True), ("g", False), ("h", True)):
+        assert fits(must, json.dumps([{"name": name, "parameters": LEAF}])) == is_right
+    may = use(TOOLS, allowed("auto", "g"))
+    assert may.structure is None
+    assert [tool["function"]["name"] for tool in may.shown or ()] == ["g"]
+    assert may.parser is not None
+    for name, num in (("f", 0), ("g", 1)):
+        text = f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>'
+        assert len({piece.index for piece in may.parser().add(text).calls}) == num
+
+
+def test_an_allowed_tool_that_is_none_is_named() -> None:
+    with pytest.raises(RequestError, match="tool_choice names 'x', and the tools are f, g, h"):
+        use(TOOLS, allowed("auto", "f", "x"))
+    with pytest.raises(RequestError, match="tool_choice needs tools"):
+        use(TOOLS, allowed("auto"))

@@ -50,15 +50,16 @@ def _message(index: int, message: ChatMessage) -> Message:
 def _text(index: int, content: str | Sequence[ContentPart] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    for part in content:
-        if part.type not in _TEXT_PARTS or part.text is None:
+    texts = [part.refusal if part.type == "refusal" else part.text for part in content]
+    for part, text in zip(content, texts, strict=True):
+        if part.type not in _TEXT_PARTS or text is None:
             raise ApiError(
                 400,
                 f"messages.{index}.content holds a part of type {part.type!r:.60}; "
                 "this model reads text alone",
                 param="messages",
             )
-    return "\n".join(part.text or "" for part in content)
+    return "\n".join(text or "" for text in texts)
 
 
 def _call(call: ToolCall) -> dict[str, Any]:

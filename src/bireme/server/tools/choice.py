@@ -8,7 +8,7 @@ from typing import Any
 
 from bireme.errors import RequestError
 from bireme.sampling_params import StructuredOutputsParams
-from bireme.server.protocol.chat import ChatCompletionRequest, NamedTool, Tool
+from bireme.server.protocol.chat import AllowedTools, ChatCompletionRequest, NamedTool, Tool
 from bireme.server.tools.moved_schema import moved
 from bireme.server.tools.parsers import BareCalls, FirstCall, NamedCall, ToolParser, parser_of
 
@@ -25,10 +25,13 @@ class ToolUse:
 
 def tool_use(request: ChatCompletionRequest, style: str | None) -> ToolUse:
     """RequestError or ApiError for a choice that cannot be; `style` is how the model writes calls by itself."""
-    tools = request.tools or []
+    tools: Sequence[Tool] = request.tools or []
     choice = request.tool_choice or ("auto" if tools else "none")
     if choice == "none":
         return ToolUse()
+    if isinstance(choice, AllowedTools):
+        allowed = choice.allowed_tools
+        tools, choice = [_named(tools, it.function.name) for it in allowed.tools], allowed.mode
     if not tools:
         raise RequestError("tool_choice needs tools; name at least one")
     shown = [tool.model_dump(exclude_none=True) for tool in tools]
@@ -58,7 +61,7 @@ def _named(tools: Sequence[Tool], name: str) -> Tool:
     for tool in tools:
         if tool.function.name == name:
             return tool
-    known = ", ".join(tool.function.name for tool in tools)
+    known = ", ".join(tool.function.name for tool in tools) or "none"
     raise RequestError(f"tool_choice names {name!r:.80}, and the tools are {known:.200}")
 
 
