@@ -20,6 +20,7 @@ from bireme.sampling_params import SamplingParams
 from bireme.server.completions import CompletionReply
 from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
+from bireme.server.finished import FinishedRequest
 from bireme.server.generation import Generation
 from bireme.server.metrics import ServerMetrics
 from bireme.server.protocol.common import Usage
@@ -106,6 +107,35 @@ def test_an_error_that_comes_alone_is_raised_at_once() -> None:
         engine.say(0, [], "error", "too many states")
         with pytest.raises(RequestError, match="too many states"):
             await generation.take()
+
+    on_loop(work)
+
+
+class Spans(Tracer):
+    """Keeps what it is told of requests."""
+
+    def __init__(self) -> None:
+        self.requests: list[FinishedRequest] = []
+
+    def note(self, _id: str, _params: Any, request: FinishedRequest, _headers: Any) -> None:
+        self.requests.append(request)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_request_that_failed_has_ended_with_its_error(num: int) -> None:
+    async def work() -> None:
+        engine = Engine("x", n=num, max_tokens=9)
+        engine.serving.tracer = spans = Spans()
+        generation = engine.generation()
+        engine.say(0, [300])
+        await generation.take()
+        engine.say(0, [], "error", "too many states")
+        with pytest.raises(RequestError) as caught:
+            await generation.take()
+        generation.note_error(caught.value)
+        generation.close()
+        ((reason, error),) = [(it.finished_reason, it.error) for it in spans.requests]
+        assert (reason, error) == ("error", "too many states")
 
     on_loop(work)
 

@@ -19,14 +19,21 @@ class FinishedRequest:
     queue_s: float
     ttft_s: float | None
     e2e_s: float
+    error: str | None = None  # why it failed
 
     @classmethod
-    def of(cls, output: RequestOutput, finished_reason: str | None = None) -> FinishedRequest:
-        """`finished_reason` of a request that was cut short; else it is that of its first choice."""
-        metrics = output.metrics
+    def of(
+        cls, output: RequestOutput, finished_reason: str | None = None, error: str | None = None
+    ) -> FinishedRequest:
+        """`finished_reason` and `error` of a request that was cut short; else they are those of its
+        first choice."""
+        metrics, first = output.metrics, output.outputs[0]
         assert metrics is not None, "an engine's output has them"
+        if first.finish_reason == "error":
+            error = str(first.stop_reason)
         return cls(
-            finished_reason=finished_reason or output.outputs[0].finish_reason or "abort",
+            finished_reason=finished_reason or first.finish_reason or "abort",
+            error=error,
             num_prompt_tokens=len(output.prompt_token_ids),
             num_generation_tokens=metrics.num_tokens,
             num_cached_tokens=output.num_cached_tokens,

@@ -96,11 +96,12 @@ class Generation:
         self.answers.close()
         if self._is_refused:
             return
-        reason = "abort" if self._exchange.error is None else "error"
+        error = self._exchange.error
+        reason = "abort" if error is None else "error"
         for index, stream in enumerate(self.answers.streams):
             if index not in self._outputs:
                 self._outputs[index] = output = stream.output()
-                self._note_finished(index, FinishedRequest.of(output, reason))
+                self._note_finished(index, FinishedRequest.of(output, reason, error))
 
     def _note_finished(self, index: int, finished: FinishedRequest) -> None:
         exchange, request = self._exchange, self._opened[index].requests[0][0]
