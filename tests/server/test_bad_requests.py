@@ -344,6 +344,29 @@ def test_an_error_names_the_field_that_the_client_has_sent(
             assert f"{param}={body[param]} must be" in found.error["message"]
 
 
+@pytest.mark.parametrize("text", ["word " * 3000, "word " * 200_000])
+@pytest.mark.parametrize(
+    ("path", "body_of", "param"),
+    [
+        (COMPLETIONS, lambda text: {"prompt": text}, "prompt"),
+        (COMPLETIONS, lambda text: {"prompt": ["x", text]}, "prompt"),
+        (CHAT, lambda text: {"messages": [{"role": "user", "content": text}]}, "messages"),
+        (RESPONSES, lambda text: {"input": text}, "input"),
+        ("/tokenize", lambda text: {"prompt": text}, "prompt"),
+        ("/detokenize", lambda text: {"tokens": [5] * len(text)}, "tokens"),
+        ("/tokenize", lambda text: {"messages": [{"role": "user", "content": text}]}, "messages"),
+    ],
+)
+def test_what_is_too_long_for_the_context_is_named(
+    server: Served, path: str, body_of: Callable[[str], dict[str, Any]], param: str, text: str
+) -> None:
+    found = server.ask("POST", path, body_of(text))
+    if path == "/tokenize" and found.status == 200:
+        return  # it counts more than the context holds
+    assert (found.status, found.error["param"]) == (400, param)
+    assert found.error["code"] == "context_length_exceeded"
+
+
 def test_what_is_odd_but_allowed_is_served(server: Served) -> None:
     for more in (
         {"seed": BIG}, {"seed": -5}, {"stop": []}, {"user": "x" * 10_000}, {"metadata": {"a": BIG}},

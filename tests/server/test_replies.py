@@ -146,7 +146,11 @@ def test_a_request_that_failed_has_ended_with_its_error(num: int) -> None:
 def reply_to(engine: Engine, generation: Generation, **wanted: Any) -> CompletionReply:
     asked = CompletionRequest(prompt="x", stream=True, **wanted)
     reply = CompletionReply(
-        engine.serving, engine.exchange, asked, UsageOf(True, True), FieldNames("response_format")
+        engine.serving,
+        engine.exchange,
+        asked,
+        UsageOf(True, True),
+        FieldNames("prompt", "response_format"),
     )
     assert reply.begin(generation.answers) == b""
     return reply
@@ -296,7 +300,7 @@ def items_of(
         engine = Engine("x", max_tokens=900, logprobs=1, **params)
         generation = engine.generation()
         chat = as_chat(wanted)
-        tools, names = tool_use(chat, "hermes"), FieldNames("text")
+        tools, names = tool_use(chat, "hermes"), FieldNames("input", "text")
         reply = ResponsesReply(engine.exchange, wanted, chat, tools, names, INPUTS.tokenizer)
         events = reply.begin(generation.answers)
         step = num_together or len(ids) or 1

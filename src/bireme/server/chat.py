@@ -44,6 +44,7 @@ async def chat(request: Request, serving: Serving, wanted: ChatCompletionRequest
     exchange = enter(request, serving, wanted)
     usage, tools = usage_of(wanted), tool_use(wanted, serving.tool_style)
     names = FieldNames(
+        "messages",
         structure=wanted.structure_field if tools.structure is None else "tools",
         max_tokens="max_tokens"
         if wanted.max_completion_tokens is None

@@ -30,6 +30,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+_TOO_LONG = "context_length_exceeded"
 _RETRY_S = 1
 _MOST_TOLD = 3
 
@@ -49,7 +50,7 @@ class ApiError(Exception):
             return cls(429, str(error), code="rate_limit_exceeded")
         if isinstance(error, RequestError):
             text = str(error)
-            code = "context_length_exceeded" if "the context holds" in text else None
+            code = _TOO_LONG if "the context holds" in text else None
             return cls(400, text, param=_field(text), code=code)
         return cls(503 if isinstance(error, EngineError) else 500, str(error), code="engine_error")
 
@@ -96,9 +97,11 @@ def _field(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class FieldNames:
-    """The fields that a client has sent for `SamplingParams.max_tokens` and for its structure."""
+    """The fields that a client has sent for its prompt, for a structure and for
+    `SamplingParams.max_tokens`."""
 
-    structure: str
+    prompt: str
+    structure: str | None = None
     max_tokens: str = "max_tokens"
 
     def told(self, error: ApiError) -> ApiError:
@@ -106,8 +109,11 @@ class FieldNames:
         if error.status != 400:
             return error
         text = re.sub(r"\bmax_tokens=", f"{self.max_tokens}=", error.message)
-        is_of_structure = re.search("structured outputs|the grammar", text) is not None
-        param = _field(text) or (self.structure if is_of_structure else error.param)
+        param = _field(text) or error.param
+        if param is None and re.search("structured outputs|the grammar", text):
+            param = self.structure
+        if param is None and error.code == _TOO_LONG:
+            param = self.prompt
         return ApiError(400, text, param=param, code=error.code)
 
     @contextmanager

@@ -45,7 +45,8 @@ async def answer(request: Request, serving: Serving, wanted: ResponsesRequest) -
     exchange = enter(request, serving, wanted)
     chat = as_chat(wanted)
     tools = tool_use(chat, serving.tool_style)
-    names = FieldNames("text" if tools.structure is None else "tools", "max_output_tokens")
+    structure = "text" if tools.structure is None else "tools"
+    names = FieldNames("input", structure, "max_output_tokens")
     with names.used():
         opened = await open_prompts(
             serving,
