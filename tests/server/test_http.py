@@ -141,8 +141,18 @@ def test_what_there_is_not_is_an_error_in_openais_words(
 
 
 def test_head_of_a_route_without_it_has_no_body(server: Served) -> None:
-    found = server.ask("HEAD", "/v1/models")
+    found = server.ask("HEAD", "/tokenizer_info")
     assert (found.status, found.body) == (405, b"")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/health", "/ping", "/version", "/load", "/metrics", "/v1/models", f"/v1/models/{DEMO}"],
+)
+def test_head_of_what_is_watched_is_get_without_its_body(server: Served, path: str) -> None:
+    found, whole = server.ask("HEAD", path), server.ask("GET", path)
+    assert (found.status, found.body) == (200, b"")
+    assert found.headers["content-type"] == whole.headers["content-type"]
 
 
 def test_unknown_fields_are_accepted_and_told_once() -> None:
