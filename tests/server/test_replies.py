@@ -15,6 +15,7 @@ from bireme.engine.callers import Callers
 from bireme.engine.engine import TokenEvent
 from bireme.engine.input_processor import InputProcessor, ServedModel
 from bireme.errors import RequestError
+from bireme.outputs import Logprob
 from bireme.request import PromptLogprobs, TokenLogprobs
 from bireme.sampling_params import SamplingParams
 from bireme.server.completions import CompletionReply
@@ -22,6 +23,7 @@ from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.finished import FinishedRequest
 from bireme.server.generation import Generation
+from bireme.server.logprobs import chat_logprobs
 from bireme.server.metrics import ServerMetrics
 from bireme.server.protocol.common import Usage
 from bireme.server.protocol.completions import CompletionRequest
@@ -279,6 +281,18 @@ def test_a_stop_string_moves_no_offset() -> None:
     named = list(zip(found["tokens"], found["text_offset"], strict=True))
     assert found["text"] == "xon"
     assert all("xone two".startswith(token, at) for token, at in named[1:])
+
+
+# --- chats -------------------------------------------------------------------------------------
+
+
+def test_bytes_of_tokens_are_those_of_the_text_where_a_character_is_several() -> None:
+    ids = INPUTS.tokenizer.encode(SPLIT, add_special_tokens=False)
+    tokens = [{id_: Logprob(-1.0, 1, INPUTS.tokenizer.name_of(id_))} for id_ in ids]
+    found = chat_logprobs(tokens, 1, INPUTS.tokenizer).content
+    assert b"".join(bytes(it.bytes or ()) for it in found) == SPLIT.encode()
+    assert all(it.top_logprobs[0].bytes == it.bytes for it in found)
+    assert any("\ufffd" in it.token for it in found)
 
 
 # --- responses ---------------------------------------------------------------------------------

@@ -23,12 +23,12 @@ def _text(token_id: int, found: Logprob) -> str:
     return f"token_id:{token_id}" if found.decoded_token is None else found.decoded_token
 
 
-def chat_logprobs(tokens: Sequence[Logprobs], num_top: int) -> ChoiceLogprobs:
-    return ChoiceLogprobs(content=[_chat_token(found, num_top) for found in tokens])
+def chat_logprobs(tokens: Sequence[Logprobs], num_top: int, tokenizer: Tokenizer) -> ChoiceLogprobs:
+    return ChoiceLogprobs(content=[_chat_token(found, num_top, tokenizer) for found in tokens])
 
 
-def _chat_token(found: Logprobs, num_top: int) -> TokenLogprob:
-    entries = [_top(token_id, one) for token_id, one in found.items()]
+def _chat_token(found: Logprobs, num_top: int, tokenizer: Tokenizer) -> TokenLogprob:
+    entries = [_top(token_id, one, tokenizer) for token_id, one in found.items()]
     likeliest = sorted(
         zip(entries, found.values(), strict=True), key=lambda pair: pair[1].rank or 0
     )
@@ -40,9 +40,12 @@ def _chat_token(found: Logprobs, num_top: int) -> TokenLogprob:
     )
 
 
-def _top(token_id: int, found: Logprob) -> TopLogprob:
-    text = _text(token_id, found)
-    return TopLogprob(token=text, logprob=_finite(found), bytes=list(text.encode(errors="replace")))
+def _top(token_id: int, found: Logprob, tokenizer: Tokenizer) -> TopLogprob:
+    return TopLogprob(
+        token=_text(token_id, found),
+        logprob=_finite(found),
+        bytes=list(tokenizer.bytes_of(token_id)),
+    )
 
 
 class TokenTexts:

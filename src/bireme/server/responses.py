@@ -74,7 +74,7 @@ class ResponsesReply:
     ) -> None:
         self._names = names
         self._wanted, self._num_top = wanted, chat.top_logprobs or 0
-        self._texts = TokenTexts(tokenizer)
+        self._tokenizer, self._texts = tokenizer, TokenTexts(tokenizer)
         self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not settled yet
         self._model = exchange.model or ""
         self._id, self._created_s = f"resp_{exchange.request_id}", time.time()
@@ -105,7 +105,7 @@ class ResponsesReply:
         return events
 
     def _add_piece(self, text: str, logprobs: Sequence[Logprobs]) -> bytes:
-        self._logprobs += chat_logprobs(logprobs, self._num_top).content
+        self._logprobs += chat_logprobs(logprobs, self._num_top, self._tokenizer).content
         return self._add_parsed(self._parser.add(text) if self._parser else Parsed([text]))
 
     def _add_rest(self) -> bytes:
