@@ -142,6 +142,21 @@ def test_a_request_that_failed_has_ended_with_its_error(num: int) -> None:
     on_loop(work)
 
 
+def test_a_request_of_which_one_choice_failed_has_failed() -> None:
+    async def work() -> None:
+        engine = Engine("x", n=2, max_tokens=9)
+        engine.serving.tracer = spans = Spans()
+        generation = engine.generation()
+        engine.say(0, [300], "stop")
+        engine.say(1, [300], "error", "too many states")
+        await generation.take()
+        assert [(it.finished_reason, it.error) for it in spans.requests] == [
+            ("error", "too many states")
+        ]
+
+    on_loop(work)
+
+
 # --- completions -------------------------------------------------------------------------------
 
 
