@@ -21,27 +21,42 @@ from bireme.server.tools.parsers import (
 )
 
 Call = tuple[str | None, str]
+NAMES = ("f", "g")
 STYLES: dict[str, Callable[[], ToolParser]] = {
-    "hermes": MarkedCalls,
-    "llama3_json": BareCalls,
-    "list": lambda: BareCalls(is_list=True),
+    "hermes": lambda: MarkedCalls(NAMES),
+    "llama3_json": lambda: BareCalls(NAMES),
+    "list": lambda: BareCalls(NAMES, is_list=True),
     "named": lambda: NamedCall("f"),
-    "the first of hermes": lambda: FirstCall(MarkedCalls()),
-    "the first of llama3_json": lambda: FirstCall(BareCalls()),
+    "the first of hermes": lambda: FirstCall(MarkedCalls(NAMES)),
+    "the first of llama3_json": lambda: FirstCall(BareCalls(NAMES)),
 }
+
+
+def parts(parser: ToolParser, pieces: Sequence[str]) -> list[str | int]:
+    """Content, and the indices of calls, in their order."""
+    found: list[str | int] = []
+    for parsed in [*map(parser.add, pieces), parser.finish()]:
+        for part in parsed.parts:
+            if not isinstance(part, str):
+                found += [part.index] if part.index not in found else []
+            elif found and isinstance(found[-1], str):
+                found[-1] += part
+            else:
+                found.append(part)
+    return found
 
 
 def read(parser: ToolParser, pieces: Sequence[str]) -> tuple[str, list[Call]]:
     """Content, and calls by name and arguments; checks that names and ids come once, in order."""
-    parts = [*map(parser.add, pieces), parser.finish()]
-    found = [piece for part in parts for piece in part.calls]
+    parsed = [*map(parser.add, pieces), parser.finish()]
+    found = [piece for part in parsed for piece in part.calls]
     begun = [piece.index for piece in found if piece.id is not None]
     assert begun == list(range(len(begun)))
     assert len({piece.id for piece in found if piece.id is not None}) == len(begun)
     assert all((piece.id is None) == (piece.name is None) for piece in found)
     assert [piece.index for piece in found] == sorted(piece.index for piece in found)
     return (
-        "".join(part.content for part in parts),
+        "".join(part.content for part in parsed),
         [(call.name, call.arguments) for call in joined(found)],
     )
 
@@ -73,6 +88,7 @@ def test_any_pieces_of_a_text_give_what_it_gives_at_once(
         cuts = sorted(data.draw(st.sets(st.integers(1, len(text)))))
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         assert read(STYLES[style](), pieces) == whole
+        assert parts(STYLES[style](), pieces) == parts(STYLES[style](), [text])
 
 
 @pytest.mark.parametrize("style", ["hermes", "llama3_json"])
@@ -111,7 +127,7 @@ def test_calls_as_hermes_writes_them_are_read_back(
         for name, given in calls
     ]
     text = before + "".join(f"\n<tool_call>\n{one}\n</tool_call>" for one in written)
-    content, found = read(MarkedCalls(), list(text))
+    content, found = read(MarkedCalls({name for name, _ in calls}), list(text))
     assert content == before
     assert [(name, json.loads(given)) for name, given in found] == calls
 
@@ -122,10 +138,11 @@ def test_calls_as_llama_writes_them_are_read_back(
     calls: list[tuple[str, dict[str, object]]], prefix: str, between: str
 ) -> None:
     written = [json.dumps({"name": name, "parameters": given}) for name, given in calls]
-    content, found = read(BareCalls(), list(prefix + between.join(written)))
+    names = {name for name, _ in calls}
+    content, found = read(BareCalls(names), list(prefix + between.join(written)))
     assert content == ""
     assert [(name, json.loads(given)) for name, given in found] == calls
-    assert read(BareCalls(is_list=True), ["[" + ", ".join(written) + "]"]) == ("", found)
+    assert read(BareCalls(names, is_list=True), ["[" + ", ".join(written) + "]"]) == ("", found)
 
 
 @pytest.mark.parametrize("style", ["hermes", "llama3_json"])
@@ -144,46 +161,94 @@ def test_calls_as_llama_writes_them_are_read_back(
     ],
 )
 def test_a_text_without_calls_is_content(style: str, text: str) -> None:
-    content, calls = read(parser_of(style), list(text))
+    content, calls = read(parser_of(style, NAMES), list(text))
     assert (content, calls) == (text, [])
 
 
 @pytest.mark.parametrize("style", ["hermes", "llama3_json"])
 def test_an_object_that_names_no_function_is_content(style: str) -> None:
     text = '{"city": "Paris"}'
-    assert read(parser_of(style), list(text)) == (text, [])
+    assert read(parser_of(style, NAMES), list(text)) == (text, [])
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama3_json"])
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+@example(' <|python_tag|> {"name": "f", "parameters": {}} ')
+@example('say <tool_call> {"name": "f", "arguments": {}} </tool_call>')
+@example('<tool_call>{"name": "f"</tool_')
+def test_no_text_is_lost_where_nothing_calls_a_tool(style: str, text: str) -> None:
+    assert read(parser_of(style, ()), list(text)) == (text, [])
+
+
+def test_an_object_with_a_name_is_no_call_without_arguments_or_of_no_tool() -> None:
+    for text in ('{"name": "f", "age": 3}', '{"name": "Bob", "parameters": {}}', '{"name": "f"}'):
+        assert read(BareCalls(NAMES), list(text)) == (text, [])
+        called = '{"name": "g", "parameters": {}}'
+        assert read(BareCalls(NAMES), list(f"{called}\n{text}")) == (f"\n{text}", [("g", "{}")])
+    text = '<tool_call>{"name": "Bob", "arguments": {}}</tool_call>'
+    assert read(MarkedCalls(NAMES), list(text)) == (text, [])
+
+
+def test_content_and_calls_come_in_their_order() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    text = f"before {call} between {call} after"
+    expected = ["before", 0, " between", 1, " after"]
+    assert parts(MarkedCalls(NAMES), [text]) == parts(MarkedCalls(NAMES), list(text)) == expected
+
+
+@pytest.mark.parametrize(
+    "written", ['{"name": "f"}', '{"name": "f", "arguments": null}', '{"name": "f", "arguments": ""}']
+)  # fmt: skip
+def test_a_call_without_arguments_has_none_of_them(written: str) -> None:
+    text = f"<tool_call>{written}</tool_call>"
+    assert read(MarkedCalls(NAMES), list(text)) == ("", [("f", "{}")])
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('{"name": "f", "arguments": {"a": 1}\n', '{"a": 1}'),
+        ('{"name": "f", "arguments": {"a": "</tool_call>"', '{"a": "</tool_call>"'),
+        ('{"name": "f", "arguments": {"a": 1 </tool_', '{"a": 1 </tool_'),
+        ('{"name": "f"', "{}"),
+    ],
+)
+def test_the_closing_mark_ends_a_call_that_is_not_closed(written: str, arguments: str) -> None:
+    text = f"<tool_call>{written}</tool_call> after"
+    assert read(MarkedCalls(NAMES), list(text)) == (" after", [("f", arguments)])
 
 
 def test_text_around_calls_is_content() -> None:
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
-    content, calls = read(MarkedCalls(), [f"before {call} between {call} after"])
+    content, calls = read(MarkedCalls(NAMES), [f"before {call} between {call} after"])
     assert content.split() == ["before", "between", "after"]
     assert calls == [("f", "{}")] * 2
-    assert read(BareCalls(), [f"{call[11:-12]} and more"]) == (" and more", [("f", "{}")])
+    assert read(BareCalls(NAMES), [f"{call[11:-12]} and more"]) == (" and more", [("f", "{}")])
 
 
 def test_an_unfinished_call_is_told_as_far_as_it_came() -> None:
     text = '<tool_call>{"name": "f", "arguments": {"x": "unfin'
-    assert read(MarkedCalls(), list(text)) == ("", [("f", '{"x": "unfin')])
-    assert read(BareCalls(), list(text[11:])) == ("", [("f", '{"x": "unfin')])
+    assert read(MarkedCalls(NAMES), list(text)) == ("", [("f", '{"x": "unfin')])
+    assert read(BareCalls(NAMES), list(text[11:])) == ("", [("f", '{"x": "unfin')])
 
 
 def test_arguments_written_as_a_text_are_what_it_holds() -> None:
     inner = json.dumps({"x": '"}'})
     text = json.dumps({"name": "f", "arguments": inner})
-    assert read(MarkedCalls(), [f"<tool_call>{text}</tool_call>"])[1] == [("f", inner)]
-    assert read(BareCalls(), list(text))[1] == [("f", inner)]
+    assert read(MarkedCalls(NAMES), [f"<tool_call>{text}</tool_call>"])[1] == [("f", inner)]
+    assert read(BareCalls(NAMES), list(text))[1] == [("f", inner)]
 
 
 def test_arguments_may_come_before_the_name() -> None:
     text = '{"parameters": {"x": [1, {"y": 2}]}, "name": "f"}'
-    assert read(BareCalls(), list(text))[1] == [("f", '{"x": [1, {"y": 2}]}')]
+    assert read(BareCalls(NAMES), list(text))[1] == [("f", '{"x": [1, {"y": 2}]}')]
 
 
 def test_of_two_names_or_arguments_the_first_counts() -> None:
     text = '{"name": "f", "arguments": {"x": 1}, "name": "g", "parameters": {"y": 22222}}'
     for pieces in ([text], list(text)):
-        assert read(BareCalls(), pieces)[1] == [("f", '{"x": 1}')]
+        assert read(BareCalls(NAMES), pieces)[1] == [("f", '{"x": 1}')]
 
 
 @pytest.mark.parametrize(

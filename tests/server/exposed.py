@@ -27,7 +27,7 @@ STATS = Stats(
 )  # fmt: skip
 
 
-def finished(reason: str = "stop", **more: float | None) -> FinishedRequest:
+def finished(reason: str = "stop", **more: float | str | None) -> FinishedRequest:
     values = {"queue_s": 0.5, "ttft_s": 1.0, "e2e_s": 3.0, **more}
     return FinishedRequest(
         finished_reason=reason, num_prompt_tokens=7, num_generation_tokens=4, num_cached_tokens=0,

@@ -216,7 +216,6 @@ def test_a_field_out_of_its_range_is_refused(server: Served, path: str) -> None:
         (CHAT, {"messages": [{"role": "user", "content": "word " * 3000}]}),
         (CHAT, {"messages": HELLO, "tools": [{}]}), (CHAT, {"messages": HELLO, "tools": 5}),
         (CHAT, {"messages": HELLO, "tool_choice": "sometimes"}),
-        (CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}),
         ("/tokenize", {}), ("/tokenize", {"prompt": "x", "messages": HELLO}), ("/tokenize", {"prompt": 5}),
         ("/detokenize", {}), ("/detokenize", {"tokens": ["x"]}), ("/detokenize", {"tokens": [-1]}),
     ],
@@ -345,6 +344,29 @@ def test_an_error_names_the_field_that_the_client_has_sent(
             assert f"{param}={body[param]} must be" in found.error["message"]
 
 
+@pytest.mark.parametrize("text", ["word " * 3000, "word " * 200_000])
+@pytest.mark.parametrize(
+    ("path", "body_of", "param"),
+    [
+        (COMPLETIONS, lambda text: {"prompt": text}, "prompt"),
+        (COMPLETIONS, lambda text: {"prompt": ["x", text]}, "prompt"),
+        (CHAT, lambda text: {"messages": [{"role": "user", "content": text}]}, "messages"),
+        (RESPONSES, lambda text: {"input": text}, "input"),
+        ("/tokenize", lambda text: {"prompt": text}, "prompt"),
+        ("/detokenize", lambda text: {"tokens": [5] * len(text)}, "tokens"),
+        ("/tokenize", lambda text: {"messages": [{"role": "user", "content": text}]}, "messages"),
+    ],
+)
+def test_what_is_too_long_for_the_context_is_named(
+    server: Served, path: str, body_of: Callable[[str], dict[str, Any]], param: str, text: str
+) -> None:
+    found = server.ask("POST", path, body_of(text))
+    if path == "/tokenize" and found.status == 200:
+        return  # it counts more than the context holds
+    assert (found.status, found.error["param"]) == (400, param)
+    assert found.error["code"] == "context_length_exceeded"
+
+
 def test_what_is_odd_but_allowed_is_served(server: Served) -> None:
     for more in (
         {"seed": BIG}, {"seed": -5}, {"stop": []}, {"user": "x" * 10_000}, {"metadata": {"a": BIG}},
@@ -409,6 +431,9 @@ def test_tools_and_schemas_may_nest_and_too_deep_ones_are_refused(server: Served
     for depth in (100, 200, 300, 500, 900):
         text = '{"a":' * depth + "1" + "}" * depth
         found = asked({"type": "object", "default": json.loads(text)})
+        assert found.status in (200, 400), (depth, found.body)
+        text = '{"not":' * depth + "{}" + "}" * depth
+        found = asked({"type": "object", **json.loads(text)})
         assert found.status in (200, 400), (depth, found.body)
     assert asked(NESTED).status in (200, 400)
 

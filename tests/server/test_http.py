@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 import shutil
 import socket
 import subprocess
@@ -140,8 +141,18 @@ def test_what_there_is_not_is_an_error_in_openais_words(
 
 
 def test_head_of_a_route_without_it_has_no_body(server: Served) -> None:
-    found = server.ask("HEAD", "/v1/models")
+    found = server.ask("HEAD", "/tokenizer_info")
     assert (found.status, found.body) == (405, b"")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/health", "/ping", "/version", "/load", "/metrics", "/v1/models", f"/v1/models/{DEMO}"],
+)
+def test_head_of_what_is_watched_is_get_without_its_body(server: Served, path: str) -> None:
+    found, whole = server.ask("HEAD", path), server.ask("GET", path)
+    assert (found.status, found.body) == (200, b"")
+    assert found.headers["content-type"] == whole.headers["content-type"]
 
 
 def test_unknown_fields_are_accepted_and_told_once() -> None:
@@ -155,6 +166,22 @@ def test_unknown_fields_are_accepted_and_told_once() -> None:
         assert sum("never_heard_of" in line for line in server.told) == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_request_that_is_refused_is_none_that_has_ended(
+    server: Served, stream: bool, num: int
+) -> None:
+    def ended() -> list[str]:
+        told = server.ask("GET", "/metrics").text.splitlines()
+        names = ("bireme:request_success_total", "bireme:e2e_request_latency_seconds_count")
+        return [line for line in told if line.startswith(names)]
+
+    before = ended()
+    body = {"prompt": "x", "n": num, "stream": stream, "structured_outputs": {"regex": "("}}
+    assert server.ask("POST", "/v1/completions", body).status == 400
+    assert ended() == before
+
+
 def test_a_request_is_a_line_of_the_log_without_its_prompt(server: Served) -> None:
     server.ask("POST", "/v1/chat/completions", CHAT, {"x-request-id": "logged"})
     line = server.wait_for("request_id=logged").string
@@ -163,6 +190,37 @@ def test_a_request_is_a_line_of_the_log_without_its_prompt(server: Served) -> No
     assert "secret" not in line
     server.ask("POST", "/v1/completions", {"prompt": 5}, {"x-request-id": 'forged" x=1'})
     assert r'request_id="forged\" x=1"' in server.wait_for("forged").string
+
+
+LONG_SECRET = "A secret question " * 2000
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "told"),
+    [
+        (COMPLETIONS, {"prompt": "A secret", "temperature": -1}, "temperature=-1.0 must be"),
+        (COMPLETIONS, {"prompt": "A secret", "structured_outputs": {"regex": "("}}, "structured outputs"),
+        (COMPLETIONS, {"prompt": "A secret", "suffix": "secret"}, "suffix is not supported"),
+        (COMPLETIONS, {"prompt": {"secret": "secret"}}, "prompt must be a text, token ids, or"),
+        (COMPLETIONS, {"prompt": "A secret", "n": "secret"}, "n: Input should be a valid integer"),
+        (COMPLETIONS, b'{"prompt": "A secret', "the body is no JSON"),
+        (COMPLETIONS, {"prompt": LONG_SECRET}, "the context holds 1024"),
+        (CHATS, {"messages": [{"role": "user", "content": {"a": "secret"}}]}, "messages.0.content must be"),
+        (CHATS, {"messages": [{"role": "tool", "content": "secret"}]}, "the chat template refuses"),
+        ("/v1/responses", {"input": [{"type": "image", "content": "secret"}]}, "input.0 is of type 'image'"),
+        ("/v1/nope", {"prompt": "A secret"}, "Not Found"),
+    ],
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
+def test_the_log_says_why_a_request_was_refused_and_nothing_of_its_prompt(
+    server: Served, path: str, body: Any, told: str
+) -> None:
+    name = secrets.token_hex(4)
+    assert server.ask("POST", path, body, {"x-request-id": name}).status in (400, 404)
+    line = server.wait_for(f"request_id={name}").string
+    assert re.search(f'error="[^"]*{re.escape(told)}', line), line
+    assert "secret" not in line
 
 
 # --- options -----------------------------------------------------------------------------------

@@ -137,5 +137,6 @@ def test_a_finished_request_is_read_from_its_output() -> None:
     whole = FinishedRequest.of(output(3))
     assert (whole.finished_reason, whole.ttft_s, whole.queue_s) == ("length", 2.0, 1.0)
     assert (whole.num_prompt_tokens, whole.num_cached_tokens) == (2, 1)
+    assert whole.error is None
     cut = FinishedRequest.of(output(0), "abort")
     assert (cut.finished_reason, cut.ttft_s) == ("abort", None)

@@ -15,15 +15,22 @@ from bireme.engine.callers import Callers
 from bireme.engine.engine import TokenEvent
 from bireme.engine.input_processor import InputProcessor, ServedModel
 from bireme.errors import RequestError
+from bireme.outputs import Logprob
 from bireme.request import PromptLogprobs, TokenLogprobs
 from bireme.sampling_params import SamplingParams
 from bireme.server.completions import CompletionReply
 from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
+from bireme.server.finished import FinishedRequest
 from bireme.server.generation import Generation
+from bireme.server.logprobs import chat_logprobs
 from bireme.server.metrics import ServerMetrics
 from bireme.server.protocol.common import Usage
 from bireme.server.protocol.completions import CompletionRequest
+from bireme.server.protocol.responses import ResponsesRequest
+from bireme.server.response_input import as_chat
+from bireme.server.responses import ResponsesReply
+from bireme.server.tools.choice import tool_use
 from bireme.server.tracing import Tracer
 from bireme.server.usage import UsageOf
 
@@ -106,13 +113,61 @@ def test_an_error_that_comes_alone_is_raised_at_once() -> None:
     on_loop(work)
 
 
+class Spans(Tracer):
+    """Keeps what it is told of requests."""
+
+    def __init__(self) -> None:
+        self.requests: list[FinishedRequest] = []
+
+    def note(self, _id: str, _params: Any, request: FinishedRequest, _headers: Any) -> None:
+        self.requests.append(request)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_a_request_that_failed_has_ended_with_its_error(num: int) -> None:
+    async def work() -> None:
+        engine = Engine("x", n=num, max_tokens=9)
+        engine.serving.tracer = spans = Spans()
+        generation = engine.generation()
+        engine.say(0, [300])
+        await generation.take()
+        engine.say(0, [], "error", "too many states")
+        with pytest.raises(RequestError) as caught:
+            await generation.take()
+        generation.note_error(caught.value)
+        generation.close()
+        ((reason, error),) = [(it.finished_reason, it.error) for it in spans.requests]
+        assert (reason, error) == ("error", "too many states")
+
+    on_loop(work)
+
+
+def test_a_request_of_which_one_choice_failed_has_failed() -> None:
+    async def work() -> None:
+        engine = Engine("x", n=2, max_tokens=9)
+        engine.serving.tracer = spans = Spans()
+        generation = engine.generation()
+        engine.say(0, [300], "stop")
+        engine.say(1, [300], "error", "too many states")
+        await generation.take()
+        assert [(it.finished_reason, it.error) for it in spans.requests] == [
+            ("error", "too many states")
+        ]
+
+    on_loop(work)
+
+
 # --- completions -------------------------------------------------------------------------------
 
 
 def reply_to(engine: Engine, generation: Generation, **wanted: Any) -> CompletionReply:
     asked = CompletionRequest(prompt="x", stream=True, **wanted)
     reply = CompletionReply(
-        engine.serving, engine.exchange, asked, UsageOf(True, True), FieldNames("response_format")
+        engine.serving,
+        engine.exchange,
+        asked,
+        UsageOf(True, True),
+        FieldNames("prompt", "response_format"),
     )
     assert reply.begin(generation.answers) == b""
     return reply
@@ -241,3 +296,104 @@ def test_a_stop_string_moves_no_offset() -> None:
     named = list(zip(found["tokens"], found["text_offset"], strict=True))
     assert found["text"] == "xon"
     assert all("xone two".startswith(token, at) for token, at in named[1:])
+
+
+# --- chats -------------------------------------------------------------------------------------
+
+
+def test_bytes_of_tokens_are_those_of_the_text_where_a_character_is_several() -> None:
+    ids = INPUTS.tokenizer.encode(SPLIT, add_special_tokens=False)
+    tokens = [{id_: Logprob(-1.0, 1, INPUTS.tokenizer.name_of(id_))} for id_ in ids]
+    found = chat_logprobs(tokens, 1, INPUTS.tokenizer).content
+    assert b"".join(bytes(it.bytes or ()) for it in found) == SPLIT.encode()
+    assert all(it.top_logprobs[0].bytes == it.bytes for it in found)
+    assert any("\ufffd" in it.token for it in found)
+
+
+# --- responses ---------------------------------------------------------------------------------
+
+CALL = '<tool_call>{"name": "f", "arguments": {"a": "é"}}</tool_call>'
+F = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+
+
+def items_of(
+    text: str, num_together: int | None, choice: Any = "auto", **params: Any
+) -> list[dict[str, Any]]:
+    """The items of an answer with log-probabilities, streamed so many tokens at a time, or whole."""
+    body = {"input": "x", "tools": [F], "tool_choice": choice, "top_logprobs": 1, "stream": True}
+    wanted = ResponsesRequest.model_validate(body)
+    ids = INPUTS.tokenizer.encode(text, add_special_tokens=False)
+    found: list[dict[str, Any]] = []
+
+    async def work() -> None:
+        engine = Engine("x", max_tokens=900, logprobs=1, **params)
+        generation = engine.generation()
+        chat = as_chat(wanted)
+        tools, names = tool_use(chat, "hermes"), FieldNames("input", "text")
+        reply = ResponsesReply(engine.exchange, wanted, chat, tools, names, INPUTS.tokenizer)
+        events = reply.begin(generation.answers)
+        step = num_together or len(ids) or 1
+        pieces = [ids[at : at + step] for at in range(0, len(ids), step)]
+        for piece in [*pieces, [2]]:
+            if generation.is_finished:
+                break
+            engine.say(0, piece, "stop" if piece == [2] else None)
+            for delta in await generation.take():
+                if num_together:
+                    events += reply.add(delta, lambda: USAGE)
+        events += reply.end(USAGE)
+        told = [it.split(b"data: ")[1] for it in events.split(b"\n\n")[:-1]]
+        response = json.loads(told[-1])["response"]
+        if num_together is None:
+            response = json.loads(reply.whole(generation.outputs, USAGE))
+        found.extend(response["output"])
+
+    on_loop(work)
+    return found
+
+
+def told_of(items: Sequence[dict[str, Any]]) -> list[Any]:
+    """Texts with their tokens, and calls."""
+    return [
+        (item["name"], item["arguments"])
+        if item["type"] == "function_call"
+        else (item["content"][0]["text"], [it["token"] for it in item["content"][0]["logprobs"]])
+        for item in items
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "plain é 日本",
+        CALL,
+        f"Let me see.\n{CALL}",
+        f"é {CALL} and {CALL}{CALL} é",
+        "<tool_call>é",
+        "",
+    ],
+)
+def test_items_are_the_same_however_an_answer_comes(text: str) -> None:
+    whole = told_of(items_of(text, None))
+    assert all(told_of(items_of(text, step)) == whole for step in (1, 2, 5))
+    assert [it for it in whole if it[0] == "f"] == [("f", '{"a": "é"}')] * text.count(CALL)
+
+
+def test_tokens_of_calls_are_in_no_message() -> None:
+    before, call, after = told_of(items_of(f"one two {CALL} three", 1))
+    assert "".join(before[1]).rstrip() == before[0] == "one two"
+    assert call == ("f", '{"a": "é"}')
+    assert after[0] == " three"
+    assert not any("name" in token for token in after[1])
+
+
+def test_a_call_that_must_be_made_is_the_only_item() -> None:
+    text = '[{"name": "f", "parameters": {"a": 1}}]'
+    for step in (1, 3, None):
+        assert told_of(items_of(text, step, "required")) == [("f", '{"a": 1}')]
+
+
+def test_a_stop_string_leaves_the_tokens_with_their_text() -> None:
+    whole = told_of(items_of("one two three", None, stop=["two"]))
+    assert whole[0][0] == "one "
+    assert told_of(items_of("one two three", 1, stop=["two"])) == whole

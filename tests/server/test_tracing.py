@@ -17,7 +17,7 @@ from exposed import finished
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, StatusCode
 from served import serving
 
 from bireme import SamplingParams
@@ -63,6 +63,25 @@ def test_a_request_is_a_span_with_its_tokens_and_times() -> None:
     assert span.start_time is not None
     assert span.end_time is not None
     assert span.end_time - span.start_time == 3 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "description", "kind"),
+    [
+        (finished(), StatusCode.UNSET, None, None),
+        (finished("length"), StatusCode.UNSET, None, None),
+        (finished("abort"), StatusCode.UNSET, None, None),
+        (finished("timeout"), StatusCode.ERROR, None, "timeout"),
+        (finished("error", error="a rank died"), StatusCode.ERROR, "a rank died", "error"),
+    ],
+    ids=lambda value: getattr(value, "finished_reason", None),
+)
+def test_a_request_that_failed_is_an_error_and_one_that_was_left_is_none(
+    request_: FinishedRequest, status: StatusCode, description: str | None, kind: str | None
+) -> None:
+    (span,) = traced(request_, {})
+    assert (span.status.status_code, span.status.description) == (status, description)
+    assert (span.attributes or {}).get("error.type") == kind
 
 
 def test_it_is_a_child_of_the_clients_span() -> None:

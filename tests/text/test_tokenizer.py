@@ -35,6 +35,15 @@ def theirs() -> object:
     return AutoTokenizer.from_pretrained(DEMO)
 
 
+def test_bytes_of_tokens_are_those_of_their_text(ours: Tokenizer) -> None:
+    text = "The naïve 日本 🚣\n\t\x00\x7f\xa0\xad"
+    ids = ours.encode(text, add_special_tokens=False)
+    assert b"".join(map(ours.bytes_of, ids)) == text.encode()
+    assert all(ours.bytes_of(id_) for id_ in range(ours.num_tokens))
+    special = min(ours.special_ids)
+    assert ours.bytes_of(special) == ours.name_of(special).encode()
+
+
 @pytest.mark.parametrize(
     "text", ["The with statement", "def f(x):\n\treturn x", "naïve 日本 🚣", ""]
 )

@@ -135,22 +135,26 @@ def _state(serving: Serving) -> APIRouter:
     cannot: openapi.Responses = {503: {"model": Health, "description": "it cannot answer, and why"}}
     health_responses = answers(Health) | cannot
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models", responses=answers(ModelList, 503))
     async def models() -> Response:
         """The names of the one model."""
         cards = [_card(serving, name) for name in serving.model_names]
         return _json(ModelList(object="list", data=cards))
 
+    @router.head("/v1/models/{model:path}", include_in_schema=False)
     @router.get("/v1/models/{model:path}", responses=answers(ModelCard, 404, 503))
     async def model(model: str) -> Response:
         """One of its names."""
         return _json(_card(serving, serving.check_model(model)))
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health", responses=health_responses)
     async def health() -> Response:
         """200 once every rank has made a step; 503 with what it is at before, or what broke."""
         return _health(serving)
 
+    @router.head("/ping", include_in_schema=False)
     @router.post("/ping", responses=health_responses, operation_id="ping_post")
     @router.get("/ping", responses=health_responses)
     async def ping() -> Response:
@@ -164,11 +168,13 @@ def _state(serving: Serving) -> APIRouter:
         body, content_type = await serving.metrics_text()
         return Response(body, media_type=content_type)
 
+    @router.head("/version", include_in_schema=False)
     @router.get("/version", responses=answers(Version))
     async def version() -> Response:
         """Bireme's own."""
         return _json(Version(version=__version__))
 
+    @router.head("/load", include_in_schema=False)
     @router.get("/load", responses=answers(Load))
     async def load() -> Response:
         """How many requests are being served."""

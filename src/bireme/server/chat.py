@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from bireme.engine.callers import Answers
 from bireme.engine.input_processor import Prompt
-from bireme.outputs import CompletionOutput, Delta, RequestOutput
+from bireme.outputs import CompletionOutput, Delta, Logprobs, RequestOutput
 from bireme.sampling_params import MAX_LOGPROBS, SamplingParams
 from bireme.server.chunked import ChunkedReply, filled, head_of
 from bireme.server.conversation import template_messages, template_variables
@@ -28,6 +28,7 @@ from bireme.server.protocol.chat import (
     ChatCompletionChunk,
     ChatCompletionRequest,
     ChoiceDelta,
+    ChoiceLogprobs,
     FunctionDelta,
     MadeToolCall,
     ToolCallDelta,
@@ -37,6 +38,7 @@ from bireme.server.serving import Serving
 from bireme.server.tools.choice import ToolUse, tool_use
 from bireme.server.tools.parsers import CallPiece, Parsed, ToolParser, joined
 from bireme.server.usage import UsageOf, usage_of
+from bireme.text.tokenizer import Tokenizer
 
 
 async def chat(request: Request, serving: Serving, wanted: ChatCompletionRequest) -> Response:
@@ -44,6 +46,7 @@ async def chat(request: Request, serving: Serving, wanted: ChatCompletionRequest
     exchange = enter(request, serving, wanted)
     usage, tools = usage_of(wanted), tool_use(wanted, serving.tool_style)
     names = FieldNames(
+        "messages",
         structure=wanted.structure_field if tools.structure is None else "tools",
         max_tokens="max_tokens"
         if wanted.max_completion_tokens is None
@@ -57,7 +60,7 @@ async def chat(request: Request, serving: Serving, wanted: ChatCompletionRequest
             lambda prompt: chat_params(serving, wanted, tools, prompt),
             wanted.priority or 0,
         )
-        reply = ChatReply(exchange, wanted, tools, usage, names)
+        reply = ChatReply(exchange, wanted, tools, usage, names, serving.inputs.tokenizer)
         return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
 
 
@@ -112,8 +115,9 @@ class ChatReply(ChunkedReply):
         tools: ToolUse,
         usage: UsageOf,
         names: FieldNames,
+        tokenizer: Tokenizer,
     ) -> None:
-        self._wanted, self._tools = wanted, tools
+        self._wanted, self._tools, self._tokenizer = wanted, tools, tokenizer
         self._id = f"chatcmpl-{exchange.request_id}"
         self._about: dict[str, Any] = {"created": int(time.time()), "model": exchange.model}
         empty = ChatCompletionChunk(
@@ -144,7 +148,7 @@ class ChatReply(ChunkedReply):
             told.tool_calls = [_as_delta(piece) for piece in found.calls]
         extra: dict[str, Any] = {}
         if self._wanted.logprobs:
-            extra["logprobs"] = chat_logprobs(delta.logprobs, self._wanted.top_logprobs or 0)
+            extra["logprobs"] = self._logprobs(delta.logprobs)
         if self._wanted.return_token_ids:
             extra["token_ids"] = delta.token_ids
         if delta.finish_reason is not None:
@@ -177,13 +181,11 @@ class ChatReply(ChunkedReply):
         if found.calls:
             message.content = found.content or None
             message.tool_calls = [_as_call(piece) for piece in joined(found.calls)]
-        wants_logprobs = self._wanted.logprobs and answer.logprobs is not None
+        likely = answer.logprobs if self._wanted.logprobs else None
         choice = ChatChoice(
             index=answer.index,
             message=message,
-            logprobs=chat_logprobs(answer.logprobs or [], self._wanted.top_logprobs or 0)
-            if wants_logprobs
-            else None,
+            logprobs=None if likely is None else self._logprobs(likely),
             finish_reason=self._reason(answer.index, answer.finish_reason),
             stop_reason=answer.stop_reason,
         )
@@ -191,14 +193,17 @@ class ChatReply(ChunkedReply):
             choice.token_ids = answer.token_ids
         return choice
 
+    def _logprobs(self, tokens: Sequence[Logprobs]) -> ChoiceLogprobs:
+        return chat_logprobs(tokens, self._wanted.top_logprobs or 0, self._tokenizer)
+
     def _parsed(self, choice: int, text: str, *, is_end: bool) -> Parsed:
         if not self._parsers:
-            return Parsed(text)
+            return Parsed([text] if text else [])
         parser: ToolParser = self._parsers[choice]
         found = parser.add(text)
         if is_end:
             rest = parser.finish()
-            found = Parsed(found.content + rest.content, found.calls + rest.calls)
+            found = Parsed(found.parts + rest.parts)
         if found.calls:
             self._has_calls.add(choice)
         return found

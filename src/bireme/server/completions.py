@@ -38,7 +38,7 @@ async def complete(request: Request, serving: Serving, wanted: CompletionRequest
     usage = usage_of(wanted)
     _check(wanted)
     serving.check_fits(len(wanted.prompts) * max(1, wanted.n or 1))
-    names = FieldNames(wanted.structure_field)
+    names = FieldNames("prompt", wanted.structure_field)
     with names.used():
         opened = await open_prompts(
             serving,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from bireme.server.errors import ApiError
@@ -42,34 +43,30 @@ def _message(index: int, message: ChatMessage) -> Message:
     if message.tool_call_id is not None:
         found["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        found["tool_calls"] = [_call(index, call) for call in message.tool_calls]
+        found["tool_calls"] = [_call(call) for call in message.tool_calls]
     return found
 
 
 def _text(index: int, content: str | Sequence[ContentPart] | None) -> str:
     if content is None or isinstance(content, str):
         return content or ""
-    for part in content:
-        if part.type not in _TEXT_PARTS or part.text is None:
+    texts = [part.refusal if part.type == "refusal" else part.text for part in content]
+    for part, text in zip(content, texts, strict=True):
+        if part.type not in _TEXT_PARTS or text is None:
             raise ApiError(
                 400,
                 f"messages.{index}.content holds a part of type {part.type!r:.60}; "
                 "this model reads text alone",
                 param="messages",
             )
-    return "\n".join(part.text or "" for part in content)
+    return "\n".join(text or "" for text in texts)
 
 
-def _call(index: int, call: ToolCall) -> dict[str, Any]:
-    """Templates want the arguments as an object."""
-    try:
-        arguments = json.loads(call.function.arguments or "{}")
-    except (ValueError, RecursionError):
-        raise ApiError(
-            400,
-            f"messages.{index}.tool_calls: the arguments of {call.function.name!r:.80} are no JSON",
-            param="messages",
-        ) from None
+def _call(call: ToolCall) -> dict[str, Any]:
+    """Templates want the arguments as an object; of a call that was cut short they are a text."""
+    arguments = call.function.arguments or "{}"
+    with suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments)
     return {
         "id": call.id,
         "type": "function",

@@ -31,6 +31,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+_TOO_LONG = "context_length_exceeded"
 _RETRY_S = 1
 _MOST_TOLD = 3
 
@@ -50,7 +51,7 @@ class ApiError(Exception):
             return cls(429, str(error), code="rate_limit_exceeded")
         if isinstance(error, RequestError):
             text = str(error)
-            code = "context_length_exceeded" if "the context holds" in text else None
+            code = _TOO_LONG if "the context holds" in text else None
             return cls(400, text, param=_field(text), code=code)
         return cls(503 if isinstance(error, EngineError) else 500, str(error), code="engine_error")
 
@@ -97,9 +98,11 @@ def _field(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class FieldNames:
-    """The fields that a client has sent for `SamplingParams.max_tokens` and for its structure."""
+    """The fields that a client has sent for its prompt, for a structure and for
+    `SamplingParams.max_tokens`."""
 
-    structure: str
+    prompt: str
+    structure: str | None = None
     max_tokens: str = "max_tokens"
 
     def told(self, error: ApiError) -> ApiError:
@@ -107,8 +110,11 @@ class FieldNames:
         if error.status != 400:
             return error
         text = re.sub(r"\bmax_tokens=", f"{self.max_tokens}=", error.message)
-        is_of_structure = re.search("structured outputs|the grammar", text) is not None
-        param = _field(text) or (self.structure if is_of_structure else error.param)
+        param = _field(text) or error.param
+        if param is None and re.search("structured outputs|the grammar", text):
+            param = self.structure
+        if param is None and error.code == _TOO_LONG:
+            param = self.prompt
         return ApiError(400, text, param=param, code=error.code)
 
     @contextmanager
@@ -127,14 +133,20 @@ class ClientGone(Exception):
     """The client closed its connection: there is nobody to answer."""
 
 
-async def on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
+def _refused(request: Request, error: ApiError, why: str | None = None) -> Response:
+    """`why` for the log, where the message quotes what may be of a prompt."""
+    Exchange.of(request.scope).error = why or error.message
     return error.response()
 
 
-async def on_bireme_error(_: Request, error: Exception) -> Response:
+async def on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _refused(request, error)
+
+
+async def on_bireme_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, BiremeError)
-    return ApiError.of(error).response()
+    return _refused(request, ApiError.of(error))
 
 
 async def on_http_error(
@@ -145,6 +157,7 @@ async def on_http_error(
     headers = dict(error.headers or {})
     if error.status_code == 405 and (allowed := _methods(routes, request.scope)):
         headers["Allow"] = ", ".join(allowed)
+    Exchange.of(request.scope).error = str(error.detail)
     return ApiError(error.status_code, str(error.detail)).response(headers)
 
 
@@ -158,12 +171,13 @@ def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
     return sorted({method for methods in found for method in methods})
 
 
-async def on_invalid(_: Request, error: Exception) -> Response:
+async def on_invalid(request: Request, error: Exception) -> Response:
     """A body of the wrong shape: names the first fields."""
     assert isinstance(error, RequestValidationError)
     told = faults(error.errors(), error.body)[:_MOST_TOLD]
     text = "; ".join(fault.message for fault in told)
-    return ApiError(400, text, param=told[0].where[:100] or None).response()
+    why = "; ".join(fault.unquoted for fault in told)
+    return _refused(request, ApiError(400, text, param=told[0].where[:100] or None), why)
 
 
 async def on_client_gone(request: Request, _: Exception) -> Response:

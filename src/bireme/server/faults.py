@@ -71,12 +71,20 @@ class Fault:
 
     @property
     def message(self) -> str:
+        return self._told(f"={reprlib.repr(self.value)}")
+
+    @property
+    def unquoted(self) -> str:
+        """The message without what was sent."""
+        return self._told("")
+
+    def _told(self, value: str) -> str:
         if not self.path:
             is_no_object = self.error["type"] in ("missing", "model_attributes_type", "dict_type")
             return _NO_OBJECT if is_no_object else f"{self.error['msg']:.200}"
         right = _RIGHT.get(str(self.path[-1]))
         if self.is_of_type and right is not None:
-            return f"{self.where:.100}={reprlib.repr(self.value)} must be {right}"
+            return f"{self.where:.100}{value} must be {right}"
         return f"{self.where:.100}: {self.error['msg']:.200}"
 
 

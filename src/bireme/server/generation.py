@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from bireme.engine.callers import Answers
 from bireme.engine.input_processor import Prompt
 from bireme.engine.streams import Opened
-from bireme.errors import BiremeError, RequestError
+from bireme.errors import BiremeError, RequestError, UserError
 from bireme.outputs import Delta, RequestOutput
 from bireme.sampling_params import SamplingParams
 from bireme.server.errors import ApiError, ClientGone
@@ -55,6 +55,7 @@ class Generation:
         self.answers = serving.client.callers.submit(opened)
         self._outputs: dict[int, RequestOutput] = {}
         self._error: RequestError | None = None  # to be raised behind what came before it
+        self._is_refused = False
         streams = self.answers.streams
         exchange.num_prompt_tokens = sum(one.num_prompt_tokens for one in streams)
         metrics = serving.metrics
@@ -91,13 +92,16 @@ class Generation:
         return found
 
     def close(self) -> None:
-        """Ends what still runs: its client has left, or it failed."""
+        """Ends what still runs: its client has left, or it failed. What was refused never ran."""
         self.answers.close()
-        reason = "abort" if self._exchange.error is None else "error"
+        if self._is_refused:
+            return
+        error = self._exchange.error
+        reason = "abort" if error is None else "error"
         for index, stream in enumerate(self.answers.streams):
             if index not in self._outputs:
                 self._outputs[index] = output = stream.output()
-                self._note_finished(index, FinishedRequest.of(output, reason))
+                self._note_finished(index, FinishedRequest.of(output, reason, error))
 
     def _note_finished(self, index: int, finished: FinishedRequest) -> None:
         exchange, request = self._exchange, self._opened[index].requests[0][0]
@@ -111,6 +115,8 @@ class Generation:
 
     def note_error(self, error: Exception) -> None:
         self._exchange.error = str(error)
+        has_begun = self._exchange.num_tokens > 0 or error is self._error
+        self._is_refused = isinstance(error, UserError) and not has_begun
 
     def _note(self, delta: Delta) -> None:
         exchange = self._exchange

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from bireme.outputs import Logprob, Logprobs
+from bireme.outputs import Delta, Logprob, Logprobs
 from bireme.server.protocol.chat import ChoiceLogprobs, TokenLogprob, TopLogprob
 from bireme.server.protocol.completions import CompletionLogprobs
 from bireme.text.tokenizer import Tokenizer
@@ -22,12 +23,12 @@ def _text(token_id: int, found: Logprob) -> str:
     return f"token_id:{token_id}" if found.decoded_token is None else found.decoded_token
 
 
-def chat_logprobs(tokens: Sequence[Logprobs], num_top: int) -> ChoiceLogprobs:
-    return ChoiceLogprobs(content=[_chat_token(found, num_top) for found in tokens])
+def chat_logprobs(tokens: Sequence[Logprobs], num_top: int, tokenizer: Tokenizer) -> ChoiceLogprobs:
+    return ChoiceLogprobs(content=[_chat_token(found, num_top, tokenizer) for found in tokens])
 
 
-def _chat_token(found: Logprobs, num_top: int) -> TokenLogprob:
-    entries = [_top(token_id, one) for token_id, one in found.items()]
+def _chat_token(found: Logprobs, num_top: int, tokenizer: Tokenizer) -> TokenLogprob:
+    entries = [_top(token_id, one, tokenizer) for token_id, one in found.items()]
     likeliest = sorted(
         zip(entries, found.values(), strict=True), key=lambda pair: pair[1].rank or 0
     )
@@ -39,9 +40,35 @@ def _chat_token(found: Logprobs, num_top: int) -> TokenLogprob:
     )
 
 
-def _top(token_id: int, found: Logprob) -> TopLogprob:
-    text = _text(token_id, found)
-    return TopLogprob(token=text, logprob=_finite(found), bytes=list(text.encode(errors="replace")))
+def _top(token_id: int, found: Logprob, tokenizer: Tokenizer) -> TopLogprob:
+    return TopLogprob(
+        token=_text(token_id, found),
+        logprob=_finite(found),
+        bytes=list(tokenizer.bytes_of(token_id)),
+    )
+
+
+class TokenTexts:
+    """Cuts an answer behind each of its tokens, however both come: a text comes behind its tokens, and
+    is shorter where a stop string ends it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._decoder = tokenizer.decoder()
+        self._text = ""
+        self._tokens: deque[tuple[int, Logprobs]] = deque()  # with the characters of each
+
+    def add(self, delta: Delta, *, is_end: bool) -> list[tuple[str, list[Logprobs]]]:
+        self._text += delta.text
+        for id_, found in zip(delta.token_ids, delta.logprobs, strict=True):
+            self._tokens.append((len(self._decoder.add([id_])), found))
+        pieces = []
+        while self._tokens and self._tokens[0][0] <= len(self._text):
+            length, found = self._tokens.popleft()
+            pieces.append((self._text[:length], [found]))
+            self._text = self._text[length:]
+        if is_end:
+            pieces.append((self._text, [found for _, found in self._tokens]))
+        return pieces
 
 
 Place = tuple[int, str]  # where a token's text begins, and what it is called

@@ -11,12 +11,14 @@ from bireme.server.errors import ApiError
 from bireme.server.protocol.chat import ChatCompletionRequest, ContentPart
 from bireme.server.protocol.responses import (
     MAX_METADATA,
+    AllowedResponseTools,
     InputItem,
     NamedResponseTool,
     ResponsesRequest,
 )
 
 _SAME = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "user")
+_OF_STORED = ("id", "status")
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -45,12 +47,13 @@ def as_chat(wanted: ResponsesRequest) -> ChatCompletionRequest:
 
 
 def _check_storage(wanted: ResponsesRequest) -> None:
-    if wanted.previous_response_id is not None:
-        raise ApiError(
-            400,
-            "nothing is stored here, so there is no previous response; send the whole conversation",
-            param="previous_response_id",
-        )
+    for name in ("previous_response_id", "conversation", "prompt"):
+        if getattr(wanted, name) is not None:
+            raise ApiError(
+                400,
+                f"nothing is stored here, so {name} names nothing; send the whole conversation",
+                param=name,
+            )
     if wanted.background:
         raise ApiError(
             400, "nothing is stored here, so background cannot be; leave it out", param="background"
@@ -80,7 +83,7 @@ def _messages(wanted: ResponsesRequest) -> list[dict[str, Any]]:
 def _add(messages: list[dict[str, Any]], index: int, item: InputItem) -> None:
     match item.type or "message":
         case "message":
-            messages.append({"role": item.role, "content": _content(item.content)})
+            messages.append(_message(item))
         case "function_call":
             call = {
                 "id": item.call_id,
@@ -107,6 +110,12 @@ def _add(messages: list[dict[str, Any]], index: int, item: InputItem) -> None:
             )
 
 
+def _message(item: InputItem) -> dict[str, Any]:
+    """With the further fields that a chat's message may have."""
+    extra = {name: it for name, it in (item.model_extra or {}).items() if name not in _OF_STORED}
+    return {**extra, "role": item.role, "content": _content(item.content), "name": item.name}
+
+
 def _content(content: str | Sequence[ContentPart] | None) -> Any:
     if content is None or isinstance(content, str):
         return content or ""
@@ -124,9 +133,17 @@ def _tool(index: int, tool: Any) -> dict[str, Any]:
 
 
 def _choice(wanted: ResponsesRequest) -> Any:
-    if isinstance(wanted.tool_choice, NamedResponseTool):
-        return {"type": "function", "function": {"name": wanted.tool_choice.name}}
-    return wanted.tool_choice if wanted.tools else None
+    choice = wanted.tool_choice
+    if isinstance(choice, NamedResponseTool):
+        return _named(choice)
+    if isinstance(choice, AllowedResponseTools):
+        allowed = {"mode": choice.mode, "tools": list(map(_named, choice.tools))}
+        return {"type": choice.type, "allowed_tools": allowed}
+    return choice if wanted.tools or choice == "required" else None
+
+
+def _named(tool: NamedResponseTool) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": tool.name}}
 
 
 def _format(wanted: ResponsesRequest) -> dict[str, Any] | None:

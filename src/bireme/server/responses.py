@@ -11,12 +11,12 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from bireme.engine.callers import Answers
-from bireme.outputs import Delta, RequestOutput
+from bireme.outputs import Delta, Logprobs, RequestOutput
 from bireme.server.chat import chat_params, chat_prompt
 from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.generation import enter, open_prompts, respond
-from bireme.server.logprobs import chat_logprobs
+from bireme.server.logprobs import TokenTexts, chat_logprobs
 from bireme.server.protocol.chat import ChatCompletionRequest, TokenLogprob
 from bireme.server.protocol.common import Usage
 from bireme.server.protocol.responses import (
@@ -37,6 +37,7 @@ from bireme.server.serving import Serving
 from bireme.server.sse import sse
 from bireme.server.tools.choice import ToolUse, tool_use
 from bireme.server.tools.parsers import CallPiece, Parsed
+from bireme.text.tokenizer import Tokenizer
 
 
 async def answer(request: Request, serving: Serving, wanted: ResponsesRequest) -> Response:
@@ -44,7 +45,8 @@ async def answer(request: Request, serving: Serving, wanted: ResponsesRequest) -
     exchange = enter(request, serving, wanted)
     chat = as_chat(wanted)
     tools = tool_use(chat, serving.tool_style)
-    names = FieldNames("text" if tools.structure is None else "tools", "max_output_tokens")
+    structure = "text" if tools.structure is None else "tools"
+    names = FieldNames("input", structure, "max_output_tokens")
     with names.used():
         opened = await open_prompts(
             serving,
@@ -53,7 +55,8 @@ async def answer(request: Request, serving: Serving, wanted: ResponsesRequest) -
             lambda prompt: chat_params(serving, chat, tools, prompt),
             wanted.priority or 0,
         )
-        reply = ResponsesReply(exchange, wanted, chat, tools, names)
+        tokenizer = serving.inputs.tokenizer
+        reply = ResponsesReply(exchange, wanted, chat, tools, names, tokenizer)
         return await respond(request, serving, opened, reply, is_stream=bool(wanted.stream))
 
 
@@ -67,9 +70,12 @@ class ResponsesReply:
         chat: ChatCompletionRequest,
         tools: ToolUse,
         names: FieldNames,
+        tokenizer: Tokenizer,
     ) -> None:
         self._names = names
         self._wanted, self._num_top = wanted, chat.top_logprobs or 0
+        self._tokenizer, self._texts = tokenizer, TokenTexts(tokenizer)
+        self._logprobs: list[TokenLogprob] = []  # of tokens whose text is not settled yet
         self._model = exchange.model or ""
         self._id, self._created_s = f"resp_{exchange.request_id}", time.time()
         self._parser = None if tools.parser is None else tools.parser()
@@ -88,16 +94,34 @@ class ResponsesReply:
 
     def add(self, delta: Delta, usage: Callable[[], Usage]) -> bytes:
         is_end = delta.finish_reason is not None
-        found = self._parsed(delta.text, is_end=is_end)
-        logprobs = chat_logprobs(delta.logprobs, self._num_top).content if delta.logprobs else []
-        events = b""
-        if found.content or logprobs:
-            events += self._add_text(found.content, logprobs)
-        events += b"".join(map(self._add_call, found.calls))
+        pieces = [(delta.text, delta.logprobs)]
+        if delta.logprobs:
+            pieces = self._texts.add(delta, is_end=is_end)
+        events = b"".join([self._add_piece(*piece) for piece in pieces])
         if is_end:
+            events += self._add_rest()
             self._reason = delta.finish_reason
             events += self._close_item()
         return events
+
+    def _add_piece(self, text: str, logprobs: Sequence[Logprobs]) -> bytes:
+        self._logprobs += chat_logprobs(logprobs, self._num_top, self._tokenizer).content
+        return self._add_parsed(self._parser.add(text) if self._parser else Parsed([text]))
+
+    def _add_rest(self) -> bytes:
+        events = self._add_parsed(self._parser.finish()) if self._parser else b""
+        if self._logprobs and not (self._items and isinstance(self._items[-1], OutputCall)):
+            events += self._add_text("")
+        return events
+
+    def _add_parsed(self, found: Parsed) -> bytes:
+        return b"".join(
+            [
+                self._add_text(part) if isinstance(part, str) else self._add_call(part)
+                for part in found.parts
+                if part
+            ]
+        )
 
     def end(self, usage: Usage) -> bytes:
         status = self._status
@@ -116,9 +140,8 @@ class ResponsesReply:
         (output,) = outputs
         (made,) = output.outputs
         logprobs = made.logprobs or []
-        self.add(
-            Delta(0, made.text, [], None, 0, made.finish_reason, None, logprobs), lambda: usage
-        )
+        reason, ids = made.finish_reason, list(made.token_ids)
+        self.add(Delta(0, made.text, ids, None, 0, reason, None, logprobs), lambda: usage)
         return self._response(self._status, usage).as_json()
 
     def _event(self, kind: str, **fields: Any) -> bytes:
@@ -133,8 +156,10 @@ class ResponsesReply:
         """Where the item is that is being written."""
         return {"output_index": len(self._items) - 1, "item_id": self._items[-1].id}
 
-    def _add_text(self, text: str, logprobs: list[TokenLogprob]) -> bytes:
-        events = b""
+    def _add_text(self, text: str) -> bytes:
+        """With the tokens that brought it."""
+        events, logprobs = b"", self._logprobs
+        self._logprobs = []
         if not self._is_open or not isinstance(self._items[-1], OutputMessage):
             events = self._close_item() + self._open_message()
         message = self._items[-1]
@@ -167,6 +192,7 @@ class ResponsesReply:
 
     def _add_call(self, piece: CallPiece) -> bytes:
         events = b""
+        self._logprobs = []
         if piece.name is not None:
             events = self._close_item() + self._open(
                 OutputCall(
@@ -224,15 +250,6 @@ class ResponsesReply:
     @property
     def _why_cut(self) -> str:
         return "max_output_tokens" if self._reason == "length" else str(self._reason)
-
-    def _parsed(self, text: str, *, is_end: bool) -> Parsed:
-        if self._parser is None:
-            return Parsed(text)
-        found = self._parser.add(text)
-        if is_end:
-            rest = self._parser.finish()
-            found = Parsed(found.content + rest.content, found.calls + rest.calls)
-        return found
 
     def _response(self, status: str, usage: Usage | None = None) -> ModelResponse:
         wanted = self._wanted

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from bireme.engine.input_processor import InputProcessor
 from bireme.errors import RequestError
 from bireme.server.conversation import template_messages, template_variables
-from bireme.server.errors import ApiError
+from bireme.server.errors import ApiError, FieldNames
 from bireme.server.protocol.tokenize import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -25,10 +25,9 @@ async def tokenize(serving: Serving, wanted: TokenizeRequest) -> Response:
     serving.note_unknown("/tokenize", wanted.model_extra)
     if (wanted.prompt is None) == (wanted.messages is None):
         raise ApiError(400, "give either a prompt or messages")
-    inputs = serving.inputs
-    return Response(
-        await asyncio.to_thread(_tokenized, inputs, wanted), media_type="application/json"
-    )
+    with FieldNames("messages" if wanted.prompt is None else "prompt").used():
+        body = await asyncio.to_thread(_tokenized, serving.inputs, wanted)
+    return Response(body, media_type="application/json")
 
 
 def _tokenized(inputs: InputProcessor, wanted: TokenizeRequest) -> bytes:
@@ -60,7 +59,8 @@ def _ids(inputs: InputProcessor, wanted: TokenizeRequest) -> list[int]:
 async def detokenize(serving: Serving, wanted: DetokenizeRequest) -> Response:
     serving.check_model(wanted.model)
     serving.note_unknown("/detokenize", wanted.model_extra)
-    body = await asyncio.to_thread(_detokenized, serving.inputs, wanted.tokens)
+    with FieldNames("tokens").used():
+        body = await asyncio.to_thread(_detokenized, serving.inputs, wanted.tokens)
     return Response(body, media_type="application/json")
 
 

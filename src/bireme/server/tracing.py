@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import SpanProcessor
 
 SPAN_NAME = "llm_request"
+_FAILURES = ("timeout", "error")  # a client that leaves is none of the server's
 
 
 class Tracer:
@@ -77,7 +78,7 @@ class OtelTracer(Tracer):
         request: FinishedRequest,
         headers: Mapping[str, str],
     ) -> None:
-        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace import SpanKind, Status, StatusCode
 
         end_ns = time.time_ns()
         span = self._tracer.start_span(
@@ -87,6 +88,9 @@ class OtelTracer(Tracer):
             attributes=_attributes(request_id, self._model_name, params, request),
             start_time=end_ns - round(request.e2e_s * 1e9),
         )
+        if request.finished_reason in _FAILURES:
+            span.set_attribute("error.type", request.finished_reason)
+            span.set_status(Status(StatusCode.ERROR, request.error))
         span.end(end_ns)
 
     def close(self) -> None:

@@ -13,6 +13,12 @@ from bireme.errors import CheckpointError
 from bireme.hf_config import read_json
 from bireme.text.tokenizer_config import Token, TokenizerConfig
 
+_PRINTED = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTED]
+# The byte that each character of a token stands for: itself, or from U+0100 on what is not printed.
+BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(0x100 + index): byte for index, byte in enumerate(_OTHERS)
+}
 _CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _MODEL_TYPES = ("gpt2", "opt")  # whose tokenizer this is where no class is named
 _END: Token = {"content": "<|endoftext|>", "special": True}

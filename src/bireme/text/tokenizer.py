@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
@@ -84,6 +85,17 @@ class Tokenizer:
         """The text of one token by itself, a special one's name."""
         text: str = self._fast.decode([token_id], skip_special_tokens=False)
         return text
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Of one token by itself; where it is a part of a character, that part's."""
+        text = self.name_of(token_id)
+        if _UNFINISHED in text:
+            spelled = self._fast.id_to_token(token_id) or ""
+            if byte := re.fullmatch("<0x([0-9A-F]{2})>", spelled):
+                return bytes.fromhex(byte[1])
+            if set(spelled) <= byte_level_bpe.BYTES.keys():
+                return bytes(byte_level_bpe.BYTES[char] for char in spelled)
+        return text.encode()
 
     def decoder(self) -> IncrementalDecoder:
         """A decoder for one stream of ids."""

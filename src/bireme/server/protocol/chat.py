@@ -28,6 +28,7 @@ class ContentPart(Fields):
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
 class FunctionCall(Fields):
@@ -70,6 +71,18 @@ class NamedTool(Fields):
     function: NamedFunction
 
 
+class AllowedSet(Fields):
+    mode: Literal["auto", "required"]
+    tools: Objects[NamedTool]
+
+
+class AllowedTools(Fields):
+    """The mode as if there were no other tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedSet
+
+
 class ChatCompletionRequest(SamplingFields):
     """A conversation to go on with."""
 
@@ -86,7 +99,7 @@ class ChatCompletionRequest(SamplingFields):
     top_logprobs: NumLogprobs = None
     prompt_logprobs: NumLogprobs = None
     tools: Objects[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

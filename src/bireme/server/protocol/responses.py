@@ -51,6 +51,12 @@ class NamedResponseTool(Fields):
     name: str
 
 
+class AllowedResponseTools(Fields):
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Objects[NamedResponseTool]
+
+
 class TextFormat(Fields):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -83,12 +89,16 @@ class ResponsesRequest(Fields):
     include: Listed[str] | None = None
     text: TextSettings | None = None
     tools: Objects[ResponseTool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedResponseTool | None = None
+    tool_choice: (
+        Literal["none", "auto", "required"] | NamedResponseTool | AllowedResponseTools | None
+    ) = None
     parallel_tool_calls: bool | None = None
     stream: bool | None = None
     store: bool | None = None
     background: bool | None = None
     previous_response_id: str | None = None
+    conversation: Any = None
+    prompt: Any = None
     metadata: Annotated[
         dict[str, Any] | None,
         told(maxProperties=MAX_METADATA, additionalProperties={"type": "string"}),

@@ -4,7 +4,7 @@ all at once or piece by piece, the result is the same."""
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,8 +23,21 @@ class CallPiece:
 
 @dataclass(slots=True)
 class Parsed:
-    content: str = ""
-    calls: list[CallPiece] = field(default_factory=list)
+    """Content and calls in their order."""
+
+    parts: list[str | CallPiece] = field(default_factory=list)
+
+    @property
+    def content(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def calls(self) -> list[CallPiece]:
+        return [part for part in self.parts if isinstance(part, CallPiece)]
+
+    def say(self, text: str) -> None:
+        if text:
+            self.parts.append(text)
 
 
 class ToolParser(Protocol):
@@ -40,9 +53,10 @@ def _call_id() -> str:
 
 
 class _Calls:
-    """Numbers calls, and tells what is new of the one that is read."""
+    """Numbers calls of the tools in `names`, and tells what is new of the one that is read."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str], *, needs_arguments: bool) -> None:
+        self._names, self._needs_arguments = names, needs_arguments
         self._num_begun = 0
         self._is_begun = False
 
@@ -50,37 +64,49 @@ class _Calls:
     def has_any(self) -> bool:
         return self._num_begun > 0
 
+    def is_call(self, scanner: CallScanner) -> bool:
+        """Once it is true it stays so."""
+        is_whole = scanner.is_done and not self._needs_arguments
+        return scanner.name in self._names and (scanner.has_arguments or is_whole)
+
     def read(self, scanner: CallScanner, text: str, found: Parsed) -> str:
         """Lets a scanner take text; what it leaves."""
         rest = scanner.add(text)
         self._tell(scanner, found)
-        if scanner.is_done:
-            self._is_begun = False
         return rest
 
+    def finish(self, scanner: CallScanner, found: Parsed) -> None:
+        """Tells of one that was cut short."""
+        scanner.end()
+        self._tell(scanner, found)
+
     def _tell(self, scanner: CallScanner, found: Parsed) -> None:
-        if scanner.name is None:
+        if not self.is_call(scanner):
             return
         if not self._is_begun:
             self._is_begun = True
-            found.calls.append(CallPiece(self._num_begun, "", _call_id(), scanner.name))
+            found.parts.append(CallPiece(self._num_begun, "", _call_id(), scanner.name))
             self._num_begun += 1
         if more := scanner.take_arguments():
-            found.calls.append(CallPiece(self._num_begun - 1, more))
+            found.parts.append(CallPiece(self._num_begun - 1, more))
+        self._is_begun = not scanner.is_done
 
 
 class MarkedCalls:
     """Calls between two marks, as Hermes and Qwen write them: `<tool_call>{...}</tool_call>`.
 
-    What stands between marks and is no call is content.
+    What stands between marks and names none of the tools is content.
     """
 
-    def __init__(self, opening: str = "<tool_call>", closing: str = "</tool_call>") -> None:
+    def __init__(
+        self, names: Collection[str], opening: str = "<tool_call>", closing: str = "</tool_call>"
+    ) -> None:
         self._opening, self._closing = opening, closing
         self._rest = ""
+        self._before = ""  # the object that is read: the mark, and space around it
         self._scanner: CallScanner | None = None
         self._is_behind = False  # an object that is closed, its closing mark to come
-        self._calls = _Calls()
+        self._calls = _Calls(names, needs_arguments=False)
 
     def add(self, text: str) -> Parsed:
         self._rest += text
@@ -91,10 +117,13 @@ class MarkedCalls:
 
     def finish(self) -> Parsed:
         found = Parsed()
-        if self._scanner is not None and self._scanner.name is None:
-            found.content = self._opening + self._scanner.text
-        if self._scanner is None and not self._is_behind:
-            found.content += self._content(self._rest)
+        scanner = self._scanner
+        if scanner is not None and self._calls.is_call(scanner):
+            self._calls.finish(scanner, found)
+        elif scanner is not None:
+            found.say(self._before + scanner.text + self._rest)
+        elif not self._is_behind:
+            found.say(self._content(self._rest))
         self._rest, self._scanner = "", None
         return found
 
@@ -108,19 +137,20 @@ class MarkedCalls:
         if not mark:
             sure = before[: len(before) - _overlap(before, self._opening)]
             sure = sure.rstrip()  # space before a call is none
-            found.content += self._content(sure)
+            found.say(self._content(sure))
             self._rest = before[len(sure) :]
             return False
-        if not after.lstrip():
-            found.content += self._content(before.rstrip())
-            self._rest = mark + after
+        said, inner = before.rstrip(), after.lstrip()
+        found.say(self._content(said))
+        if not inner:
+            self._rest = before[len(said) :] + mark + after
             return False
-        found.content += self._content(before.rstrip())
-        if after.lstrip().startswith("{"):
-            self._scanner, self._rest = CallScanner(), after.lstrip()
+        self._before = before[len(said) :] + mark + after[: len(after) - len(inner)]
+        if inner.startswith("{"):
+            self._scanner, self._rest = CallScanner(self._closing), inner
         else:
-            found.content += mark
-            self._rest = after
+            found.say(self._before)
+            self._rest = inner
         return True
 
     def _content(self, text: str) -> str:
@@ -131,10 +161,10 @@ class MarkedCalls:
         self._rest = self._calls.read(scanner, self._rest, found)
         if not scanner.is_done:
             return False
-        if scanner.name is None:
-            found.content += self._opening + scanner.text
-        else:
+        if self._calls.is_call(scanner):
             self._is_behind = True
+        else:
+            found.say(self._before + scanner.text)
         self._scanner = None
         return True
 
@@ -151,22 +181,26 @@ class BareCalls:
     """Calls that are the whole text, one behind another, as Llama 3 writes them: `{...}; {...}`; with
     `is_list` in brackets.
 
-    A text that begins with no brace, or an object that names no function, is content.
+    From a text on that is no object, or from one that names none of the tools or has no arguments, all
+    is content.
     """
 
     _BETWEEN = ";, \n\t\r[]"
 
-    def __init__(self, prefix: str = "<|python_tag|>", *, is_list: bool = False) -> None:
+    def __init__(
+        self, names: Collection[str], prefix: str = "<|python_tag|>", *, is_list: bool = False
+    ) -> None:
         self._prefix, self._is_list = prefix, is_list
         self._rest = ""
+        self._before = ""  # the object that is read: what is skipped
         self._is_content = False
         self._scanner: CallScanner | None = None
-        self._calls = _Calls()
+        self._calls = _Calls(names, needs_arguments=True)
 
     def add(self, text: str) -> Parsed:
         found = Parsed()
         if self._is_content:
-            found.content = text
+            found.say(text)
             return found
         self._rest += text
         while self._rest and not self._is_content and self._step(found):
@@ -175,10 +209,13 @@ class BareCalls:
 
     def finish(self) -> Parsed:
         found = Parsed()
-        if self._scanner is not None and self._scanner.name is None:
-            found.content = self._scanner.text
-        elif self._scanner is None and not self._calls.has_any:
-            found.content = self._rest
+        scanner = self._scanner
+        if scanner is not None and self._calls.is_call(scanner):
+            self._calls.finish(scanner, found)
+        elif scanner is not None:
+            found.say(self._before + scanner.text)
+        elif not self._calls.has_any or self._rest.strip(self._BETWEEN):
+            found.say(self._rest)
         self._rest, self._scanner = "", None
         return found
 
@@ -190,6 +227,7 @@ class BareCalls:
             return False
         text = text.removeprefix(self._prefix).lstrip()
         if text.startswith("{"):
+            self._before = self._rest[: len(self._rest) - len(text)]
             self._scanner, self._rest = CallScanner(), text
             return True
         if text:
@@ -201,13 +239,13 @@ class BareCalls:
         if not scanner.is_done:
             return False
         self._scanner = None
-        if scanner.name is None:
-            self._leave(scanner.text + self._rest, found)
+        if not self._calls.is_call(scanner):
+            self._leave(self._before + scanner.text + self._rest, found)
         return True
 
     def _leave(self, text: str, found: Parsed) -> None:
         """All from here on is content."""
-        found.content += text
+        found.say(text)
         self._is_content, self._rest = True, ""
 
 
@@ -220,8 +258,8 @@ class NamedCall:
     def add(self, text: str) -> Parsed:
         name, self._name = self._name, None
         if name is not None:
-            return Parsed("", [CallPiece(0, text, _call_id(), name)])
-        return Parsed("", [CallPiece(0, text)] if text else [])
+            return Parsed([CallPiece(0, text, _call_id(), name)])
+        return Parsed([CallPiece(0, text)] if text else [])
 
     def finish(self) -> Parsed:
         return Parsed()
@@ -240,7 +278,7 @@ class FirstCall:
         return self._first(self._parser.finish())
 
     def _first(self, found: Parsed) -> Parsed:
-        return Parsed(found.content, [piece for piece in found.calls if piece.index == 0])
+        return Parsed([part for part in found.parts if isinstance(part, str) or part.index == 0])
 
 
 def _overlap(text: str, mark: str) -> int:
@@ -249,7 +287,10 @@ def _overlap(text: str, mark: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(mark[:n])), 0)
 
 
-_STYLES: dict[str, Callable[[], ToolParser]] = {"hermes": MarkedCalls, "llama3_json": BareCalls}
+_STYLES: dict[str, Callable[[Collection[str]], ToolParser]] = {
+    "hermes": MarkedCalls,
+    "llama3_json": BareCalls,
+}
 
 
 def style_of(template: str | None, wanted: str) -> str | None:
@@ -263,8 +304,9 @@ def style_of(template: str | None, wanted: str) -> str | None:
     return "llama3_json" if "python_tag" in template or "ipython" in template else None
 
 
-def parser_of(style: str) -> ToolParser:
-    return _STYLES[style]()
+def parser_of(style: str, names: Collection[str]) -> ToolParser:
+    """For a request whose tools have these names."""
+    return _STYLES[style](names)
 
 
 def joined(pieces: Sequence[CallPiece]) -> list[CallPiece]:
