@@ -12,7 +12,7 @@ import pytest
 from bireme import LLM
 from bireme.checkpoint.prepared import prepare_model
 from bireme.config import EngineConfig, ParallelConfig
-from bireme.engine.executor import threads_per_rank
+from bireme.engine.joining import threads_per_rank
 from bireme.engine.messages import Command, Join
 from bireme.engine.pool import WorkerPool, World
 from bireme.engine.prepare import DeviceMemory, smallest_fit

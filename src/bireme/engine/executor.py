@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,20 +13,16 @@ from pathlib import Path
 from bireme.checkpoint.names import NameMap
 from bireme.config import DTYPE_BYTES, EngineConfig
 from bireme.engine.budget import CacheBudget
-from bireme.engine.channel import QueueSteps, RingSteps, Steps, open_channel
+from bireme.engine.channel import Steps
 from bireme.engine.deadline import Patience, StepCost
-from bireme.engine.messages import Capture, Execute, Join, Leave, Load, Loaded, Masks, Output
+from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
+from bireme.engine.messages import Capture, Execute, Leave, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.errors import EngineError
 from bireme.model_config import ModelConfig
-from bireme.parallel import shm
-from bireme.parallel.broadcast import RingPlan
-from bireme.parallel.counters import create_memory
 from bireme.parallel.layout import CacheKind
 from bireme.parallel.mesh import Mesh
-from bireme.parallel.shm import SegmentPlan
-from bireme.parallel.shm_helper import load_helper
 from bireme.request import (
     WARM_UP_STEP,
     SamplingSetup,
@@ -66,10 +60,6 @@ class WorkerPlan:
         return [Mesh(widths, rank).name for rank in range(sum(widths))]
 
 
-def threads_per_rank(num_ranks: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
-
-
 @dataclass(frozen=True, slots=True)
 class _InFlight:
     header: StepHeader
@@ -91,7 +81,6 @@ class WorkerExecutor:
         self._cost, self._last_output = StepCost(), 0.0
         self._was_awaited = False  # the oldest output came while `wait` looked
         self._oldest: tuple[StepHeader, Patience] | None = None
-        self._is_compiled = load_helper() is not None
         self._held = ExitStack()  # what the ranks share, for as long as their world is there
         self._world = World(
             pool, plan.rank_names, plan.config.parallel.widths, plan.config.step_timeout_s
@@ -113,55 +102,20 @@ class WorkerExecutor:
             pool.close()
 
     def _join(self) -> Steps:
-        plan = self._plan
-        segment, steps = self._segment(), self._steps()
-        meeting_fd, meeting = create_memory(0, "bireme-store")
-        self._held.callback(os.close, meeting_fd)
-        self._held.callback(steps.remove)
-        self._world.channel = open_channel(steps)
-        self._held.callback(self._world.channel.close)
-        for rank, device in enumerate(plan.devices):
-            command = Join(
-                widths=plan.config.parallel.widths,
-                rank=rank,
-                store_path=meeting,
-                device=device,
-                num_threads=threads_per_rank(len(plan.devices)),
-                timeout_s=plan.config.step_timeout_s,
-                steps=steps,
-                segment=segment,
-            )
-            self._world.send(rank, command)
-        self._world.gather(plan.config.start_timeout_s, "joining the other ranks")
-        return steps
-
-    def _segment(self) -> tuple[str, SegmentPlan] | None:
-        """Memory that the ranks talk through, where they can: on the CPUs of one host."""
         plan, config = self._plan, self._plan.config
-        is_usable = set(plan.devices) == {"cpu"} and config.parallel.world_size > 1
-        if not is_usable or config.transport == "distributed" or not shm.is_supported():
-            return None
-        item_bytes = DTYPE_BYTES[plan.dtype]
-        segment = SegmentPlan(
+        world = WorldPlan(
             widths=config.parallel.widths,
-            hidden_bytes=config.max_num_batched_tokens * plan.model.hidden_size * item_bytes,
+            devices=plan.devices,
+            hidden_bytes=config.max_num_batched_tokens
+            * plan.model.hidden_size
+            * DTYPE_BYTES[plan.dtype],
             sampled_bytes=8 * config.max_num_seqs,
-            is_compiled=self._is_compiled,
+            num_threads=threads_per_rank(len(plan.devices)),
+            transport=config.transport,
+            step_timeout_s=config.step_timeout_s,
+            start_timeout_s=config.start_timeout_s,
         )
-        fd, path = shm.create_segment(segment)
-        self._held.callback(os.close, fd)
-        return path, segment
-
-    def _steps(self) -> Steps:
-        """Where commands go: through memory, or through sockets in a folder."""
-        num_ranks = len(self._plan.devices)
-        if self._plan.config.transport == "distributed" or not shm.is_supported():
-            folder = tempfile.mkdtemp(prefix="bireme-")
-            return QueueSteps(tuple(f"ipc://{folder}/steps-{rank}" for rank in range(num_ranks)))
-        ring = RingPlan(num_readers=num_ranks, is_compiled=self._is_compiled)
-        fd, path = create_memory(ring.num_bytes, "bireme-steps")
-        self._held.callback(os.close, fd)
-        return RingSteps(path, ring)
+        return join_world(self._world, world, self._held)
 
     def _load(self) -> list[Loaded]:
         plan = self._plan

@@ -1,7 +1,8 @@
 """Rank processes: started, talked to, and ended. They can serve one model after another.
 
-A rank starts as `python -m bireme.engine.worker`, in a session of its own (Ctrl-C reaches the
-driver alone), with a socket pair as its lifeline and a span ring in anonymous shared memory.
+A rank starts as `python -m bireme.engine.worker` (or what its `Program` says), in a session of its
+own (Ctrl-C reaches the driver alone), with a socket pair as its lifeline and a span ring in
+anonymous shared memory.
 """
 
 from __future__ import annotations
@@ -19,11 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
+
 import bireme
 from bireme.engine.channel import StepChannel
 from bireme.engine.culprit import Standing, find_culprit, is_stopped
 from bireme.engine.deadline import Patience
-from bireme.engine.messages import Command, Failed, Reply, ReplyReader, encode, frame
+from bireme.engine.messages import (
+    LANGUAGE_MODEL,
+    Failed,
+    Program,
+    ReplyReader,
+    encode,
+    frame,
+)
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
 from bireme.trace import Now, SpanRing
@@ -63,11 +73,11 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _start() -> RankProcess:
+def _start(program: Program) -> RankProcess:
     ours, theirs = socket.socketpair()
     spans = SpanRing.create()
     fds = (theirs.fileno(), spans.fd)
-    command = [sys.executable, "-P", "-m", "bireme.engine.worker", *map(str, fds)]
+    command = [sys.executable, "-P", "-m", program.module, *map(str, fds)]
     try:
         process = subprocess.Popen(
             command,
@@ -79,7 +89,7 @@ def _start() -> RankProcess:
     finally:
         theirs.close()
         spans.close_fd()
-    return RankProcess(process, ours, ReplyReader(ours), spans)
+    return RankProcess(process, ours, ReplyReader(ours, program), spans)
 
 
 def _are_secondary(seen: dict[int, Failed | None]) -> bool:
@@ -92,7 +102,8 @@ class WorkerPool:
     After a failure all are ended; the next `take` starts new ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program = LANGUAGE_MODEL) -> None:
+        self._program = program
         self._processes: list[RankProcess] = []
 
     def __enter__(self) -> WorkerPool:
@@ -106,7 +117,7 @@ class WorkerPool:
         if any(rank.process.poll() is not None for rank in self._processes):
             self.close()
         while len(self._processes) < num_ranks:
-            self._processes.append(_start())
+            self._processes.append(_start(self._program))
         return self._processes[:num_ranks]
 
     def close(self, grace_s: float = _EXIT_S) -> None:
@@ -143,7 +154,7 @@ class World:
             self._selector.register(rank.sock, selectors.EVENT_READ, index)
         self.is_broken = False
         self._timeout_s = timeout_s
-        self._early: deque[tuple[int, Reply]] = deque()
+        self._early: deque[tuple[int, msgspec.Struct]] = deque()
         self.channel: StepChannel | None = None  # through which all are told what follows Join
 
     def close(self) -> None:
@@ -151,7 +162,7 @@ class World:
         self.is_broken = True
         self._selector.close()
 
-    def send_all(self, command: Command, patience: Patience | None = None) -> None:
+    def send_all(self, command: msgspec.Struct, patience: Patience | None = None) -> None:
         """The same to every rank, encoded once."""
         assert self.channel is not None
         patience = patience or Patience(self._timeout_s, self._timeout_s)
@@ -167,7 +178,7 @@ class World:
 
         self.channel.send(encode(command), watch)
 
-    def send(self, index: int, command: Command) -> None:
+    def send(self, index: int, command: msgspec.Struct) -> None:
         """To one rank, over its socket."""
         try:
             self.ranks[index].sock.sendall(frame(command))
@@ -176,9 +187,9 @@ class World:
         except (BrokenPipeError, ConnectionResetError):
             self._fail({index: None})
 
-    def gather(self, timeout_s: float, doing: str) -> list[Reply]:
+    def gather(self, timeout_s: float, doing: str) -> list[msgspec.Struct]:
         """One reply of every rank, in rank order."""
-        replies: dict[int, Reply] = {}
+        replies: dict[int, msgspec.Struct] = {}
         deadline = time.monotonic() + timeout_s
         while len(replies) < len(self.ranks):
             found = self._next(deadline)
@@ -217,7 +228,7 @@ class World:
     def has_reply(self) -> bool:
         return bool(self._early or self._selector.select(0))
 
-    def step_reply(self, patience: Patience, step_id: int) -> Reply:
+    def step_reply(self, patience: Patience, step_id: int) -> msgspec.Struct:
         """The next reply of any rank, which should be the output of step `step_id`."""
         while (found := self._next(patience.next_look, step_id)) is None:
             self._check_lateness(patience, step_id)
@@ -239,7 +250,9 @@ class World:
         self._break()
         return error or RankError("the answering rank", f"did not answer step {step_id} in time")
 
-    def _next(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
+    def _next(
+        self, deadline: float, step_id: int | None = None
+    ) -> tuple[int, msgspec.Struct] | None:
         """The next rank that replies, with its reply; None if there is none by the deadline."""
         if self._early:
             return self._early.popleft()
@@ -250,7 +263,9 @@ class World:
         while (found := self._read(0.0)) is not None:
             self._early.append(found)
 
-    def _read(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
+    def _read(
+        self, deadline: float, step_id: int | None = None
+    ) -> tuple[int, msgspec.Struct] | None:
         while events := self._selector.select(max(0.0, deadline - time.monotonic())):
             index = events[0][0].data
             reply, is_gone = self._take(index)
@@ -260,7 +275,7 @@ class World:
                 return index, reply
         return None
 
-    def _take(self, index: int) -> tuple[Reply | None, bool]:
+    def _take(self, index: int) -> tuple[msgspec.Struct | None, bool]:
         """What a rank has said, None while it is not whole; and whether the rank is gone."""
         try:
             return self.ranks[index].replies.next(), False
