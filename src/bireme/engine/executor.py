@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -16,7 +15,7 @@ from bireme.engine.budget import CacheBudget
 from bireme.engine.channel import Steps
 from bireme.engine.deadline import Patience, StepCost
 from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
-from bireme.engine.messages import Capture, Execute, Leave, Load, Loaded, Masks, Output
+from bireme.engine.messages import Capture, Execute, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.errors import EngineError
@@ -217,10 +216,7 @@ class WorkerExecutor:
 
     def spans(self) -> dict[str, list[Span]]:
         """Every rank's spans, by the rank's name."""
-        names: Sequence[str] = self._plan.rank_names
-        return {
-            name: rank.spans.read() for name, rank in zip(names, self._world.ranks, strict=True)
-        }
+        return self._world.spans()
 
     def rank_stats(self) -> list[RankStats]:
         """What every rank did since it was loaded; from one thread at a time, at any time."""
@@ -232,9 +228,7 @@ class WorkerExecutor:
             if not self._world.is_broken:
                 while self._waiting:  # of a stream that nobody took to its end
                     self.collect()
-                self._world.send_all(Leave())
-                self._world.gather(self._plan.config.step_timeout_s, "leaving")
-                self._world.close()
+                self._world.leave(self._plan.config.step_timeout_s)
         finally:
             self._held.close()
 

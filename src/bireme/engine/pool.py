@@ -29,6 +29,7 @@ from bireme.engine.deadline import Patience
 from bireme.engine.messages import (
     LANGUAGE_MODEL,
     Failed,
+    Leave,
     Program,
     ReplyReader,
     encode,
@@ -36,7 +37,7 @@ from bireme.engine.messages import (
 )
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
-from bireme.trace import Now, SpanRing
+from bireme.trace import Now, Span, SpanRing
 
 _GRACE_S = 2.0  # for the first cause to arrive once a failure was seen
 _EXIT_S = 5.0
@@ -161,6 +162,16 @@ class World:
         """Lets go of the ranks; nothing can be sent or received from here on."""
         self.is_broken = True
         self._selector.close()
+
+    def leave(self, timeout_s: float) -> None:
+        """Ranks drop what they hold; their processes stay with the pool."""
+        self.send_all(Leave())
+        self.gather(timeout_s, "leaving")
+        self.close()
+
+    def spans(self) -> dict[str, list[Span]]:
+        """Every rank's spans, by the rank's name."""
+        return {name: rank.spans.read() for name, rank in zip(self._names, self.ranks, strict=True)}
 
     def send_all(self, command: msgspec.Struct, patience: Patience | None = None) -> None:
         """The same to every rank, encoded once."""
