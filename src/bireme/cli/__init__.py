@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from bireme import __version__
-from bireme.cli import bench, chat, export, generate, inspect, serve, shard, verify
+from bireme.cli import bench, chat, export, generate, inspect, pipeline, serve, shard, verify
 from bireme.cli.config_file import FromEnvironment
 from bireme.errors import EngineError, RankError, UserError
 
@@ -48,7 +48,7 @@ def _root(
     raise typer.Exit
 
 
-for module in (generate, chat, inspect, shard, export, verify):
+for module in (generate, chat, inspect, shard, export, verify, pipeline):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
 app.command(
     serve.NAME,

@@ -150,6 +150,7 @@ class VisionPipeline:
     ) -> None:
         self._world, self._settings, self._batch = world, settings, len(images)
         self._cost, self._next_step = StepCost(), 1
+        self._begun_ns = time.monotonic_ns()
         with _shared(images) as path:
             world.send_all(Load(model, blocks_per_stage, path, len(images)))
             world.gather(settings.start_timeout_s, "loading its stage")
@@ -206,8 +207,11 @@ class VisionPipeline:
         return times
 
     def spans(self) -> dict[str, list[Span]]:
-        """Every rank's spans, by the rank's name."""
-        return self._world.spans()
+        """Every rank's spans since it was told to load, by the rank's name."""
+        return {
+            name: [span for span in spans if span.start_ns >= self._begun_ns]
+            for name, spans in self._world.spans().items()
+        }
 
 
 @contextmanager

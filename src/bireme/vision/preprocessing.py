@@ -97,8 +97,11 @@ def _before_crop(side: int, share: float) -> tuple[int, int] | int:
     return (side, side) if side >= _WARP_SIDE else int(side / share)
 
 
-def read_images(folder: Path, preprocessing: Preprocessing) -> tuple[list[str], torch.Tensor]:
-    """The names of a folder's files, in order, and their images [N, 3, H, W] in float32."""
+def read_images(
+    folder: Path, preprocessing: Preprocessing, most: int | None = None
+) -> tuple[list[str], torch.Tensor]:
+    """The names of a folder's files, in order, and their images [N, 3, H, W] in float32; the first
+    `most` of them."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
@@ -111,6 +114,7 @@ def read_images(folder: Path, preprocessing: Preprocessing) -> tuple[list[str], 
     if not paths:
         raise RequestError(f"{folder} holds no file; put at least one image there")
     images = []
+    paths = paths[:most]
     for path in paths:
         try:
             with Image.open(path) as image:
