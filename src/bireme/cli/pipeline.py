@@ -146,7 +146,7 @@ def run(
     from bireme.engine.prepare import device_memory, resolve_devices
     from bireme.vision.messages import VISION
     from bireme.vision.model import find_model
-    from bireme.vision.pipeline import RankSettings, measure_blocks
+    from bireme.vision.pipeline import RankSettings, measure_blocks, micro_batch_sizes
     from bireme.vision.plan import make_plan
     from bireme.vision.sweep import Sweeper, one_device, work_of
     from bireme.vision.tracing import trace as traced_blocks
@@ -155,6 +155,7 @@ def run(
     given = _images(found, images, batch)
     counts = _counts(micro_batches, len(given.images))
     work = work_of(found, len(given.images), max(counts))
+    timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
     where = resolve_devices(settings)
     limit_bytes = device_memory(settings, where).of_rank(num_stages)
     ranks = RankSettings(devices=where, num_threads=threads or threads_per_rank(num_stages))
@@ -162,10 +163,10 @@ def run(
     starts = [blocks.block_at(point) for point in points] if points else None
     report = Report(found, given.names, counts, ranks, limit_bytes, top)
     with WorkerPool(VISION) as pool:
-        costs = measure_blocks(found, blocks, pool, ranks, work.micro_batch)
+        costs = measure_blocks(found, blocks, pool, ranks, timed)
         plan = make_plan(costs, num_stages, work, limit_bytes, starts)
         if not as_json:
-            report.print_plan(plan)
+            report.print_plan(plan, timed)
         sweeper = Sweeper(
             model=found, traced=blocks, images=given.images, counts=counts,
             limit_bytes=limit_bytes, num_runs=runs, pool=pool,

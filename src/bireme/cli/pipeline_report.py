@@ -28,6 +28,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
+def _at(trial: Trial) -> str:
+    plural = "" if trial.num_micro_batches == 1 else "es"
+    return f"{trial.num_micro_batches} micro-batch{plural}, {trial.images_per_s:.1f} images/s"
+
+
 @dataclass(frozen=True)
 class Report:
     """Of one model, one batch and the numbers of micro-batches that were tried."""
@@ -39,15 +44,16 @@ class Report:
     limit_bytes: int
     top: int
 
-    def print_plan(self, plan: PipelinePlan) -> None:
+    def print_plan(self, plan: PipelinePlan, timed_micro_batch: int) -> None:
         out, work = console(), plan.work
         weights = self.model.weights or "made up"
+        num_threads = self.ranks.num_threads
         out.print(
             f"{self.model.name}: {len(plan.costs)} blocks in {len(plan.stages)} stages on "
-            f"{', '.join(self.ranks.devices)} ({self.ranks.num_threads} threads each), "
+            f"{', '.join(self.ranks.devices)} ({num_threads} thread{'s' * (num_threads > 1)} each), "
             f"{self.model.dtype}, weights {weights}\n"
-            f"measured with micro-batches of {work.micro_batch} of {work.batch} images of "
-            f"{self.model.image_size} x {self.model.image_size}",
+            f"{work.batch} images of {self.model.image_size} x {self.model.image_size}; times are of "
+            f"micro-batches of {timed_micro_batch}, memory of {work.micro_batch}",
             highlight=False,
         )
         rows = table(
@@ -106,15 +112,11 @@ class Report:
             does = f", fits {num_stages}" if best else ""
             lines.append(f"does not fit one device of {limit} (needs {least}){does}")
         else:
-            lines.append(
-                f"one device at its best: {one.images_per_s:.1f} images/s with {one.num_micro_batches} micro-batches"
-            )
+            lines.append(f"one device at its best: {_at(one)}")
         if best is None:
             return [*lines, f"no number of micro-batches fits {num_stages} devices of {limit}"]
         beside = f", {_speed_up(best, one)} one device" if one else ""
-        lines.append(
-            f"best: {best.num_micro_batches} micro-batches, {best.images_per_s:.1f} images/s{beside}"
-        )
+        lines.append(f"best: {_at(best)}{beside}")
         if one is not None:
             difference, largest = _difference(one, best)
             lines.append(

@@ -47,13 +47,13 @@ class VisionModel(msgspec.Struct, frozen=True):
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    def build(self) -> nn.Module:
-        """On meta, to classify; ConfigError where it cannot be made."""
-        with torch.device("meta"):
+    def build(self, device: str = "meta") -> nn.Module:
+        """To classify; ConfigError where it cannot be made."""
+        with torch.device(device):
             module = self._make()
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{self.name} makes a {type(module).__name__}, not an nn.Module")
-        return module.to(device="meta", dtype=self.torch_dtype).eval()
+        return module.to(device=device, dtype=self.torch_dtype).eval()
 
     def _make(self) -> Any:
         if self.kind == "folder":

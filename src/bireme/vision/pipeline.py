@@ -173,10 +173,12 @@ class VisionPipeline:
         with joined(pool, settings, hidden_bytes) as world:
             yield cls(world, model, blocks_per_stage, images, settings)
 
-    def run(self, num_micro_batches: int) -> Passed:
-        """Passes the batch through; RankError names a rank that died or hangs."""
+    def run(self, num_micro_batches: int, schedule: Schedule | None = None) -> Passed:
+        """Passes the batch through, in order if no other schedule is given; RankError names a rank
+        that died or hangs."""
         sizes = micro_batch_sizes(self._batch, num_micro_batches)
-        schedule = forward_schedule(len(self._settings.devices), num_micro_batches)
+        if schedule is None:
+            schedule = forward_schedule(len(self._settings.devices), num_micro_batches)
         first_step, last_step = self._next_step, self._next_step + num_micro_batches - 1
         self._next_step = last_step + 1
         texts = tuple(tuple(map(str, actions)) for actions in schedule)

@@ -14,8 +14,8 @@ from bireme.parallel.pipeline import partition
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Of a micro-batch: seconds, and those to hand its result over. Of one image: bytes of the
-    result, and the most that lives at once."""
+    """Of a micro-batch of the measurement: seconds, and those to hand its result over. Of one image:
+    bytes of the result, and the most that lives at once."""
 
     name: str
     compute_s: float
@@ -36,7 +36,8 @@ class Work:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Blocks [first, last) of a stage; seconds and bytes are of one micro-batch."""
+    """Blocks [first, last) of a stage; seconds are of a micro-batch of the measurement, bytes of one
+    of the plan."""
 
     stage: int
     first: int

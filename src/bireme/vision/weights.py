@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,50 +53,77 @@ class MadeUpWeights(DummySource):
         return noise * np.float32(0.1) + np.float32(1 if is_near_one else 0)
 
 
-def open_weights(model: VisionModel, module: nn.Module) -> tuple[TensorSource, dict[str, str]]:
-    """Where the module's tensors come from, and what they are called there. CheckpointError names
-    what is missing or has another shape."""
-    tensors = dict(_tensors(module))
+@dataclass(frozen=True)
+class Weights:
+    """Where a module's tensors come from: what they are called there, and those that its constructor
+    computes and no file holds."""
+
+    source: TensorSource
+    names: Mapping[str, str]
+    constants: Mapping[str, torch.Tensor]
+
+    def fill(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self.constants:
+            tensor.copy_(self.constants[name])
+            return
+        shape = tuple(tensor.shape)
+        read_box(tensor, Source(self.names[name], shape), full_box(shape), self.source)
+        self.source.forget(self.names[name])
+
+
+def open_weights(model: VisionModel, module: nn.Module) -> Weights:
+    """Of `module`, which is on meta. CheckpointError names what is missing or has another shape."""
+    constants = _constants(model, module)
+    needed = {name: tensor for name, tensor in _tensors(module) if name not in constants}
     if model.weights is None:
-        return MadeUpWeights(tensors, model.seed), {name: name for name in tensors}
+        return Weights(
+            MadeUpWeights(needed, model.seed), {name: name for name in needed}, constants
+        )
     source = Checkpoint(Path(model.weights))
     names = huggingface.file_names(module, source.tensors)
-    for name in module.state_dict():
-        if name.endswith("num_batches_tracked"):
-            continue
+    for name, tensor in needed.items():
         if name not in names:
             raise CheckpointError(f"{model.weights} has no tensor {name}, which {model.name} needs")
         there = source.tensors[names[name]].shape
-        if there != tuple(tensors[name].shape):
+        if there != tuple(tensor.shape):
             raise CheckpointError(
                 f"{model.weights}: {names[name]} has the shape {list(there)}, but {model.name} "
-                f"needs {list(tensors[name].shape)}"
+                f"needs {list(tensor.shape)}"
             )
-    return source, names
+    return Weights(source, names, constants)
 
 
-def materialise(
-    block: nn.Module, source: TensorSource, names: Mapping[str, str], device: torch.device
-) -> nn.Module:
+def _constants(model: VisionModel, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers of integers, and those that are not saved. The few modules that have any are built once
+    more on the host, for these alone."""
+    saved = module.state_dict().keys()
+    names = {
+        name
+        for name, buffer in module.named_buffers(remove_duplicate=False)
+        if name not in saved or not buffer.is_floating_point()
+    }
+    if all(name.endswith("num_batches_tracked") for name in names):  # training's
+        return {name: torch.tensor(0) for name in names}
+    buffers = dict(model.build("cpu").named_buffers(remove_duplicate=False))
+    return {name: buffers[name] for name in names}
+
+
+def materialise(block: nn.Module, weights: Weights, device: torch.device) -> nn.Module:
     """A copy of a block of meta, on the device and filled."""
-    made = copy.deepcopy(block)
-    unfilled = {name for name, tensor in _tensors(block) if tensor.is_meta}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's own, on its tree specs
+        made = copy.deepcopy(block)
     for owner in made.modules():
+        _move_factories(owner, device)
         stores: tuple[Any, ...] = owner._parameters, owner._buffers
         for own in stores:
             for name, tensor in own.items():
-                if tensor is not None and tensor.is_meta:
-                    own[name] = _empty(tensor, device)
-                elif tensor is not None:  # a constant of the forward
-                    own[name] = tensor.to(device)
-        _move_factories(owner, device)
+                if tensor is not None:
+                    own[name] = _empty(tensor, device) if tensor.is_meta else tensor.to(device)
+    unfilled = {name for name, tensor in _tensors(block) if tensor.is_meta}
     for name, tensor in _tensors(made):
-        if name in names:
-            shape = tuple(tensor.shape)
-            read_box(tensor, Source(names[name], shape), full_box(shape), source)
-            source.forget(names[name])
-        elif name in unfilled:
-            raise CheckpointError(f"{name} is in no file: it is a buffer that is not saved")
+        if name in unfilled:
+            weights.fill(name, tensor)
     return made
 
 

@@ -42,12 +42,13 @@ class Stage:
 
     def run(self, command: Run) -> torch.Tensor | None:
         """The logits [batch, classes] where this is the last stage."""
-        logits = []
+        outs = {}
         for text in command.schedule[self._comm.mesh.rank]:
-            out = self._execute(Action.parse(text), command)
+            action = Action.parse(text)
+            out = self._execute(action, command)
             if self._comm.mesh.is_last_stage:
-                logits.append(out)
-        return torch.cat(logits) if logits else None
+                outs[action.micro_batch] = out
+        return torch.cat([outs[index] for index in sorted(outs)]) if outs else None
 
     def _execute(self, action: Action, command: Run) -> torch.Tensor:
         step_id = command.first_step + action.micro_batch
@@ -114,12 +115,12 @@ class VisionRank(rank.Rank[rank.Commands]):
 
     def _measure(self, command: Measure) -> Measured:
         module, traced = self._trace(command.model)
-        source, names = open_weights(command.model, module)
+        weights = open_weights(command.model, module)
         shape = command.micro_batch, *command.model.image_shape
         x = torch.randn(shape, device=self._device).to(command.model.torch_dtype)
         found = Measured([], [])
         for block in traced.blocks:
-            compute = partial(materialise(block.module, source, names, self._device), x)
+            compute = partial(materialise(block.module, weights, self._device), x)
             x = compute()
             found.compute_s.append(self._seconds(compute, command.repeats))
             found.transfer_s.append(self._seconds(x.clone, command.repeats))
@@ -142,9 +143,9 @@ class VisionRank(rank.Rank[rank.Commands]):
         first = sum(command.blocks_per_stage[:stage])
         last = first + command.blocks_per_stage[stage]
         with self._spans.span(SpanKind.LOAD):
-            source, names = open_weights(command.model, module)
+            weights = open_weights(command.model, module)
             blocks = [
-                materialise(block.module, source, names, self._device)
+                materialise(block.module, weights, self._device)
                 for block in traced.blocks[first:last]
             ]
             images = self._images(command) if stage == 0 else None
