@@ -21,7 +21,7 @@ def vision_pool() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="session")
-def traced() -> Callable[[VisionModel], Traced]:
+def trace_once() -> Callable[[VisionModel], Traced]:
     """Traces a model once."""
     known: dict[VisionModel, Traced] = {}
 

@@ -39,7 +39,7 @@ class _Batch:
 
 def run(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="What to run; or give --config.")
+        str | None, typer.Argument(metavar="MODEL", help="What to run; or give --config.")
     ] = None,
     *,
     config: Annotated[
@@ -147,7 +147,7 @@ def run(
     from bireme.vision.messages import VISION
     from bireme.vision.model import find_model
     from bireme.vision.pipeline import RankSettings, measure_blocks, micro_batch_sizes
-    from bireme.vision.plan import make_plan
+    from bireme.vision.plan import check_num_stages, make_plan
     from bireme.vision.sweep import Sweeper, one_device, work_of
     from bireme.vision.tracing import trace as traced_blocks
 
@@ -160,6 +160,7 @@ def run(
     limit_bytes = device_memory(settings, where).of_rank(num_stages)
     ranks = RankSettings(devices=where, num_threads=threads or threads_per_rank(num_stages))
     blocks = traced_blocks(found.build(), found.image_shape, found.torch_dtype)
+    check_num_stages(num_stages, len(blocks.blocks))
     starts = [blocks.block_at(point) for point in points] if points else None
     report = Report(found, given.names, counts, ranks, limit_bytes, top)
     with WorkerPool(VISION) as pool:

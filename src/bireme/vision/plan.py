@@ -101,11 +101,7 @@ def make_plan(
 ) -> PipelinePlan:
     """The cut whose slowest stage is fastest; `starts` are the first blocks of the later stages,
     where these are given. CapacityError where a stage is larger than its device."""
-    if num_stages > len(costs):
-        raise ConfigError(
-            f"pipeline_parallel_size={num_stages} exceeds the {len(costs)} blocks; "
-            f"use at most {len(costs)}"
-        )
+    check_num_stages(num_stages, len(costs))
     counts = _counts(starts, len(costs)) if starts is not None else None
     if counts is None:
         counts = _partition(costs, num_stages, work, limit_bytes)
@@ -117,6 +113,15 @@ def make_plan(
                 f"{format_bytes(limit_bytes)} of a device; cut elsewhere, or leave --split out"
             )
     return plan
+
+
+def check_num_stages(num_stages: int, num_blocks: int) -> None:
+    """ConfigError where there are more stages than blocks."""
+    if num_stages > num_blocks:
+        raise ConfigError(
+            f"pipeline_parallel_size={num_stages} exceeds the {num_blocks} blocks; "
+            f"use at most {num_blocks}"
+        )
 
 
 def _counts(starts: Sequence[int], num_blocks: int) -> tuple[int, ...]:

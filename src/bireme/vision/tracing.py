@@ -95,9 +95,8 @@ def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> 
             warnings.simplefilter("ignore")  # of torch's own, on deprecated parts of torch
             pipe = pipeline(module, (example,), split_policy=cutter.split)
     except Exception as error:  # whatever a foreign forward raises
-        cause = str(error.__cause__ or error).strip() or type(error).__name__
         raise ConfigError(
-            f"{kind} cannot be traced with images of {_text(image_shape)}: {cause.splitlines()[0]}"
+            f"{kind} cannot be traced with images of {_text(image_shape)}: {_reason(error)}"
         ) from error
     stages = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
     if len(stages) != len(cutter.outs):
@@ -109,6 +108,14 @@ def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> 
         )
     )
     return Traced(blocks, tuple(point.aliases for point in cutter.points))
+
+
+def _reason(error: Exception) -> str:
+    """In one line."""
+    cause = str(error.__cause__ or error).strip() or type(error).__name__
+    if cause.startswith("Constraints violated"):
+        return "it makes a constant of the batch size, as len(x) does; use x.shape[0]"
+    return cause.splitlines()[0]
 
 
 def _text(image_shape: Sequence[int]) -> str:

@@ -41,10 +41,10 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def staged(
-    model: VisionModel, traced: Trace, num_stages: int, pool: WorkerPool, **settings: object
+    model: VisionModel, trace_once: Trace, num_stages: int, pool: WorkerPool, **settings: object
 ) -> Iterator[VisionPipeline]:
     """Blocks spread evenly by number, so that every stage holds at least one."""
-    blocks = traced(model)
+    blocks = trace_once(model)
     counts = micro_batch_sizes(len(blocks.blocks), num_stages)
     images = made_up_images(BATCH, model.image_shape)
     ranks = RankSettings(devices=("cpu",) * num_stages, num_threads=1, **settings)  # type: ignore[arg-type]
@@ -75,12 +75,12 @@ def test_stages_compute_what_one_device_computes(
     num_stages: int,
     vit: Path,
     vision_pool: WorkerPool,
-    traced: Trace,
+    trace_once: Trace,
     expected: Callable[[VisionModel], torch.Tensor],
 ) -> None:
     is_vit = name == "vit"
     model = find_model(str(vit), None) if is_vit else find_model(None, name, image_size=64)
-    with staged(model, traced, num_stages, vision_pool) as pipeline:
+    with staged(model, trace_once, num_stages, vision_pool) as pipeline:
         passed = pipeline.run(NUM_MICRO_BATCHES)
     logits = expected(model)
     assert 0.01 < logits.std() < 100, "activations neither vanish nor explode"
@@ -89,7 +89,7 @@ def test_stages_compute_what_one_device_computes(
     assert all(0 <= bubble < 1 for bubble in passed.bubbles)
 
 
-def test_a_checkpoint_of_transformers_gives_its_logits(vit: Path, traced: Trace) -> None:
+def test_a_checkpoint_of_transformers_gives_its_logits(vit: Path) -> None:
     model = find_model(str(vit), None)
     images = made_up_images(2, model.image_shape)
     with torch.inference_mode():
@@ -99,12 +99,12 @@ def test_a_checkpoint_of_transformers_gives_its_logits(vit: Path, traced: Trace)
 
 
 def test_any_order_of_micro_batches_gives_the_same_and_an_unequal_one_is_noticed(
-    vision_pool: WorkerPool, traced: Trace, expected: Callable[[VisionModel], torch.Tensor]
+    vision_pool: WorkerPool, trace_once: Trace, expected: Callable[[VisionModel], torch.Tensor]
 ) -> None:
     model = find_model(None, "resnet-18", image_size=64)
     first, second = forward_schedule(2, NUM_MICRO_BATCHES)
     turned: Schedule = (first[::-1], second[::-1])
-    with staged(model, traced, 2, vision_pool) as pipeline:
+    with staged(model, trace_once, 2, vision_pool) as pipeline:
         passed = pipeline.run(NUM_MICRO_BATCHES, turned)
     assert difference(passed.logits, expected(model)) < TOLERANCE
     swapped: Schedule = ((Action(0, 1), Action(0, 0), Action(0, 2)), second)
@@ -112,13 +112,13 @@ def test_any_order_of_micro_batches_gives_the_same_and_an_unequal_one_is_noticed
         pytest.raises(
             RankError, match=r"rank 0 sent \(step, rows, row bytes, incarnation\) \(2, 2"
         ),
-        staged(model, traced, 2, vision_pool) as pipeline,
+        staged(model, trace_once, 2, vision_pool) as pipeline,
     ):
         pipeline.run(NUM_MICRO_BATCHES, swapped)
 
 
 def test_weights_of_another_block_are_noticed(
-    vit: Path, tmp_path: Path, vision_pool: WorkerPool, traced: Trace
+    vit: Path, tmp_path: Path, vision_pool: WorkerPool, trace_once: Trace
 ) -> None:
     """The comparison that the tests above make fails where it should."""
     model = find_model(str(vit), None)
@@ -133,28 +133,35 @@ def test_weights_of_another_block_are_noticed(
     for config in vit.glob("*.json"):
         (tmp_path / config.name).write_bytes(config.read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
-    with staged(find_model(str(tmp_path), None), traced, 2, vision_pool) as pipeline:
+    with staged(find_model(str(tmp_path), None), trace_once, 2, vision_pool) as pipeline:
         logits = pipeline.run(1).logits
     images = made_up_images(BATCH, model.image_shape)
     assert difference(logits, whole(model, images)) > 100 * TOLERANCE
 
 
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> VisionModel:
+    """Of our own, so that ranks of a pool of its own import little; they find it from here."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    return find_model("vision.networks:Network", None, image_size=8)
+
+
 @pytest.mark.parametrize("transport", ["auto", "distributed"])
-def test_a_killed_rank_is_named_and_its_spans_can_be_read(traced: Trace, transport: str) -> None:
-    model = find_model(None, "resnet-18", image_size=64)
+def test_a_killed_rank_is_named_and_its_spans_can_be_read(
+    network: VisionModel, trace_once: Trace, transport: str
+) -> None:
     with WorkerPool(VISION) as own:
         with pytest.raises(RankError, match=r"rank 1 \(stage 1, tp 0\): .*killed by signal 9"):  # noqa: PT012, SIM117
-            with staged(model, traced, 2, own, transport=transport) as pipeline:
+            with staged(network, trace_once, 2, own, transport=transport) as pipeline:
                 pipeline.run(2)
                 os.kill(own.take(2)[1].process.pid, signal.SIGKILL)
                 pipeline.run(2)
         assert len(pipeline.spans()["rank 1 (stage 1, tp 0)"]) > 6
 
 
-def test_a_rank_that_hangs_is_named(traced: Trace) -> None:
-    model = find_model(None, "resnet-18", image_size=64)
+def test_a_rank_that_hangs_is_named(network: VisionModel, trace_once: Trace) -> None:
     with WorkerPool(VISION) as own, pytest.raises(RankError, match=r"rank 0 .*process is stopped"):  # noqa: PT012, SIM117
-        with staged(model, traced, 2, own) as pipeline:
+        with staged(network, trace_once, 2, own) as pipeline:
             pipeline.run(2)
             os.kill(own.take(2)[0].process.pid, signal.SIGSTOP)
             pipeline.run(2)
