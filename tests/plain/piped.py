@@ -44,11 +44,9 @@ class Piped:
         self._tell(self.driver, SpanKind.WAIT, self._now, self._end[-1], step)
         return self
 
-    def ledger(self, *, has_token_dependency: bool = True) -> Ledger:
+    def ledger(self) -> Ledger:
         """Of all of it."""
-        return make_ledger(
-            self.recorded, 0, max(self._end), has_token_dependency=has_token_dependency
-        )
+        return make_ledger(self.recorded, 0, max(self._end))
 
     @property
     def recorded(self) -> Recorded:
@@ -84,7 +82,8 @@ class Piped:
             start = max(told, self._end[stage])
             begun = max(start, come)
             if come:
-                self._tell(spans, SpanKind.RECV, start, begun, step if stage else needed)
+                of = step if stage else needed
+                spans.append(Span(SpanKind.RECV, start, begun, 0, of, 0))  # perhaps it was there
             self._begun[stage].append(begun)
             end = begun + self.work_ns(stage, step)
             self._tell(spans, SpanKind.COMPUTE, begun, end, step)

@@ -9,7 +9,7 @@ from bireme.observe.grid import grid
 
 def test_a_pipeline_of_micro_batches_fills_and_drains() -> None:
     piped = Piped(3, 4, 4, lambda *_: 1000 * US).run()
-    assert grid(piped.ledger(has_token_dependency=False), 6) == {
+    assert grid(piped.ledger(), 6) == {
         "rank 0": "0123//",
         "rank 1": "/0123/",
         "rank 2": "//0123",

@@ -18,8 +18,8 @@ DELAYS = [50 * US, 200 * US, 1000 * US]
 NUM_STEPS = 200
 
 
-def ranks_of(piped: Piped, *, has_token_dependency: bool = True) -> list[RankLedger]:
-    return list(piped.run().ledger(has_token_dependency=has_token_dependency).ranks)
+def ranks_of(piped: Piped) -> list[RankLedger]:
+    return list(piped.run().ledger().ranks)
 
 
 @settings(max_examples=200, deadline=None)
@@ -61,12 +61,10 @@ def test_rows_add_up_to_the_wall_time(
             assert (edges[0], edges[-1]) == (ledger.start_ns, ledger.end_ns)
 
 
-def check_grows(
-    base: Piped, planted: Piped, row: str, delay_ns: int, *, ranks: set[int], dependent: bool = True
-) -> None:
+def check_grows(base: Piped, planted: Piped, row: str, delay_ns: int, *, ranks: set[int]) -> None:
     """On these ranks by the delay within 5 %, and all other rows together by less than 5 % of it."""
-    before = ranks_of(base, has_token_dependency=dependent)
-    after = ranks_of(planted, has_token_dependency=dependent)
+    before = ranks_of(base)
+    after = ranks_of(planted)
     for index in ranks:
         old, new = before[index].ns, after[index].ns
         grown = {name: new[name] - old[name] for name in Row}
@@ -91,7 +89,6 @@ def test_a_slow_stage_is_imbalance_of_the_others(
     others = set(range(num_stages)) - {slow}
     check_grows(
         piped(0), piped(delay_ns), "imbalance", NUM_STEPS * delay_ns, ranks=others,
-        dependent=dependent,
     )  # fmt: skip
 
 
@@ -151,7 +148,7 @@ def test_micro_batches_leave_the_bubble_of_the_textbook(
     """(p - 1) / (m + p - 1), all of it filling and draining."""
     piped = Piped(num_stages, num_micro_batches, num_micro_batches, lambda *_: 10_000 * US)
     expected = (num_stages - 1) / (num_micro_batches + num_stages - 1)
-    for row in ranks_of(piped, has_token_dependency=False):
+    for row in ranks_of(piped):
         assert row.ns[Row.FILL_DRAIN] / row.wall_ns == pytest.approx(expected, abs=0.002)
 
 

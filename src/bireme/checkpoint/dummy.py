@@ -19,7 +19,7 @@ _MIX = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # Wellons' lowbias32
 _BLOCK_ELEMENTS = 1 << 20
 
 
-def _uniform(seed: int, name: str, index: np.ndarray) -> np.ndarray:
+def uniform(seed: int, name: str, index: np.ndarray) -> np.ndarray:
     """float32 in [-1, 1) from a hash of each global index (uint64)."""
     key = xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode())
     x = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ np.uint32(key & 0xFFFFFFFF)
@@ -60,7 +60,7 @@ class DummySource:
         """Nothing is held."""
 
     def _values(self, source: Source, index: np.ndarray) -> np.ndarray:
-        noise = _uniform(self._seed, source.name, index)
+        noise = uniform(self._seed, source.name, index)
         if len(source.shape) > 1:
             return noise * np.float32(math.sqrt(3 / source.shape[-1]))
         is_norm = source.name.endswith("weight")

@@ -9,9 +9,9 @@ from torch import nn
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.reader import TensorSource, bits_dtype
 from bireme.config import DTYPE_BYTES
-from bireme.errors import ConfigError
+from bireme.errors import CheckpointError, ConfigError
 from bireme.parallel.layers import named_layouts
-from bireme.parallel.layout import Piece, as_slices, box_shape, volume
+from bireme.parallel.layout import Box, Piece, Source, as_slices, box_shape, volume
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 _FROM_FILE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -45,16 +45,24 @@ def load_parameters(model: nn.Module, source: TensorSource, names: NameMap) -> i
 
 
 def _fill(parameter: torch.Tensor, piece: Piece, source: TensorSource, names: NameMap) -> int:
-    there = names.source(piece.source)
-    file_dtype = source.tensors[there.name].dtype
     target = parameter[as_slices(piece.local)]
     for _ in range(len(piece.local) - len(piece.box)):  # the expert dim of stacked experts
         target = target.squeeze(0)
+    return read_box(target, names.source(piece.source), piece.box, source)
+
+
+def read_box(target: torch.Tensor, there: Source, box: Box, source: TensorSource) -> int:
+    """Fills `target` with the logical `box` of a tensor; returns its bytes in the source."""
+    file_dtype = source.tensors[there.name].dtype
+    if file_dtype not in _FROM_FILE:
+        raise CheckpointError(
+            f"{there.name} has the dtype {file_dtype}; weights are {', '.join(_FROM_FILE)}"
+        )
     dtype = _FROM_FILE[file_dtype]
     if target.dtype == dtype and target.device.type == "cpu":
-        source.read(there, piece.box, target.view(_BITS[dtype.itemsize]).numpy())
+        source.read(there, box, target.view(_BITS[dtype.itemsize]).numpy())
     else:
-        bits = np.empty(box_shape(piece.box), dtype=bits_dtype(file_dtype))
-        source.read(there, piece.box, bits)
+        bits = np.empty(box_shape(box), dtype=bits_dtype(file_dtype))
+        source.read(there, box, bits)
         target.copy_(torch.from_numpy(bits).view(dtype))
-    return volume(piece.box) * dtype.itemsize
+    return volume(box) * dtype.itemsize

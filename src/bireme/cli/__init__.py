@@ -11,7 +11,19 @@ from typing import Any
 import typer
 
 from bireme import __version__
-from bireme.cli import bench, chat, export, generate, inspect, ledger, probe, serve, shard, verify
+from bireme.cli import (
+    bench,
+    chat,
+    export,
+    generate,
+    inspect,
+    ledger,
+    pipeline,
+    probe,
+    serve,
+    shard,
+    verify,
+)  # fmt: skip
 from bireme.cli.config_file import FromEnvironment
 from bireme.errors import EngineError, RankError, UserError
 
@@ -48,7 +60,7 @@ def _root(
     raise typer.Exit
 
 
-for module in (generate, chat, inspect, shard, export, verify, ledger, probe):
+for module in (generate, chat, pipeline, inspect, shard, export, verify, ledger, probe):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
 app.command(
     serve.NAME,

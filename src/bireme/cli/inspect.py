@@ -8,11 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from bireme.cli import options, progress
+from bireme.cli.tables import console, table
 from bireme.config import DTYPE_BYTES, EngineConfig, format_bytes
 
 if TYPE_CHECKING:
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 NAME = "inspect"
 SHORT = "Show how a model is cut; verify an artifact."
-_WIDTH = 220  # of what is no terminal: tables take what they need of it
 
 
 def run(
@@ -90,17 +88,15 @@ def _print(
     from bireme.engine.budget import resolve_max_model_len
     from bireme.parallel.summary import param_rows
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    console.print(
+    out = console()
+    out.print(
         f"{model.name}: {model.config.architecture} at {config.parallel}, {dtype}", highlight=False
     )
-    console.print(_param_table(param_rows(layout), DTYPE_BYTES[dtype]))
-    console.print(_rank_table(layout, memory, resolve_max_model_len(model.config, config)))
+    out.print(_param_table(param_rows(layout), DTYPE_BYTES[dtype]))
+    out.print(_rank_table(layout, memory, resolve_max_model_len(model.config, config)))
     extra = layout.replicated_elements
     num_bytes = sum(extra.values()) * DTYPE_BYTES[dtype]
-    console.print(
+    out.print(
         f"replicated beyond the first copy: {format_bytes(num_bytes)} in {len(extra)} tensors",
         highlight=False,
     )
@@ -123,17 +119,17 @@ def _cut(row: ParamRow) -> str:
 
 
 def _param_table(rows: list[ParamRow], item_bytes: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    found = table()
     for name in ("parameter", "stage", "cut by", "local shape"):
-        table.add_column(name, overflow="fold", min_width=len(name) + 1)
+        found.add_column(name, overflow="fold", min_width=len(name) + 1)
     for name in ("layers", "pieces", "bytes/rank", "padding", "imbalance"):
-        table.add_column(name, justify="right", min_width=max(5, len(name) - 2))
+        found.add_column(name, justify="right", min_width=max(5, len(name) - 2))
     for row in rows:
         first, last = max(row.shapes), min(row.shapes)
         shape = "x".join(map(str, first)) + (
             "" if first == last else f" - {'x'.join(map(str, last))}"
         )
-        table.add_row(
+        found.add_row(
             re.sub(r"^(model|transformer|gpt_neox)\.", "", row.name).removesuffix(".weight"),
             row.stages,
             _cut(row),
@@ -144,25 +140,16 @@ def _param_table(rows: list[ParamRow], item_bytes: int) -> Table:
             _span([count * item_bytes for count in row.padding]) if any(row.padding) else "",
             f"{row.imbalance:.1%}" if row.imbalance > 0 else "",
         )
-    return table
+    return found
 
 
 def _rank_table(layout: ModelLayout, memory: list[RankMemory], max_len: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (
-        "rank",
-        "stage",
-        "tp",
-        "layers",
-        "weights",
-        "cache/token",
-        f"cache of {max_len} tokens",
-        "activations",
-        "total",
-    ):
-        table.add_column(name, justify="right", overflow="fold")
+    rows = table(
+        "rank", "stage", "tp", "layers", "weights", "cache/token", f"cache of {max_len} tokens",
+        "activations", "total",
+    )  # fmt: skip
     for rank, need in zip(layout.ranks, memory, strict=True):
-        table.add_row(
+        rows.add_row(
             str(rank.rank),
             str(rank.stage),
             str(rank.tp_rank),
@@ -173,7 +160,7 @@ def _rank_table(layout: ModelLayout, memory: list[RankMemory], max_len: int) -> 
             format_bytes(need.activation_bytes),
             format_bytes(need.total(max_len)),
         )
-    return table
+    return rows
 
 
 def _as_json(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -15,8 +14,8 @@ from bireme.config import DTYPE_BYTES, EngineConfig
 from bireme.engine.budget import CacheBudget
 from bireme.engine.channel import Steps
 from bireme.engine.deadline import Patience, StepCost
-from bireme.engine.joining import WorldPlan, join_world
-from bireme.engine.messages import Capture, Execute, Leave, Load, Loaded, Masks, Output
+from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
+from bireme.engine.messages import Capture, Execute, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.errors import EngineError
@@ -103,17 +102,19 @@ class WorkerExecutor:
 
     def _join(self) -> Steps:
         plan, config = self._plan, self._plan.config
-        item_bytes = DTYPE_BYTES[plan.dtype]
-        joint = WorldPlan(
+        world = WorldPlan(
             widths=config.parallel.widths,
             devices=plan.devices,
-            hidden_bytes=config.max_num_batched_tokens * plan.model.hidden_size * item_bytes,
+            hidden_bytes=config.max_num_batched_tokens
+            * plan.model.hidden_size
+            * DTYPE_BYTES[plan.dtype],
             sampled_bytes=8 * config.max_num_seqs,
+            num_threads=threads_per_rank(len(plan.devices)),
             transport=config.transport,
             step_timeout_s=config.step_timeout_s,
             start_timeout_s=config.start_timeout_s,
         )
-        return join_world(self._world, joint, self._held)
+        return join_world(self._world, world, self._held)
 
     def _load(self) -> list[Loaded]:
         plan = self._plan
@@ -215,10 +216,7 @@ class WorkerExecutor:
 
     def spans(self) -> dict[str, list[Span]]:
         """Every rank's spans, by the rank's name."""
-        names: Sequence[str] = self._plan.rank_names
-        return {
-            name: rank.spans.read() for name, rank in zip(names, self._world.ranks, strict=True)
-        }
+        return self._world.spans()
 
     def ring_paths(self) -> dict[str, str]:
         """Where every rank's ring can be opened, by the rank's name."""
@@ -235,9 +233,7 @@ class WorkerExecutor:
             if not self._world.is_broken:
                 while self._waiting:  # of a stream that nobody took to its end
                     self.collect()
-                self._world.send_all(Leave())
-                self._world.gather(self._plan.config.step_timeout_s, "leaving")
-                self._world.close()
+                self._world.leave(self._plan.config.step_timeout_s)
         finally:
             self._held.close()
 

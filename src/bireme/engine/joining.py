@@ -1,4 +1,4 @@
-"""How ranks become a world: what they share, and what each is told, whatever they then run."""
+"""How the processes of a pool become one world: what they share, and what each is told."""
 
 from __future__ import annotations
 
@@ -18,34 +18,35 @@ from bireme.parallel.shm import SegmentPlan
 from bireme.parallel.shm_helper import load_helper
 
 
+def threads_per_rank(num_ranks: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorldPlan:
-    """Ranks of `widths` on one device each, and the largest messages between stages, forward
-    (`hidden_bytes`) and from the last back to the first (`sampled_bytes`)."""
+    """Ranks by their stages' widths, one device each; the largest message from stage to stage, and
+    of sampled ids back to the first (bytes)."""
 
     widths: tuple[int, ...]
     devices: tuple[str, ...]
     hidden_bytes: int
     sampled_bytes: int
+    num_threads: int
     transport: Transport
     step_timeout_s: float
     start_timeout_s: float
 
     @property
     def shares_memory(self) -> bool:
-        """True where commands, sums and messages go through memory: on one host that can."""
         return self.transport != "distributed" and shm.is_supported()
 
 
-def threads_per_rank(num_ranks: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
-
-
 def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
-    """Returns when all have joined and hear commands over `world.channel`. `held` keeps what they
-    share; the steps can be removed once each has heard something."""
+    """Returns when all have joined. What they share is let go of with `held`; what can be seen of
+    the steps' endpoints may be removed once every rank has heard something."""
     is_compiled = load_helper() is not None
-    segment, steps = _segment(plan, held, is_compiled), _steps(plan, held, is_compiled)
+    segment = _segment(plan, held, is_compiled=is_compiled)
+    steps = _steps(plan, held, is_compiled=is_compiled)
     meeting_fd, meeting = create_memory(0, "bireme-store")
     held.callback(os.close, meeting_fd)
     held.callback(steps.remove)
@@ -57,7 +58,7 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
             rank=rank,
             store_path=meeting,
             device=device,
-            num_threads=threads_per_rank(len(plan.devices)),
+            num_threads=plan.num_threads,
             timeout_s=plan.step_timeout_s,
             steps=steps,
             segment=segment,
@@ -67,7 +68,9 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
     return steps
 
 
-def _segment(plan: WorldPlan, held: ExitStack, is_compiled: bool) -> tuple[str, SegmentPlan] | None:
+def _segment(
+    plan: WorldPlan, held: ExitStack, *, is_compiled: bool
+) -> tuple[str, SegmentPlan] | None:
     """Memory that the ranks talk through, where they can: on the CPUs of one host."""
     if set(plan.devices) != {"cpu"} or len(plan.devices) == 1 or not plan.shares_memory:
         return None
@@ -82,7 +85,7 @@ def _segment(plan: WorldPlan, held: ExitStack, is_compiled: bool) -> tuple[str, 
     return path, segment
 
 
-def _steps(plan: WorldPlan, held: ExitStack, is_compiled: bool) -> Steps:
+def _steps(plan: WorldPlan, held: ExitStack, *, is_compiled: bool) -> Steps:
     """Where commands go: through memory, or through sockets in a folder."""
     num_ranks = len(plan.devices)
     if not plan.shares_memory:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from dataclasses import dataclass
+from typing import Any
 
 import msgspec
 
@@ -69,17 +71,11 @@ class Capture(msgspec.Struct, frozen=True, tag=True):
     probes: bool
 
 
-class Task(msgspec.Struct, frozen=True, tag=True):
-    """What a program of a floor above asks of its ranks, encoded by it."""
-
-    body: bytes
-
-
 class Leave(msgspec.Struct, frozen=True, tag=True):
     """Drop the model and leave the world; the process stays."""
 
 
-Command = Join | Load | Execute | Masks | Capture | Task | Leave
+Command = Join | Load | Execute | Masks | Capture | Leave
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -115,12 +111,6 @@ class Output(msgspec.Struct, frozen=True, tag=True):
     output: StepOutput
 
 
-class Result(msgspec.Struct, frozen=True, tag=True):
-    """What became of a Task, encoded by who knows it."""
-
-    body: bytes
-
-
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """`is_secondary`: a peer was lost, so that the cause is likely elsewhere."""
 
@@ -130,30 +120,45 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     is_secondary: bool
 
 
-Reply = Done | Loaded | Output | Result | Failed
+Reply = Done | Loaded | Output | Failed
 
+
+@dataclass(frozen=True)
+class Program:
+    """What a rank's process runs: a module with a `main`, what it can be told, and what it can say.
+
+    Every program knows `Join` and `Leave`, and says `Done` and `Failed`.
+    """
+
+    module: str
+    commands: msgspec.msgpack.Decoder[Any]
+    replies: msgspec.msgpack.Decoder[Any]
+
+
+LANGUAGE_MODEL = Program(
+    "bireme.engine.worker", msgspec.msgpack.Decoder(Command), msgspec.msgpack.Decoder(Reply)
+)
 _ENCODER = msgspec.msgpack.Encoder()
-_COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
-_REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
-def encode(command: Command) -> bytes:
+def encode(command: msgspec.Struct) -> bytes:
     return _ENCODER.encode(command)
 
 
 def decode(body: bytes | bytearray) -> Command:
-    return _COMMANDS.decode(body)
+    command: Command = LANGUAGE_MODEL.commands.decode(body)
+    return command
 
 
 def framed(body: bytes) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def frame(message: Command | Reply) -> bytes:
+def frame(message: msgspec.Struct) -> bytes:
     return framed(_ENCODER.encode(message))
 
 
-def send(sock: socket.socket, message: Command | Reply) -> None:
+def send(sock: socket.socket, message: msgspec.Struct) -> None:
     sock.sendall(frame(message))
 
 
@@ -195,15 +200,24 @@ class FrameReader:
 
 
 class CommandReader(FrameReader):
-    def next(self) -> Command:
+    def __init__(self, sock: socket.socket, program: Program = LANGUAGE_MODEL) -> None:
+        super().__init__(sock)
+        self._decoder = program.commands
+
+    def next(self) -> msgspec.Struct:
         """Waits for it; EOFError when the driver is gone."""
         body = self.read()
         assert body is not None, "the socket blocks"
-        return _COMMANDS.decode(body)
+        command: msgspec.Struct = self._decoder.decode(body)
+        return command
 
 
 class ReplyReader(FrameReader):
-    def next(self) -> Reply | None:
+    def __init__(self, sock: socket.socket, program: Program = LANGUAGE_MODEL) -> None:
+        super().__init__(sock)
+        self._decoder = program.replies
+
+    def next(self) -> msgspec.Struct | None:
         """None while it has not come whole; EOFError when the rank is gone."""
         body = self.read()
-        return None if body is None else _REPLIES.decode(body)
+        return None if body is None else self._decoder.decode(body)

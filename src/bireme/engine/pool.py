@@ -1,7 +1,8 @@
 """Rank processes: started, talked to, and ended. They can serve one model after another.
 
-A rank starts as `python -m bireme.engine.worker`, in a session of its own (Ctrl-C reaches the
-driver alone), with a socket pair as its lifeline and a span ring in anonymous shared memory.
+A rank starts as `python -m bireme.engine.worker` (or what its `Program` says), in a session of its
+own (Ctrl-C reaches the driver alone), with a socket pair as its lifeline and a span ring in
+anonymous shared memory.
 """
 
 from __future__ import annotations
@@ -19,14 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+import msgspec
+
 import bireme
 from bireme.engine.channel import StepChannel
 from bireme.engine.culprit import Standing, find_culprit, is_stopped
 from bireme.engine.deadline import Patience
-from bireme.engine.messages import Command, Failed, Reply, ReplyReader, encode, frame
+from bireme.engine.messages import (
+    LANGUAGE_MODEL,
+    Failed,
+    Leave,
+    Program,
+    ReplyReader,
+    encode,
+    frame,
+)
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
-from bireme.trace import Now, SpanRing
+from bireme.trace import Now, Span, SpanRing
 
 _GRACE_S = 2.0  # for the first cause to arrive once a failure was seen
 _EXIT_S = 5.0
@@ -63,11 +74,11 @@ def _environment() -> dict[str, str]:
     }
 
 
-def _start(program: str) -> RankProcess:
+def _start(program: Program) -> RankProcess:
     ours, theirs = socket.socketpair()
     spans = SpanRing.create()
     fds = (theirs.fileno(), spans.fd)
-    command = [sys.executable, "-P", "-m", program, *map(str, fds)]
+    command = [sys.executable, "-P", "-m", program.module, *map(str, fds)]
     try:
         process = subprocess.Popen(
             command,
@@ -81,7 +92,7 @@ def _start(program: str) -> RankProcess:
         raise
     finally:
         theirs.close()
-    return RankProcess(process, ours, ReplyReader(ours), spans)
+    return RankProcess(process, ours, ReplyReader(ours, program), spans)
 
 
 def _are_secondary(seen: dict[int, Failed | None]) -> bool:
@@ -95,7 +106,7 @@ class WorkerPool:
     process runs: `engine.worker`, or one that ends in its `main`.
     """
 
-    def __init__(self, program: str = "bireme.engine.worker") -> None:
+    def __init__(self, program: Program = LANGUAGE_MODEL) -> None:
         self._program = program
         self._processes: list[RankProcess] = []
 
@@ -148,7 +159,7 @@ class World:
             self._selector.register(rank.sock, selectors.EVENT_READ, index)
         self.is_broken = False
         self._timeout_s = timeout_s
-        self._early: deque[tuple[int, Reply]] = deque()
+        self._early: deque[tuple[int, msgspec.Struct]] = deque()
         self.channel: StepChannel | None = None  # through which all are told what follows Join
 
     def close(self) -> None:
@@ -156,7 +167,17 @@ class World:
         self.is_broken = True
         self._selector.close()
 
-    def send_all(self, command: Command, patience: Patience | None = None) -> None:
+    def leave(self, timeout_s: float) -> None:
+        """Ranks drop what they hold; their processes stay with the pool."""
+        self.send_all(Leave())
+        self.gather(timeout_s, "leaving")
+        self.close()
+
+    def spans(self) -> dict[str, list[Span]]:
+        """Every rank's spans, by the rank's name."""
+        return {name: rank.spans.read() for name, rank in zip(self._names, self.ranks, strict=True)}
+
+    def send_all(self, command: msgspec.Struct, patience: Patience | None = None) -> None:
         """The same to every rank, encoded once."""
         assert self.channel is not None
         patience = patience or Patience(self._timeout_s, self._timeout_s)
@@ -172,7 +193,7 @@ class World:
 
         self.channel.send(encode(command), watch)
 
-    def send(self, index: int, command: Command) -> None:
+    def send(self, index: int, command: msgspec.Struct) -> None:
         """To one rank, over its socket."""
         try:
             self.ranks[index].sock.sendall(frame(command))
@@ -181,9 +202,9 @@ class World:
         except (BrokenPipeError, ConnectionResetError):
             self._fail({index: None})
 
-    def gather(self, timeout_s: float, doing: str) -> list[Reply]:
+    def gather(self, timeout_s: float, doing: str) -> list[msgspec.Struct]:
         """One reply of every rank, in rank order."""
-        replies: dict[int, Reply] = {}
+        replies: dict[int, msgspec.Struct] = {}
         deadline = time.monotonic() + timeout_s
         while len(replies) < len(self.ranks):
             found = self._next(deadline)
@@ -222,7 +243,7 @@ class World:
     def has_reply(self) -> bool:
         return bool(self._early or self._selector.select(0))
 
-    def step_reply(self, patience: Patience, step_id: int) -> Reply:
+    def step_reply(self, patience: Patience, step_id: int) -> msgspec.Struct:
         """The next reply of any rank, which should be the output of step `step_id`."""
         while (found := self._next(patience.next_look, step_id)) is None:
             self._check_lateness(patience, step_id)
@@ -244,7 +265,9 @@ class World:
         self._break()
         return error or RankError("the answering rank", f"did not answer step {step_id} in time")
 
-    def _next(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
+    def _next(
+        self, deadline: float, step_id: int | None = None
+    ) -> tuple[int, msgspec.Struct] | None:
         """The next rank that replies, with its reply; None if there is none by the deadline."""
         if self._early:
             return self._early.popleft()
@@ -255,7 +278,9 @@ class World:
         while (found := self._read(0.0)) is not None:
             self._early.append(found)
 
-    def _read(self, deadline: float, step_id: int | None = None) -> tuple[int, Reply] | None:
+    def _read(
+        self, deadline: float, step_id: int | None = None
+    ) -> tuple[int, msgspec.Struct] | None:
         while events := self._selector.select(max(0.0, deadline - time.monotonic())):
             index = events[0][0].data
             reply, is_gone = self._take(index)
@@ -265,7 +290,7 @@ class World:
                 return index, reply
         return None
 
-    def _take(self, index: int) -> tuple[Reply | None, bool]:
+    def _take(self, index: int) -> tuple[msgspec.Struct | None, bool]:
         """What a rank has said, None while it is not whole; and whether the rank is gone."""
         try:
             return self.ranks[index].replies.next(), False

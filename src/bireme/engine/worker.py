@@ -1,26 +1,12 @@
-"""One rank's process: `python -m bireme.engine.worker SOCKET_FD SPANS_FD`.
-
-The main thread executes commands in their order. It takes them from its world's step channel, or,
-while it is in none, from the socket, which a second thread reads. When the driver is gone that one
-ends the process at once, whatever the main thread waits for, so that no rank outlives its driver.
-A worker can leave one world and join the next.
-"""
+"""A rank of a language model: `python -m bireme.engine.worker SOCKET_FD SPANS_FD`."""
 
 from __future__ import annotations
 
-import os
-import queue
-import signal
-import socket
-import sys
-import threading
 import time
-import traceback
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
 
+import msgspec
 import torch
 
 from bireme.checkpoint.artifact import Artifact
@@ -28,63 +14,41 @@ from bireme.checkpoint.dummy import DummySource
 from bireme.checkpoint.loader import load_parameters, torch_dtype
 from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import TensorSource
+from bireme.engine import rank
 from bireme.engine.capture import StepCapture
-from bireme.engine.channel import Steps, StepSource, open_source
 from bireme.engine.messages import (
+    LANGUAGE_MODEL,
     Capture,
-    Command,
-    CommandReader,
     Done,
     Execute,
-    Failed,
     Join,
     Leave,
     Load,
     Loaded,
     Masks,
     Output,
-    Reply,
-    Result,
-    Task,
-    decode,
-    send,
 )
 from bireme.engine.model_runner import ModelRunner
 from bireme.engine.slots import CacheShape
-from bireme.errors import EngineError, PeerLost, UserError
+from bireme.errors import EngineError, PeerLost
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
-from bireme.parallel.collectives import Communicator, join
 from bireme.parallel.layers import materialise, named_layouts, pack_weights
 from bireme.parallel.pipeline import stage_specs
 from bireme.request import StepHeader, StepMasks
 from bireme.trace import SpanKind, SpanRing
 
 
-class Commands:
-    """What the driver asked for, in its order; a step's masks can be taken out of turn."""
+class Commands(rank.Commands):
+    """The same; a step's masks can be taken out of turn."""
 
     def __init__(self) -> None:
-        self._read: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._steps: StepSource | None = None
-        self._set_aside: deque[Command] = deque()
+        super().__init__(LANGUAGE_MODEL)
+        self._set_aside: deque[msgspec.Struct] = deque()
         self._early: dict[StepHeader, StepMasks] = {}
-        self.put = self._read.put  # what came over the socket
 
-    def follow(self, steps: StepSource | None) -> None:
-        """From here on commands come over `steps`; None: over the socket."""
-        if self._steps is not None:
-            self._steps.close()
-        self._steps = steps
-
-    def next(self) -> Command:
-        if self._set_aside:
-            return self._set_aside.popleft()
-        if self._steps is None:
-            return self._read.get()
-        body = self._steps.receive()
-        assert body is not None
-        return decode(body)
+    def next(self) -> msgspec.Struct:
+        return self._set_aside.popleft() if self._set_aside else super().next()
 
     def await_masks(self, header: StepHeader, timeout_s: float) -> StepMasks:
         """The masks of a step; PeerLost where they do not come in time."""
@@ -94,7 +58,7 @@ class Commands:
             body = self._steps.receive(max(1e-3, deadline - time.monotonic()))
             if body is None:
                 raise PeerLost(f"the masks of step {header[1]} did not come in time")
-            command = decode(body)
+            command = self._decode(body)
             if isinstance(command, Masks):
                 masks = command.masks
                 self._early[masks.incarnation, masks.step_id] = masks
@@ -105,74 +69,37 @@ class Commands:
         return found
 
 
-class Worker:
-    """State of one rank between commands. Programs of floors above add what they do for a Task."""
+class Worker(rank.Rank[Commands]):
+    """A stage of a model, or a rank's part of it."""
 
     def __init__(self, spans: SpanRing, commands: Commands) -> None:
-        self._spans, self._commands = spans, commands
-        self._comm: Communicator | None = None
+        super().__init__(spans, commands)
         self._runner: ModelRunner | None = None
-        self._device = torch.device("cpu")
-        self._timeout_s = 0.0
 
-    def handle(self, command: Command) -> Reply | None:
-        """Executes one command; None where this rank has nothing to say."""
+    def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
         match command:
             case Join():
-                return self._join(command)
+                return self.join(command)
             case Load():
                 return self._load(command)
             case Execute(batch):
                 output = self._ready().execute(batch)
                 return None if output is None else Output(output)
-            case Masks():  # of a step that masked nothing here, or failed
-                return None
             case Capture(folder, probes):
                 return self._capture(folder, probes)
-            case Task(body):
-                return self.perform(body)
             case Leave():
-                self.leave()
-                return Done()
+                return self.leave()
+        return None  # masks of a step that masked nothing here, or failed
 
-    def perform(self, body: bytes) -> Result | None:
-        raise EngineError("this program knows no tasks")
-
-    def leave(self) -> None:
-        """Gives the groups, the model and its memory back; commands come over the socket again."""
-        self._commands.follow(None)
-        runner, comm = self._runner, self._comm
-        self._runner = self._comm = None
-        if runner is not None:
+    def drop(self, *, is_orderly: bool) -> None:
+        runner, self._runner = self._runner, None
+        if runner is not None and is_orderly:
             runner.drain()
-        if comm is not None:
-            comm.leave()
-
-    def abandon(self) -> None:
-        """Leaves without waiting for anybody: after a failure."""
-        comm, self._runner, self._comm = self._comm, None, None
-        if comm is not None:
-            comm.leave()
 
     def _ready(self) -> ModelRunner:
         if self._runner is None:
             raise EngineError("a step came before a model was loaded")
         return self._runner
-
-    def _join(self, command: Join) -> Done:
-        torch.set_num_threads(command.num_threads)
-        self._device = torch.device(command.device)
-        self._comm = join(
-            command.widths,
-            command.rank,
-            Path(command.store_path) if command.segment else _held_open(command.store_path),
-            self._device,
-            command.timeout_s,
-            self._spans,
-            command.segment,
-        )
-        self._commands.follow(open_source(command.steps, command.rank))
-        return Done()
 
     def _load(self, command: Load) -> Loaded:
         if self._comm is None:
@@ -222,14 +149,6 @@ class Worker:
         return Done()
 
 
-def _held_open(store_path: str) -> Path:
-    """The same file, for as long as this process lives. torch opens it anew each time, at last when the
-    groups of a world that was left are collected; where it is gone, with the driver, torch waits for
-    minutes and lets no other thread run, and where it is another world's, for ever."""
-    fd = os.open(store_path, os.O_RDWR | os.O_CLOEXEC)
-    return Path(f"/proc/self/fd/{fd}")
-
-
 def _open_source(command: Load, model: StageModel, rank: int) -> TensorSource:
     if command.folder is not None:
         return open_folder(Path(command.folder), rank)
@@ -241,64 +160,9 @@ def _open_source(command: Load, model: StageModel, rank: int) -> TensorSource:
     return DummySource(sources, command.config.seed)
 
 
-def _failure(error: BaseException) -> Failed:
-    return Failed(
-        cause=f"{type(error).__name__}: {error}",
-        traceback=traceback.format_exc(),
-        is_user_error=isinstance(error, UserError),
-        is_secondary=isinstance(error, PeerLost),
-    )
-
-
-def _read_commands(sock: socket.socket, commands: Commands) -> None:
-    """The lifeline: when the driver's end closes, this process ends at once, and leaves no file that the
-    driver would have removed."""
-    reader, steps = CommandReader(sock), list[Steps]()
-    try:
-        while True:
-            command = reader.next()
-            if isinstance(command, Join):
-                steps = [command.steps]
-            commands.put(command)
-    except EOFError:
-        for one in steps:
-            one.remove()
-        os._exit(0)
-    except Exception as error:
-        _end(sock, error)
-
-
-def _answer(sock: socket.socket, reply: Reply) -> None:
-    with suppress(ConnectionError):  # the driver is gone: `_read_commands` ends this process
-        send(sock, reply)
-
-
-def _end(sock: socket.socket, error: Exception) -> NoReturn:
-    """Of a rank that cannot read what it is told."""
-    _answer(sock, _failure(error))
-    os._exit(1)
-
-
-def main(program: type[Worker] = Worker) -> None:
-    """Serves commands until the driver closes its end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+def main() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every context length
-    sock = socket.socket(fileno=int(sys.argv[1]))
-    commands = Commands()
-    worker = program(SpanRing(int(sys.argv[2])), commands)
-    threading.Thread(target=_read_commands, args=(sock, commands), daemon=True).start()
-    while True:
-        try:
-            command = commands.next()
-        except Exception as error:
-            _end(sock, error)
-        try:
-            reply = worker.handle(command)
-        except Exception as error:  # every failure becomes a message to the driver
-            reply = _failure(error)
-            worker.abandon()
-        if reply is not None:
-            _answer(sock, reply)
+    rank.serve(LANGUAGE_MODEL, Worker, Commands())
 
 
 if __name__ == "__main__":

@@ -30,21 +30,17 @@ Piece = tuple[int, int, Row]  # [start, end) in nanoseconds
 
 
 class Causes:
-    """Cuts idle intervals wherever what is waited for changes state.
-
-    `has_token_dependency` is false for pipelines whose micro-batches need nothing of one another.
-    """
+    """Cuts idle intervals wherever what is waited for changes state."""
 
     def __init__(
         self,
         tracks: Mapping[Key, Track],
         stages: Sequence[Sequence[RankStep]],
         driver: Driver,
-        *,
-        has_token_dependency: bool,
     ) -> None:
         self._tracks, self._driver = tracks, driver
-        self._has_token_dependency = has_token_dependency
+        # Micro-batches of images need nothing of one another: nothing comes back to the first stage.
+        self._has_token_dependency = any(step.receives for step in stages[0]) if stages else False
         self._num_stages = len(stages)
         self._busy = [Busy(steps) for steps in stages]
         self._in_order = list(tracks.values())

@@ -65,8 +65,6 @@ def make_ledger(
     recorded: Recorded,
     start_ns: int | None = None,
     end_ns: int | None = None,
-    *,
-    has_token_dependency: bool = True,
 ) -> Ledger:
     """Of the window [start_ns, end_ns), or from when the first step was told to the end of the last; the
     ranks' and the engine's spans are of one clock. UserError where there is neither."""
@@ -75,7 +73,7 @@ def make_ledger(
     steps = [rank_steps(rank.spans) for rank in ranks]
     stages = [its for rank, its in zip(ranks, steps, strict=True) if rank.tp_rank == 0]
     told = Driver(recorded.engine)
-    causes = Causes(tracks(stages, told), stages, told, has_token_dependency=has_token_dependency)
+    causes = Causes(tracks(stages, told), stages, told)
     arrivals = _arrivals(ranks, steps)
     found = [
         _RankPieces(rank, its, window, stages, causes, arrivals)

@@ -6,14 +6,14 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import msgspec
 
 from bireme.cluster.topology import Point
 from bireme.config import Transport
 from bireme.engine.deadline import Patience
-from bireme.engine.joining import WorldPlan, join_world
-from bireme.engine.messages import Leave, Reply, Result, Task
+from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
 from bireme.parallel import shm
@@ -22,14 +22,12 @@ from bireme.planning.probe.messages import (
     EmptyStep,
     Facts,
     Measure,
-    Question,
     Samples,
     Work,
-    encode,
 )
 from bireme.planning.probe.statistics import MIN_REPEATS, num_repeats, summarise
 
-PROGRAM = "bireme.planning.probe.rank"
+T = TypeVar("T", bound=msgspec.Struct)
 _START_S = 300.0  # for processes to start and to join
 _ANSWER_S = 120.0
 _WARMUP = 2  # repeats that do not count, each time
@@ -59,6 +57,7 @@ def joined(
         devices=tuple(devices),
         hidden_bytes=largest_bytes,
         sampled_bytes=largest_bytes,
+        num_threads=threads_per_rank(len(devices)),
         transport=transport,
         step_timeout_s=_ANSWER_S,
         start_timeout_s=_START_S,
@@ -68,8 +67,7 @@ def joined(
         held.callback(world.close)
         join_world(world, plan, held)
         yield ProbedWorld(world)
-        world.send_all(Leave())
-        world.gather(_ANSWER_S, "leaving")
+        world.leave(_ANSWER_S)
 
 
 class ProbedWorld:
@@ -79,7 +77,7 @@ class ProbedWorld:
         self._world = world
 
     def facts(self) -> list[Facts]:
-        return [msgspec.msgpack.decode(body, type=Facts) for body in self._ask(Describe())]
+        return self._ask(Describe(), Facts)
 
     def local(self, work: Work, size: int, budget_s: float) -> list[Point]:
         """Of each rank, by itself."""
@@ -99,7 +97,7 @@ class ProbedWorld:
 
     def _empty_step_s(self) -> float:
         start = time.perf_counter()
-        self._world.send_all(Task(encode(EmptyStep())))
+        self._world.send_all(EmptyStep())
         self._world.step_reply(Patience(_ANSWER_S, _ANSWER_S), 0)
         return time.perf_counter() - start
 
@@ -117,20 +115,17 @@ class ProbedWorld:
         return found
 
     def _measure(self, work: Work, repeats: int) -> list[Samples]:
-        bodies = self._ask(Measure(work, _WARMUP, repeats))
-        return [msgspec.msgpack.decode(body, type=Samples) for body in bodies]
+        return self._ask(Measure(work, _WARMUP, repeats), Samples)
 
-    def _ask(self, question: Question) -> list[bytes]:
-        self._world.send_all(Task(encode(question)))
-        return [_body(reply) for reply in self._world.gather(_ANSWER_S, "being measured")]
+    def _ask(self, question: msgspec.Struct, kind: type[T]) -> list[T]:
+        self._world.send_all(question)
+        replies = self._world.gather(_ANSWER_S, "being measured")
+        for reply in replies:
+            if not isinstance(reply, kind):
+                raise EngineError(f"a rank answered a question with {type(reply).__name__}")
+        return [reply for reply in replies if isinstance(reply, kind)]
 
 
 def _repeat_s(batch: list[Samples]) -> float:
     """What one repeat takes the slowest rank."""
     return max(statistics.median(one.seconds) * one.num_calls for one in batch)
-
-
-def _body(reply: Reply) -> bytes:
-    if not isinstance(reply, Result):
-        raise EngineError(f"a rank answered a question with {type(reply).__name__}")
-    return reply.body

@@ -1,8 +1,10 @@
-"""What the driver asks of the ranks that it measures; msgpack inside `Task` and `Result`."""
+"""What the driver asks of the ranks that it measures."""
 
 from __future__ import annotations
 
 import msgspec
+
+from bireme.engine.messages import Done, Failed, Join, Leave, Program
 
 
 class Multiply(msgspec.Struct, frozen=True, tag=True):
@@ -54,7 +56,7 @@ class Describe(msgspec.Struct, frozen=True, tag=True):
 
 
 class EmptyStep(msgspec.Struct, frozen=True, tag=True):
-    """Nothing; the rank that answers steps says so."""
+    """Nothing; the rank that answers steps says that it is done."""
 
 
 class Measure(msgspec.Struct, frozen=True, tag=True):
@@ -65,10 +67,7 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
     num_repeats: int
 
 
-Question = Describe | EmptyStep | Measure
-
-
-class Facts(msgspec.Struct, frozen=True):
+class Facts(msgspec.Struct, frozen=True, tag=True):
     """Of a rank's device; a GPU has 0 threads."""
 
     model: str
@@ -76,16 +75,16 @@ class Facts(msgspec.Struct, frozen=True):
     num_threads: int
 
 
-class Samples(msgspec.Struct, frozen=True):
+class Samples(msgspec.Struct, frozen=True, tag=True):
     """Seconds of one piece of work, of which each repeat did `num_calls`."""
 
     seconds: list[float]
     num_calls: int
 
 
-_QUESTIONS: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
-encode = msgspec.msgpack.Encoder().encode
+Command = Join | Describe | EmptyStep | Measure | Leave
+Reply = Done | Failed | Facts | Samples
 
-
-def decode_question(body: bytes) -> Question:
-    return _QUESTIONS.decode(body)
+PROBE = Program(
+    "bireme.planning.probe.rank", msgspec.msgpack.Decoder(Command), msgspec.msgpack.Decoder(Reply)
+)

@@ -28,8 +28,8 @@ from bireme.engine.pool import WorkerPool
 from bireme.errors import ConfigError
 from bireme.planning.probe import hardware
 from bireme.planning.probe.devices import Advance, measure_devices
-from bireme.planning.probe.driver import PROGRAM, carrier, joined
-from bireme.planning.probe.messages import AllReduce, Send, Work
+from bireme.planning.probe.driver import carrier, joined
+from bireme.planning.probe.messages import PROBE, AllReduce, Send, Work
 from bireme.planning.probe.plan import ProbePlan
 from bireme.planning.probe.statistics import latency_and_rate
 
@@ -41,7 +41,7 @@ def probe(
     if devices[0] != "cpu" and len(set(devices)) < len(devices):
         raise ConfigError(f"devices {', '.join(devices)}: each GPU is measured once; name it once")
     start, load = time.monotonic(), hardware.load_average()
-    with WorkerPool(PROGRAM) as pool:
+    with WorkerPool(PROBE) as pool:
         found = _Probe(pool, devices, plan, advance, transport)
         made, steps = found.devices_and_steps()
         sums, sends = found.sums(), found.sends()

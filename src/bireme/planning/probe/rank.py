@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
+import msgspec
 import torch
 
-from bireme.engine.messages import Result
-from bireme.engine.worker import Worker, main
+from bireme.engine import rank
+from bireme.engine.messages import Done, Join, Leave
 from bireme.errors import EngineError
 from bireme.planning.probe.hardware import cpu_model, memory_bytes
 from bireme.planning.probe.messages import (
+    PROBE,
     Describe,
     EmptyStep,
     Facts,
     Measure,
     Samples,
     Work,
-    decode_question,
-    encode,
 )
 from bireme.planning.probe.timing import Repeat, time_repeats
 from bireme.planning.probe.work import Workshop
 
 
-class ProbedRank(Worker):
+class ProbedRank(rank.Rank[rank.Commands]):
     """Does what it is asked as often as it is asked; keeps what it made for the last work."""
 
     _workshop: Workshop | None = None
     _prepared: tuple[Work, Repeat] | None = None
 
-    def perform(self, body: bytes) -> Result | None:
-        comm = self._comm
-        if comm is None:
+    def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
+        match command:
+            case Join():
+                return self.join(command)
+            case Leave():
+                return self.leave()
+        if self._comm is None:
             raise EngineError("a rank was asked to measure before it joined a world")
-        match decode_question(body):
+        match command:
             case EmptyStep():
-                return Result(b"") if comm.mesh.answers else None
+                return Done() if self._comm.mesh.answers else None
             case Describe():
-                return Result(encode(self._facts()))
+                return self._facts()
             case Measure(work, num_warmup, num_repeats):
-                return Result(encode(self._measure(work, num_warmup, num_repeats)))
+                return self._measure(work, num_warmup, num_repeats)
+        raise AssertionError("the program knows no other command")
 
-    def leave(self) -> None:
+    def drop(self, *, is_orderly: bool) -> None:
         self._workshop = self._prepared = None
-        super().leave()
 
     def _facts(self) -> Facts:
         if self._device.type == "cuda":
@@ -66,5 +70,9 @@ class ProbedRank(Worker):
         return self._prepared[1]
 
 
+def main() -> None:
+    rank.serve(PROBE, ProbedRank, rank.Commands(PROBE))
+
+
 if __name__ == "__main__":
-    main(ProbedRank)
+    main()

@@ -1,0 +1,220 @@
+"""Cut a vision model into stages, run a batch of images through them in micro-batches, and measure it
+beside one device: throughput, speed-up, and the bubble.
+
+Images are on the first stage's device before the clock starts; a rate counts from the first forward's
+start to the last one's end. MODEL is a folder in the format of transformers, torchvision:NAME, timm:NAME
+or module:factory; all but folders have made-up weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bireme.cli import options
+from bireme.cli.progress import count_bar
+from bireme.config import EngineConfig, ParallelConfig, parse_ints
+from bireme.errors import ConfigError, RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bireme.chrome_trace import Recorded
+    from bireme.vision.model import VisionModel
+
+NAME = "pipeline"
+SHORT = "Run a vision model in stages, and measure it."
+_DEFAULT_BATCH = 64
+_DEFAULT_COUNTS = (1, 2, 4, 8, 16, 32)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    names: list[str]  # of files; none where images are made up
+    images: torch.Tensor
+
+
+def run(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="What to run; or give --config.")
+    ] = None,
+    *,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="NAME",
+            help="resnet-18, -34, -50, -101, -152, vit-b16 or vit-l16, with made-up weights.",
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FOLDER",
+            help="Of safetensors files, for a model that is no folder; its tensors have the module's names.",
+        ),
+    ] = None,
+    pp: Annotated[
+        int | None,
+        typer.Option(
+            "--pipeline-parallel-size",
+            "-pp",
+            metavar="N",
+            help="Stages, one device each. [default: 2, or as --split says]",
+        ),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="layer3.0,layer4.0",
+            help="The blocks that begin a stage; by measured cost if not given.",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            metavar="N",
+            help=f"Images at once. [default: {_DEFAULT_BATCH}, or as many as there are in --images]",
+        ),
+    ] = None,
+    micro_batches: Annotated[
+        str | None,
+        typer.Option(
+            "--micro-batches",
+            metavar="1,2,4",
+            help="Into how many the batch is cut, to try one after another. "
+            f"[default: {','.join(map(str, _DEFAULT_COUNTS))}]",
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option("--images", metavar="FOLDER", help="Image files; made up if not given."),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            "--image-size",
+            metavar="N",
+            help="Pixels on a side. [default: the checkpoint's, else 224]",
+        ),
+    ] = None,
+    top: Annotated[
+        int, typer.Option("--top", metavar="N", help="Classes to print of each image of a folder.")
+    ] = 5,
+    runs: Annotated[
+        int, typer.Option("--runs", metavar="N", help="Of each trial, of which the median counts.")
+    ] = 3,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            help="Of each CPU rank. [default: a stage's share of the cores]",
+        ),
+    ] = None,
+    dtype: options.DTypeOption = "auto",
+    device: options.Device = "auto",
+    devices: options.Devices = None,
+    memory_limit: options.MemoryLimit = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace", metavar="OUT.json", help="Write a Chrome/Perfetto trace, a track a rank."
+        ),
+    ] = None,
+    as_json: options.JsonOutput = False,
+) -> None:
+    points = [] if split is None else split.split(",")
+    num_stages = _num_stages(pp, points)
+    for name, value in (("runs", runs), ("top", top), ("threads", threads or 1)):
+        options.check_at_least(name, value, 1)
+    settings = EngineConfig(
+        parallel=ParallelConfig.of(1, num_stages),
+        **options.engine_config(devices=devices, memory_limit=memory_limit, device=device),
+    )
+    if trace is not None:
+        options.check_writable(trace, "trace of ours", options.is_trace)
+    from bireme.cli.pipeline_report import Report, write_trace
+    from bireme.engine.joining import threads_per_rank
+    from bireme.engine.pool import WorkerPool
+    from bireme.engine.prepare import device_memory, resolve_devices
+    from bireme.vision.messages import VISION
+    from bireme.vision.model import find_model
+    from bireme.vision.pipeline import RankSettings, measure_blocks, micro_batch_sizes
+    from bireme.vision.plan import check_num_stages, make_plan
+    from bireme.vision.sweep import Sweeper, one_device, work_of
+    from bireme.vision.tracing import trace as traced_blocks
+
+    found = find_model(model, config, weights, image_size=image_size, dtype=dtype)
+    given = _images(found, images, batch)
+    counts = _counts(micro_batches, len(given.images))
+    work = work_of(found, len(given.images), max(counts))
+    timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
+    where = resolve_devices(settings)
+    limit_bytes = device_memory(settings, where).of_rank(num_stages)
+    ranks = RankSettings(devices=where, num_threads=threads or threads_per_rank(num_stages))
+    blocks = traced_blocks(found.build(), found.image_shape, found.torch_dtype)
+    check_num_stages(num_stages, len(blocks.blocks))
+    starts = [blocks.block_at(point) for point in points] if points else None
+    report = Report(found, given.names, counts, ranks, limit_bytes, top)
+    with WorkerPool(VISION) as pool:
+        costs = measure_blocks(found, blocks, pool, ranks, timed)
+        plan = make_plan(costs, num_stages, work, limit_bytes, starts)
+        if not as_json:
+            report.print_plan(plan, timed)
+        sweeper = Sweeper(
+            model=found, traced=blocks, images=given.images, counts=counts,
+            limit_bytes=limit_bytes, num_runs=runs, pool=pool,
+        )  # fmt: skip
+        with count_bar("trials", 2 * len(counts)) as advance:
+            alone = sweeper.sweep(one_device(plan), ranks.alone(), lambda: advance(1, 0))
+
+            def keep(recorded: Recorded) -> None:
+                if trace is not None:
+                    write_trace(trace, recorded)
+
+            staged = sweeper.sweep(plan, ranks, lambda: advance(1, 0), keep)
+    if as_json:
+        report.print_json(plan, alone, staged)
+    else:
+        report.print_sweep(plan, alone, staged)
+
+
+def _num_stages(pp: int | None, points: list[str]) -> int:
+    if not points:
+        return 2 if pp is None else pp
+    if pp not in (None, len(points) + 1):
+        raise ConfigError(
+            f"--split {','.join(points)} makes {len(points) + 1} stages, but "
+            f"pipeline_parallel_size is {pp}; give one point less than stages"
+        )
+    return len(points) + 1
+
+
+def _counts(text: str | None, batch: int) -> tuple[int, ...]:
+    if text is None:
+        return tuple(count for count in _DEFAULT_COUNTS if count <= batch)
+    counts = parse_ints(text, "micro-batches")
+    if max(counts) > batch:
+        raise RequestError(
+            f"{batch} images cannot make {max(counts)} micro-batches; use at most {batch}, or more images"
+        )
+    return tuple(dict.fromkeys(counts))
+
+
+def _images(model: VisionModel, folder: Path | None, batch: int | None) -> _Batch:
+    from bireme.vision.preprocessing import made_up_images, read_images
+
+    options.check_at_least("batch", _DEFAULT_BATCH if batch is None else batch, 1)
+    if folder is None:
+        return _Batch([], made_up_images(batch or _DEFAULT_BATCH, model.image_shape))
+    names, images = read_images(folder, model.preprocessing, batch)
+    if batch is not None and len(names) < batch:
+        raise RequestError(f"{folder} holds {len(names)} images; --batch {batch} needs as many")
+    return _Batch(names, images)

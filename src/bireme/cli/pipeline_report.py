@@ -1,0 +1,214 @@
+"""What `bireme pipeline` prints: the plan before the run, the sweep after it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bireme.chrome_trace import Recorded, chrome_trace
+from bireme.cli.tables import console, table
+from bireme.config import format_bytes
+from bireme.parallel.pipeline import forward_schedule, grid
+from bireme.vision.model import VisionModel
+from bireme.vision.pipeline import RankSettings
+from bireme.vision.plan import PipelinePlan
+from bireme.vision.sweep import Sweep, Trial, textbook_bubble
+
+_GRID_COLUMNS = 12  # micro-batches that fit a terminal's width
+
+
+def write_trace(path: Path, recorded: Recorded) -> None:
+    path.write_text(json.dumps(chrome_trace(recorded)))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _at(trial: Trial) -> str:
+    plural = "" if trial.num_micro_batches == 1 else "es"
+    return f"{trial.num_micro_batches} micro-batch{plural}, {trial.images_per_s:.1f} images/s"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of one model, one batch and the numbers of micro-batches that were tried."""
+
+    model: VisionModel
+    names: list[str]
+    counts: Sequence[int]
+    ranks: RankSettings
+    limit_bytes: int
+    top: int
+
+    def print_plan(self, plan: PipelinePlan, timed_micro_batch: int) -> None:
+        out, work = console(), plan.work
+        weights = self.model.weights or "made up"
+        num_threads = self.ranks.num_threads
+        out.print(
+            f"{self.model.name}: {len(plan.costs)} blocks in {len(plan.stages)} stages on "
+            f"{', '.join(self.ranks.devices)} ({num_threads} thread{'s' * (num_threads > 1)} each), "
+            f"{self.model.dtype}, weights {weights}\n"
+            f"{work.batch} images of {self.model.image_size} x {self.model.image_size}; times are of "
+            f"micro-batches of {timed_micro_batch}, memory of {work.micro_batch}",
+            highlight=False,
+        )
+        rows = table(
+            "stage", "blocks", "from", "to", "compute", "transfer", "weights", "hands over", "memory"
+        )  # fmt: skip
+        for stage in plan.stages:
+            rows.add_row(
+                str(stage.stage),
+                str(stage.last - stage.first),
+                *stage.names,
+                f"{stage.compute_s * 1e3:.1f} ms",
+                f"{stage.transfer_s * 1e3:.2f} ms",
+                format_bytes(stage.parameter_bytes),
+                format_bytes(stage.out_bytes),
+                format_bytes(stage.memory_bytes),
+            )
+        out.print(rows)
+        shown = max((it for it in self.counts if it <= _GRID_COLUMNS), default=None)
+        if shown is not None:
+            out.print(grid(forward_schedule(len(plan.stages), shown)) + "\n", highlight=False)
+
+    def print_sweep(self, plan: PipelinePlan, alone: Sweep, staged: Sweep) -> None:
+        out, num_stages = console(), len(plan.stages)
+        rows = table(
+            "micro-batches", "one device", f"{num_stages} stages", "speed-up", "bubble",
+            "of the schedule", "(p-1)/(m+p-1)",
+        )  # fmt: skip
+        reference = alone.best
+        for one, trial in zip(alone.trials, staged.trials, strict=True):
+            rows.add_row(
+                str(trial.num_micro_batches),
+                self._rate(one),
+                self._rate(trial),
+                _speed_up(trial, reference),
+                _share(trial.passed.bubbles) if trial.passed else "",
+                _share(trial.passed.predicted_bubbles) if trial.passed else "",
+                f"{textbook_bubble(num_stages, trial.num_micro_batches):.1%}",
+            )
+        out.print(rows)
+        for line in self._conclusions(alone, staged):
+            out.print(line, highlight=False)
+        for line in self._top_lines(staged):
+            out.print(line, highlight=False, markup=False)
+
+    def _rate(self, trial: Trial) -> str:
+        if trial.passed is None:
+            return f"does not fit: {format_bytes(trial.memory_bytes)}"
+        return f"{trial.images_per_s:.1f} images/s"
+
+    def _conclusions(self, alone: Sweep, staged: Sweep) -> list[str]:
+        limit, num_stages = format_bytes(self.limit_bytes), len(self.ranks.devices)
+        one, best = alone.best, staged.best
+        lines = []
+        if one is None:
+            least = format_bytes(min(trial.memory_bytes for trial in alone.trials))
+            does = f", fits {num_stages}" if best else ""
+            lines.append(f"does not fit one device of {limit} (needs {least}){does}")
+        else:
+            lines.append(f"one device at its best: {_at(one)}")
+        if best is None:
+            return [*lines, f"no number of micro-batches fits {num_stages} devices of {limit}"]
+        beside = f", {_speed_up(best, one)} one device" if one else ""
+        lines.append(f"best: {_at(best)}{beside}")
+        if one is not None:
+            difference, largest = _difference(one, best)
+            lines.append(
+                f"largest difference to one device: {difference:.1e}, of logits up to {largest:.1e}"
+            )
+        return lines
+
+    def _top_lines(self, staged: Sweep) -> list[str]:
+        width = max(map(len, self.names), default=0)
+        return [
+            f"{name:<{width}}  " + ", ".join(f"{label} {share:.1%}" for label, share in best)
+            for name, best in self._top(staged)
+        ]
+
+    def _top(self, staged: Sweep) -> list[tuple[str, list[tuple[str, float]]]]:
+        """Of each image of a folder, its most likely classes."""
+        if staged.best is None or staged.best.passed is None or not self.names:
+            return []
+        logits, labels = staged.best.passed.logits, self.model.labels
+        found = logits.softmax(-1).topk(min(self.top, logits.shape[1]))
+        return [
+            (
+                name,
+                [
+                    (labels.get(index, f"class {index}"), share)
+                    for index, share in zip(indices, shares, strict=True)
+                ],
+            )
+            for name, indices, shares in zip(
+                self.names, found.indices.tolist(), found.values.tolist(), strict=True
+            )
+        ]
+
+    def print_json(self, plan: PipelinePlan, alone: Sweep, staged: Sweep) -> None:
+        one, best = alone.best, staged.best
+        print(
+            json.dumps(
+                {
+                    "model": self.model.name,
+                    "dtype": self.model.dtype,
+                    "image_size": self.model.image_size,
+                    "batch": plan.work.batch,
+                    "devices": self.ranks.devices,
+                    "num_threads": self.ranks.num_threads,
+                    "memory_limit_bytes": self.limit_bytes,
+                    "plan": [asdict(stage) for stage in plan.stages],
+                    "one_device": [_trial_json(trial) for trial in alone.trials],
+                    "pipeline": [_trial_json(trial) for trial in staged.trials],
+                    "best_micro_batches": best.num_micro_batches if best else None,
+                    "speed_up": best.images_per_s / one.images_per_s if best and one else None,
+                    "largest_difference": _difference(one, best)[0] if best and one else None,
+                    "top": {
+                        name: [{"label": label, "share": share} for label, share in found]
+                        for name, found in self._top(staged)
+                    },
+                },
+                indent=1,
+            )
+        )
+
+
+def _speed_up(trial: Trial, reference: Trial | None) -> str:
+    if trial.passed is None or reference is None:
+        return ""
+    return f"{trial.images_per_s / reference.images_per_s:.2f} x"
+
+
+def _share(bubbles: Sequence[float]) -> str:
+    return f"{_mean(bubbles):.1%}"
+
+
+def _difference(one: Trial, other: Trial) -> tuple[float, float]:
+    """The largest of any logit, and the largest logit."""
+    assert one.passed is not None
+    assert other.passed is not None
+    expected = one.passed.logits
+    return float((expected - other.passed.logits).abs().max()), float(expected.abs().max())
+
+
+def _trial_json(trial: Trial) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "micro_batches": trial.num_micro_batches,
+        "memory_bytes": trial.memory_bytes,
+        "fits": trial.passed is not None,
+    }
+    if trial.passed is not None:
+        num_stages = len(trial.passed.schedule)
+        found |= {
+            "elapsed_s": trial.passed.elapsed_s,
+            "images_per_s": trial.images_per_s,
+            "bubbles": trial.passed.bubbles,
+            "predicted_bubbles": trial.passed.predicted_bubbles,
+            "textbook_bubble": textbook_bubble(num_stages, trial.num_micro_batches),
+        }
+    return found

@@ -1,0 +1,58 @@
+"""What the driver of a vision pipeline and its ranks say to each other, beside joining and leaving."""
+
+from __future__ import annotations
+
+import msgspec
+
+from bireme.engine.messages import Done, Failed, Join, Leave, Program
+from bireme.vision.model import VisionModel
+
+
+class Measure(msgspec.Struct, frozen=True, tag=True):
+    """Time every block of the model, one after another, so that none has to fit beside another."""
+
+    model: VisionModel
+    micro_batch: int
+    repeats: int
+
+
+class Load(msgspec.Struct, frozen=True, tag=True):
+    """Hold this rank's stage of the model. Stage 0 takes `batch` images from memory at a path."""
+
+    model: VisionModel
+    blocks_per_stage: tuple[int, ...]
+    images_path: str
+    batch: int
+
+
+class Run(msgspec.Struct, frozen=True, tag=True):
+    """Pass micro-batches of these sizes through; each rank does its row of the schedule (`2F0`).
+
+    Micro-batch i is step `first_step + i`.
+    """
+
+    schedule: tuple[tuple[str, ...], ...]
+    sizes: tuple[int, ...]
+    first_step: int
+
+
+class Measured(msgspec.Struct, frozen=True, tag=True):
+    """Seconds of each block, and of a copy of its result."""
+
+    compute_s: list[float]
+    transfer_s: list[float]
+
+
+class Logits(msgspec.Struct, frozen=True, tag=True):
+    """[batch, num_classes] float32, of the last stage."""
+
+    num_classes: int
+    values: bytes
+
+
+Command = Join | Measure | Load | Run | Leave
+Reply = Done | Failed | Measured | Logits
+
+VISION = Program(
+    "bireme.vision.worker", msgspec.msgpack.Decoder(Command), msgspec.msgpack.Decoder(Reply)
+)

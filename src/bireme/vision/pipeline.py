@@ -1,0 +1,242 @@
+"""The driver of a vision pipeline: ranks that hold its stages, runs, and when each rank worked."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from bireme.chrome_trace import Recorded
+from bireme.config import Transport
+from bireme.engine.deadline import Patience, StepCost
+from bireme.engine.joining import WorldPlan, join_world
+from bireme.engine.pool import WorkerPool, World
+from bireme.errors import EngineError, RequestError
+from bireme.parallel.counters import create_memory
+from bireme.parallel.mesh import Mesh
+from bireme.parallel.pipeline import Action, Schedule, bubble_shares, forward_schedule, timeline
+from bireme.trace import RankSpans, Span, SpanKind
+from bireme.vision.messages import Load, Logits, Measure, Measured, Run
+from bireme.vision.model import VisionModel
+from bireme.vision.plan import BlockCost
+from bireme.vision.tracing import Traced
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings:
+    """Where ranks run, and how long they may take (seconds)."""
+
+    devices: tuple[str, ...]
+    num_threads: int
+    transport: Transport = "auto"
+    step_timeout_s: float = 300.0
+    start_timeout_s: float = 900.0
+
+    def alone(self) -> RankSettings:
+        """The same for the first device alone."""
+        return dataclasses.replace(self, devices=self.devices[:1])
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A batch that went through: its logits [N, classes] in float32, and when each action ran
+    (seconds of the monotonic clock)."""
+
+    logits: torch.Tensor
+    schedule: Schedule
+    times: dict[Action, tuple[float, float]]
+
+    @cached_property
+    def elapsed_s(self) -> float:
+        """From the first forward's start to the last one's end."""
+        starts, ends = zip(*self.times.values(), strict=True)
+        return float(max(ends) - min(starts))
+
+    @property
+    def images_per_s(self) -> float:
+        return len(self.logits) / self.elapsed_s
+
+    @property
+    def bubbles(self) -> tuple[float, ...]:
+        """Each rank's share of the elapsed time without work."""
+        return bubble_shares(self.schedule, self.times)
+
+    @property
+    def predicted_bubbles(self) -> tuple[float, ...]:
+        """What the schedule alone says, had nothing but the actions taken time."""
+        costs = {action: end - start for action, (start, end) in self.times.items()}
+        return bubble_shares(self.schedule, timeline(self.schedule, costs.__getitem__))
+
+
+def micro_batch_sizes(batch: int, num_micro_batches: int) -> tuple[int, ...]:
+    """As even as can be, the larger ones first."""
+    if not 1 <= num_micro_batches <= batch:
+        raise RequestError(
+            f"{batch} images cannot make {num_micro_batches} micro-batches; use at most {batch}"
+        )
+    size, num_larger = divmod(batch, num_micro_batches)
+    return (size + 1,) * num_larger + (size,) * (num_micro_batches - num_larger)
+
+
+@contextmanager
+def joined(pool: WorkerPool, settings: RankSettings, hidden_bytes: int) -> Iterator[World]:
+    """Ranks of one stage each; they leave at the end, or are ended where something failed."""
+    widths = (1,) * len(settings.devices)
+    names = [Mesh(widths, rank).name for rank in range(len(widths))]
+    world = World(pool, names, widths, settings.step_timeout_s)
+    plan = WorldPlan(
+        widths=widths,
+        devices=settings.devices,
+        hidden_bytes=hidden_bytes,
+        sampled_bytes=0,
+        num_threads=settings.num_threads,
+        transport=settings.transport,
+        step_timeout_s=settings.step_timeout_s,
+        start_timeout_s=settings.start_timeout_s,
+    )
+    with ExitStack() as held:
+        try:
+            join_world(world, plan, held)
+            yield world
+            world.leave(settings.step_timeout_s)
+        except BaseException:
+            world.give_up()
+            raise
+
+
+def measure_blocks(
+    model: VisionModel,
+    traced: Traced,
+    pool: WorkerPool,
+    settings: RankSettings,
+    micro_batch: int,
+    repeats: int = 3,
+) -> tuple[BlockCost, ...]:
+    """What each block takes on the first device."""
+    with joined(pool, settings.alone(), 0) as world:
+        world.send_all(Measure(model, micro_batch, repeats))
+        (found,) = world.gather(settings.start_timeout_s, "measuring its blocks")
+    assert isinstance(found, Measured)
+    return tuple(
+        BlockCost(
+            block.name,
+            compute_s,
+            transfer_s,
+            block.parameter_bytes,
+            block.out_bytes,
+            block.peak_bytes,
+        )
+        for block, compute_s, transfer_s in zip(
+            traced.blocks, found.compute_s, found.transfer_s, strict=True
+        )
+    )
+
+
+class VisionPipeline:
+    """Ranks that hold the stages of a model and one batch of images; runs it as often as asked."""
+
+    def __init__(
+        self,
+        world: World,
+        model: VisionModel,
+        blocks_per_stage: tuple[int, ...],
+        images: torch.Tensor,
+        settings: RankSettings,
+    ) -> None:
+        self._world, self._settings, self._batch = world, settings, len(images)
+        self._cost, self._next_step = StepCost(), 1
+        self._begun_ns = time.monotonic_ns()
+        self._told: list[Span] = []
+        with _shared(images) as path:
+            world.send_all(Load(model, blocks_per_stage, path, len(images)))
+            world.gather(settings.start_timeout_s, "loading its stage")
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        model: VisionModel,
+        traced: Traced,
+        blocks_per_stage: tuple[int, ...],
+        images: torch.Tensor,
+        pool: WorkerPool,
+        settings: RankSettings,
+        largest_micro_batch: int | None = None,
+    ) -> Iterator[VisionPipeline]:
+        """Loads the stages; the ranks leave at the end."""
+        most = largest_micro_batch or len(images)
+        hidden_bytes = max(block.out_bytes for block in traced.blocks) * most
+        with joined(pool, settings, hidden_bytes) as world:
+            yield cls(world, model, blocks_per_stage, images, settings)
+
+    def run(self, num_micro_batches: int, schedule: Schedule | None = None) -> Passed:
+        """Passes the batch through, in order if no other schedule is given; RankError names a rank
+        that died or hangs."""
+        sizes = micro_batch_sizes(self._batch, num_micro_batches)
+        if schedule is None:
+            schedule = forward_schedule(len(self._settings.devices), num_micro_batches)
+        first_step, last_step = self._next_step, self._next_step + num_micro_batches - 1
+        self._next_step = last_step + 1
+        texts = tuple(tuple(map(str, actions)) for actions in schedule)
+        limit_s = self._settings.step_timeout_s * num_micro_batches
+        start_ns = time.monotonic_ns()
+        self._world.send_all(Run(texts, sizes, first_step))
+        sent_ns = time.monotonic_ns()
+        patience = Patience(self._cost.patience_s([self._batch], limit_s), limit_s)
+        reply = self._world.step_reply(patience, last_step)
+        end_ns = time.monotonic_ns()
+        self._note_run(range(first_step, last_step + 1), start_ns, sent_ns, end_ns)
+        self._cost.observe(self._batch, (end_ns - start_ns) / 1e9)
+        if not isinstance(reply, Logits):
+            raise EngineError(f"a rank answered a batch with {type(reply).__name__}")
+        logits = torch.frombuffer(bytearray(reply.values), dtype=torch.float32)
+        times = self._times(schedule, first_step)
+        return Passed(logits.view(self._batch, reply.num_classes), schedule, times)
+
+    def _times(self, schedule: Schedule, first_step: int) -> dict[Action, tuple[float, float]]:
+        """Of each action, from the spans that its rank wrote."""
+        times = {}
+        for rank, actions in zip(self._world.ranks, schedule, strict=True):
+            computed = {
+                span.step_id - first_step: span
+                for span in rank.spans.read()
+                if span.kind == SpanKind.COMPUTE and span.step_id >= first_step
+            }
+            for action in actions:
+                span = computed[action.micro_batch]
+                times[action] = span.start_ns / 1e9, span.end_ns / 1e9
+        return times
+
+    def recorded(self) -> Recorded:
+        """Every rank's spans since it was told to load, and what the driver did meanwhile."""
+        ranks = [
+            RankSpans(name, stage, 0, [it for it in spans if it.start_ns >= self._begun_ns])
+            for stage, (name, spans) in enumerate(self._world.spans().items())
+        ]
+        return Recorded(ranks, self._told)
+
+    def _note_run(self, steps: range, start_ns: int, sent_ns: int, end_ns: int) -> None:
+        """As the engine tells it of its steps: nothing to do, a batch's steps at once, the wait."""
+        last_ns = max((span.end_ns for span in self._told), default=self._begun_ns)
+        self._told.append(Span(SpanKind.EMPTY, last_ns, start_ns, 0, 0, 0))
+        self._told += [Span(SpanKind.SUBMIT, start_ns, sent_ns, 0, step, 0) for step in steps]
+        self._told.append(Span(SpanKind.WAIT, sent_ns, end_ns, 0, 0, 0))
+
+
+@contextmanager
+def _shared(images: torch.Tensor) -> Iterator[str]:
+    """The path of memory that holds them in float32."""
+    data = images.float().contiguous().numpy()
+    fd, path = create_memory(data.nbytes, "bireme-images")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data.data)
+        yield path
+    finally:
+        os.close(fd)

@@ -1,0 +1,114 @@
+"""The same batch in more and more micro-batches, on one device and over the stages."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bireme.chrome_trace import Recorded
+from bireme.engine.pool import WorkerPool
+from bireme.vision.model import VisionModel
+from bireme.vision.pipeline import Passed, RankSettings, VisionPipeline, micro_batch_sizes
+from bireme.vision.plan import PipelinePlan, Work
+from bireme.vision.tracing import Traced
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One number of micro-batches: what its largest rank needs, and the median of its runs; None
+    where it does not fit."""
+
+    num_micro_batches: int
+    memory_bytes: int
+    passed: Passed | None
+
+    @property
+    def images_per_s(self) -> float:
+        return self.passed.images_per_s if self.passed else 0.0
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """All trials of one cut, and what its ranks wrote."""
+
+    trials: tuple[Trial, ...]
+    recorded: Recorded
+
+    @property
+    def best(self) -> Trial | None:
+        """The fastest; None where none fits."""
+        ran = [trial for trial in self.trials if trial.passed is not None]
+        return max(ran, key=lambda trial: trial.images_per_s, default=None)
+
+
+def textbook_bubble(num_stages: int, num_micro_batches: int) -> float:
+    """Of equal stages and free transfers: (p - 1) / (m + p - 1)."""
+    return (num_stages - 1) / (num_micro_batches + num_stages - 1)
+
+
+def work_of(model: VisionModel, batch: int, num_micro_batches: int) -> Work:
+    """With the largest of the micro-batches."""
+    image_bytes = torch.Size(model.image_shape).numel() * model.torch_dtype.itemsize
+    largest = micro_batch_sizes(batch, num_micro_batches)[0]
+    return Work(batch=batch, micro_batch=largest, image_bytes=image_bytes)
+
+
+def one_device(plan: PipelinePlan) -> PipelinePlan:
+    """All blocks in one stage."""
+    return dataclasses.replace(plan, blocks_per_stage=(len(plan.costs),))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweeper:
+    """Runs each number of micro-batches `num_runs` times, after one run that does not count."""
+
+    model: VisionModel
+    traced: Traced
+    images: torch.Tensor
+    counts: Sequence[int]
+    limit_bytes: int
+    num_runs: int
+    pool: WorkerPool
+
+    def sweep(
+        self,
+        plan: PipelinePlan,
+        settings: RankSettings,
+        done: Callable[[], None] = lambda: None,
+        keep: Callable[[Recorded], None] = lambda recorded: None,
+    ) -> Sweep:
+        """`done` is called after each trial, `keep` gets the spans, of ranks that failed, too."""
+        needs = {count: self._memory_bytes(plan, count) for count in self.counts}
+        fitting = [count for count, need in needs.items() if need <= self.limit_bytes]
+        passed: dict[int, Passed] = {}
+        recorded = Recorded((), ())
+        if fitting:
+            largest = micro_batch_sizes(len(self.images), min(fitting))[0]
+            with VisionPipeline.open(
+                self.model, self.traced, plan.blocks_per_stage, self.images, self.pool, settings,
+                largest,
+            ) as pipeline:  # fmt: skip
+                try:
+                    for count in fitting:
+                        passed[count] = self._try(pipeline, count)
+                        done()
+                finally:
+                    recorded = pipeline.recorded()
+                    keep(recorded)
+        trials = [Trial(count, need, passed.get(count)) for count, need in needs.items()]
+        return Sweep(tuple(trials), recorded)
+
+    def _memory_bytes(self, plan: PipelinePlan, num_micro_batches: int) -> int:
+        work = work_of(self.model, len(self.images), num_micro_batches)
+        stages = dataclasses.replace(plan, work=work).stages
+        return max(stage.memory_bytes for stage in stages)
+
+    def _try(self, pipeline: VisionPipeline, num_micro_batches: int) -> Passed:
+        pipeline.run(num_micro_batches)
+        runs = [pipeline.run(num_micro_batches) for _ in range(self.num_runs)]
+        middle = statistics.median_low(run.elapsed_s for run in runs)
+        return next(run for run in runs if run.elapsed_s == middle)

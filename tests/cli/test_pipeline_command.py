@@ -1,0 +1,81 @@
+"""`bireme pipeline`: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bireme.cli import run
+
+ROOT = Path(__file__).parent.parent
+NETWORK = ["pipeline", "vision.networks:Network", "--image-size", "8", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _from_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks find `vision.networks` here."""
+    monkeypatch.chdir(ROOT)
+
+
+def test_the_plan_comes_first_and_then_the_sweep(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    status = run(
+        [*NETWORK, "--batch", "7", "--micro-batches", "1,3", "--split", "blocks.1,blocks.3",
+         "--runs", "1", "--trace", str(trace)]
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "5 blocks in 3 stages on cpu, cpu, cpu" in out
+    assert "rank 2    .   . 2F0 2F1 2F2" in out
+    assert out.index("hands over") < out.index("(p-1)/(m+p-1)")
+    assert "66.7%" in out, "the textbook's bubble of 3 stages and 1 micro-batch"
+    assert "largest difference to one device: " in out
+    tracks = json.loads(trace.read_text())["traceEvents"]
+    assert {event["tid"] for event in tracks} == {0, 1, 2}
+    assert {"step", "compute", "send", "recv"} <= {event["name"] for event in tracks}
+
+
+def test_images_of_a_folder_get_their_most_likely_classes_as_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for index in range(3):
+        Image.new("RGB", (20, 10), (80 * index, 10, 10)).save(tmp_path / f"{index}.png")
+    command = [*NETWORK, "--images", str(tmp_path), "--runs", "1", "--top", "2", "--json"]
+    assert run([*command, "--memory-limit", "22KiB"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["batch"] == 3
+    assert [trial["micro_batches"] for trial in found["pipeline"]] == [1, 2]
+    assert [trial["fits"] for trial in found["one_device"]] == [False, False]
+    assert [trial["fits"] for trial in found["pipeline"]] == [False, True]
+    assert found["speed_up"] is None
+    assert list(found["top"]) == ["0.png", "1.png", "2.png"]
+    assert all(len(classes) == 2 for classes in found["top"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([*NETWORK, "--batch", "4", "--micro-batches", "2,8"], "4 images cannot make 8 micro-batches"),
+        ([*NETWORK, "--split", "blocks.9"], "split point blocks.9 is no point to cut at"),
+        ([*NETWORK, "--split", "blocks.1", "-pp", "3"], "makes 2 stages, but pipeline_parallel_size is 3"),
+        ([*NETWORK, "-pp", "6"], "pipeline_parallel_size=6 exceeds the 5 blocks; use at most 5"),
+        ([*NETWORK, "--memory-limit", "1KiB"], "does not fit 2 devices of 1.0 KiB"),
+        ([*NETWORK, "--runs", "0"], "runs=0 must be at least 1"),
+        (["pipeline"], "give either MODEL or --config NAME"),
+        (["pipeline", "--config", "resnet-51"], "the closest is resnet-50"),
+        (["pipeline", "--config", "vit-b16", "--image-size", "100"], "must be a multiple of vit-b16's patch"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    status = run(arguments)
+    err = capsys.readouterr().err.strip()
+    assert status == 2
+    assert says in err
+    assert "\n" not in err

@@ -1,0 +1,70 @@
+"""Small networks of our own, as `module:factory` names them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.body(x)
+
+
+class Network(nn.Module):
+    """Four residual blocks; its shift is a buffer that is not saved."""
+
+    shift: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(Residual(8) for _ in range(4)))
+        self.head = nn.Linear(8, 5)
+        self.register_buffer("shift", torch.arange(5), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(self.stem(x))
+        ones = torch.ones(x.shape[0], 1, device=x.device)  # depends on sizes alone
+        return self.head(x.mean((2, 3))) * ones + self.shift
+
+
+class Branching(nn.Module):
+    """Cannot be traced: its way depends on what it sees."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class FixedBatch(nn.Module):
+    """Cannot be traced for any batch: `len` makes a constant of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), -1)
+
+
+class TwoOutputs(nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x + 1, x - 1
+
+
+class Dense(nn.Module):
+    """Every layer takes the results of all before it: there is no point to cut at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found = [x]
+        for layer in self.layers:
+            found.append(layer(sum(found)))
+        return torch.stack(found).sum(0)
+
+
+def no_module() -> int:
+    return 3

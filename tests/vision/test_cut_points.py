@@ -1,0 +1,96 @@
+"""Where a module can be cut, and what is said where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bireme.errors import ConfigError
+from bireme.vision.model import VisionModel, find_model
+from bireme.vision.preprocessing import made_up_images
+from bireme.vision.tracing import Traced, trace
+from bireme.vision.weights import materialise, open_weights
+from vision.conftest import whole
+
+NETWORKS = "vision.networks"
+
+
+def of(name: str) -> VisionModel:
+    return find_model(f"{NETWORKS}:{name}", None, image_size=8)
+
+
+def traced(name: str) -> Traced:
+    model = of(name)
+    return trace(model.build(), model.image_shape, model.torch_dtype)
+
+
+def test_cuts_are_where_one_activation_is_alive() -> None:
+    found = traced("Network")
+    assert [block.name for block in found.blocks] == [
+        "stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3",
+    ]  # fmt: skip
+    assert found.blocks[0].out_bytes == 8 * 8 * 8 * 4
+    assert found.blocks[-1].out_shape == (5,)
+    assert found.blocks[1].parameter_bytes == (8 * 8 * 9 + 8) * 4
+    assert found.blocks[1].peak_bytes == 3 * 8 * 8 * 8 * 4, "input, convolution, and its ReLU"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_blocks_one_after_another_are_the_module_at_any_batch(batch: int) -> None:
+    model = of("Network")
+    images = made_up_images(batch, model.image_shape)
+    weights, x = open_weights(model, model.build()), images
+    for block in traced("Network").blocks:
+        x = materialise(block.module, weights, torch.device("cpu"))(x)
+    assert torch.equal(x, whole(model, images))
+
+
+def test_points_have_short_names_and_unknown_ones_get_the_nearest(
+    trace_once: Callable[[VisionModel], Traced],
+) -> None:
+    found = trace_once(find_model(None, "resnet-18", image_size=64))
+    assert found.blocks[found.block_at("stages.2.layers.0")].name.endswith("stages.2.layers.0")
+    assert found.block_at("stages.2") == found.block_at("stages.2.layers.0")
+    with pytest.raises(
+        ConfigError, match=r"layer3\.0 is no point to cut at: .* nearest .*layers\.0"
+    ):
+        found.block_at("layer3.0")
+    inside = "resnet.encoder.stages.2.layers.0.layer.1"
+    with pytest.raises(ConfigError, match=r"only one activation may be alive there; the nearest"):
+        found.block_at(inside)
+    with pytest.raises(ConfigError, match=r"layers\.1 names 4 points"):
+        found.block_at("layers.1")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Branching", "Branching cannot be traced with images of 3x8x8: "),
+        ("FixedBatch", r"FixedBatch .* constant of the batch size, as len\(x\) does; use x.shape"),
+        ("TwoOutputs", "its forward returns 2 tensors; return the logits alone"),
+        ("no_module", "makes a int, not an nn.Module"),
+        ("missing", "has no function missing"),
+    ],
+)
+def test_what_cannot_be_traced_is_refused(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        traced(name)
+
+
+def test_a_module_without_a_point_to_cut_at_is_one_block() -> None:
+    assert len(traced("Dense").blocks) == 1
+
+
+def test_unknown_names_get_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config resnet-51; the closest is resnet-50"):
+        find_model(None, "resnet-51")
+    with pytest.raises(ConfigError, match="is no folder; give a folder, torchvision:NAME"):
+        find_model(str(tmp_path / "nothing"), None)
+    with pytest.raises(ConfigError, match="give either MODEL or --config NAME"):
+        find_model(None, None)
+    with pytest.raises(ConfigError, match="no_such:thing needs the module no_such"):
+        find_model("no_such:thing", None).build()

@@ -1,0 +1,64 @@
+"""Which blocks go where, and what is said where they cannot."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bireme.errors import CapacityError, ConfigError, RequestError
+from bireme.vision.pipeline import micro_batch_sizes
+from bireme.vision.plan import BlockCost, Work, make_plan, memory_bytes
+
+WORK = Work(batch=4, micro_batch=2, image_bytes=10)
+
+
+def costs_of(sizes: list[int]) -> list[BlockCost]:
+    return [BlockCost(f"layer{i}", 1.0, 0.0, size, 1, 3) for i, size in enumerate(sizes)]
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.data())
+def test_a_limit_is_refused_only_where_no_cut_fits_and_the_least_that_does_is_named(
+    sizes: list[int], data: st.DataObject
+) -> None:
+    costs, num_stages = costs_of(sizes), data.draw(st.integers(1, len(sizes)))
+
+    def largest(cuts: tuple[int, ...]) -> int:
+        edges = (0, *cuts, len(sizes))
+        return max(memory_bytes(costs, edges[i], edges[i + 1], WORK) for i in range(len(edges) - 1))
+
+    least = min(largest(cuts) for cuts in combinations(range(1, len(sizes)), num_stages - 1))
+    plan = make_plan(costs, num_stages, WORK, least)
+    assert max(stage.memory_bytes for stage in plan.stages) <= least
+    with pytest.raises(CapacityError, match=f"needs at least {least} B"):
+        make_plan(costs, num_stages, WORK, least - 1)
+
+
+def test_memory_is_weights_and_the_largest_moment_and_the_batch_at_either_end() -> None:
+    costs = costs_of([100, 200])
+    assert memory_bytes(costs, 0, 1, WORK) == 100 + 2 * 3 + 4 * 10
+    assert memory_bytes(costs, 1, 2, WORK) == 200 + 2 * 3 + 4 * 1
+    assert memory_bytes(costs, 0, 2, WORK) == 300 + 2 * 3 + 4 * 10 + 4 * 1
+
+
+def test_given_cuts_are_kept_and_refused_where_a_stage_does_not_fit() -> None:
+    costs = costs_of([10, 10, 100])
+    assert make_plan(costs, 2, WORK, starts=[1]).blocks_per_stage == (1, 2)
+    with pytest.raises(CapacityError, match="stage 1 needs 120 B, more than the 119 B"):
+        make_plan(costs, 2, WORK, 119, starts=[1])
+    with pytest.raises(ConfigError, match="in the order of the model"):
+        make_plan(costs, 3, WORK, starts=[2, 1])
+
+
+def test_more_stages_than_blocks_are_refused() -> None:
+    with pytest.raises(ConfigError, match="=3 exceeds the 2 blocks; use at most 2"):
+        make_plan(costs_of([1, 1]), 3, WORK)
+
+
+def test_micro_batches_are_as_even_as_can_be() -> None:
+    assert micro_batch_sizes(7, 3) == (3, 2, 2)
+    assert micro_batch_sizes(4, 4) == (1, 1, 1, 1)
+    with pytest.raises(RequestError, match="4 images cannot make 5 micro-batches; use at most 4"):
+        micro_batch_sizes(4, 5)
