@@ -13,7 +13,7 @@ from bireme.vision.model import VisionModel, find_model
 from bireme.vision.preprocessing import made_up_images
 from bireme.vision.tracing import Traced, trace
 from bireme.vision.weights import materialise, open_weights
-from vision.conftest import whole
+from vision.reference import whole
 
 NETWORKS = "vision.networks"
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -21,7 +22,7 @@ from bireme.parallel.counters import create_memory
 from bireme.parallel.mesh import Mesh
 from bireme.parallel.pipeline import Action, Schedule, bubble_shares, forward_schedule, timeline
 from bireme.trace import Span, SpanKind
-from bireme.vision.messages import Load, Logits, Measure, Measured, Run
+from bireme.vision.messages import Load, Loaded, Logits, Measure, Measured, Run
 from bireme.vision.model import VisionModel
 from bireme.vision.plan import BlockCost
 from bireme.vision.tracing import Traced
@@ -153,7 +154,8 @@ class VisionPipeline:
         self._begun_ns = time.monotonic_ns()
         with _shared(images) as path:
             world.send_all(Load(model, blocks_per_stage, path, len(images)))
-            world.gather(settings.start_timeout_s, "loading its stage")
+            replies = world.gather(settings.start_timeout_s, "loading its stage")
+        self.weight_bytes = [it.weight_bytes for it in replies if isinstance(it, Loaded)]
 
     @classmethod
     @contextmanager
@@ -168,8 +170,9 @@ class VisionPipeline:
         largest_micro_batch: int | None = None,
     ) -> Iterator[VisionPipeline]:
         """Loads the stages; the ranks leave at the end."""
-        most = largest_micro_batch or len(images)
-        hidden_bytes = max(block.out_bytes for block in traced.blocks) * most
+        ends = [traced.blocks[stop - 1] for stop in accumulate(blocks_per_stage[:-1])]
+        largest = max((block.out_bytes for block in ends), default=0)
+        hidden_bytes = largest * (largest_micro_batch or len(images))
         with joined(pool, settings, hidden_bytes) as world:
             yield cls(world, model, blocks_per_stage, images, settings)
 

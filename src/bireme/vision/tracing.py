@@ -24,6 +24,12 @@ from bireme.errors import ConfigError
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 
 
+def num_bytes(module: nn.Module) -> int:
+    """Of all its tensors."""
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 @dataclass(frozen=True)
 class Block:
     """What lies between two cut points, on meta, and what it takes (bytes of one image).
@@ -39,8 +45,7 @@ class Block:
 
     @property
     def parameter_bytes(self) -> int:
-        tensors = (*self.module.parameters(), *self.module.buffers())
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return num_bytes(self.module)
 
     @property
     def out_bytes(self) -> int:
