@@ -217,7 +217,13 @@ def _images(model: VisionModel, folder: Path | None, batch: int | None) -> _Batc
     options.check_at_least("batch", _DEFAULT_BATCH if batch is None else batch, 1)
     if folder is None:
         return _Batch([], made_up_images(batch or _DEFAULT_BATCH, model.image_shape))
-    names, images = read_images(folder, model.preprocessing, batch)
+    preprocessing = model.preprocessing
+    if preprocessing.side != model.image_size:
+        raise RequestError(
+            f"image_size={model.image_size} is not what {model.name} makes of images; "
+            f"leave it out, or give {preprocessing.side}"
+        )
+    names, images = read_images(folder, preprocessing, batch)
     if batch is not None and len(names) < batch:
         raise RequestError(f"{folder} holds {len(names)} images; --batch {batch} needs as many")
     return _Batch(names, images)

@@ -125,12 +125,12 @@ def measure_blocks(
     assert isinstance(found, Measured)
     return tuple(
         BlockCost(
-            block.name,
+            block.shape.name,
             compute_s,
             transfer_s,
             block.parameter_bytes,
-            block.out_bytes,
-            block.peak_bytes,
+            block.shape.out_bytes,
+            block.shape.peak_bytes,
         )
         for block, compute_s, transfer_s in zip(
             traced.blocks, found.compute_s, found.transfer_s, strict=True
@@ -171,7 +171,7 @@ class VisionPipeline:
     ) -> Iterator[VisionPipeline]:
         """Loads the stages; the ranks leave at the end."""
         ends = [traced.blocks[stop - 1] for stop in accumulate(blocks_per_stage[:-1])]
-        largest = max((block.out_bytes for block in ends), default=0)
+        largest = max((block.shape.out_bytes for block in ends), default=0)
         hidden_bytes = largest * (largest_micro_batch or len(images))
         with joined(pool, settings, hidden_bytes) as world:
             yield cls(world, model, blocks_per_stage, images, settings)

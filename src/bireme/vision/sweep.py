@@ -99,6 +99,8 @@ class Sweeper:
                 finally:
                     spans = pipeline.spans()
                     keep(spans)
+        for _ in range(len(needs) - len(fitting)):
+            done()
         trials = [Trial(count, need, passed.get(count)) for count, need in needs.items()]
         return Sweep(tuple(trials), spans)
 

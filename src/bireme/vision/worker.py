@@ -19,9 +19,10 @@ from bireme.errors import EngineError
 from bireme.parallel.collectives import Communicator
 from bireme.parallel.pipeline import Action
 from bireme.trace import SpanKind, SpanRing
+from bireme.vision.cut_points import BlockShape
 from bireme.vision.messages import VISION, Load, Loaded, Logits, Measure, Measured, Run
 from bireme.vision.model import VisionModel
-from bireme.vision.tracing import Block, Traced, num_bytes, trace
+from bireme.vision.tracing import Traced, num_bytes, trace
 from bireme.vision.weights import materialise, open_weights
 
 
@@ -31,7 +32,7 @@ class Stage:
     def __init__(
         self,
         blocks: list[nn.Module],
-        given: Block | None,
+        given: BlockShape | None,
         images: torch.Tensor | None,
         comm: Communicator,
         device: torch.device,
@@ -151,7 +152,7 @@ class VisionRank(rank.Rank[rank.Commands]):
                 for block in traced.blocks[first:last]
             ]
             images = self._images(command) if stage == 0 else None
-        given = traced.blocks[first - 1] if first else None
+        given = traced.blocks[first - 1].shape if first else None
         self._stage = Stage(blocks, given, images, self._comm, self._device, self._spans)
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(sum(map(num_bytes, blocks)))
