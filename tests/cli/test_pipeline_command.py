@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from bireme.cli import run
 
@@ -55,6 +56,19 @@ def test_images_of_a_folder_get_their_most_likely_classes_as_json(
     assert found["speed_up"] is None
     assert list(found["top"]) == ["0.png", "1.png", "2.png"]
     assert all(len(classes) == 2 for classes in found["top"].values())
+
+
+def test_images_are_not_made_in_a_size_that_the_checkpoint_does_not_ask_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ResNetForImageClassification(
+        ResNetConfig(hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, embedding_size=8)
+    ).save_pretrained(tmp_path)
+    asked = {"size": {"shortest_edge": 64}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(asked))
+    command = ["pipeline", str(tmp_path), "--images", str(tmp_path), "--image-size", "32"]
+    assert run(command) == 2
+    assert "leave it out, or give 64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

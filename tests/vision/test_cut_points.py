@@ -13,7 +13,7 @@ from bireme.vision.model import VisionModel, find_model
 from bireme.vision.preprocessing import made_up_images
 from bireme.vision.tracing import Traced, trace
 from bireme.vision.weights import materialise, open_weights
-from vision.conftest import whole
+from vision.reference import whole
 
 NETWORKS = "vision.networks"
 
@@ -29,13 +29,13 @@ def traced(name: str) -> Traced:
 
 def test_cuts_are_where_one_activation_is_alive() -> None:
     found = traced("Network")
-    assert [block.name for block in found.blocks] == [
+    assert [block.shape.name for block in found.blocks] == [
         "stem", "blocks.0", "blocks.1", "blocks.2", "blocks.3",
     ]  # fmt: skip
-    assert found.blocks[0].out_bytes == 8 * 8 * 8 * 4
-    assert found.blocks[-1].out_shape == (5,)
+    assert found.blocks[0].shape.out_bytes == 8 * 8 * 8 * 4
+    assert found.blocks[-1].shape.out_shape == (5,)
     assert found.blocks[1].parameter_bytes == (8 * 8 * 9 + 8) * 4
-    assert found.blocks[1].peak_bytes == 3 * 8 * 8 * 8 * 4, "input, convolution, and its ReLU"
+    assert found.blocks[1].shape.peak_bytes == 3 * 8 * 8 * 8 * 4, "input, convolution, and its ReLU"
 
 
 @torch.inference_mode()
@@ -53,7 +53,9 @@ def test_points_have_short_names_and_unknown_ones_get_the_nearest(
     trace_once: Callable[[VisionModel], Traced],
 ) -> None:
     found = trace_once(find_model(None, "resnet-18", image_size=64))
-    assert found.blocks[found.block_at("stages.2.layers.0")].name.endswith("stages.2.layers.0")
+    assert found.blocks[found.block_at("stages.2.layers.0")].shape.name.endswith(
+        "stages.2.layers.0"
+    )
     assert found.block_at("stages.2") == found.block_at("stages.2.layers.0")
     with pytest.raises(
         ConfigError, match=r"layer3\.0 is no point to cut at: .* nearest .*layers\.0"

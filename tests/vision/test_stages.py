@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 from bireme.engine.pool import WorkerPool
-from bireme.errors import RankError
+from bireme.errors import CheckpointError, RankError
 from bireme.parallel.pipeline import Action, Schedule, forward_schedule
 from bireme.vision.messages import VISION
 from bireme.vision.model import VisionModel, find_model
 from bireme.vision.pipeline import RankSettings, VisionPipeline, micro_batch_sizes
 from bireme.vision.preprocessing import made_up_images
 from bireme.vision.tracing import Traced
-from vision.conftest import whole
+from bireme.vision.weights import open_weights
+from vision.reference import whole
 
 TOLERANCE = 1e-5  # float32: the largest difference, as a share of the largest logit
 BATCH, NUM_MICRO_BATCHES = 7, 3  # 3, 2 and 2 images
@@ -82,6 +83,9 @@ def test_stages_compute_what_one_device_computes(
     model = find_model(str(vit), None) if is_vit else find_model(None, name, image_size=64)
     with staged(model, trace_once, num_stages, vision_pool) as pipeline:
         passed = pipeline.run(NUM_MICRO_BATCHES)
+    all_bytes = sum(block.parameter_bytes for block in trace_once(model).blocks)
+    assert sum(pipeline.weight_bytes) == all_bytes, "each tensor is on one rank"
+    assert max(pipeline.weight_bytes) < all_bytes
     logits = expected(model)
     assert 0.01 < logits.std() < 100, "activations neither vanish nor explode"
     assert difference(passed.logits, logits) < TOLERANCE
@@ -137,6 +141,20 @@ def test_weights_of_another_block_are_noticed(
         logits = pipeline.run(1).logits
     images = made_up_images(BATCH, model.image_shape)
     assert difference(logits, whole(model, images)) > 100 * TOLERANCE
+
+
+def test_what_a_checkpoint_lacks_is_named(vit: Path, tmp_path: Path) -> None:
+    for config in vit.glob("*.json"):
+        (tmp_path / config.name).write_bytes(config.read_bytes())
+    tensors = load_file(vit / "model.safetensors")
+    model = find_model(str(tmp_path), None, dtype="float32")
+    whole_head = tensors.pop("classifier.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has no tensor classifier\.weight, which"):
+        open_weights(model, model.build())
+    save_file({**tensors, "classifier.weight": whole_head[:3]}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has the shape \[3, 768\], but .* \[10, 768\]"):
+        open_weights(model, model.build())
 
 
 @pytest.fixture

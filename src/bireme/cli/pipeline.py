@@ -150,6 +150,7 @@ def run(
     from bireme.vision.plan import check_num_stages, make_plan
     from bireme.vision.sweep import Sweeper, one_device, work_of
     from bireme.vision.tracing import trace as traced_blocks
+    from bireme.vision.weights import open_weights
 
     found = find_model(model, config, weights, image_size=image_size, dtype=dtype)
     given = _images(found, images, batch)
@@ -159,7 +160,9 @@ def run(
     where = resolve_devices(settings)
     limit_bytes = device_memory(settings, where).of_rank(num_stages)
     ranks = RankSettings(devices=where, num_threads=threads or threads_per_rank(num_stages))
-    blocks = traced_blocks(found.build(), found.image_shape, found.torch_dtype)
+    module = found.build()
+    open_weights(found, module)  # refuses what is missing, before any process starts
+    blocks = traced_blocks(module, found.image_shape, found.torch_dtype)
     check_num_stages(num_stages, len(blocks.blocks))
     starts = [blocks.block_at(point) for point in points] if points else None
     report = Report(found, given.names, counts, ranks, limit_bytes, top)
@@ -214,7 +217,13 @@ def _images(model: VisionModel, folder: Path | None, batch: int | None) -> _Batc
     options.check_at_least("batch", _DEFAULT_BATCH if batch is None else batch, 1)
     if folder is None:
         return _Batch([], made_up_images(batch or _DEFAULT_BATCH, model.image_shape))
-    names, images = read_images(folder, model.preprocessing, batch)
+    preprocessing = model.preprocessing
+    if preprocessing.side != model.image_size:
+        raise RequestError(
+            f"image_size={model.image_size} is not what {model.name} makes of images; "
+            f"leave it out, or give {preprocessing.side}"
+        )
+    names, images = read_images(folder, preprocessing, batch)
     if batch is not None and len(names) < batch:
         raise RequestError(f"{folder} holds {len(names)} images; --batch {batch} needs as many")
     return _Batch(names, images)

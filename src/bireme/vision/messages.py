@@ -43,6 +43,12 @@ class Measured(msgspec.Struct, frozen=True, tag=True):
     transfer_s: list[float]
 
 
+class Loaded(msgspec.Struct, frozen=True, tag=True):
+    """Bytes of the tensors that a rank filled."""
+
+    weight_bytes: int
+
+
 class Logits(msgspec.Struct, frozen=True, tag=True):
     """[batch, num_classes] float32, of the last stage."""
 
@@ -51,7 +57,7 @@ class Logits(msgspec.Struct, frozen=True, tag=True):
 
 
 Command = Join | Measure | Load | Run | Leave
-Reply = Done | Failed | Measured | Logits
+Reply = Done | Failed | Measured | Loaded | Logits
 
 VISION = Program(
     "bireme.vision.worker", msgspec.msgpack.Decoder(Command), msgspec.msgpack.Decoder(Reply)

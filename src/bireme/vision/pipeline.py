@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -22,7 +23,7 @@ from bireme.parallel.counters import create_memory
 from bireme.parallel.mesh import Mesh
 from bireme.parallel.pipeline import Action, Schedule, bubble_shares, forward_schedule, timeline
 from bireme.trace import RankSpans, Span, SpanKind
-from bireme.vision.messages import Load, Logits, Measure, Measured, Run
+from bireme.vision.messages import Load, Loaded, Logits, Measure, Measured, Run
 from bireme.vision.model import VisionModel
 from bireme.vision.plan import BlockCost
 from bireme.vision.tracing import Traced
@@ -125,12 +126,12 @@ def measure_blocks(
     assert isinstance(found, Measured)
     return tuple(
         BlockCost(
-            block.name,
+            block.shape.name,
             compute_s,
             transfer_s,
             block.parameter_bytes,
-            block.out_bytes,
-            block.peak_bytes,
+            block.shape.out_bytes,
+            block.shape.peak_bytes,
         )
         for block, compute_s, transfer_s in zip(
             traced.blocks, found.compute_s, found.transfer_s, strict=True
@@ -155,7 +156,8 @@ class VisionPipeline:
         self._told: list[Span] = []
         with _shared(images) as path:
             world.send_all(Load(model, blocks_per_stage, path, len(images)))
-            world.gather(settings.start_timeout_s, "loading its stage")
+            replies = world.gather(settings.start_timeout_s, "loading its stage")
+        self.weight_bytes = [it.weight_bytes for it in replies if isinstance(it, Loaded)]
 
     @classmethod
     @contextmanager
@@ -170,8 +172,9 @@ class VisionPipeline:
         largest_micro_batch: int | None = None,
     ) -> Iterator[VisionPipeline]:
         """Loads the stages; the ranks leave at the end."""
-        most = largest_micro_batch or len(images)
-        hidden_bytes = max(block.out_bytes for block in traced.blocks) * most
+        ends = [traced.blocks[stop - 1] for stop in accumulate(blocks_per_stage[:-1])]
+        largest = max((block.shape.out_bytes for block in ends), default=0)
+        hidden_bytes = largest * (largest_micro_batch or len(images))
         with joined(pool, settings, hidden_bytes) as world:
             yield cls(world, model, blocks_per_stage, images, settings)
 

@@ -99,6 +99,8 @@ class Sweeper:
                 finally:
                     recorded = pipeline.recorded()
                     keep(recorded)
+        for _ in range(len(needs) - len(fitting)):
+            done()
         trials = [Trial(count, need, passed.get(count)) for count, need in needs.items()]
         return Sweep(tuple(trials), recorded)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export.unflatten import InterpreterModule
 
 from bireme.checkpoint.dummy import DummySource, uniform
 from bireme.checkpoint.loader import read_box
@@ -114,7 +115,7 @@ def materialise(block: nn.Module, weights: Weights, device: torch.device) -> nn.
         warnings.simplefilter("ignore", FutureWarning)  # of torch's own, on its tree specs
         made = copy.deepcopy(block)
     for owner in made.modules():
-        _move_factories(owner, device)
+        _prepare_graph(owner, device)
         stores: tuple[Any, ...] = owner._parameters, owner._buffers
         for own in stores:
             for name, tensor in own.items():
@@ -138,13 +139,17 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def _move_factories(owner: nn.Module, device: torch.device) -> None:
-    """Tensors that the graph makes (`arange`) were traced on meta."""
-    graph = getattr(owner, "graph", None)
-    if not isinstance(graph, torch.fx.Graph):
+def _prepare_graph(owner: nn.Module, device: torch.device) -> None:
+    """Tensors that the graph makes (`arange`) were traced on meta. It runs as code: torch's interpreter
+    takes 60 us a node, as long again as a small image does."""
+    if not isinstance(owner, InterpreterModule | fx.GraphModule):
         return
-    for node in graph.nodes:
-        if node.kwargs.get("device") == torch.device("meta"):
-            node.update_kwarg("device", device)
-    if isinstance(owner, torch.fx.GraphModule):
+    makers = [it for it in owner.graph.nodes if it.kwargs.get("device") == torch.device("meta")]
+    for node in makers:
+        node.update_kwarg("device", device)
+    if isinstance(owner, InterpreterModule):
+        owner._run_with_interpreter = False
+        if makers:
+            owner.finalize()
+    elif makers:
         owner.recompile()

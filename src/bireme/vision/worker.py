@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from bireme.engine import rank
-from bireme.engine.messages import Done, Join, Leave
+from bireme.engine.messages import Join, Leave
 from bireme.errors import EngineError
 from bireme.parallel.collectives import Communicator
 from bireme.parallel.pipeline import Action
 from bireme.trace import SpanKind, SpanRing
-from bireme.vision.messages import VISION, Load, Logits, Measure, Measured, Run
+from bireme.vision.cut_points import BlockShape
+from bireme.vision.messages import VISION, Load, Loaded, Logits, Measure, Measured, Run
 from bireme.vision.model import VisionModel
-from bireme.vision.tracing import Block, Traced, trace
+from bireme.vision.tracing import Traced, num_bytes, trace
 from bireme.vision.weights import materialise, open_weights
 
 
@@ -31,7 +32,7 @@ class Stage:
     def __init__(
         self,
         blocks: list[nn.Module],
-        given: Block | None,
+        given: BlockShape | None,
         images: torch.Tensor | None,
         comm: Communicator,
         device: torch.device,
@@ -72,7 +73,9 @@ class Stage:
         assert receiver is not None
         assert given is not None
         x = receiver.receive((0, step_id), (size, *given.out_shape), given.out_dtype, self._device)
-        _synchronise(self._device)
+        if self._device.type == "cuda":  # NCCL's wait is the stream's, and the span above a launch
+            with self._spans.span(SpanKind.RECV):
+                _synchronise(self._device)
         return x
 
     def drain(self) -> None:
@@ -135,7 +138,7 @@ class VisionRank(rank.Rank[rank.Commands]):
             taken.append(time.perf_counter() - start)
         return statistics.median(taken)
 
-    def _load(self, command: Load) -> Done:
+    def _load(self, command: Load) -> Loaded:
         if self._comm is None:
             raise EngineError("a model came before a world was joined")
         module, traced = self._trace(command.model)
@@ -149,10 +152,10 @@ class VisionRank(rank.Rank[rank.Commands]):
                 for block in traced.blocks[first:last]
             ]
             images = self._images(command) if stage == 0 else None
-        given = traced.blocks[first - 1] if first else None
+        given = traced.blocks[first - 1].shape if first else None
         self._stage = Stage(blocks, given, images, self._comm, self._device, self._spans)
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
-        return Done()
+        return Loaded(sum(map(num_bytes, blocks)))
 
     def _images(self, command: Load) -> torch.Tensor:
         shape = command.batch, *command.model.image_shape
