@@ -37,8 +37,12 @@ def test_the_plan_comes_first_and_then_the_sweep(
     assert "66.7%" in out, "the textbook's bubble of 3 stages and 1 micro-batch"
     assert "largest difference to one device: " in out
     tracks = json.loads(trace.read_text())["traceEvents"]
-    assert {event["tid"] for event in tracks} == {0, 1, 2}
+    assert {event["tid"] for event in tracks} == {0, 1, 2, 3}  # the last is the driver's
     assert {"step", "compute", "send", "recv"} <= {event["name"] for event in tracks}
+    assert run(["ledger", str(trace)]) == 0
+    told = capsys.readouterr().out
+    assert "fill drain" in told
+    assert "token dependency" not in told.partition("rank 0 ")[0].partition("0-9")[0]
 
 
 def test_images_of_a_folder_get_their_most_likely_classes_as_json(
