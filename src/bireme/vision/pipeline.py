@@ -117,7 +117,7 @@ def measure_blocks(
     pool: WorkerPool,
     settings: RankSettings,
     micro_batch: int,
-    repeats: int = 3,
+    repeats: int = 5,
 ) -> tuple[BlockCost, ...]:
     """What each block takes on the first device."""
     with joined(pool, settings.alone(), 0) as world:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -133,22 +134,16 @@ def _counts(starts: Sequence[int], num_blocks: int) -> tuple[int, ...]:
 def _partition(
     costs: Sequence[BlockCost], num_stages: int, work: Work, limit_bytes: int | None
 ) -> tuple[int, ...]:
-    def cut(limit: int | None) -> tuple[int, ...]:
+    try:
         return partition(
             [cost.compute_s for cost in costs],
             [1] * num_stages,
             transfer_costs=[cost.transfer_s for cost in costs],
-            fits=None
-            if limit is None
-            else lambda first, last: memory_bytes(costs, first, last, work) <= limit,
+            fits=None if limit_bytes is None else _fits(costs, work, limit_bytes),
         )
-
-    try:
-        return cut(limit_bytes)
     except CapacityError:
         assert limit_bytes is not None
-    plan = PipelinePlan(tuple(costs), _smallest(costs, num_stages, work), work)
-    least = max(stage.memory_bytes for stage in plan.stages)
+    least = _least_limit(costs, num_stages, work)
     devices = "one device" if num_stages == 1 else f"{num_stages} devices"
     raise CapacityError(
         f"does not fit {devices} of {format_bytes(limit_bytes)}: the largest stage needs at least "
@@ -156,8 +151,13 @@ def _partition(
     )
 
 
-def _smallest(costs: Sequence[BlockCost], num_stages: int, work: Work) -> tuple[int, ...]:
-    """The cut whose largest stage is smallest: the least limit under which one exists."""
+def _fits(costs: Sequence[BlockCost], work: Work, limit_bytes: int) -> Callable[[int, int], bool]:
+    return lambda first, last: memory_bytes(costs, first, last, work) <= limit_bytes
+
+
+def _least_limit(costs: Sequence[BlockCost], num_stages: int, work: Work) -> int:
+    """The least that every device must hold for any cut to fit: the first such size of all that a
+    stage can have."""
     num_blocks = len(costs)
     sizes = sorted(
         {
@@ -166,30 +166,13 @@ def _smallest(costs: Sequence[BlockCost], num_stages: int, work: Work) -> tuple[
             for last in range(first + 1, num_blocks + 1)
         }
     )
-    low, high = 0, len(sizes) - 1
-    ones = [1.0] * num_blocks
-    while low < high:
-        middle = (low + high) // 2
-        if _exists(ones, num_stages, costs, work, sizes[middle]):
-            high = middle
-        else:
-            low = middle + 1
-    return partition(
-        ones,
-        [1] * num_stages,
-        fits=lambda first, last: memory_bytes(costs, first, last, work) <= sizes[low],
-    )
 
+    def is_enough(limit_bytes: int) -> bool:
+        fits = _fits(costs, work, limit_bytes)
+        try:
+            partition([1.0] * num_blocks, [1] * num_stages, fits=fits)
+        except CapacityError:
+            return False
+        return True
 
-def _exists(
-    ones: list[float], num_stages: int, costs: Sequence[BlockCost], work: Work, limit: int
-) -> bool:
-    try:
-        partition(
-            ones,
-            [1] * num_stages,
-            fits=lambda first, last: memory_bytes(costs, first, last, work) <= limit,
-        )
-    except CapacityError:
-        return False
-    return True
+    return sizes[bisect_left(sizes, True, key=is_enough)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,11 +42,13 @@ class Stage:
 
     def run(self, command: Run) -> torch.Tensor | None:
         """The logits [batch, classes] where this is the last stage."""
-        outs = {}
-        for text in command.schedule[self._comm.mesh.rank]:
+        outs, mesh = {}, self._comm.mesh
+        for text in command.schedule[mesh.rank]:
             action = Action.parse(text)
+            if action.stage != mesh.stage:
+                raise EngineError(f"{action} was given to a rank of stage {mesh.stage}")
             out = self._execute(action, command)
-            if self._comm.mesh.is_last_stage:
+            if mesh.is_last_stage:
                 outs[action.micro_batch] = out
         return torch.cat([outs[index] for index in sorted(outs)]) if outs else None
 
@@ -130,13 +131,14 @@ class VisionRank(rank.Rank[rank.Commands]):
         return found
 
     def _seconds(self, work: Callable[[], object], repeats: int) -> float:
+        """The least of several, as what else runs on the device only adds."""
         taken = []
         for _ in range(repeats):
             start = time.perf_counter()
             work()
             _synchronise(self._device)
             taken.append(time.perf_counter() - start)
-        return statistics.median(taken)
+        return min(taken)
 
     def _load(self, command: Load) -> Loaded:
         if self._comm is None:
