@@ -99,8 +99,10 @@ def read_chrome_trace(path: Path) -> Recorded:
         found = trace.get("otherData", {}).get("bireme_trace", 1)
         if found == _FORMAT:
             return _recorded(events)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no trace that can be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f"{path} is no trace of bireme's; --trace writes one") from None
     raise UserError(
         f"{path} is a trace of format {found}, and {_FORMAT} is read; record it again with --trace"
     )

@@ -30,9 +30,13 @@ def test_a_run_and_its_trace_are_accounted_for(
 @pytest.mark.parametrize(
     ("source", "told"),
     [
-        ("/nowhere.json", "/nowhere.json is no trace that can be read"),
-        (__file__, "is no trace that can be read"),
-        ("http://127.0.0.1:1", "http://127.0.0.1:1 gives no ledger"),
+        ("/nowhere.json", "/nowhere.json cannot be read: No such file or directory"),
+        (__file__, "is no trace of bireme's"),
+        ("127.0.0.1:1", "did you mean http://127.0.0.1:1"),
+        ("http://127.0.0.1:1", "nothing answers at http://127.0.0.1:1: connection refused"),
+        ("HTTP://127.0.0.1:1/v1", "connection refused"),
+        ("http://127.0.0.1:notaport", "http://127.0.0.1:notaport does not answer"),
+        ("http://[bad", "http://[bad does not answer"),
     ],
 )
 def test_what_has_no_ledger_is_named(

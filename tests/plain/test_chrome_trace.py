@@ -80,10 +80,10 @@ def shifted(recorded: Recorded) -> Recorded:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "no trace that can be read"),
-        ("[]", "no trace that can be read"),
-        ("{}", "no trace that can be read"),
-        ('{"traceEvents": [{}], "otherData": {"bireme_trace": 2}}', "no trace that can be read"),
+        ("", "no trace of bireme"),
+        ("[]", "no trace of bireme"),
+        ("{}", "no trace of bireme"),
+        ('{"traceEvents": [{}], "otherData": {"bireme_trace": 2}}', "no trace of bireme"),
         ('{"traceEvents": []}', "format 1, and 2 is read"),
         ('{"traceEvents": [], "otherData": {"bireme_trace": 9}}', "format 9, and 2 is read"),
     ],

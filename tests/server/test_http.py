@@ -209,7 +209,7 @@ COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
         (CHATS, {"messages": [{"role": "user", "content": {"a": "secret"}}]}, "messages.0.content must be"),
         (CHATS, {"messages": [{"role": "tool", "content": "secret"}]}, "the chat template refuses"),
         ("/v1/responses", {"input": [{"type": "image", "content": "secret"}]}, "input.0 is of type 'image'"),
-        ("/v1/nope", {"prompt": "A secret"}, "Not Found"),
+        ("/v1/nope", {"prompt": "A secret"}, "there is no /v1/nope"),
     ],
     ids=lambda value: str(value)[:40],
 )  # fmt: skip

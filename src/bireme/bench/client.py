@@ -40,7 +40,7 @@ class Target:
     request_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://")):
+        if not self.base_url.lower().startswith(("http://", "https://")):
             raise RequestError(
                 f"base_url={self.base_url!r} must begin with http:// or https://, "
                 "like http://127.0.0.1:8000"
@@ -138,6 +138,18 @@ class Client:
             return ""
         return body.decode(errors="replace") if response.status == 200 else ""
 
+    async def fetch(self, path: str) -> bytes:
+        """What is there; RequestError says why nothing is."""
+        url, timeout = self.target.url(path), aiohttp.ClientTimeout(total=_ASK_TIMEOUT_S)
+        try:
+            async with self._session.get(url, timeout=timeout) as response:
+                body = await _read(response, _MAX_BODY_BYTES)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise RequestError(self._unanswered(error)) from None
+        if response.status != 200:
+            raise RequestError(f"{url} says {response.status}: {error_message(body)}")
+        return body
+
     async def find_model(self, ready_timeout_s: float = 0.0) -> str:
         """The model to ask for: the target's, or the first that the server names, which is waited for.
 
@@ -159,15 +171,21 @@ class Client:
                     body = await _read(response, _MAX_BODY_BYTES)
                 if response.status not in _NOT_READY:
                     return response.status, body
-                reason = f"{self.target.base_url} is not ready: {response.status} {response.reason}"
-            except aiohttp.ClientConnectorError as error:
-                reason = self._reason(error, _ASK_TIMEOUT_S)
+                why = error_message(body) or response.reason
+                reason = f"{self.target.base_url} is not ready: {response.status}, {why}"
             except (aiohttp.ClientError, OSError, ValueError) as error:
-                why = self._reason(error, _ASK_TIMEOUT_S)
-                reason = f"{self.target.base_url} does not answer: {why}"
+                reason = self._unanswered(error)
             if time.monotonic() >= deadline:
-                raise RequestError(f"{reason}; start a server there, or name the one that runs")
+                raise RequestError(reason)
             await asyncio.sleep(_RETRY_S)
+
+    def _unanswered(self, error: Exception) -> str:
+        url, why = self.target.base_url, self._reason(error, _ASK_TIMEOUT_S)
+        if isinstance(error, aiohttp.ClientConnectorCertificateError):
+            return f"{url} shows a certificate that is not trusted; SSL_CERT_FILE names one that is"
+        if isinstance(error, aiohttp.ClientConnectorError):
+            return f"{why}; start a server there, or name the one that runs"
+        return f"{url} does not answer: {why}"
 
     def _reason(self, error: Exception, timeout_s: float) -> str:
         """On one line; of a time-out aiohttp says nothing."""

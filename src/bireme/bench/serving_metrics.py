@@ -74,7 +74,7 @@ def summarise(result: LoadResult, wanted: Wanted) -> dict[str, Any]:
         "request_goodput": met / seconds if wanted.objectives else None,
         "output_throughput": num_output / seconds,
         "total_token_throughput": (num_input + num_output) / seconds,
-        "max_output_tokens_per_s": _peak_tokens_per_s(good),
+        "max_output_tokens_per_s": max(_peak_tokens_per_s(good), num_output / seconds),
         "max_concurrent_requests": _peak_concurrency(good),
         **_times(good, wanted),
         **_costs(wanted, seconds, len(good), num_input, num_output),

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,7 +26,6 @@ from bireme.errors import BiremeError, RequestError
 
 NAME = "chat"
 SHORT = "Talk with a model or a server."
-_ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\]):\d+(/\S*)?")
 _HELP = """\
 /reset        forget what was said
 /system TEXT  what the model is told before the conversation; without TEXT nothing
@@ -96,7 +93,7 @@ def _partner(who: Who, server: Server, engine: options.EngineOptions) -> Partner
 
     sampling = {"temperature": who.temperature, "top_p": who.top_p, "seed": who.seed}
     if not who.partner.startswith(("http://", "https://")):
-        _check_no_address(who.partner)
+        options.check_no_address(who.partner)
         if server.model:
             raise RequestError("--model names one of a server's models; give its http://... first")
         from bireme.engine.async_llm import AsyncLLM
@@ -117,11 +114,6 @@ def _partner(who: Who, server: Server, engine: options.EngineOptions) -> Partner
         extra_body={name: value for name, value in sampling.items() if value is not None},
     )
     return ServerPartner(target, who.max_tokens)
-
-
-def _check_no_address(model: str) -> None:
-    if _ADDRESS.fullmatch(model) and not Path(model).exists():
-        raise RequestError(f"{model!r} is no model; did you mean http://{model}")
 
 
 @dataclass

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bireme.cli import options
+from bireme.errors import RequestError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 NAME = "ledger"
 SHORT = "Show where each rank's time went, bubbles by cause."
 _MOST_COLUMNS = 8
+_MOST_SECONDS = 3600
 _LABEL_WIDTH = len("rank 999 ")
 
 
@@ -37,17 +41,44 @@ def run(
 ) -> None:
     from rich.console import Console
 
-    from bireme.observe.told import told_of_server, told_of_trace
+    from bireme.observe.told import told_of_trace
 
     num_columns = max(20, Console().width - _LABEL_WIDTH)
-    if source.startswith(("http://", "https://")):
-        told = told_of_server(source, seconds, api_key, num_columns)
+    if source.lower().startswith(("http://", "https://")):
+        if not 0 < seconds <= _MOST_SECONDS:
+            raise RequestError(f"seconds={seconds:g} must be above 0 and at most {_MOST_SECONDS}")
+        told = _of_server(source, seconds, api_key, num_columns)
     else:
+        options.check_no_address(source)
         told = told_of_trace(Path(source), num_columns)
     if as_json:
         typer.echo(told.as_json().decode())
     else:
         show(told)
+
+
+def _of_server(url: str, seconds: float, api_key: str | None, num_columns: int) -> ToldLedger:
+    """RequestError where it does not answer."""
+    import asyncio
+
+    import msgspec
+
+    from bireme.bench.client import Client, Target
+    from bireme.observe.told import ToldLedger
+
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    target = Target(base_url=url, headers=headers)
+    path = f"/debug/ledger?seconds={seconds:g}&columns={num_columns}"
+
+    async def fetch() -> bytes:
+        async with Client(target) as client:
+            return await client.fetch(path)
+
+    body = asyncio.run(fetch())
+    try:
+        return msgspec.json.decode(body, type=ToldLedger)
+    except msgspec.DecodeError as error:
+        raise RequestError(f"{url} gives no ledger: {error}") from None
 
 
 def show_run(host: EngineHost) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
@@ -122,6 +123,7 @@ MaxNumWaitingTokens = Annotated[
         help="Tokens of their prompts at most, all together.",
     ),
 ]
+_ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\]):\d+(/\S*)?")
 Seed = Annotated[int, typer.Option("--seed", help="Of made-up weights.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 ShowLedger = Annotated[
@@ -276,3 +278,9 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """RequestError names both."""
     if value < least:
         raise RequestError(f"{name}={value} must be at least {least}")
+
+
+def check_no_address(given: str) -> None:
+    """RequestError for what looks like a server's address, and is neither a URL nor there."""
+    if _ADDRESS.fullmatch(given) and not Path(given).exists():
+        raise RequestError(f"{given!r} is no model or file; did you mean http://{given}")

@@ -19,8 +19,8 @@ SIGNS = {
     Row.UNATTRIBUTED: "?",
 }
 LEGEND = (
-    "0-9 compute, by step; = collective; w wait for a rank of the group; > transfer; / fill, drain; "
-    "< imbalance; ~ token dependency; . starved; h host; ? unattributed"
+    "0-9 compute, by step; = collective; w wait for the group; > transfer;\n"
+    "/ fill, drain; < imbalance; ~ token dependency; . starved; h host; ? unattributed"
 )
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
 
 import msgspec
 
 from bireme.chrome_trace import read_chrome_trace
-from bireme.errors import UserError
 from bireme.observe.causes import Row
 from bireme.observe.grid import grid
 from bireme.observe.ledger import Ledger, make_ledger
 
 NUM_COLUMNS = 100
-_ANSWER_S = 60.0
 
 
 class ToldRank(msgspec.Struct, frozen=True):
@@ -61,27 +56,3 @@ class ToldLedger(msgspec.Struct, frozen=True):
 def told_of_trace(path: Path, num_columns: int = NUM_COLUMNS) -> ToldLedger:
     """UserError for what is no trace of ours."""
     return ToldLedger.of(make_ledger(read_chrome_trace(path)), num_columns=num_columns)
-
-
-def told_of_server(
-    url: str, seconds: float, api_key: str | None, num_columns: int = NUM_COLUMNS
-) -> ToldLedger:
-    """Of a server's last seconds; UserError where it does not answer."""
-    query = urllib.parse.urlencode({"seconds": seconds, "columns": num_columns})
-    request = urllib.request.Request(f"{url.rstrip('/')}/debug/ledger?{query}")
-    if api_key is not None:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    try:
-        with urllib.request.urlopen(request, timeout=_ANSWER_S) as answer:
-            return msgspec.json.decode(answer.read(), type=ToldLedger)
-    except urllib.error.HTTPError as error:
-        raise UserError(f"{url} answers {error.code}: {_message(error.read())}") from None
-    except (OSError, msgspec.DecodeError) as error:
-        raise UserError(f"{url} gives no ledger: {error}") from None
-
-
-def _message(body: bytes) -> str:
-    try:
-        return str(msgspec.json.decode(body)["error"]["message"])
-    except (msgspec.DecodeError, LookupError, TypeError):
-        return body[:200].decode(errors="replace")

@@ -157,8 +157,14 @@ async def on_http_error(
     headers = dict(error.headers or {})
     if error.status_code == 405 and (allowed := _methods(routes, request.scope)):
         headers["Allow"] = ", ".join(allowed)
-    Exchange.of(request.scope).error = str(error.detail)
-    return ApiError(error.status_code, str(error.detail)).response(headers)
+    told = str(error.detail)
+    if error.status_code == 404:
+        path = request.scope["path"]
+        told = f"there is no {path:.100}; OpenAI's routes begin with /v1, and /docs lists all"
+    elif error.status_code == 405:
+        told = f"{request.method} is not for this route; use {headers.get('Allow', 'another')}"
+    Exchange.of(request.scope).error = told
+    return ApiError(error.status_code, told).response(headers)
 
 
 def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
