@@ -15,7 +15,7 @@ from bireme.observe.ledger import make_ledger
 from bireme.observe.told import NUM_COLUMNS, ToldLedger
 from bireme.trace import RankSpans, Span, SpanKind, SpanRing
 
-_BEFORE_NS = 10**9  # what steps at the window's beginning waited for was earlier
+_BEFORE_NS = 200_000_000  # what steps at the beginning of the window waited for was earlier
 
 
 class AskedRank(msgspec.Struct, frozen=True):
