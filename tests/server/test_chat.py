@@ -186,7 +186,10 @@ def test_stages_show_where_the_server_counts_them() -> None:
             ["http://127.0.0.1:9"],
             "nothing answers at http://127.0.0.1:9: connection refused; start",
         ),
-        (["127.0.0.1:8100"], "'127.0.0.1:8100' is no model or file; did you mean http://127.0.0.1:8100"),
+        (
+            ["127.0.0.1:8100"],
+            "'127.0.0.1:8100' is no model or file; did you mean http://127.0.0.1:8100",
+        ),
         (["localhost:8100/v1"], "did you mean http://localhost:8100/v1"),
     ],
 )
