@@ -102,8 +102,7 @@ def _are_secondary(seen: dict[int, Failed | None]) -> bool:
 class WorkerPool:
     """Processes that become the ranks of one world after another; a context manager.
 
-    After a failure all are ended; the next `take` starts new ones. `program` is the module that a
-    process runs: `engine.worker`, or one that ends in its `main`.
+    After a failure all are ended; the next `take` starts new ones. `program` is what each runs.
     """
 
     def __init__(self, program: Program = LANGUAGE_MODEL) -> None:

@@ -99,11 +99,15 @@ class Serving:
     @property
     def inputs(self) -> InputProcessor:
         """ApiError 503 before the engine is ready, and after it broke."""
+        self.check_ready()
+        return self.client.inputs
+
+    def check_ready(self) -> None:
+        """ApiError 503 says what the engine is at, or why it broke."""
         if (error := self.broken) is not None:
             raise ApiError(503, f"the engine broke: {error}", code="engine_error")
         if not self.client.ready.done():
             raise ApiError(503, f"the model is loading ({self.client.doing})", code="loading")
-        return self.client.inputs
 
     @property
     def broken(self) -> BaseException | None:
@@ -115,8 +119,8 @@ class Serving:
 
     def check_fits(self, num_requests: int) -> None:
         """RequestError for more than the engine ever takes; ApiError 503 while it cannot be asked."""
-        if self.inputs is not None:
-            self.client.callers.check_fits(num_requests)
+        self.check_ready()
+        self.client.callers.check_fits(num_requests)
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under; none stands for the first."""
