@@ -13,9 +13,11 @@ import os
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain
+from typing import Protocol
 
 _HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever written
 _NOW = struct.Struct("<III4x")  # step id, spans begun in it, innermost open kind (0: none)
@@ -122,6 +124,24 @@ class Total:
 Totals = Mapping[SpanKind, Total]
 
 
+class SpanWriter(Protocol):
+    """What a rank tells of its time to; on CUDA `kernels.device_spans` stands before the ring."""
+
+    def set_step(self, step_id: int, incarnation: int) -> None:
+        """The step that the following records belong to."""
+        ...
+
+    def span(
+        self, kind: SpanKind, num_bytes: int = 0, step_id: int | None = None
+    ) -> AbstractContextManager[None]:
+        """What is done inside it becomes a record; `step_id` where it is of another step than this."""
+        ...
+
+    def aside(self, kind: SpanKind, num_bytes: int) -> AbstractContextManager[None]:
+        """The same for what the step does not wait for, where a device can do both at once."""
+        ...
+
+
 class OpenSpan:
     """A span that is being measured. A class of its own: a generator costs a sum a tenth of its time."""
 
@@ -179,7 +199,6 @@ class SpanRing:
         self.close_fd()
 
     def set_step(self, step_id: int, incarnation: int) -> None:
-        """The step that the following records belong to."""
         self._step_id, self._incarnation = step_id, incarnation & 0xFFFF
         self._num_begun = self._open = 0
         _pack_now(self._map, _HEADER.size, step_id, 0, 0)
@@ -191,12 +210,24 @@ class SpanRing:
     def close_span(
         self, kind: int, outer: int, start_ns: int, end_ns: int, num_bytes: int, step_id: int
     ) -> None:
-        """Writes its record; `outer` is the kind of the span around it, 0 where there is none.
+        """Writes its record; `outer` is the kind of the span around it, 0 where there is none."""
+        self.record(kind, outer, start_ns, end_ns, num_bytes, step_id, self._incarnation)
+        self.end(outer)
 
-        One call with everything in it: a call more costs as much as three of its sums.
-        """
+    def record(
+        self,
+        kind: int,
+        outer: int,
+        start_ns: int,
+        end_ns: int,
+        num_bytes: int,
+        step_id: int,
+        incarnation: int,
+    ) -> None:
+        """A span that may be over for a while. One call with everything in it: a call more costs as much
+        as three of its sums."""
         at = _RECORDS_AT + self._count % self.capacity * _RECORD.size
-        _pack_record(self._map, at, start_ns, end_ns, num_bytes, step_id, kind, self._incarnation)
+        _pack_record(self._map, at, start_ns, end_ns, num_bytes, step_id, kind, incarnation)
         self._count += 1
         self._written[0] = self._count  # one store, after the record: no torn reads
         num_ns = end_ns - start_ns
@@ -205,8 +236,6 @@ class SpanRing:
         total[1] += num_ns
         total[3] += num_bytes
         self._totals[outer][2] += num_ns
-        self._open = outer
-        _pack_now(self._map, _HEADER.size, self._step_id, self._num_begun, outer)
         if not outer:
             self._publish_totals()
 
@@ -215,8 +244,14 @@ class SpanRing:
         _TOTALS.pack_into(self._map, _TOTALS_AT, *chain.from_iterable(self._totals))
 
     def span(self, kind: SpanKind, num_bytes: int = 0, step_id: int | None = None) -> OpenSpan:
-        """What is done inside it becomes a record; `step_id` where it is of another step than this."""
         return OpenSpan(self, kind, num_bytes, self._step_id if step_id is None else step_id)
+
+    aside = span
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """That of the following records, and its incarnation."""
+        return self._step_id, self._incarnation
 
     def begin(self, kind: int) -> int:
         """Opens a span; the kind of the one around it."""
@@ -224,6 +259,11 @@ class SpanRing:
         self._num_begun += 1
         _pack_now(self._map, _HEADER.size, self._step_id, self._num_begun, kind)
         return outer
+
+    def end(self, outer: int) -> None:
+        """Back in the span around the one that ends, of kind `outer`."""
+        self._open = outer
+        _pack_now(self._map, _HEADER.size, self._step_id, self._num_begun, outer)
 
     def now(self) -> Now:
         """What the writer was in the middle of when it last began or ended a span."""

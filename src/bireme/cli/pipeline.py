@@ -92,6 +92,12 @@ def run(
             f"[default: {','.join(map(str, _DEFAULT_COUNTS))}]",
         ),
     ] = None,
+    batches: Annotated[
+        int,
+        typer.Option(
+            "--batches", metavar="N", help="That follow one another without a pause, in each run."
+        ),
+    ] = 1,
     images: Annotated[
         Path | None,
         typer.Option("--images", metavar="FOLDER", help="Image files; made up if not given."),
@@ -118,6 +124,10 @@ def run(
             help="Of each CPU rank. [default: a stage's share of the cores]",
         ),
     ] = None,
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager", help="On GPUs: launch each kernel, without CUDA graphs."),
+    ] = False,
     dtype: options.DTypeOption = "auto",
     device: options.Device = "auto",
     devices: options.Devices = None,
@@ -132,7 +142,9 @@ def run(
 ) -> None:
     points = [] if split is None else split.split(",")
     num_stages = _num_stages(pp, points)
-    for name, value in (("runs", runs), ("top", top), ("threads", threads or 1)):
+    for name, value in (
+        ("runs", runs), ("top", top), ("threads", threads or 1), ("batches", batches)
+    ):  # fmt: skip
         options.check_at_least(name, value, 1)
     settings = EngineConfig(
         parallel=ParallelConfig.of(1, num_stages),
@@ -159,13 +171,17 @@ def run(
     timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
     where = resolve_devices(settings)
     limit_bytes = device_memory(settings, where).of_rank(num_stages)
-    ranks = RankSettings(devices=where, num_threads=threads or threads_per_rank(num_stages))
+    ranks = RankSettings(
+        devices=where,
+        num_threads=threads or threads_per_rank(num_stages),
+        is_captured=not enforce_eager,
+    )
     module = found.build()
     open_weights(found, module)  # refuses what is missing, before any process starts
     blocks = traced_blocks(module, found.image_shape, found.torch_dtype)
     check_num_stages(num_stages, len(blocks.blocks))
     starts = [blocks.block_at(point) for point in points] if points else None
-    report = Report(found, given.names, counts, ranks, limit_bytes, top)
+    report = Report(found, given.names, counts, batches, ranks, limit_bytes, top)
     with WorkerPool(VISION) as pool:
         costs = measure_blocks(found, blocks, pool, ranks, timed)
         plan = make_plan(costs, num_stages, work, limit_bytes, starts)
@@ -173,7 +189,7 @@ def run(
             report.print_plan(plan, timed)
         sweeper = Sweeper(
             model=found, traced=blocks, images=given.images, counts=counts,
-            limit_bytes=limit_bytes, num_runs=runs, pool=pool,
+            limit_bytes=limit_bytes, num_batches=batches, num_runs=runs, pool=pool,
         )  # fmt: skip
         with count_bar("trials", 2 * len(counts)) as advance:
             alone = sweeper.sweep(one_device(plan), ranks.alone(), lambda: advance(1, 0))

@@ -40,6 +40,7 @@ class Report:
     model: VisionModel
     names: list[str]
     counts: Sequence[int]
+    num_batches: int
     ranks: RankSettings
     limit_bytes: int
     top: int
@@ -52,7 +53,7 @@ class Report:
             f"{self.model.name}: {len(plan.costs)} blocks in {len(plan.stages)} stages on "
             f"{', '.join(self.ranks.devices)} ({num_threads} thread{'s' * (num_threads > 1)} each), "
             f"{self.model.dtype}, weights {weights}\n"
-            f"{work.batch} images of {self.model.image_size} x {self.model.image_size}; times are of "
+            f"{self._images(work.batch)}; times are of "
             f"micro-batches of {timed_micro_batch}, memory of {work.micro_batch}",
             highlight=False,
         )
@@ -75,6 +76,14 @@ class Report:
         if shown is not None:
             out.print(grid(forward_schedule(len(plan.stages), shown)) + "\n", highlight=False)
 
+    def _images(self, batch: int) -> str:
+        side = self.model.image_size
+        row = f", {self.num_batches} batches in a row" if self.num_batches > 1 else ""
+        return f"{batch} images of {side} x {side}{row}"
+
+    def _textbook(self, num_stages: int, trial: Trial) -> float:
+        return textbook_bubble(num_stages, trial.num_micro_batches * self.num_batches)
+
     def print_sweep(self, plan: PipelinePlan, alone: Sweep, staged: Sweep) -> None:
         out, num_stages = console(), len(plan.stages)
         rows = table(
@@ -90,7 +99,7 @@ class Report:
                 _speed_up(trial, reference),
                 _share(trial.passed.bubbles) if trial.passed else "",
                 _share(trial.passed.predicted_bubbles) if trial.passed else "",
-                f"{textbook_bubble(num_stages, trial.num_micro_batches):.1%}",
+                f"{self._textbook(num_stages, trial):.1%}",
             )
         out.print(rows)
         for line in self._conclusions(alone, staged):
@@ -135,7 +144,7 @@ class Report:
         """Of each image of a folder, its most likely classes."""
         if staged.best is None or staged.best.passed is None or not self.names:
             return []
-        logits, labels = staged.best.passed.logits, self.model.labels
+        logits, labels = staged.best.passed.logits[: len(self.names)], self.model.labels
         found = logits.softmax(-1).topk(min(self.top, logits.shape[1]))
         return [
             (
@@ -159,12 +168,14 @@ class Report:
                     "dtype": self.model.dtype,
                     "image_size": self.model.image_size,
                     "batch": plan.work.batch,
+                    "batches": self.num_batches,
+                    "is_captured": self.ranks.is_captured,
                     "devices": self.ranks.devices,
                     "num_threads": self.ranks.num_threads,
                     "memory_limit_bytes": self.limit_bytes,
                     "plan": [asdict(stage) for stage in plan.stages],
-                    "one_device": [_trial_json(trial) for trial in alone.trials],
-                    "pipeline": [_trial_json(trial) for trial in staged.trials],
+                    "one_device": [self._trial(1, trial) for trial in alone.trials],
+                    "pipeline": [self._trial(len(plan.stages), trial) for trial in staged.trials],
                     "best_micro_batches": best.num_micro_batches if best else None,
                     "speed_up": best.images_per_s / one.images_per_s if best and one else None,
                     "largest_difference": _difference(one, best)[0] if best and one else None,
@@ -176,6 +187,22 @@ class Report:
                 indent=1,
             )
         )
+
+    def _trial(self, num_stages: int, trial: Trial) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "micro_batches": trial.num_micro_batches,
+            "memory_bytes": trial.memory_bytes,
+            "fits": trial.passed is not None,
+        }
+        if trial.passed is not None:
+            found |= {
+                "elapsed_s": trial.passed.elapsed_s,
+                "images_per_s": trial.images_per_s,
+                "bubbles": trial.passed.bubbles,
+                "predicted_bubbles": trial.passed.predicted_bubbles,
+                "textbook_bubble": self._textbook(num_stages, trial),
+            }
+        return found
 
 
 def _speed_up(trial: Trial, reference: Trial | None) -> str:
@@ -194,21 +221,3 @@ def _difference(one: Trial, other: Trial) -> tuple[float, float]:
     assert other.passed is not None
     expected = one.passed.logits
     return float((expected - other.passed.logits).abs().max()), float(expected.abs().max())
-
-
-def _trial_json(trial: Trial) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "micro_batches": trial.num_micro_batches,
-        "memory_bytes": trial.memory_bytes,
-        "fits": trial.passed is not None,
-    }
-    if trial.passed is not None:
-        num_stages = len(trial.passed.schedule)
-        found |= {
-            "elapsed_s": trial.passed.elapsed_s,
-            "images_per_s": trial.images_per_s,
-            "bubbles": trial.passed.bubbles,
-            "predicted_bubbles": trial.passed.predicted_bubbles,
-            "textbook_bubble": textbook_bubble(num_stages, trial.num_micro_batches),
-        }
-    return found

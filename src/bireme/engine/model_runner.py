@@ -21,7 +21,7 @@ from bireme.models.attention import PagedAttention
 from bireme.models.blocks import StageModel
 from bireme.parallel.collectives import Communicator
 from bireme.request import ScheduledBatch, StepOutput
-from bireme.trace import SpanKind, SpanRing
+from bireme.trace import SpanKind, SpanWriter
 
 
 class ModelRunner:
@@ -36,7 +36,7 @@ class ModelRunner:
         workspace_bytes: int,
         device: torch.device,
         dtype: torch.dtype,
-        spans: SpanRing,
+        spans: SpanWriter,
         masks: MaskSource,
     ) -> None:
         self.config, self.model, self.comm = config, model, comm

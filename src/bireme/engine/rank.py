@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
@@ -26,8 +27,11 @@ import torch
 from bireme.engine.channel import Steps, StepSource, open_source
 from bireme.engine.messages import CommandReader, Done, Failed, Join, Program, send
 from bireme.errors import PeerLost, UserError
+from bireme.kernels.device_spans import DeviceSpans
 from bireme.parallel.collectives import Communicator, join
-from bireme.trace import SpanRing
+from bireme.trace import SpanRing, SpanWriter
+
+_LOOK_S = 0.001
 
 
 class Commands:
@@ -37,19 +41,22 @@ class Commands:
         self._read: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self._decode = program.commands.decode
         self._steps: StepSource | None = None
+        self._look: Callable[[], bool] = lambda: False
         self.put = self._read.put  # what came over the socket
 
-    def follow(self, steps: StepSource | None) -> None:
-        """From here on commands come over `steps`; None: over the socket."""
+    def follow(self, steps: StepSource | None, look: Callable[[], bool] = lambda: False) -> None:
+        """From here on commands come over `steps`; None: over the socket. `look` is called while none
+        comes, as long as it returns True."""
         if self._steps is not None:
             self._steps.close()
-        self._steps = steps
+        self._steps, self._look = steps, look
 
     def next(self) -> msgspec.Struct:
         if self._steps is None:
             return self._read.get()
-        body = self._steps.receive()
-        assert body is not None
+        body = None
+        while body is None:
+            body = self._steps.receive(_LOOK_S if self._look() else None)
         command: msgspec.Struct = self._decode(body)
         return command
 
@@ -61,7 +68,8 @@ class Rank(ABC, Generic[C]):
     """State of one rank between commands: what it talks through while it is in a world."""
 
     def __init__(self, spans: SpanRing, commands: C) -> None:
-        self._spans, self._commands = spans, commands
+        self._ring, self._commands = spans, commands
+        self._spans: SpanWriter = spans
         self._comm: Communicator | None = None
         self._device = torch.device("cpu")
 
@@ -76,6 +84,8 @@ class Rank(ABC, Generic[C]):
     def join(self, command: Join) -> Done:
         torch.set_num_threads(command.num_threads)
         self._device = torch.device(command.device)
+        is_cuda = self._device.type == "cuda"
+        self._spans = DeviceSpans(self._ring, self._device) if is_cuda else self._ring
         self._comm = join(
             command.widths,
             command.rank,
@@ -85,8 +95,20 @@ class Rank(ABC, Generic[C]):
             self._spans,
             command.segment,
         )
-        self._commands.follow(open_source(command.steps, command.rank))
+        self._commands.follow(open_source(command.steps, command.rank), self._collect_spans)
         return Done()
+
+    def _collect_spans(self) -> bool:
+        """Those of a device are written once it has passed them; True while there are any."""
+        if not isinstance(self._spans, DeviceSpans):
+            return False
+        self._spans.collect()
+        return self._spans.is_pending
+
+    def finish_spans(self) -> None:
+        """Waits until all are written."""
+        if isinstance(self._spans, DeviceSpans):
+            self._spans.flush()
 
     def leave(self) -> Done:
         """Gives the groups, the model and its memory back; commands come over the socket again."""

@@ -24,7 +24,7 @@ from bireme.parallel.mesh import Alone, Mesh
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmReceiver, ShmSender, join_group
 from bireme.request import StepHeader
-from bireme.trace import SpanKind, SpanRing
+from bireme.trace import SpanKind, SpanWriter
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def _peers() -> Iterator[None]:
 class DistGroup:
     """Collectives of one tensor group over a process group."""
 
-    def __init__(self, group: dist.ProcessGroup, size: int, spans: SpanRing) -> None:
+    def __init__(self, group: dist.ProcessGroup, size: int, spans: SpanWriter) -> None:
         self._group, self._size, self._spans = group, size, spans
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,9 +59,14 @@ class DistSender:
     """The sending side of a rank's edges of one kind; keeps buffers until they are delivered."""
 
     def __init__(
-        self, edges: list[tuple[Edge, dist.ProcessGroup]], depth: int, spans: SpanRing
+        self,
+        edges: list[tuple[Edge, dist.ProcessGroup]],
+        depth: int,
+        device: torch.device,
+        spans: SpanWriter,
     ) -> None:
         self._edges, self._depth, self._spans = edges, depth, spans
+        self._stream = torch.cuda.Stream(device) if edges and device.type == "cuda" else None
         self._in_flight: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def send(self, header: StepHeader, rows: torch.Tensor) -> None:
@@ -71,14 +76,40 @@ class DistSender:
         payload = rows.contiguous().view(torch.uint8).flatten()
         stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
         head = torch.frombuffer(bytearray(stated.pack()), dtype=torch.uint8)
-        message = torch.cat((head.to(rows.device), payload))
-        with self._spans.span(SpanKind.SEND, message.numel() * len(self._edges)), _peers():
-            for edge, group in self._edges:
-                work = dist.isend(message, edge.dst, group=group)
-                assert work is not None
-                self._in_flight.append((work, message))
-            while len(self._in_flight) > self._depth * len(self._edges):
-                self._in_flight.popleft()[0].wait()
+        if rows.is_cuda:
+            head = head.pin_memory().to(rows.device, non_blocking=True)
+        message = torch.cat((head, payload))
+        if self._stream is None:
+            with self._spans.span(SpanKind.SEND, message.numel() * len(self._edges)), _peers():
+                self._begin(message)
+                self._await_room()
+        else:
+            self._send_beside(message, self._stream)
+
+    def _send_beside(self, message: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """On a stream of its own, so that the next step goes on meanwhile."""
+        stream.wait_stream(torch.cuda.current_stream(message.device))
+        message.record_stream(stream)
+        num_bytes = message.numel() * len(self._edges)
+        with _peers():
+            with torch.cuda.stream(stream), self._spans.aside(SpanKind.SEND, num_bytes):
+                for work in self._begin(message):
+                    work.wait()  # the stream does, not the host
+            with self._spans.span(SpanKind.SEND):
+                self._await_room()
+
+    def _begin(self, message: torch.Tensor) -> list[dist.Work]:
+        works = []
+        for edge, group in self._edges:
+            work = dist.isend(message, edge.dst, group=group)
+            assert work is not None
+            self._in_flight.append((work, message))
+            works.append(work)
+        return works
+
+    def _await_room(self) -> None:
+        while len(self._in_flight) > self._depth * len(self._edges):
+            self._in_flight.popleft()[0].wait()
 
     def drain(self) -> None:
         """Waits until every message was taken."""
@@ -91,7 +122,7 @@ class DistReceiver:
     """The receiving side of one edge. On CUDA the stated size is checked a step later, without a
     host synchronisation."""
 
-    def __init__(self, edge: Edge, group: dist.ProcessGroup, spans: SpanRing) -> None:
+    def __init__(self, edge: Edge, group: dist.ProcessGroup, spans: SpanWriter) -> None:
         self._edge, self._group, self._spans = edge, group, spans
         self._unchecked: deque[tuple[torch.cuda.Event, torch.Tensor, Stated]] = deque()
 
@@ -154,7 +185,7 @@ def join(
     store_path: Path,
     device: torch.device,
     timeout_s: float,
-    spans: SpanRing,
+    spans: SpanWriter,
     segment: tuple[str, SegmentPlan] | None = None,
 ) -> Communicator:
     """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one.
@@ -172,12 +203,12 @@ def join(
         return _over_distributed(widths, rank, store_path, device, timeout_s, spans)
 
 
-def _nobody(spans: SpanRing) -> Sender:
-    return DistSender([], 1, spans)
+def _nobody(spans: SpanWriter) -> Sender:
+    return DistSender([], 1, torch.device("cpu"), spans)
 
 
 def _over_shared_memory(
-    widths: tuple[int, ...], rank: int, segment: Segment, spans: SpanRing
+    widths: tuple[int, ...], rank: int, segment: Segment, spans: SpanWriter
 ) -> Communicator:
     mesh = Mesh(widths, rank)
     rings = list(segment.plan.rings())
@@ -207,7 +238,7 @@ def _over_distributed(
     store_path: Path,
     device: torch.device,
     timeout_s: float,
-    spans: SpanRing,
+    spans: SpanWriter,
 ) -> Communicator:
     world, timeout = sum(widths), timedelta(seconds=timeout_s)
     store = dist.FileStore(str(store_path), world)  # type: ignore[attr-defined]
@@ -226,7 +257,7 @@ def _over_distributed(
 
     def sender(groups: dict[Edge, dist.ProcessGroup]) -> Sender:
         mine = [(edge, group) for edge, group in groups.items() if edge.src == rank]
-        return DistSender(mine, len(widths) + 1, spans)
+        return DistSender(mine, len(widths) + 1, device, spans)
 
     def receiver(groups: dict[Edge, dist.ProcessGroup]) -> Receiver | None:
         mine = [

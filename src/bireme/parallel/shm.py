@@ -21,7 +21,7 @@ from bireme.parallel.links import HEADER_BYTES, Stated
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.shm_helper import Group
 from bireme.request import StepHeader
-from bireme.trace import SpanKind, SpanRing
+from bireme.trace import SpanKind, SpanWriter
 
 CHUNK_BYTES = 1 << 20  # of a sum at a time: what stays in a core's cache
 _KINDS = {  # what the compiled helper sums, by its place in KINDS there
@@ -136,7 +136,7 @@ def late(rank: int, timeout_s: float) -> PeerLost:
     return PeerLost(f"rank {rank} did not come within {timeout_s:g} s")
 
 
-def join_group(segment: Segment, rank: int, spans: SpanRing) -> ShmGroup:
+def join_group(segment: Segment, rank: int, spans: SpanWriter) -> ShmGroup:
     """The tensor group of `rank`."""
     made = ShmGroup if segment.memory.helper is None else CompiledGroup
     return made(segment, rank, spans)
@@ -146,7 +146,7 @@ class ShmGroup:
     """Collectives of one tensor group. Two buffers a rank alternate: who waits for the next sum has
     read the one before, so the buffer of the last but one is free."""
 
-    def __init__(self, segment: Segment, rank: int, spans: SpanRing) -> None:
+    def __init__(self, segment: Segment, rank: int, spans: SpanWriter) -> None:
         self._segment, self._spans, self._count = segment, spans, 0
         ranks = next(ranks for ranks in stage_ranks(segment.plan.widths) if rank in ranks)
         self._ranks, self._me = ranks, rank - ranks.start
@@ -193,7 +193,7 @@ class ShmGroup:
 class CompiledGroup(ShmGroup):
     """The same in one call each: the helper's C knows the chunks and the two buffers as well."""
 
-    def __init__(self, segment: Segment, rank: int, spans: SpanRing) -> None:
+    def __init__(self, segment: Segment, rank: int, spans: SpanWriter) -> None:
         super().__init__(segment, rank, spans)
         memory, plan, size = segment.memory, segment.plan, len(self._ranks)
         assert memory.helper is not None
@@ -262,7 +262,7 @@ class ShmSender:
     """Writes each message into the ring of every edge of this rank."""
 
     def __init__(
-        self, segment: Segment, edges: Sequence[tuple[Edge, Ring]], spans: SpanRing
+        self, segment: Segment, edges: Sequence[tuple[Edge, Ring]], spans: SpanWriter
     ) -> None:
         self._segment, self._spans, self._count = segment, spans, 0
         self._edges = [
@@ -301,7 +301,7 @@ class ShmSender:
 class ShmReceiver:
     """Copies messages out of the ring of one edge."""
 
-    def __init__(self, segment: Segment, edge: Edge, ring: Ring, spans: SpanRing) -> None:
+    def __init__(self, segment: Segment, edge: Edge, ring: Ring, spans: SpanWriter) -> None:
         self._segment, self._edge, self._ring, self._spans = segment, edge, ring, spans
         self._written = segment.counter(ring.counter, edge.src)
         self._taken = segment.counter(ring.counter + 1, edge.dst)

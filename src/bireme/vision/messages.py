@@ -14,21 +14,28 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
     model: VisionModel
     micro_batch: int
     repeats: int
+    is_captured: bool
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Hold this rank's stage of the model. Stage 0 takes `batch` images from memory at a path."""
+    """Hold this rank's stage of the model. Stage 0 takes `batch` images from memory at a path.
+
+    `is_captured`: a GPU runs it as a CUDA graph.
+    """
 
     model: VisionModel
     blocks_per_stage: tuple[int, ...]
     images_path: str
     batch: int
+    is_captured: bool
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
-    """Pass micro-batches of these sizes through; each rank does its row of the schedule (`2F0`).
+    """Pass micro-batches of these sizes through, from the first image again behind the last; each rank
+    does its row of the schedule (`2F0`).
 
-    Micro-batch i is step `first_step + i`.
+    Micro-batch i is step `first_step + i`. The last stage answers with the logits, the others when
+    they are through.
     """
 
     schedule: tuple[tuple[str, ...], ...]

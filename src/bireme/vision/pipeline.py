@@ -35,6 +35,7 @@ class RankSettings:
 
     devices: tuple[str, ...]
     num_threads: int
+    is_captured: bool = True
     transport: Transport = "auto"
     step_timeout_s: float = 300.0
     start_timeout_s: float = 900.0
@@ -121,7 +122,7 @@ def measure_blocks(
 ) -> tuple[BlockCost, ...]:
     """What each block takes on the first device."""
     with joined(pool, settings.alone(), 0) as world:
-        world.send_all(Measure(model, micro_batch, repeats))
+        world.send_all(Measure(model, micro_batch, repeats, settings.is_captured))
         (found,) = world.gather(settings.start_timeout_s, "measuring its blocks")
     assert isinstance(found, Measured)
     return tuple(
@@ -155,7 +156,7 @@ class VisionPipeline:
         self._begun_ns = time.monotonic_ns()
         self._told: list[Span] = []
         with _shared(images) as path:
-            world.send_all(Load(model, blocks_per_stage, path, len(images)))
+            world.send_all(Load(model, blocks_per_stage, path, len(images), settings.is_captured))
             replies = world.gather(settings.start_timeout_s, "loading its stage")
         self.weight_bytes = [it.weight_bytes for it in replies if isinstance(it, Loaded)]
 
@@ -178,29 +179,32 @@ class VisionPipeline:
         with joined(pool, settings, hidden_bytes) as world:
             yield cls(world, model, blocks_per_stage, images, settings)
 
-    def run(self, num_micro_batches: int, schedule: Schedule | None = None) -> Passed:
-        """Passes the batch through, in order if no other schedule is given; RankError names a rank
-        that died or hangs."""
-        sizes = micro_batch_sizes(self._batch, num_micro_batches)
+    def run(
+        self, num_micro_batches: int, schedule: Schedule | None = None, num_batches: int = 1
+    ) -> Passed:
+        """Passes the batch through, in order if no other schedule is given, as often as `num_batches` says
+        without a pause; RankError names a rank that died or hangs."""
+        sizes = micro_batch_sizes(self._batch, num_micro_batches) * num_batches
         if schedule is None:
-            schedule = forward_schedule(len(self._settings.devices), num_micro_batches)
-        first_step, last_step = self._next_step, self._next_step + num_micro_batches - 1
+            schedule = forward_schedule(len(self._settings.devices), len(sizes))
+        first_step, last_step = self._next_step, self._next_step + len(sizes) - 1
         self._next_step = last_step + 1
         texts = tuple(tuple(map(str, actions)) for actions in schedule)
-        limit_s = self._settings.step_timeout_s * num_micro_batches
+        limit_s = self._settings.step_timeout_s * len(sizes)
         start_ns = time.monotonic_ns()
         self._world.send_all(Run(texts, sizes, first_step))
         sent_ns = time.monotonic_ns()
-        patience = Patience(self._cost.patience_s([self._batch], limit_s), limit_s)
-        reply = self._world.step_reply(patience, last_step)
+        patience = Patience(self._cost.patience_s([sum(sizes)], limit_s), limit_s)
+        replies = [self._world.step_reply(patience, last_step) for _ in schedule]
         end_ns = time.monotonic_ns()
         self._note_run(range(first_step, last_step + 1), start_ns, sent_ns, end_ns)
-        self._cost.observe(self._batch, (end_ns - start_ns) / 1e9)
-        if not isinstance(reply, Logits):
-            raise EngineError(f"a rank answered a batch with {type(reply).__name__}")
-        logits = torch.frombuffer(bytearray(reply.values), dtype=torch.float32)
+        self._cost.observe(sum(sizes), (end_ns - start_ns) / 1e9)
+        answer = next((reply for reply in replies if isinstance(reply, Logits)), None)
+        if answer is None:
+            raise EngineError("no rank answered a batch with logits")
+        logits = torch.frombuffer(bytearray(answer.values), dtype=torch.float32)
         times = self._times(schedule, first_step)
-        return Passed(logits.view(self._batch, reply.num_classes), schedule, times)
+        return Passed(logits.view(sum(sizes), answer.num_classes), schedule, times)
 
     def _times(self, schedule: Schedule, first_step: int) -> dict[Action, tuple[float, float]]:
         """Of each action, from the spans that its rank wrote."""

@@ -64,13 +64,15 @@ def one_device(plan: PipelinePlan) -> PipelinePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweeper:
-    """Runs each number of micro-batches `num_runs` times, after one run that does not count."""
+    """Runs each number of micro-batches `num_runs` times, after one run that does not count; in a run
+    `num_batches` follow one another."""
 
     model: VisionModel
     traced: Traced
     images: torch.Tensor
     counts: Sequence[int]
     limit_bytes: int
+    num_batches: int
     num_runs: int
     pool: WorkerPool
 
@@ -111,6 +113,9 @@ class Sweeper:
 
     def _try(self, pipeline: VisionPipeline, num_micro_batches: int) -> Passed:
         pipeline.run(num_micro_batches)
-        runs = [pipeline.run(num_micro_batches) for _ in range(self.num_runs)]
+        runs = [
+            pipeline.run(num_micro_batches, num_batches=self.num_batches)
+            for _ in range(self.num_runs)
+        ]
         middle = statistics.median_low(run.elapsed_s for run in runs)
         return next(run for run in runs if run.elapsed_s == middle)

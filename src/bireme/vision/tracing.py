@@ -41,9 +41,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Traced:
-    """A module's blocks in their order."""
+    """A module's blocks in their order, and one image of what it is given."""
 
     blocks: tuple[Block, ...]
+    image_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def given_to(self, index: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape of one image, and dtype, of what a block is given."""
+        if index == 0:
+            return self.image_shape, self.dtype
+        before = self.blocks[index - 1].shape
+        return before.out_shape, before.out_dtype
 
     def block_at(self, name: str) -> int:
         """The block that begins at `name`, which may leave leading parts out (`layer3.0`)."""
@@ -83,7 +92,7 @@ def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> 
     stages = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
     if len(stages) != len(cutter.blocks):
         raise ConfigError(f"{kind} was split into {len(stages)} blocks, not {len(cutter.blocks)}")
-    return Traced(tuple(map(Block, cutter.blocks, stages)))
+    return Traced(tuple(map(Block, cutter.blocks, stages)), tuple(image_shape), dtype)
 
 
 def _reason(error: Exception) -> str:

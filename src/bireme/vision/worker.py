@@ -13,74 +13,17 @@ import torch
 from torch import nn
 
 from bireme.engine import rank
-from bireme.engine.messages import Join, Leave
+from bireme.engine.messages import Done, Join, Leave
 from bireme.errors import EngineError
-from bireme.parallel.collectives import Communicator
-from bireme.parallel.pipeline import Action
 from bireme.trace import SpanKind, SpanRing
-from bireme.vision.cut_points import BlockShape
+from bireme.vision.fusing import fuse
 from bireme.vision.messages import VISION, Load, Loaded, Logits, Measure, Measured, Run
 from bireme.vision.model import VisionModel
-from bireme.vision.tracing import Traced, num_bytes, trace
-from bireme.vision.weights import materialise, open_weights
+from bireme.vision.stage import Stage, make_forward
+from bireme.vision.tracing import Block, Traced, num_bytes, trace
+from bireme.vision.weights import Weights, materialise, open_weights
 
-
-class Stage:
-    """The blocks of one rank, and what they are given."""
-
-    def __init__(
-        self,
-        blocks: list[nn.Module],
-        given: BlockShape | None,
-        images: torch.Tensor | None,
-        comm: Communicator,
-        device: torch.device,
-        spans: SpanRing,
-    ) -> None:
-        self._blocks, self._given, self._images = blocks, given, images
-        self._comm, self._device, self._spans = comm, device, spans
-
-    def run(self, command: Run) -> torch.Tensor | None:
-        """The logits [batch, classes] where this is the last stage."""
-        outs, mesh = {}, self._comm.mesh
-        for text in command.schedule[mesh.rank]:
-            action = Action.parse(text)
-            if action.stage != mesh.stage:
-                raise EngineError(f"{action} was given to a rank of stage {mesh.stage}")
-            out = self._execute(action, command)
-            if mesh.is_last_stage:
-                outs[action.micro_batch] = out
-        return torch.cat([outs[index] for index in sorted(outs)]) if outs else None
-
-    def _execute(self, action: Action, command: Run) -> torch.Tensor:
-        step_id = command.first_step + action.micro_batch
-        self._spans.set_step(step_id, 0)
-        with self._spans.span(SpanKind.STEP):
-            x = self._input(action.micro_batch, command.sizes, step_id)
-            with self._spans.span(SpanKind.COMPUTE):
-                for block in self._blocks:
-                    x = block(x)
-                _synchronise(self._device)
-            if not self._comm.mesh.is_last_stage:
-                self._comm.hidden_sender.send((0, step_id), x)
-        return x
-
-    def _input(self, micro_batch: int, sizes: tuple[int, ...], step_id: int) -> torch.Tensor:
-        size = sizes[micro_batch]
-        if self._images is not None:
-            start = sum(sizes[:micro_batch])
-            return self._images[start : start + size]
-        receiver, given = self._comm.hidden_receiver, self._given
-        assert receiver is not None
-        assert given is not None
-        x = receiver.receive((0, step_id), (size, *given.out_shape), given.out_dtype, self._device)
-        if self._device.type == "cuda":  # NCCL's wait is the stream's, and the span above a launch
-            with self._spans.span(SpanKind.RECV):
-                _synchronise(self._device)
-        return x
-
-    def drain(self) -> None:
-        self._comm.hidden_sender.drain()
+_IN_A_ROW = 8
 
 
 class VisionRank(rank.Rank[rank.Commands]):
@@ -120,24 +63,42 @@ class VisionRank(rank.Rank[rank.Commands]):
     def _measure(self, command: Measure) -> Measured:
         module, traced = self._trace(command.model)
         weights = open_weights(command.model, module)
-        shape = command.micro_batch, *command.model.image_shape
-        x = torch.randn(shape, device=self._device).to(command.model.torch_dtype)
+        x = self._empty(command.micro_batch, *traced.given_to(0)).normal_()
         found = Measured([], [])
         for block in traced.blocks:
-            compute = partial(materialise(block.module, weights, self._device), x)
-            x = compute()
+            made = self._made(block, weights, x)
+            compute = partial(
+                make_forward([made], self._device, is_captured=command.is_captured), x
+            )
+            x = compute().clone()
             found.compute_s.append(self._seconds(compute, command.repeats))
             found.transfer_s.append(self._seconds(x.clone, command.repeats))
         return found
 
+    def _empty(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Channels last, which convolutions are faster on."""
+        made = torch.empty(count, *shape, device=self._device, dtype=dtype)
+        return made.to(memory_format=torch.channels_last) if made.dim() == 4 else made
+
+    def _made(self, block: Block, weights: Weights, example: torch.Tensor) -> nn.Module:
+        """A block that this rank runs; `example` is what it is given."""
+        made = fuse(materialise(block.module, weights, self._device), example)
+        for weight in made.parameters():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        return made
+
     def _seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """The least of several, as what else runs on the device only adds."""
+        """Of one in a row; the least of several rows, as what else runs on the device only adds."""
+        in_a_row = _IN_A_ROW if self._device.type == "cuda" else 1  # to wait for it takes as long
         taken = []
         for _ in range(repeats):
             start = time.perf_counter()
-            work()
-            _synchronise(self._device)
-            taken.append(time.perf_counter() - start)
+            for _ in range(in_a_row):
+                work()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            taken.append((time.perf_counter() - start) / in_a_row)
         return min(taken)
 
     def _load(self, command: Load) -> Loaded:
@@ -150,12 +111,13 @@ class VisionRank(rank.Rank[rank.Commands]):
         with self._spans.span(SpanKind.LOAD):
             weights = open_weights(command.model, module)
             blocks = [
-                materialise(block.module, weights, self._device)
-                for block in traced.blocks[first:last]
+                self._made(traced.blocks[index], weights, self._empty(2, *traced.given_to(index)))
+                for index in range(first, last)
             ]
             images = self._images(command) if stage == 0 else None
-        given = traced.blocks[first - 1].shape if first else None
-        self._stage = Stage(blocks, given, images, self._comm, self._device, self._spans)
+        forward = make_forward(blocks, self._device, is_captured=command.is_captured)
+        given = traced.given_to(first)
+        self._stage = Stage(forward, given, images, self._comm, self._device, self._spans)
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(sum(map(num_bytes, blocks)))
 
@@ -164,22 +126,22 @@ class VisionRank(rank.Rank[rank.Commands]):
         with Path(command.images_path).open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         images = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
-        return images.to(self._device, command.model.torch_dtype, copy=True)
+        return images.to(
+            self._device,
+            command.model.torch_dtype,
+            copy=True,
+            memory_format=torch.channels_last,
+        )
 
-    def _run(self, command: Run) -> Logits | None:
+    def _run(self, command: Run) -> Logits | Done:
         if self._stage is None:
             raise EngineError("images came before a model was loaded")
         logits = self._stage.run(command)
+        self.finish_spans()
         if logits is None:
-            return None
+            return Done()
         values = logits.float().cpu().contiguous()
         return Logits(values.shape[1], values.numpy().tobytes())
-
-
-def _synchronise(device: torch.device) -> None:
-    """Spans are of the host's clock: what they measure must have happened."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 def main() -> None:

@@ -1,0 +1,160 @@
+"""Spans by the clock of a CUDA device: from when its stream comes to where one begins to where one ends.
+
+The host issues work ahead of the device, so its own clock tells nothing of it. CUDA events mark both
+ends; their times are mapped to CLOCK_MONOTONIC of the host, and the records are written once the device
+has passed them. Each span is an NVTX range of the same name as well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from bireme.trace import SpanKind, SpanRing
+
+_ANCHOR_EVERY_NS = 1_000_000_000  # a drift of 1 us was measured in a second
+_ANCHOR_TRIES = 5
+
+
+class DeviceClock:
+    """A device's times on the host's clock, to within half of what an empty event takes to come back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._anchor()
+
+    def keep(self) -> None:
+        """Looks at both clocks again, where the last look is long ago; costs no wait for other streams."""
+        if time.monotonic_ns() - self._anchor_ns > _ANCHOR_EVERY_NS:
+            self._anchor()
+
+    def host_ns(self, event: torch.cuda.Event) -> int:
+        """Of an event that is over."""
+        elapsed_ms: float = self._event.elapsed_time(event)
+        return self._anchor_ns + round(elapsed_ms * 1e6)
+
+    def _anchor(self) -> None:
+        self._event, self._anchor_ns = min(
+            (self._look() for _ in range(_ANCHOR_TRIES)), key=lambda look: look[2]
+        )[:2]
+
+    def _look(self) -> tuple[torch.cuda.Event, int, int]:
+        """An event, when it was on the host's clock, and how sure that is not (nanoseconds)."""
+        event = torch.cuda.Event(enable_timing=True)
+        start_ns = time.monotonic_ns()
+        event.record(self._stream)
+        event.synchronize()
+        end_ns = time.monotonic_ns()
+        return event, (start_ns + end_ns) // 2, end_ns - start_ns
+
+
+@dataclass(slots=True)
+class _Marked:
+    """A span that the device has yet to pass."""
+
+    kind: SpanKind
+    outer: int
+    num_bytes: int
+    step_id: int
+    incarnation: int
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+
+class DeviceSpans:
+    """Stands before a rank's ring. What a rank is in the middle of is told as the host comes to it."""
+
+    def __init__(self, ring: SpanRing, device: torch.device) -> None:
+        self._ring, self._device = ring, device
+        self._clock = DeviceClock(device)
+        self._pending: deque[_Marked] = deque()
+        self._aside: deque[_Marked] = deque()  # of other streams, which are over in another order
+        self._free: list[torch.cuda.Event] = []
+
+    def set_step(self, step_id: int, incarnation: int) -> None:
+        self.collect()
+        self._ring.set_step(step_id, incarnation)
+
+    def span(self, kind: SpanKind, num_bytes: int = 0, step_id: int | None = None) -> _DeviceSpan:
+        return _DeviceSpan(self, kind, num_bytes, step_id, is_aside=False)
+
+    def aside(self, kind: SpanKind, num_bytes: int) -> _DeviceSpan:
+        return _DeviceSpan(self, kind, num_bytes, None, is_aside=True)
+
+    def begin(self, kind: SpanKind) -> tuple[int, torch.cuda.Event]:
+        torch.cuda.nvtx.range_push(kind.name.lower())
+        return self._ring.begin(kind), self._mark()
+
+    def end(
+        self,
+        kind: SpanKind,
+        outer: int,
+        start: torch.cuda.Event,
+        num_bytes: int,
+        step_id: int | None,
+        *,
+        is_aside: bool,
+    ) -> None:
+        end = self._mark()
+        torch.cuda.nvtx.range_pop()
+        self._ring.end(outer)
+        own_id, incarnation = self._ring.step
+        marked = _Marked(
+            kind, 0 if is_aside else outer, num_bytes,
+            own_id if step_id is None else step_id, incarnation, start, end,
+        )  # fmt: skip
+        (self._aside if is_aside else self._pending).append(marked)
+
+    def _mark(self) -> torch.cuda.Event:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the device has yet to pass a span."""
+        return bool(self._pending or self._aside)
+
+    def collect(self) -> None:
+        """Writes the records of those spans that are over."""
+        self._clock.keep()
+        for marked in (self._pending, self._aside):
+            while marked and marked[0].end.query():
+                self._write(marked.popleft())
+
+    def flush(self) -> None:
+        """Waits for the device, and writes all."""
+        torch.cuda.synchronize(self._device)
+        self.collect()
+
+    def _write(self, one: _Marked) -> None:
+        self._ring.record(
+            one.kind, one.outer, self._clock.host_ns(one.start), self._clock.host_ns(one.end),
+            one.num_bytes, one.step_id, one.incarnation,
+        )  # fmt: skip
+        self._free += one.start, one.end
+
+
+class _DeviceSpan:
+    __slots__ = ("_about", "_is_aside", "_kind", "_outer", "_spans", "_start")
+
+    def __init__(
+        self,
+        spans: DeviceSpans,
+        kind: SpanKind,
+        num_bytes: int,
+        step_id: int | None,
+        *,
+        is_aside: bool,
+    ) -> None:
+        self._spans, self._kind, self._about = spans, kind, (num_bytes, step_id)
+        self._is_aside = is_aside
+
+    def __enter__(self) -> None:
+        self._outer, self._start = self._spans.begin(self._kind)
+
+    def __exit__(self, *_: object) -> None:
+        self._spans.end(self._kind, self._outer, self._start, *self._about, is_aside=self._is_aside)

@@ -1,0 +1,133 @@
+"""A stage of a vision model: its blocks, what it is given, and how it passes a batch on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from bireme.errors import EngineError
+from bireme.parallel.collectives import Communicator
+from bireme.parallel.pipeline import Action
+from bireme.trace import SpanKind, SpanWriter
+from bireme.vision.messages import Run
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class InSequence:
+    """Block after block."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        self._blocks = blocks
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self._blocks:
+            x = block(x)
+        return x
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    given: torch.Tensor
+    made: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The same as a CUDA graph for each shape that comes, all in one pool of memory: the host launches once
+    where it would launch hundreds of kernels. A result holds until the next call."""
+
+    forward: Forward
+    _graphs: dict[torch.Size, _Graph] = field(default_factory=dict)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        found = self._graphs.get(x.shape)
+        if found is None:
+            found = self._graphs[x.shape] = self._capture(x)
+        found.given.copy_(x)
+        found.graph.replay()
+        return found.made
+
+    def _capture(self, x: torch.Tensor) -> _Graph:
+        given = x.clone()
+        aside = torch.cuda.Stream(x.device)
+        aside.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(aside):
+            self.forward(given)  # libraries make their plans, which cannot be captured
+        torch.cuda.current_stream(x.device).wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        pool = next((it.graph.pool() for it in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            made = self.forward(given)
+        return _Graph(graph, given, made)
+
+
+def make_forward(
+    blocks: Sequence[nn.Module], device: torch.device, *, is_captured: bool
+) -> Forward:
+    """Of blocks on their device; `is_captured` makes no difference to a CPU."""
+    forward = InSequence(blocks)
+    return Captured(forward) if is_captured and device.type == "cuda" else forward
+
+
+class Stage:
+    """The blocks of one rank, and what they are given."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        given: tuple[tuple[int, ...], torch.dtype],
+        images: torch.Tensor | None,
+        comm: Communicator,
+        device: torch.device,
+        spans: SpanWriter,
+    ) -> None:
+        self._forward, self._given, self._images = forward, given, images
+        self._comm, self._device, self._spans = comm, device, spans
+
+    def run(self, command: Run) -> torch.Tensor | None:
+        """The logits [images, classes] where this is the last stage."""
+        outs, mesh = {}, self._comm.mesh
+        for text in command.schedule[mesh.rank]:
+            action = Action.parse(text)
+            if action.stage != mesh.stage:
+                raise EngineError(f"{action} was given to a rank of stage {mesh.stage}")
+            out = self._execute(action, command)
+            if mesh.is_last_stage:
+                outs[action.micro_batch] = out.clone()
+        return torch.cat([outs[index] for index in sorted(outs)]) if outs else None
+
+    def _execute(self, action: Action, command: Run) -> torch.Tensor:
+        step_id = command.first_step + action.micro_batch
+        self._spans.set_step(step_id, 0)
+        with self._spans.span(SpanKind.STEP):
+            x = self._input(action.micro_batch, command.sizes, step_id)
+            with self._spans.span(SpanKind.COMPUTE):
+                x = self._forward(x)
+            if not self._comm.mesh.is_last_stage:
+                self._comm.hidden_sender.send((0, step_id), _channels_last(x))
+        return x
+
+    def _input(self, micro_batch: int, sizes: tuple[int, ...], step_id: int) -> torch.Tensor:
+        size = sizes[micro_batch]
+        if self._images is not None:
+            start = sum(sizes[:micro_batch]) % len(self._images)
+            return self._images[start : start + size]
+        receiver, (shape, dtype) = self._comm.hidden_receiver, self._given
+        assert receiver is not None
+        if len(shape) != 3:
+            return receiver.receive((0, step_id), (size, *shape), dtype, self._device)
+        rows = (size, *shape[1:], shape[0])
+        return receiver.receive((0, step_id), rows, dtype, self._device).permute(0, 3, 1, 2)
+
+    def drain(self) -> None:
+        self._comm.hidden_sender.drain()
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    """[N, C, H, W] as [N, H, W, C], which is how convolutions leave it in memory."""
+    return x.permute(0, 2, 3, 1) if x.dim() == 4 else x
