@@ -25,7 +25,7 @@ def threads_per_rank(num_ranks: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class WorldPlan:
     """Ranks by their stages' widths, one device each; the largest message from stage to stage, and
-    of sampled ids back to the first (bytes)."""
+    of sampled ids back to the first (bytes). `has_peer_rings`: GPUs keep room for messages."""
 
     widths: tuple[int, ...]
     devices: tuple[str, ...]
@@ -35,6 +35,7 @@ class WorldPlan:
     transport: Transport
     step_timeout_s: float
     start_timeout_s: float
+    has_peer_rings: bool = False
 
     @property
     def shares_memory(self) -> bool:
@@ -62,6 +63,7 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
             timeout_s=plan.step_timeout_s,
             steps=steps,
             segment=segment,
+            peer_bytes=plan.hidden_bytes if plan.has_peer_rings else 0,
         )
         world.send(rank, command)
     world.gather(plan.start_timeout_s, "joining the other ranks")

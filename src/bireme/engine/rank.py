@@ -94,6 +94,7 @@ class Rank(ABC, Generic[C]):
             command.timeout_s,
             self._spans,
             command.segment,
+            command.peer_bytes,
         )
         self._commands.follow(open_source(command.steps, command.rank), self._collect_spans)
         return Done()
@@ -114,6 +115,7 @@ class Rank(ABC, Generic[C]):
         """Gives the groups, the model and its memory back; commands come over the socket again."""
         self._commands.follow(None)
         self._let_go(is_orderly=True)
+        self.finish_spans()
         return Done()
 
     def abandon(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from bireme.errors import PeerLost
-from bireme.parallel.links import HEADER_BYTES, Receiver, Sender, Stated
+from bireme.parallel.links import HEADER_BYTES, LateChecks, Receiver, Sender, Stated, message_head
 from bireme.parallel.mesh import Alone, Mesh
+from bireme.parallel.peer_memory import RingPlan, connect, have_peer_access
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmReceiver, ShmSender, join_group
 from bireme.request import StepHeader
@@ -75,13 +76,10 @@ class DistSender:
             return
         payload = rows.contiguous().view(torch.uint8).flatten()
         stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
-        head = torch.frombuffer(bytearray(stated.pack()), dtype=torch.uint8)
-        if rows.is_cuda:
-            head = head.pin_memory().to(rows.device, non_blocking=True)
-        message = torch.cat((head, payload))
+        message = torch.cat((message_head(stated, rows.device), payload))
         if self._stream is None:
             with self._spans.span(SpanKind.SEND, message.numel() * len(self._edges)), _peers():
-                self._begin(message)
+                self._start(message)
                 self._await_room()
         else:
             self._send_beside(message, self._stream)
@@ -93,18 +91,16 @@ class DistSender:
         num_bytes = message.numel() * len(self._edges)
         with _peers():
             with torch.cuda.stream(stream), self._spans.aside(SpanKind.SEND, num_bytes):
-                for work in self._begin(message):
+                for work in self._start(message):
                     work.wait()  # the stream does, not the host
             with self._spans.span(SpanKind.SEND):
                 self._await_room()
 
-    def _begin(self, message: torch.Tensor) -> list[dist.Work]:
+    def _start(self, message: torch.Tensor) -> list[dist.Work]:
         works = []
         for edge, group in self._edges:
-            work = dist.isend(message, edge.dst, group=group)
-            assert work is not None
-            self._in_flight.append((work, message))
-            works.append(work)
+            works.append(_message(dist.isend, message, edge.dst, group))
+            self._in_flight.append((works[-1], message))
         return works
 
     def _await_room(self) -> None:
@@ -119,12 +115,11 @@ class DistSender:
 
 
 class DistReceiver:
-    """The receiving side of one edge. On CUDA the stated size is checked a step later, without a
-    host synchronisation."""
+    """The receiving side of one edge."""
 
     def __init__(self, edge: Edge, group: dist.ProcessGroup, spans: SpanWriter) -> None:
         self._edge, self._group, self._spans = edge, group, spans
-        self._unchecked: deque[tuple[torch.cuda.Event, torch.Tensor, Stated]] = deque()
+        self._late = LateChecks(edge)
 
     def receive(
         self,
@@ -139,28 +134,24 @@ class DistReceiver:
             HEADER_BYTES + expected.payload_bytes, dtype=torch.uint8, device=device
         )
         with self._spans.span(SpanKind.RECV, message.numel(), header[1]), _peers():
-            work = dist.irecv(message, self._edge.src, group=self._group)
-            assert work is not None
-            work.wait()
-        self._check(message[:HEADER_BYTES], expected)
+            _message(dist.irecv, message, self._edge.src, self._group).wait()
+        self._late.check(message[:HEADER_BYTES], expected)
         return message[HEADER_BYTES:].view(dtype).view(shape)
 
-    def _check(self, head: torch.Tensor, expected: Stated) -> None:
-        if not head.is_cuda:
-            return _unpack(head).check(expected, self._edge)
-        pinned = torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True)
-        pinned.copy_(head, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._unchecked.append((event, pinned, expected))
-        while self._unchecked and self._unchecked[0][0].query():
-            _, arrived, wanted = self._unchecked.popleft()
-            _unpack(arrived).check(wanted, self._edge)
-        return None
 
-
-def _unpack(head: torch.Tensor) -> Stated:
-    return Stated.unpack(head.numpy().data)
+def _message(
+    operation: Callable[..., dist.Work | None],
+    message: torch.Tensor,
+    peer: int,
+    group: dist.ProcessGroup,
+) -> dist.Work:
+    """NCCL warns of each first message that is in no batch."""
+    if message.is_cuda:
+        (begun,) = dist.batch_isend_irecv([dist.P2POp(operation, message, peer, group)])
+        return begun
+    work = operation(message, peer, group=group)
+    assert work is not None
+    return work
 
 
 @dataclasses.dataclass
@@ -187,8 +178,10 @@ def join(
     timeout_s: float,
     spans: SpanWriter,
     segment: tuple[str, SegmentPlan] | None = None,
+    peer_bytes: int = 0,
 ) -> Communicator:
-    """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one.
+    """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one. GPUs
+    that can write each other's memory pass hidden states of up to `peer_bytes` so.
 
     Else they meet at the file `store_path`, so that no socket listens beside gloo's own, which
     GLOO_SOCKET_IFNAME binds; blocks until all have come, PeerLost after `timeout_s`.
@@ -200,7 +193,7 @@ def join(
     if sum(widths) == 1:
         return Communicator(Mesh(widths, rank, Alone()), _nobody(spans), None, _nobody(spans), None)
     with _peers():
-        return _over_distributed(widths, rank, store_path, device, timeout_s, spans)
+        return _over_distributed(widths, rank, store_path, device, timeout_s, spans, peer_bytes)
 
 
 def _nobody(spans: SpanWriter) -> Sender:
@@ -239,6 +232,7 @@ def _over_distributed(
     device: torch.device,
     timeout_s: float,
     spans: SpanWriter,
+    peer_bytes: int,
 ) -> Communicator:
     world, timeout = sum(widths), timedelta(seconds=timeout_s)
     store = dist.FileStore(str(store_path), world)  # type: ignore[attr-defined]
@@ -266,9 +260,15 @@ def _over_distributed(
         return mine[0] if mine else None
 
     mesh = Mesh(widths, rank, tensor or Alone())
-    return Communicator(
+    found = Communicator(
         mesh, sender(forward), receiver(forward), sender(sampled), receiver(sampled)
     )
+    if peer_bytes and have_peer_access(list(forward), rank, device, store):
+        plans = [RingPlan(edge, len(widths) + 1, peer_bytes, timeout_s) for edge in forward]
+        found.hidden_sender, found.hidden_receiver = connect(
+            plans, forward, rank, device, store, spans
+        )
+    return found
 
 
 def _connect(rank: int, edges: dict[Edge, dist.ProcessGroup], device: torch.device) -> None:
@@ -277,9 +277,9 @@ def _connect(rank: int, edges: dict[Edge, dist.ProcessGroup], device: torch.devi
     for edge, group in edges.items():
         byte = torch.zeros(1, dtype=torch.uint8, device=device)
         if rank == edge.src:
-            dist.send(byte, edge.dst, group=group)
+            _message(dist.isend, byte, edge.dst, group).wait()
         elif rank == edge.dst:
-            dist.recv(byte, edge.src, group=group)
+            _message(dist.irecv, byte, edge.src, group).wait()
 
 
 def _group(ranks: Iterable[int], timeout: timedelta) -> dist.ProcessGroup:

@@ -7,6 +7,7 @@ something else raises: no transport is trusted to notice a short message.
 from __future__ import annotations
 
 import struct
+from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,6 +57,37 @@ class Stated:
     @property
     def _values(self) -> tuple[int, ...]:
         return self.step_id, self.num_rows, self.row_bytes, self.incarnation
+
+
+def message_head(stated: Stated, device: torch.device) -> torch.Tensor:
+    """[HEADER_BYTES] uint8 on the device, without a host synchronisation."""
+    head = torch.frombuffer(bytearray(stated.pack()), dtype=torch.uint8)
+    return head.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else head
+
+
+class LateChecks:
+    """Of what messages state. On CUDA it is read a step later, without a host synchronisation."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+        self._waiting: deque[tuple[torch.cuda.Event, torch.Tensor, Stated]] = deque()
+
+    def check(self, head: torch.Tensor, expected: Stated) -> None:
+        """EngineError where this message, or on CUDA an earlier one, states something else."""
+        if not head.is_cuda:
+            return self._compare(head, expected)
+        pinned = torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True)
+        pinned.copy_(head, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._waiting.append((event, pinned, expected))
+        while self._waiting and self._waiting[0][0].query():
+            _, arrived, wanted = self._waiting.popleft()
+            self._compare(arrived, wanted)
+        return None
+
+    def _compare(self, head: torch.Tensor, expected: Stated) -> None:
+        Stated.unpack(head.numpy().data).check(expected, self._edge)
 
 
 class Sender(Protocol):

@@ -39,7 +39,7 @@ class _Graph:
 @dataclass(frozen=True)
 class Captured:
     """The same as a CUDA graph for each shape that comes, all in one pool of memory: the host launches once
-    where it would launch hundreds of kernels. A result holds until the next call."""
+    where it would launch hundreds of kernels."""
 
     forward: Forward
     _graphs: dict[torch.Size, _Graph] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Captured:
             found = self._graphs[x.shape] = self._capture(x)
         found.given.copy_(x)
         found.graph.replay()
-        return found.made
+        return found.made.clone()
 
     def _capture(self, x: torch.Tensor) -> _Graph:
         given = x.clone()
@@ -98,31 +98,31 @@ class Stage:
                 raise EngineError(f"{action} was given to a rank of stage {mesh.stage}")
             out = self._execute(action, command)
             if mesh.is_last_stage:
-                outs[action.micro_batch] = out.clone()
+                outs[action.micro_batch] = out
         return torch.cat([outs[index] for index in sorted(outs)]) if outs else None
 
     def _execute(self, action: Action, command: Run) -> torch.Tensor:
-        step_id = command.first_step + action.micro_batch
-        self._spans.set_step(step_id, 0)
+        header = 0, command.first_step + action.micro_batch
+        self._spans.set_step(header[1], header[0])
         with self._spans.span(SpanKind.STEP):
-            x = self._input(action.micro_batch, command.sizes, step_id)
+            x = self._input(action.micro_batch, command)
             with self._spans.span(SpanKind.COMPUTE):
                 x = self._forward(x)
             if not self._comm.mesh.is_last_stage:
-                self._comm.hidden_sender.send((0, step_id), _channels_last(x))
+                self._comm.hidden_sender.send(header, _channels_last(x))
         return x
 
-    def _input(self, micro_batch: int, sizes: tuple[int, ...], step_id: int) -> torch.Tensor:
-        size = sizes[micro_batch]
+    def _input(self, micro_batch: int, command: Run) -> torch.Tensor:
         if self._images is not None:
-            start = sum(sizes[:micro_batch]) % len(self._images)
-            return self._images[start : start + size]
-        receiver, (shape, dtype) = self._comm.hidden_receiver, self._given
+            start = sum(command.sizes[:micro_batch]) % len(self._images)
+            return self._images[start : start + command.sizes[micro_batch]]
+        receiver = self._comm.hidden_receiver
         assert receiver is not None
-        if len(shape) != 3:
-            return receiver.receive((0, step_id), (size, *shape), dtype, self._device)
-        rows = (size, *shape[1:], shape[0])
-        return receiver.receive((0, step_id), rows, dtype, self._device).permute(0, 3, 1, 2)
+        shape, dtype = self._given  # of activations, [C, H, W]; they come as [N, H, W, C]
+        rows = (*shape[1:], shape[0]) if len(shape) == 3 else shape
+        header = 0, command.first_step + micro_batch
+        x = receiver.receive(header, (command.sizes[micro_batch], *rows), dtype, self._device)
+        return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
     def drain(self) -> None:
         self._comm.hidden_sender.drain()

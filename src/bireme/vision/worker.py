@@ -20,10 +20,24 @@ from bireme.vision.fusing import fuse
 from bireme.vision.messages import VISION, Load, Loaded, Logits, Measure, Measured, Run
 from bireme.vision.model import VisionModel
 from bireme.vision.stage import Stage, make_forward
-from bireme.vision.tracing import Block, Traced, num_bytes, trace
-from bireme.vision.weights import Weights, materialise, open_weights
+from bireme.vision.tracing import Traced, num_bytes, trace
+from bireme.vision.weights import materialise, open_weights
 
-_IN_A_ROW = 8
+_IN_A_ROW = 16  # for a launch and its end take as long as a block
+
+
+class _Row(nn.Module):
+    """A block again and again."""
+
+    def __init__(self, block: nn.Module, length: int) -> None:
+        super().__init__()
+        self.length, self._block = length, block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(self.length - 1):
+            self._block(x)
+        made: torch.Tensor = self._block(x)
+        return made
 
 
 class VisionRank(rank.Rank[rank.Commands]):
@@ -66,12 +80,11 @@ class VisionRank(rank.Rank[rank.Commands]):
         x = self._empty(command.micro_batch, *traced.given_to(0)).normal_()
         found = Measured([], [])
         for block in traced.blocks:
-            made = self._made(block, weights, x)
-            compute = partial(
-                make_forward([made], self._device, is_captured=command.is_captured), x
-            )
-            x = compute().clone()
-            found.compute_s.append(self._seconds(compute, command.repeats))
+            made = _fused(materialise(block.module, weights, self._device), x)
+            row = _Row(made, _IN_A_ROW if self._device.type == "cuda" else 1)
+            compute = partial(make_forward([row], self._device, is_captured=command.is_captured), x)
+            x = compute()
+            found.compute_s.append(self._seconds(compute, command.repeats) / row.length)
             found.transfer_s.append(self._seconds(x.clone, command.repeats))
         return found
 
@@ -80,25 +93,15 @@ class VisionRank(rank.Rank[rank.Commands]):
         made = torch.empty(count, *shape, device=self._device, dtype=dtype)
         return made.to(memory_format=torch.channels_last) if made.dim() == 4 else made
 
-    def _made(self, block: Block, weights: Weights, example: torch.Tensor) -> nn.Module:
-        """A block that this rank runs; `example` is what it is given."""
-        made = fuse(materialise(block.module, weights, self._device), example)
-        for weight in made.parameters():
-            if weight.dim() == 4:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-        return made
-
     def _seconds(self, work: Callable[[], object], repeats: int) -> float:
-        """Of one in a row; the least of several rows, as what else runs on the device only adds."""
-        in_a_row = _IN_A_ROW if self._device.type == "cuda" else 1  # to wait for it takes as long
+        """The least of several, as what else runs on the device only adds."""
         taken = []
         for _ in range(repeats):
             start = time.perf_counter()
-            for _ in range(in_a_row):
-                work()
+            work()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
-            taken.append((time.perf_counter() - start) / in_a_row)
+            taken.append(time.perf_counter() - start)
         return min(taken)
 
     def _load(self, command: Load) -> Loaded:
@@ -110,16 +113,17 @@ class VisionRank(rank.Rank[rank.Commands]):
         last = first + command.blocks_per_stage[stage]
         with self._spans.span(SpanKind.LOAD):
             weights = open_weights(command.model, module)
-            blocks = [
-                self._made(traced.blocks[index], weights, self._empty(2, *traced.given_to(index)))
-                for index in range(first, last)
-            ]
+            blocks, weight_bytes = [], 0
+            for index in range(first, last):
+                filled = materialise(traced.blocks[index].module, weights, self._device)
+                weight_bytes += num_bytes(filled)
+                blocks.append(_fused(filled, self._empty(2, *traced.given_to(index))))
             images = self._images(command) if stage == 0 else None
         forward = make_forward(blocks, self._device, is_captured=command.is_captured)
         given = traced.given_to(first)
         self._stage = Stage(forward, given, images, self._comm, self._device, self._spans)
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
-        return Loaded(sum(map(num_bytes, blocks)))
+        return Loaded(weight_bytes)
 
     def _images(self, command: Load) -> torch.Tensor:
         shape = command.batch, *command.model.image_shape
@@ -142,6 +146,15 @@ class VisionRank(rank.Rank[rank.Commands]):
             return Done()
         values = logits.float().cpu().contiguous()
         return Logits(values.shape[1], values.numpy().tobytes())
+
+
+def _fused(block: nn.Module, example: torch.Tensor) -> nn.Module:
+    """As it runs, of a block with its weights; `example` is what it is given."""
+    made = fuse(block, example)
+    for weight in made.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return made
 
 
 def main() -> None:

@@ -1,0 +1,219 @@
+"""From stage to stage between two GPUs of one host: copies into the receiver's memory, and flags that
+streams wait for.
+
+NCCL's kernels hold multiprocessors while they wait for a peer; a copy holds none, and a flag one warp.
+Each edge has a ring of slots in memory that both ranks map; a flag a slot says that it is full, another
+that it is free again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import (
+    PrefixStore,
+    Store,
+    _register_process_group,
+    _SymmetricMemory,
+)
+from torch.distributed import _symmetric_memory as symmetric_memory
+
+from bireme.errors import EngineError
+from bireme.parallel.links import (
+    HEADER_BYTES,
+    LateChecks,
+    Receiver,
+    Sender,
+    Stated,
+    message_head,
+)
+from bireme.parallel.pipeline import Edge
+from bireme.request import StepHeader
+from bireme.trace import SpanKind, SpanWriter
+
+_ALIGNMENT = 512  # of a slot, bytes
+
+
+@dataclass(frozen=True)
+class RingPlan:
+    """Of an edge: messages that it holds, the largest of them (bytes), and how long a stream waits for a
+    flag before it gives up."""
+
+    edge: Edge
+    depth: int
+    message_bytes: int
+    timeout_s: float
+
+    @property
+    def slot_bytes(self) -> int:
+        return -(-(HEADER_BYTES + self.message_bytes) // _ALIGNMENT) * _ALIGNMENT
+
+
+class Ring:
+    """One side of an edge. Both ranks make it, in the same order as their other rings."""
+
+    def __init__(
+        self,
+        plan: RingPlan,
+        group: dist.ProcessGroup,
+        rank: int,
+        device: torch.device,
+        store: Store,
+    ) -> None:
+        self.plan, self._peer = plan, int(rank == plan.edge.src)
+        name = _agreed_name(plan.edge, rank, store)
+        memory = symmetric_memory.empty(
+            plan.depth * plan.slot_bytes, dtype=torch.uint8, device=device
+        )
+        _register_process_group(name, group)  # type: ignore[arg-type]
+        _SymmetricMemory.set_group_info(name, 1 - self._peer, 2, PrefixStore(name, store))
+        self._handle = _SymmetricMemory.rendezvous(memory, name)
+        self._memory = memory
+        self._slots = self._handle.get_buffer(1, (plan.depth, plan.slot_bytes), torch.uint8)
+
+    def slot(self, count: int) -> torch.Tensor:
+        """[slot_bytes] of message number `count`, in the receiver's memory."""
+        return self._slots[count % self.plan.depth]
+
+    def signal_full(self, count: int) -> None:
+        self._handle.put_signal(self._peer, count % self.plan.depth, self._timeout_ms)
+
+    def await_full(self, count: int) -> None:
+        self._handle.wait_signal(self._peer, count % self.plan.depth, self._timeout_ms)
+
+    def signal_free(self, count: int) -> None:
+        depth = self.plan.depth
+        self._handle.put_signal(self._peer, depth + count % depth, self._timeout_ms)
+
+    def await_free(self, count: int) -> None:
+        """For message number `count`; the first of all find their slots free."""
+        depth = self.plan.depth
+        if count >= depth:
+            self._handle.wait_signal(self._peer, depth + count % depth, self._timeout_ms)
+
+    @property
+    def _timeout_ms(self) -> int:
+        return int(self.plan.timeout_s * 1000)
+
+
+def _agreed_name(edge: Edge, rank: int, store: Store) -> str:
+    """Of an edge's ring. torch keeps what it knows of a group by its name for as long as a process lives,
+    and calls the groups of all worlds the same."""
+    key = f"ring/{edge.src}-{edge.dst}"
+    if rank == edge.src:
+        store.set(key, uuid4().hex)
+    return str(store.get(key).decode())
+
+
+def have_peer_access(edges: Sequence[Edge], rank: int, device: torch.device, store: Store) -> bool:
+    """Whether all edges join two GPUs that can write each other's memory; the same on every rank."""
+    store.set(f"device/{rank}", str(device.index))
+    places = {
+        end: int(store.get(f"device/{end}")) for edge in edges for end in (edge.src, edge.dst)
+    }
+    pairs = [(places[edge.src], places[edge.dst]) for edge in edges]
+    return all(
+        one != other and torch.cuda.can_device_access_peer(one, other) for one, other in pairs
+    )
+
+
+def connect(
+    plans: Sequence[RingPlan],
+    groups: Mapping[Edge, dist.ProcessGroup],
+    rank: int,
+    device: torch.device,
+    store: Store,
+    spans: SpanWriter,
+) -> tuple[Sender, Receiver | None]:
+    """What a rank sends and receives through, of all edges of one kind."""
+    mine = [plan for plan in plans if rank in (plan.edge.src, plan.edge.dst)]
+    rings = [Ring(plan, groups[plan.edge], rank, device, store) for plan in mine]
+    receivers = [ring for ring in rings if ring.plan.edge.dst == rank]
+    senders = [ring for ring in rings if ring.plan.edge.src == rank]
+    return (
+        PeerSender(senders, device, spans),
+        PeerReceiver(receivers[0], spans) if receivers else None,
+    )
+
+
+class PeerSender:
+    """The sending side of a rank's edges of one kind, on a stream of its own."""
+
+    def __init__(self, rings: Sequence[Ring], device: torch.device, spans: SpanWriter) -> None:
+        self._rings, self._device, self._spans = rings, device, spans
+        self._stream = torch.cuda.Stream(device)
+        self._count = 0
+        self._in_flight: deque[torch.cuda.Event] = deque()
+
+    def send(self, header: StepHeader, rows: torch.Tensor) -> None:
+        """Waits where a receiver is a ring behind; until then it keeps `rows`, which nobody may overwrite."""
+        if not self._rings:
+            return
+        payload = rows.contiguous().view(torch.uint8).flatten()
+        stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
+        head = message_head(stated, self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        num_bytes = HEADER_BYTES + payload.numel()
+        with (
+            torch.cuda.stream(self._stream),
+            self._spans.aside(SpanKind.SEND, num_bytes * len(self._rings)),
+        ):
+            for ring in self._rings:
+                self._write(ring, head, payload)
+            self._in_flight.append(torch.cuda.Event())
+            self._in_flight[-1].record()
+        for tensor in (head, payload):
+            tensor.record_stream(self._stream)
+        self._count += 1
+        with self._spans.span(SpanKind.SEND):
+            while len(self._in_flight) > min(ring.plan.depth for ring in self._rings):
+                self._in_flight.popleft().synchronize()
+
+    def _write(self, ring: Ring, head: torch.Tensor, payload: torch.Tensor) -> None:
+        if payload.numel() > ring.plan.message_bytes:
+            raise EngineError(
+                f"a message of {payload.numel()} bytes exceeds a slot's {ring.plan.message_bytes}"
+            )
+        ring.await_free(self._count)
+        slot = ring.slot(self._count)
+        slot[:HEADER_BYTES].copy_(head)
+        slot[HEADER_BYTES : HEADER_BYTES + payload.numel()].copy_(payload)
+        ring.signal_full(self._count)
+
+    def drain(self) -> None:
+        """Waits until every message lies with its receiver."""
+        self._stream.synchronize()
+
+
+class PeerReceiver:
+    """The receiving side of one edge."""
+
+    def __init__(self, ring: Ring, spans: SpanWriter) -> None:
+        self._ring, self._spans, self._count = ring, spans, 0
+        self._late = LateChecks(ring.plan.edge)
+
+    def receive(
+        self,
+        header: StepHeader,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Rows of `shape`; EngineError if the sender states another step or size."""
+        expected = Stated.of(header, shape[0], math.prod(shape[1:]) * dtype.itemsize)
+        rows = torch.empty(shape, dtype=dtype, device=device)
+        end = HEADER_BYTES + expected.payload_bytes
+        with self._spans.span(SpanKind.RECV, end, header[1]):
+            self._ring.await_full(self._count)
+            slot = self._ring.slot(self._count)
+            self._late.check(slot[:HEADER_BYTES], expected)
+            rows.view(torch.uint8).flatten().copy_(slot[HEADER_BYTES:end])
+            self._ring.signal_free(self._count)
+        self._count += 1
+        return rows
