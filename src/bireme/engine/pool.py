@@ -212,20 +212,23 @@ class World:
             replies[found[0]] = found[1]
         return [replies[index] for index in range(len(self.ranks))]
 
-    def wait(self, wake: int, patience: Patience, step_id: int) -> bool:
-        """False if `wake` becomes readable before a rank replies; as patient as `step_reply`."""
+    def wait(self, wake: int, patience: Patience, step_id: int, until: float | None = None) -> bool:
+        """False if `wake` becomes readable, or it is `until` (of the monotonic clock), before a rank
+        replies; as patient as `step_reply`."""
         while not self._early:
-            found = self._await_any(wake, patience.next_look)
+            next_look = patience.next_look
+            found = self._await_any(wake, next_look if until is None else min(next_look, until))
             if wake not in found and found:
                 return True
             self._check_lateness(patience, step_id)
-            if found:
+            if found or (until is not None and time.monotonic() >= until):
                 return False
         return True
 
-    def wait_idle(self, wake: int) -> bool:
-        """False once `wake` is readable; raises as soon as a rank is gone or says that it failed."""
-        while wake not in self._await_any(wake, None):
+    def wait_idle(self, wake: int, until: float | None = None) -> bool:
+        """False once `wake` is readable or it is `until`; raises as soon as a rank is gone or says that
+        it failed."""
+        while (found := self._await_any(wake, until)) and wake not in found:
             self._read_early()
         return False
 
