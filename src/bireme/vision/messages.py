@@ -17,23 +17,27 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Hold this rank's stage of the model. Stage 0 takes `batch` images from memory at a path."""
+    """Hold this rank's stage of the model. Stage 0 takes images from memory at a path, which has room
+    for `num_images`: now, or where `is_live` each time that it is told of some."""
 
     model: VisionModel
     blocks_per_stage: tuple[int, ...]
     images_path: str
-    batch: int
+    num_images: int
+    is_live: bool = False
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
     """Pass micro-batches of these sizes through; each rank does its row of the schedule (`2F0`).
 
-    Micro-batch i is step `first_step + i`.
+    They are behind one another in the images' memory, from image `first_image` on. Micro-batch i is
+    step `first_step + i`.
     """
 
     schedule: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...]
     first_step: int
+    first_image: int = 0
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):

@@ -33,11 +33,12 @@ class Stage:
         blocks: list[nn.Module],
         given: BlockShape | None,
         images: torch.Tensor | None,
+        dtype: torch.dtype,
         comm: Communicator,
         device: torch.device,
         spans: SpanRing,
     ) -> None:
-        self._blocks, self._given, self._images = blocks, given, images
+        self._blocks, self._given, self._images, self._dtype = blocks, given, images, dtype
         self._comm, self._device, self._spans = comm, device, spans
 
     def run(self, command: Run) -> torch.Tensor | None:
@@ -56,7 +57,7 @@ class Stage:
         step_id = command.first_step + action.micro_batch
         self._spans.set_step(step_id, 0)
         with self._spans.span(SpanKind.STEP):
-            x = self._input(action.micro_batch, command.sizes, step_id)
+            x = self._input(action.micro_batch, command, step_id)
             with self._spans.span(SpanKind.COMPUTE):
                 for block in self._blocks:
                     x = block(x)
@@ -65,11 +66,11 @@ class Stage:
                 self._comm.hidden_sender.send((0, step_id), x)
         return x
 
-    def _input(self, micro_batch: int, sizes: tuple[int, ...], step_id: int) -> torch.Tensor:
-        size = sizes[micro_batch]
+    def _input(self, micro_batch: int, command: Run, step_id: int) -> torch.Tensor:
+        size = command.sizes[micro_batch]
         if self._images is not None:
-            start = sum(sizes[:micro_batch])
-            return self._images[start : start + size]
+            start = command.first_image + sum(command.sizes[:micro_batch])
+            return self._images[start : start + size].to(self._device, self._dtype)
         receiver, given = self._comm.hidden_receiver, self._given
         assert receiver is not None
         assert given is not None
@@ -155,15 +156,18 @@ class VisionRank(rank.Rank[rank.Commands]):
             ]
             images = self._images(command) if stage == 0 else None
         given = traced.blocks[first - 1].shape if first else None
-        self._stage = Stage(blocks, given, images, self._comm, self._device, self._spans)
+        dtype = command.model.torch_dtype
+        self._stage = Stage(blocks, given, images, dtype, self._comm, self._device, self._spans)
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(sum(map(num_bytes, blocks)))
 
     def _images(self, command: Load) -> torch.Tensor:
-        shape = command.batch, *command.model.image_shape
-        with Path(command.images_path).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        shape = command.num_images, *command.model.image_shape
+        with Path(command.images_path).open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)  # shared: what is written later shows
         images = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
+        if command.is_live:
+            return images
         return images.to(self._device, command.model.torch_dtype, copy=True)
 
     def _run(self, command: Run) -> Logits | None:
