@@ -7,6 +7,7 @@ Every option can stand in a file (--config, YAML or TOML) or in the environment 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -187,9 +188,10 @@ def run(
     sock = listen(settings)
     process = EngineProcess(model, engine_config, is_auto=is_auto)
     try:  # the engine starts while this process imports what HTTP needs
+        from bireme.server.app import make_serving
         from bireme.server.run import serve
 
-        status = serve(settings, sock, process)
+        status = serve(settings, sock, partial(make_serving, settings, process))
     finally:
         process.close()
     raise typer.Exit(status)
