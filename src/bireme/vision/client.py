@@ -20,7 +20,7 @@ from bireme.engine.inbox import Inbox
 from bireme.engine.pool import WorkerPool
 from bireme.engine.rank_stats import RankStats
 from bireme.engine.service_messages import RingPlace
-from bireme.errors import EngineError
+from bireme.errors import ConfigError, EngineError
 from bireme.trace import SpanRing
 from bireme.vision.batching import BatchQueue
 from bireme.vision.callers import ImageCallers
@@ -34,6 +34,7 @@ from bireme.vision.tracing import trace
 from bireme.vision.weights import open_weights
 
 _EXIT_S = 10.0
+_MOST_DELAY_S = 60.0
 _NUM_REPEATS = 2  # of the measurement: the server is to be there soon
 
 
@@ -48,6 +49,16 @@ class ImageSettings:
     max_batch_size: int
     max_queue_delay_s: float
     max_queue_size: int  # images, those in flight among them
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_queue_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.max_queue_delay_s <= _MOST_DELAY_S:
+            raise ConfigError(
+                f"max_queue_delay_ms={self.max_queue_delay_s * 1e3:g} must be from 0 to "
+                f"{_MOST_DELAY_S * 1e3:g}"
+            )
 
 
 @dataclass(frozen=True)
