@@ -40,7 +40,7 @@ class BatchQueue(Generic[R]):
 
     def drop(self, request: R) -> None:
         """Takes out what still waits of it."""
-        kept = [entry for entry in self._waiting if entry[1].request is not request]
+        kept = [entry for entry in self._waiting if entry[1].request != request]
         self._waiting = deque(kept)
         self.num_images = sum(share.num_images for _, share in kept)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +83,15 @@ class ImageStats:
 
 
 class ImageClient:
-    """`doing` says what it is at before it is `ready`. The thread ends, and the ranks with it, once this
-    is closed or a rank fails."""
+    """`doing` says what it is at before it is `ready`. The thread ends, and the ranks with it unless they
+    are of a `pool` that was passed in, once this is closed or a rank fails."""
 
-    def __init__(self, settings: ImageSettings) -> None:
+    def __init__(self, settings: ImageSettings, pool: WorkerPool | None = None) -> None:
         self.settings, self.doing = settings, "starting"
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[ImageReady] = self._loop.create_future()
-        self._inbox, self._pool = Inbox[Command](), WorkerPool(VISION)
+        self._inbox, self._own_pool = Inbox[Command](), pool is None
+        self._pool = pool or WorkerPool(VISION)
         self.callers = ImageCallers(settings.max_queue_size, self._inbox.put)
         self._spans = SpanRing.create()
         self._engine: ImageEngine | None = None
@@ -150,7 +151,7 @@ class ImageClient:
 
     def _run(self) -> None:
         try:
-            with self._pool:
+            with self._pool if self._own_pool else nullcontext():
                 self._serve()
         except Exception as error:  # every failure is told to the callers
             self._tell(self._fail, error)
@@ -186,6 +187,7 @@ class ImageClient:
         self._at(f"tracing {model.name}")
         module = model.build()
         open_weights(model, module)  # refuses what is missing, before any process starts
+        self._pool.take(num_stages)  # which start meanwhile
         traced = trace(module, model.image_shape, model.torch_dtype)
         check_num_stages(num_stages, len(traced.blocks))
         starts = [traced.block_at(point) for point in settings.points] or None

@@ -146,10 +146,10 @@ def _check_shape(tensor: Tensor, side: int) -> None:
     right = [3, side, side] if tensor.name == IMAGES else []
     shape = tensor.shape
     if not shape or shape[1:] != right or shape[0] < 1:
+        needed = ", ".join(["N", *map(str, right)])
         raise RequestError(
-            f"{tensor.name} has the shape {shape!s:.80}; {['N', *right]} is needed, with N at least 1"
-            .replace("'", "")
-        )  # fmt: skip
+            f"{tensor.name} has the shape {shape!s:.80}; [{needed}] is needed, with N at least 1"
+        )
 
 
 def _payload(tensor: Tensor, rest: memoryview) -> memoryview | None:
