@@ -247,12 +247,17 @@ def test_keys_bounds_and_how_it_ends() -> None:
         check_all_ended(pids)
 
 
-def test_a_killed_rank_is_named_and_the_server_says_that_it_is_broken() -> None:
+def test_a_client_that_leaves_and_a_killed_rank() -> None:
     options = (*SMALL, "--max-queue-delay-ms", "60000")
     with serving(*options, model=MODEL, env=environment()) as server:
         (rank,) = [pid for pid in children(server.pid) if b"vision.worker" in command(pid)]
         connection = http.client.HTTPConnection(server.host, server.port, timeout=DEADLINE_S)
         connection.request("POST", f"{PATH}/infer", json.dumps(body(images_of(1))))
+        until(lambda: server.metric("num_images_waiting") == 1)
+        leaving = http.client.HTTPConnection(server.host, server.port, timeout=DEADLINE_S)
+        leaving.request("POST", f"{PATH}/infer", json.dumps(body(images_of(2))))
+        until(lambda: server.metric("num_images_waiting") == 3)
+        leaving.close()
         until(lambda: server.metric("num_images_waiting") == 1)
         os.kill(rank, signal.SIGKILL)
         response = connection.getresponse()

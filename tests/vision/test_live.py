@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from bireme.chrome_trace import Recorded
+from bireme.config import Transport
 from bireme.engine.pool import WorkerPool
 from bireme.errors import CapacityError, ConfigError, EngineError, RankError, RequestError
 from bireme.observe.causes import Row
@@ -30,10 +31,10 @@ from vision.reference import whole
 from vision.test_stages import TOLERANCE, difference
 
 
-def settings(model: VisionModel, num_stages: int = 2, **more: object) -> ImageSettings:
+def settings(model: VisionModel, **more: object) -> ImageSettings:
     given: dict[str, object] = {
         "points": (), "max_batch_size": 4, "max_queue_delay_s": 0.0, "max_queue_size": 64,
-        "ranks": RankSettings(devices=("cpu",) * num_stages, num_threads=1),
+        "ranks": RankSettings(devices=("cpu", "cpu"), num_threads=1),
         "limit_bytes": 1 << 32,
     }  # fmt: skip
     return ImageSettings(model=model, **(given | more))  # type: ignore[arg-type]
@@ -74,9 +75,12 @@ def images_of(model: VisionModel, num_images: int, seed: int = 0) -> Pixels:
     return found
 
 
-@pytest.mark.parametrize("name", ["network", "resnet-18"])
+@pytest.mark.parametrize(
+    ("name", "transport"),
+    [("network", "auto"), ("network", "distributed"), ("resnet-18", "auto")],
+)
 def test_every_caller_gets_the_logits_of_its_own_images(
-    name: str, network: VisionModel, pool: WorkerPool
+    name: str, transport: Transport, network: VisionModel, pool: WorkerPool
 ) -> None:
     model = network if name == "network" else find_model("resnet-18", None, image_size=32)
     draw = random.Random(0)
@@ -84,7 +88,9 @@ def test_every_caller_gets_the_logits_of_its_own_images(
     images = [images_of(model, size, seed) for seed, size in enumerate(sizes)]
 
     async def run() -> list[Pixels]:
-        async with running(settings(model, max_queue_size=sum(sizes)), pool) as client:
+        ranks = RankSettings(devices=("cpu", "cpu"), num_threads=1, transport=transport)
+        asked = settings(model, max_queue_size=sum(sizes), ranks=ranks)
+        async with running(asked, pool) as client:
             found = await asyncio.gather(*(infer(client, one) for one in images))
             stats = client.stats()
             assert (stats.num_waiting, stats.num_running) == (0, 0)
