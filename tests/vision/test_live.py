@@ -142,9 +142,7 @@ def test_the_ledger_accounts_for_the_ranks_of_a_busy_server(
             return Recorded(ranks, driver)
 
     recorded = asyncio.run(run())
-    assert {span.kind for span in recorded.engine} == {
-        SpanKind.SUBMIT, SpanKind.WAIT, SpanKind.EMPTY
-    }  # fmt: skip
+    assert {span.kind for span in recorded.engine} >= {SpanKind.SUBMIT, SpanKind.WAIT}
     for rank in make_ledger(recorded).ranks:
         assert rank.share(Row.COMPUTE) > 0
         assert rank.share(Row.UNATTRIBUTED) < 0.01
