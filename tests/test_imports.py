@@ -61,6 +61,8 @@ PLAIN_MODULES = [
     "bireme.engine.scheduler",
     "bireme.engine.channel",
     "bireme.engine.deadline",
+    "bireme.vision.batching",
+    "bireme.vision.naming",
     "bireme.checkpoint.reader",
     "bireme.checkpoint.manifest",
     "bireme.checkpoint.sharder",

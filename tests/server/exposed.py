@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
 from bireme.engine.rank_stats import RankBytes, RankStats
@@ -10,7 +13,11 @@ from bireme.observe.causes import Row
 from bireme.observe.told import ToldLedger, ToldRank
 from bireme.outputs import Delta
 from bireme.server.finished import FinishedRequest
+from bireme.server.kserve.metrics import ImageMetrics
 from bireme.server.metrics import ServerMetrics
+from bireme.server.metrics_base import Metrics
+from bireme.vision.client import ImageStats
+from bireme.vision.engine import ImageRequest
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -59,8 +66,31 @@ LEDGER = ToldLedger(
 )  # fmt: skip
 
 
+IMAGE_STATS = ImageStats(
+    num_waiting=1, num_running=8, num_images_total=40, num_micro_batches_total=6, ranks=STATS.ranks
+)
+
+
+def used_for_images() -> ImageMetrics:
+    """A request of two images."""
+    metrics = ImageMetrics("resnet")
+    request = ImageRequest(np.zeros((2, 3, 1, 1), np.float32))
+    request.arrival_s, request.scheduled_s = 100.0, 100.25
+    metrics.note_done(request, 101.0)
+    metrics.note_response("POST", "/v2/models/{model}/infer", 200)
+    return metrics
+
+
 def shown(metrics: ServerMetrics, stats: Stats | None = STATS) -> Samples:
     """By name and labels, less those that all have."""
+    return samples_of(metrics, stats)
+
+
+def shown_of_images() -> Samples:
+    return samples_of(used_for_images(), IMAGE_STATS)
+
+
+def samples_of(metrics: Metrics[Any], stats: Any) -> Samples:
     body, _ = metrics.render(stats, None if stats is None else LEDGER)
     found: Samples = {}
     for family in text_string_to_metric_families(body.decode()):

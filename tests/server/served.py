@@ -56,7 +56,7 @@ class Served:
                 return found
 
     def wait_ready(self) -> None:
-        found = self.wait_for(r"^serving .* at (https?)://(.+):(\d+)/v1")
+        found = self.wait_for(r"^serving .* at (https?)://(.+):(\d+)/v[12]")
         self.scheme, self.host, self.port = found[1], found[2], int(found[3])
         self.curl = self.wait_for(r"^  (curl http.*)$")[1]
 

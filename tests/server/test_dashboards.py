@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from exposed import names, shown, used
+from exposed import names, shown, shown_of_images, used
 
 DEPLOY = Path(__file__).parent.parent.parent / "deploy"
 DASHBOARDS = sorted((DEPLOY / "grafana").glob("*.json"))
@@ -114,5 +114,6 @@ def test_names_are_told_from_functions_and_labels(expression: str, found: set[st
 def test_the_guide_lists_every_metric_and_no_other() -> None:
     guide = (DEPLOY.parent / "docs" / "guide" / "watching-a-server.md").read_text()
     listed = set(re.findall(r"`(bireme:\w+)`", guide))
-    ours = {name for name in names(shown(used())) if name.startswith("bireme:")}
+    all_names = names(shown(used())) | names(shown_of_images())
+    ours = {name for name in all_names if name.startswith("bireme:")}
     assert listed == {re.sub(r"_(bucket|count|sum)$", "", name) for name in ours}

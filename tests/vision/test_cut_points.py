@@ -90,7 +90,9 @@ def test_a_module_without_a_point_to_cut_at_is_one_block() -> None:
 def test_unknown_names_get_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no config resnet-51; the closest is resnet-50"):
         find_model(None, "resnet-51")
-    with pytest.raises(ConfigError, match="is no folder; give a folder, torchvision:NAME"):
+    with pytest.raises(
+        ConfigError, match="is no folder; give a folder, a name like resnet-50, torch"
+    ):
         find_model(str(tmp_path / "nothing"), None)
     with pytest.raises(ConfigError, match="give either MODEL or --config NAME"):
         find_model(None, None)

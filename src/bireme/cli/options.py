@@ -194,6 +194,18 @@ def parallel_config(tp: str, pp: int | None, layers: str | None) -> ParallelConf
     return ParallelConfig.of(parse_ints(tp, "tensor_parallel_size"), pp, _layers(layers))
 
 
+def num_stages(pp: int | None, points: list[str], default: int) -> int:
+    """Of a vision model; `points` are the blocks at which `--split` cuts."""
+    if not points:
+        return default if pp is None else pp
+    if pp not in (None, len(points) + 1):
+        raise ConfigError(
+            f"--split {','.join(points)} makes {len(points) + 1} stages, but "
+            f"pipeline_parallel_size is {pp}; give one point less than stages"
+        )
+    return len(points) + 1
+
+
 def parallel_settings(tp: str, pp: int | None, layers: str | None) -> dict[str, Any]:
     """The same as keywords of `LLM`, where the width may be `auto`."""
     return {

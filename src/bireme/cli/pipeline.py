@@ -2,8 +2,8 @@
 beside one device: throughput, speed-up, and the bubble.
 
 Images are on the first stage's device before the clock starts; a rate counts from the first forward's
-start to the last one's end. MODEL is a folder in the format of transformers, torchvision:NAME, timm:NAME
-or module:factory; all but folders have made-up weights.
+start to the last one's end. MODEL is a folder in the format of transformers, resnet-50 or the like, torchvision:NAME,
+timm:NAME or module:factory; all but folders have made-up weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import typer
 from bireme.cli import options
 from bireme.cli.progress import count_bar
 from bireme.config import EngineConfig, ParallelConfig, parse_ints
-from bireme.errors import ConfigError, RequestError
+from bireme.errors import RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -141,7 +141,7 @@ def run(
     as_json: options.JsonOutput = False,
 ) -> None:
     points = [] if split is None else split.split(",")
-    num_stages = _num_stages(pp, points)
+    num_stages = options.num_stages(pp, points, default=2)
     for name, value in (
         ("runs", runs), ("top", top), ("threads", threads or 1), ("batches", batches)
     ):  # fmt: skip
@@ -203,17 +203,6 @@ def run(
         report.print_json(plan, alone, staged)
     else:
         report.print_sweep(plan, alone, staged)
-
-
-def _num_stages(pp: int | None, points: list[str]) -> int:
-    if not points:
-        return 2 if pp is None else pp
-    if pp not in (None, len(points) + 1):
-        raise ConfigError(
-            f"--split {','.join(points)} makes {len(points) + 1} stages, but "
-            f"pipeline_parallel_size is {pp}; give one point less than stages"
-        )
-    return len(points) + 1
 
 
 def _counts(text: str | None, batch: int) -> tuple[int, ...]:

@@ -1,4 +1,7 @@
-"""Serve a model over HTTP, in OpenAI's words.
+"""Serve a model over HTTP: a language model in OpenAI's words, a vision model in KServe's.
+
+MODEL is a folder, `demo` or a Hugging Face Hub id; or a vision model: a folder, resnet-50 or the like,
+torchvision:NAME, timm:NAME or module:factory.
 
 Every option can stand in a file (--config, YAML or TOML) or in the environment (BIREME_SERVE_PORT for
 --port); the command line has the last word, the environment the next.
@@ -6,193 +9,112 @@ Every option can stand in a file (--config, YAML or TOML) or in the environment 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
 
 from bireme.cli import options
 from bireme.cli.config_file import ConfigFile
 from bireme.cli.grouped import flattened
-from bireme.config import EngineConfig, ParallelConfig, parse_bytes
+from bireme.cli.server_options import ImageOptions, ServerOptions, check_kind
+from bireme.config import EngineConfig, ParallelConfig
+from bireme.errors import ConfigError
 
 if TYPE_CHECKING:
-    from bireme.server.config import ServerConfig
+    from bireme.vision.client import ImageSettings
 
 NAME = "serve"
-SHORT = "Serve a model over HTTP, in OpenAI's words."
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """Where the server listens and what it takes."""
-
-    host: Annotated[
-        str, typer.Option("--host", help="The address to listen on; 0.0.0.0 is every one.")
-    ] = "127.0.0.1"
-    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 8000
-    served_model_name: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--served-model-name",
-            metavar="NAME",
-            help="What clients call it; may be given repeatedly.",
-        ),
-    ] = None
-    api_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            help="Ask every client for it, but on /health; may be given repeatedly. Better in the "
-            "environment: BIREME_SERVE_API_KEY.",
-        ),
-    ] = None
-    allowed_origins: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allowed-origins", metavar="URL", help="Web pages of these origins may ask (CORS)."
-        ),
-    ] = None
-    root_path: Annotated[
-        str, typer.Option("--root-path", help="The path that a proxy in front takes away.")
-    ] = ""
-    ssl_certfile: Annotated[
-        Path | None, typer.Option("--ssl-certfile", help="Serve HTTPS with this certificate.")
-    ] = None
-    ssl_keyfile: Annotated[
-        Path | None, typer.Option("--ssl-keyfile", help="The certificate's key.")
-    ] = None
-    ssl_ca_certs: Annotated[
-        Path | None,
-        typer.Option(
-            "--ssl-ca-certs",
-            help="Take clients whose certificate these have signed, and no others.",
-        ),
-    ] = None
-    max_body_bytes: Annotated[
-        str, typer.Option("--max-body-bytes", metavar="SIZE", help="Of one request, like 8MiB.")
-    ] = "8MiB"
-    max_connections: Annotated[int, typer.Option("--max-connections", help="At once.")] = 4096
-    receive_timeout: Annotated[
-        float,
-        typer.Option(
-            "--receive-timeout", metavar="S", help="Seconds that a request may take to arrive."
-        ),
-    ] = 30.0
-    send_timeout: Annotated[
-        float,
-        typer.Option(
-            "--send-timeout",
-            metavar="S",
-            help="Seconds that a client may take nothing of its answer.",
-        ),
-    ] = 60.0
-    keep_alive: Annotated[
-        float,
-        typer.Option(
-            "--keep-alive", metavar="S", help="Seconds that an idle connection stays open."
-        ),
-    ] = 30.0
-    shutdown_timeout: Annotated[
-        float,
-        typer.Option(
-            "--shutdown-timeout",
-            metavar="S",
-            help="Seconds that running requests have after SIGTERM or Ctrl-C.",
-        ),
-    ] = 30.0
-    tool_call_parser: Annotated[
-        str,
-        typer.Option(
-            "--tool-call-parser",
-            help="How the model writes calls of tools: hermes, llama3_json, none, or auto (by its "
-            "chat template).",
-        ),
-    ] = "auto"
-    enable_auto_tool_choice: Annotated[
-        bool,
-        typer.Option(
-            "--enable-auto-tool-choice", hidden=True, help="vLLM's; it is always enabled here."
-        ),
-    ] = True
-    chat_template: Annotated[
-        Path | None,
-        typer.Option("--chat-template", metavar="FILE", help="In place of the model's own."),
-    ] = None
-    generation_config: Annotated[
-        str,
-        typer.Option(
-            "--generation-config",
-            help="auto: sampling defaults of the model's generation_config.json; vllm: neutral ones.",
-        ),
-    ] = "auto"
-    metrics_compat: Annotated[
-        str,
-        typer.Option(
-            "--metrics-compat", help="vllm: every metric under vllm: too, for its dashboards."
-        ),
-    ] = "none"
-    otlp_traces_endpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--otlp-traces-endpoint", metavar="URL", help="Send a trace of each request there."
-        ),
-    ] = None
-    log_format: Annotated[str, typer.Option("--log-format", help="text or json.")] = "text"
-    log_requests: Annotated[
-        bool, typer.Option("--log-requests/--no-log-requests", help="A line a request.")
-    ] = True
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="With the prompts in it.")] = (
-        False
-    )
-
-    def config(self) -> ServerConfig:
-        from bireme.server.config import ServerConfig
-
-        same = (
-            "host port root_path ssl_certfile ssl_keyfile ssl_ca_certs max_connections "
-            "tool_call_parser chat_template generation_config metrics_compat otlp_traces_endpoint "
-            "log_format log_requests log_prompts"
-        )
-        given: dict[str, Any] = {name: getattr(self, name) for name in same.split()}
-        return ServerConfig(
-            **given,
-            served_model_names=tuple(self.served_model_name or ()),
-            api_keys=tuple(self.api_key or ()),
-            allowed_origins=tuple(self.allowed_origins or ()),
-            max_body_bytes=parse_bytes(self.max_body_bytes),
-            receive_timeout_s=self.receive_timeout,
-            send_timeout_s=self.send_timeout,
-            keep_alive_s=self.keep_alive,
-            shutdown_timeout_s=self.shutdown_timeout,
-        )
+SHORT = "Serve a model over HTTP, in OpenAI's words or in KServe's."
 
 
 @flattened
 def run(
+    context: typer.Context,
     model: options.Model,
     *,
     engine: options.EngineOptions,
     cache: options.CacheOptions,
+    images: ImageOptions,
     server: ServerOptions,
     config: ConfigFile = None,
 ) -> None:
-    settings = server.config()
-    engine_config, is_auto = _engine_config(engine, cache)
+    from bireme.vision.naming import is_vision_model
+
+    is_vision = is_vision_model(model)
+    check_kind(context, model, is_vision=is_vision)
+    if is_vision:
+        raise typer.Exit(_serve_images(_image_settings(model, engine, cache, images), server))
+    raise typer.Exit(_serve_language(model, *_engine_config(engine, cache), server))
+
+
+def _serve_language(model: str, engine: EngineConfig, is_auto: bool, server: ServerOptions) -> int:
+    settings = server.config(max_body_bytes="8MiB")
     from bireme.engine.client import EngineProcess
     from bireme.server.sockets import listen
 
     sock = listen(settings)
-    process = EngineProcess(model, engine_config, is_auto=is_auto)
+    process = EngineProcess(model, engine, is_auto=is_auto)
     try:  # the engine starts while this process imports what HTTP needs
+        from bireme.server.app import make_serving
         from bireme.server.run import serve
 
-        status = serve(settings, sock, process)
+        return serve(settings, sock, partial(make_serving, settings, process))
     finally:
         process.close()
-    raise typer.Exit(status)
+
+
+def _serve_images(images: ImageSettings, server: ServerOptions) -> int:
+    settings = server.config(max_body_bytes="64MiB")
+    for name in settings.served_model_names:
+        if "/" in name:
+            raise ConfigError(
+                f"served_model_name {name} has a slash, and is a part of KServe's paths"
+            )
+    from bireme.server.sockets import listen
+
+    sock = listen(settings)
+    from bireme.server.kserve.app import make_image_serving
+    from bireme.server.run import serve
+
+    return serve(settings, sock, partial(make_image_serving, settings, images))
+
+
+def _image_settings(
+    model: str, engine: options.EngineOptions, cache: options.CacheOptions, images: ImageOptions
+) -> ImageSettings:
+    points = [] if images.split is None else images.split.split(",")
+    num_stages = options.num_stages(engine.pp, points, default=1)
+    options.check_at_least("threads", 1 if images.threads is None else images.threads, 1)
+    config = EngineConfig(
+        parallel=ParallelConfig.of(1, num_stages),
+        **options.engine_config(
+            devices=engine.devices,
+            memory_limit=engine.memory_limit,
+            device=engine.device,
+            gpu_memory_utilization=cache.gpu_memory_utilization,
+        ),
+    )
+    from bireme.engine.joining import threads_per_rank
+    from bireme.engine.prepare import device_memory, resolve_devices
+    from bireme.vision.client import ImageSettings
+    from bireme.vision.model import find_model
+    from bireme.vision.pipeline import RankSettings
+
+    devices = resolve_devices(config)
+    return ImageSettings(
+        model=find_model(
+            model, None, images.weights, image_size=images.image_size, dtype=engine.dtype
+        ),
+        points=tuple(points),
+        ranks=RankSettings(
+            devices=devices, num_threads=images.threads or threads_per_rank(num_stages)
+        ),
+        limit_bytes=device_memory(config, devices).of_rank(num_stages),
+        max_batch_size=images.max_batch_size,
+        max_queue_delay_s=images.max_queue_delay_ms / 1e3,
+        max_queue_size=images.max_queue_size,
+    )
 
 
 def _engine_config(

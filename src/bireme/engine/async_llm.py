@@ -11,8 +11,9 @@ from typing import Any
 
 from bireme.engine.callers import Callers
 from bireme.engine.engine import Engine, TokenEvent
-from bireme.engine.engine_loop import Inbox, run_engine
+from bireme.engine.engine_loop import EngineCommand, run_engine
 from bireme.engine.host import EngineHost
+from bireme.engine.inbox import Inbox
 from bireme.engine.input_processor import Prompt
 from bireme.errors import EngineError, UserError
 from bireme.outputs import Delta, RequestOutput
@@ -54,7 +55,7 @@ class AsyncLLM(EngineHost):
         self._callers = Callers()
         self._callers.fail(EngineError("the engine does not run; enter the AsyncLLM first"))
         self._starting = asyncio.Lock()
-        self._inbox = Inbox()
+        self._inbox = Inbox[EngineCommand]()
         self._thread: threading.Thread | None = None
 
     async def __aenter__(self) -> AsyncLLM:
@@ -70,7 +71,7 @@ class AsyncLLM(EngineHost):
             if self._thread is not None:
                 return
             engine: Engine = await asyncio.to_thread(self.start)
-            self._inbox = Inbox()
+            self._inbox = Inbox[EngineCommand]()
             outbox = _ToLoop(self._callers, asyncio.get_running_loop())
             self._thread = threading.Thread(
                 target=run_engine, args=(engine, self._inbox, outbox), daemon=True

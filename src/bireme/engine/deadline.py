@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+from itertools import islice
 
 LEAST_S = 2.0
 _TIMES_EXPECTED = 5.0
@@ -58,3 +61,52 @@ class Patience:
         has_moved, self._last = sign != self._last, sign
         self.next_look = min(self._limit, now + self._half_s)
         return not has_moved or now >= self._limit
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    step_id: int
+    size: int
+    submitted_s: float  # of the monotonic clock
+
+
+class StepsInFlight:
+    """Steps that were told to ranks, in their order, and how long the oldest may take: at most
+    `limit_s`. `size` is of a step, to tell its cost by that of others."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._steps: deque[_Step] = deque()
+        self._cost, self._last_end_s = StepCost(), 0.0
+        self._oldest: Patience | None = None
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def oldest(self) -> int:
+        """Its step_id."""
+        return self._steps[0].step_id
+
+    def begin(self, step_id: int, size: int) -> None:
+        self._steps.append(_Step(step_id, size, time.monotonic()))
+
+    def patience_with_all(self) -> Patience:
+        return self._patience(len(self._steps))
+
+    def patience_with_oldest(self) -> Patience:
+        """The same for as long as it is the oldest, whoever waits for it, and however often."""
+        if self._oldest is None:
+            self._oldest = self._patience(1)
+        return self._oldest
+
+    def _patience(self, num_steps: int) -> Patience:
+        sizes = [step.size for step in islice(self._steps, num_steps)]
+        return Patience(self._cost.patience_s(sizes, self._limit_s), self._limit_s)
+
+    def end(self, *, is_bound: bool) -> None:
+        """Of the oldest; `is_bound` as in `StepCost.observe`."""
+        step, now = self._steps.popleft(), time.monotonic()
+        self._oldest = None
+        begun, self._last_end_s = max(step.submitted_s, self._last_end_s), now
+        self._cost.observe(step.size, now - begun, is_bound=is_bound)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from bireme.checkpoint.names import NameMap
 from bireme.config import DTYPE_BYTES, EngineConfig
 from bireme.engine.budget import CacheBudget
 from bireme.engine.channel import Steps
-from bireme.engine.deadline import Patience, StepCost
+from bireme.engine.deadline import StepsInFlight
 from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
 from bireme.engine.messages import Capture, Execute, Load, Loaded, Masks, Output
 from bireme.engine.pool import WorkerPool, World
@@ -59,13 +57,6 @@ class WorkerPlan:
         return [Mesh(widths, rank).name for rank in range(sum(widths))]
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    header: StepHeader
-    num_tokens: int
-    submitted: float  # seconds of the monotonic clock
-
-
 def _size(batch: ScheduledBatch) -> int:
     """Of a step, to tell how long it may take: its tokens, and one for every 1,024 looked back at."""
     return batch.num_tokens + sum(piece.start for piece in batch.pieces) // 1024
@@ -76,10 +67,9 @@ class WorkerExecutor:
 
     def __init__(self, plan: WorkerPlan, pool: WorkerPool) -> None:
         self._plan = plan
-        self._waiting: deque[_InFlight] = deque()
-        self._cost, self._last_output = StepCost(), 0.0
+        self._waiting: deque[StepHeader] = deque()
+        self._steps = StepsInFlight(plan.config.step_timeout_s)
         self._was_awaited = False  # the oldest output came while `wait` looked
-        self._oldest: tuple[StepHeader, Patience] | None = None
         self._held = ExitStack()  # what the ranks share, for as long as their world is there
         self._world = World(
             pool, plan.rank_names, plan.config.parallel.widths, plan.config.step_timeout_s
@@ -160,36 +150,23 @@ class WorkerExecutor:
         return self._world.is_broken
 
     def submit(self, batch: ScheduledBatch) -> None:
-        self._waiting.append(_InFlight(batch.header, _size(batch), time.monotonic()))
-        self._world.send_all(Execute(batch), self._patience(len(self._waiting)))
+        self._waiting.append(batch.header)
+        self._steps.begin(batch.header[1], _size(batch))
+        self._world.send_all(Execute(batch), self._steps.patience_with_all())
 
     def give_masks(self, masks: StepMasks) -> None:
-        self._world.send_all(Masks(masks), self._patience(len(self._waiting)))
-
-    def _patience(self, num_batches: int) -> Patience:
-        """With the oldest `num_batches` in flight."""
-        limit_s = self._plan.config.step_timeout_s
-        ahead = [step.num_tokens for step in islice(self._waiting, num_batches)]
-        return Patience(self._cost.patience_s(ahead, limit_s), limit_s)
-
-    def _patience_with_oldest(self) -> Patience:
-        """The same for as long as it is the oldest, whoever waits for it, and however often."""
-        header = self._waiting[0].header
-        if self._oldest is None or self._oldest[0] != header:
-            self._oldest = header, self._patience(1)
-        return self._oldest[1]
+        self._world.send_all(Masks(masks), self._steps.patience_with_all())
 
     def wait(self, wake: int) -> bool:
         if not self._waiting:
             return self._world.wait_idle(wake)
         self._was_awaited = not self._world.has_reply()
-        patience = self._patience_with_oldest()
-        return self._world.wait(wake, patience, self._waiting[0].header[1])
+        return self._world.wait(wake, self._steps.patience_with_oldest(), self._steps.oldest)
 
     def collect(self) -> StepOutput:
-        expected = self._waiting[0].header
+        expected = self._waiting[0]
         was_there, self._was_awaited = self._world.has_reply() and not self._was_awaited, False
-        reply = self._world.step_reply(self._patience_with_oldest(), expected[1])
+        reply = self._world.step_reply(self._steps.patience_with_oldest(), expected[1])
         if not isinstance(reply, Output):
             raise EngineError(f"a rank answered step {expected[1]} with {type(reply).__name__}")
         output = reply.output
@@ -197,13 +174,9 @@ class WorkerExecutor:
             raise EngineError(
                 f"step {output.step_id} was answered where {expected[1]} was expected"
             )
-        self._observe(self._waiting.popleft(), is_bound=was_there)
+        self._waiting.popleft()
+        self._steps.end(is_bound=was_there)
         return output
-
-    def _observe(self, step: _InFlight, *, is_bound: bool) -> None:
-        now = time.monotonic()
-        begun, self._last_output = max(step.submitted, self._last_output), now
-        self._cost.observe(step.num_tokens, now - begun, is_bound=is_bound)
 
     def give_up(self) -> None:
         """Ends the ranks at once; their spans can still be read."""

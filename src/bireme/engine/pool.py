@@ -123,6 +123,11 @@ class WorkerPool:
             self._processes.append(_start(self._program))
         return self._processes[:num_ranks]
 
+    def kill(self) -> None:
+        """Ends all processes at once, from any thread; who talks with them finds them gone."""
+        for rank in list(self._processes):
+            rank.process.kill()
+
     def close(self, grace_s: float = _EXIT_S) -> None:
         """Ends all processes: closing their lifelines, then by force."""
         for rank in self._processes:
@@ -150,7 +155,7 @@ class World:
     def __init__(
         self, pool: WorkerPool, names: Sequence[str], widths: Sequence[int], timeout_s: float
     ) -> None:
-        self._pool, self._names, self._widths = pool, names, widths
+        self._pool, self.names, self._widths = pool, names, widths
         self.ranks = pool.take(len(names))
         self._selector = selectors.DefaultSelector()
         for index, rank in enumerate(self.ranks):
@@ -174,7 +179,7 @@ class World:
 
     def spans(self) -> dict[str, list[Span]]:
         """Every rank's spans, by the rank's name."""
-        return {name: rank.spans.read() for name, rank in zip(self._names, self.ranks, strict=True)}
+        return {name: rank.spans.read() for name, rank in zip(self.names, self.ranks, strict=True)}
 
     def send_all(self, command: msgspec.Struct, patience: Patience | None = None) -> None:
         """The same to every rank, encoded once."""
@@ -212,20 +217,23 @@ class World:
             replies[found[0]] = found[1]
         return [replies[index] for index in range(len(self.ranks))]
 
-    def wait(self, wake: int, patience: Patience, step_id: int) -> bool:
-        """False if `wake` becomes readable before a rank replies; as patient as `step_reply`."""
+    def wait(self, wake: int, patience: Patience, step_id: int, until: float | None = None) -> bool:
+        """False if `wake` becomes readable, or it is `until` (of the monotonic clock), before a rank
+        replies; as patient as `step_reply`."""
         while not self._early:
-            found = self._await_any(wake, patience.next_look)
+            next_look = patience.next_look
+            found = self._await_any(wake, next_look if until is None else min(next_look, until))
             if wake not in found and found:
                 return True
             self._check_lateness(patience, step_id)
-            if found:
+            if found or (until is not None and time.monotonic() >= until):
                 return False
         return True
 
-    def wait_idle(self, wake: int) -> bool:
-        """False once `wake` is readable; raises as soon as a rank is gone or says that it failed."""
-        while wake not in self._await_any(wake, None):
+    def wait_idle(self, wake: int, until: float | None = None) -> bool:
+        """False once `wake` is readable or it is `until`; raises as soon as a rank is gone or says that
+        it failed."""
+        while (found := self._await_any(wake, until)) and wake not in found:
             self._read_early()
         return False
 
@@ -298,7 +306,7 @@ class World:
 
     def _no_answer(self, awaited: set[int], doing: str) -> RankError:
         stopped = {index for index in awaited if is_stopped(self.ranks[index].process.pid)}
-        names = ", ".join(self._names[index] for index in sorted(stopped or awaited))
+        names = ", ".join(self.names[index] for index in sorted(stopped or awaited))
         self._break()
         why = " (its process is stopped)" if stopped else ""
         return RankError(names, f"did not answer in time while {doing}{why}")
@@ -310,7 +318,7 @@ class World:
         if culprit is None:
             return None
         seen = standings[culprit].describe(step_id)
-        return RankError(self._names[culprit], f"did not finish step {step_id} in time ({seen})")
+        return RankError(self.names[culprit], f"did not finish step {step_id} in time ({seen})")
 
     def _standings(self, given_up: Collection[int] = ()) -> dict[int, Standing]:
         return {
@@ -352,7 +360,7 @@ class World:
     def _cause(self, seen: dict[int, Failed | None]) -> BiremeError:
         causes = [index for index, reply in seen.items() if reply is None or not reply.is_secondary]
         index = next(iter(causes or seen))
-        reply, name = seen[index], self._names[index]
+        reply, name = seen[index], self.names[index]
         if reply is None:
             end = self.ranks[index].describe_end()
             return RankError(name, f"its process {end}")

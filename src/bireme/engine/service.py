@@ -19,9 +19,10 @@ from contextlib import closing
 import msgspec
 
 from bireme.engine.engine import Engine, TokenEvent
-from bireme.engine.engine_loop import Inbox, run_engine
+from bireme.engine.engine_loop import EngineCommand, run_engine
 from bireme.engine.executor import WorkerExecutor
 from bireme.engine.host import EngineHost
+from bireme.engine.inbox import Inbox
 from bireme.engine.input_processor import InputProcessor
 from bireme.engine.messages import FrameReader, framed
 from bireme.engine.service_messages import (
@@ -83,7 +84,7 @@ class Commands:
     compiled, unless it was aborted before. Requests come once `begin` was called."""
 
     def __init__(self, front_end: FrontEnd) -> None:
-        self._front_end, self.inbox = front_end, Inbox()
+        self._front_end, self.inbox = front_end, Inbox[EngineCommand]()
         self._compiling: dict[str, Future[None]] = {}  # by request id
         self._lock = threading.Lock()
         self._grammars = ThreadPoolExecutor(1, "grammars")

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor, ThreadPoolExecutor
-from functools import partial
-from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from fastapi_offline import FastAPIOffline
-from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from bireme import __version__
-from bireme.errors import BiremeError, EngineError
-from bireme.observe.told import NUM_COLUMNS
-from bireme.server import errors, openapi, tokenization
+from bireme.engine.client import EngineClient, EngineProcess
+from bireme.server import openapi, tokenization
 from bireme.server.chat import chat
 from bireme.server.completions import complete
-from bireme.server.errors import ApiError, ClientGone
+from bireme.server.config import ServerConfig
 from bireme.server.json_route import JsonRoute
-from bireme.server.middleware import OPEN_PATHS, Gate
+from bireme.server.log import Log
+from bireme.server.middleware import OPEN_PATHS
 from bireme.server.openapi import ANY, answers, streamed, tell_the_truth
 from bireme.server.protocol.chat import (
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
 )
-from bireme.server.protocol.common import Health, Ledger, Load, ModelCard, ModelList, Version
+from bireme.server.protocol.common import ModelCard, ModelList
 from bireme.server.protocol.completions import Completion, CompletionRequest
 from bireme.server.protocol.responses import Event, ModelResponse, ResponsesRequest
 from bireme.server.protocol.tokenize import (
@@ -41,6 +36,7 @@ from bireme.server.protocol.tokenize import (
 )
 from bireme.server.responses import answer
 from bireme.server.serving import Serving
+from bireme.server.state import as_response, guarded, state_routes
 
 
 def make_app(serving: Serving) -> ASGIApp:
@@ -54,31 +50,10 @@ def make_app(serving: Serving) -> ASGIApp:
         strict_content_type=False,
     )
     large = ThreadPoolExecutor(1, "large-bodies")
-    routers = (_inference(serving, large), _state(serving))
-    for router in routers:
-        app.include_router(router)
+    routers = (_inference(serving, large), _models(serving), state_routes(serving))
+    guard = guarded(app, serving, routers)
     tell_the_truth(app, has_keys=bool(serving.config.api_keys), open_paths=OPEN_PATHS)
-    routes = [route for router in routers for route in router.routes]
-    handlers: dict[Any, Any] = {
-        ApiError: errors.on_api_error,
-        BiremeError: errors.on_bireme_error,
-        StarletteHTTPException: partial(errors.on_http_error, routes),
-        RequestValidationError: errors.on_invalid,
-        ClientGone: errors.on_client_gone,
-        Exception: errors.on_bug,
-    }
-    for kind, handler in handlers.items():
-        app.add_exception_handler(kind, handler)
-    gate = Gate(app, serving)
-    if not serving.config.allowed_origins:
-        return gate
-    return CORSMiddleware(  # before the gate: browsers ask without a key whether they may ask
-        gate,
-        allow_origins=list(serving.config.allowed_origins),
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=["x-request-id", "Retry-After"],
-    )
+    return guard
 
 
 def _inference(serving: Serving, large: Executor) -> APIRouter:
@@ -125,77 +100,28 @@ def _inference(serving: Serving, large: Executor) -> APIRouter:
     @router.get("/tokenizer_info", responses=answers(TokenizerInfo))
     async def tokenizer_info() -> Response:
         """Special tokens and the chat template, for clients that count or render by themselves."""
-        return _json(tokenization.tokenizer_info(serving))
+        return as_response(tokenization.tokenizer_info(serving))
 
     return router
 
 
-def _state(serving: Serving) -> APIRouter:
+def _models(serving: Serving) -> APIRouter:
     router = APIRouter(tags=["state"], responses=openapi.errors(*ANY))
-    cannot: openapi.Responses = {503: {"model": Health, "description": "it cannot answer, and why"}}
-    health_responses = answers(Health) | cannot
 
     @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models", responses=answers(ModelList, 503))
     async def models() -> Response:
         """The names of the one model."""
         cards = [_card(serving, name) for name in serving.model_names]
-        return _json(ModelList(object="list", data=cards))
+        return as_response(ModelList(object="list", data=cards))
 
     @router.head("/v1/models/{model:path}", include_in_schema=False)
     @router.get("/v1/models/{model:path}", responses=answers(ModelCard, 404, 503))
     async def model(model: str) -> Response:
         """One of its names."""
-        return _json(_card(serving, serving.check_model(model)))
-
-    @router.head("/health", include_in_schema=False)
-    @router.get("/health", responses=health_responses)
-    async def health() -> Response:
-        """200 once every rank has made a step; 503 with what it is at before, or what broke."""
-        return _health(serving)
-
-    @router.head("/ping", include_in_schema=False)
-    @router.post("/ping", responses=health_responses, operation_id="ping_post")
-    @router.get("/ping", responses=health_responses)
-    async def ping() -> Response:
-        """As /health, for those that expect it here."""
-        return _health(serving)
-
-    @router.head("/metrics", include_in_schema=False)
-    @router.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        """For Prometheus."""
-        body, content_type = await serving.metrics_text()
-        return Response(body, media_type=content_type)
-
-    @router.head("/version", include_in_schema=False)
-    @router.get("/version", responses=answers(Version))
-    async def version() -> Response:
-        """Bireme's own."""
-        return _json(Version(version=__version__))
-
-    @router.head("/load", include_in_schema=False)
-    @router.get("/load", responses=answers(Load))
-    async def load() -> Response:
-        """How many requests are being served."""
-        return _json(Load(server_load=serving.num_active))
-
-    @router.get("/debug/ledger", responses=answers(Ledger, 503))
-    async def ledger(
-        seconds: Annotated[float, Query(gt=0, le=3600)] = 5.0,
-        columns: Annotated[int, Query(ge=1, le=1000)] = NUM_COLUMNS,
-    ) -> Response:
-        """Where each rank's time went in the last seconds, as far back as its spans reach."""
-        if not serving.ledger.is_there:
-            raise ApiError(503, "no rank has written anything yet", code="loading")
-        told = await serving.ledger.last(seconds, columns)
-        return Response(told.as_json(), media_type="application/json")
+        return as_response(_card(serving, serving.check_model(model)))
 
     return router
-
-
-def _json(model: Any) -> Response:
-    return Response(model.as_json(), media_type="application/json")
 
 
 def _card(serving: Serving, name: str) -> ModelCard:
@@ -209,12 +135,9 @@ def _card(serving: Serving, name: str) -> ModelCard:
     )
 
 
-def _health(serving: Serving) -> Response:
-    if serving.is_draining:
-        return JSONResponse({"status": "shutting down"}, 503)
-    if (error := serving.broken) is not None:
-        kind = "broken" if isinstance(error, EngineError) else "not started"
-        return JSONResponse({"status": kind, "error": str(error)}, 503)
-    if not serving.client.ready.done():
-        return JSONResponse({"status": "loading", "doing": serving.client.doing}, 503)
-    return JSONResponse({"status": "ready"})
+def make_serving(config: ServerConfig, process: EngineProcess, log: Log) -> tuple[Serving, ASGIApp]:
+    """To be called on the loop that serves."""
+    path = config.chat_template
+    client = EngineClient(process, None if path is None else path.read_text("utf-8"))
+    serving = Serving(config, client, process.model, log)
+    return serving, make_app(serving)

@@ -86,13 +86,17 @@ _MEMORY: dict[str, Callable[[RankStats], int]] = {
 }
 
 
-def engine_families(stats: Stats | None, labels: Labels) -> Iterator[Metric]:
-    """None of an engine that is not ready, or not any more: of that one only this is told."""
+def ready_family(is_ready: bool, labels: Labels) -> Metric:
     ready = GaugeMetricFamily(
         "engine_ready", "1 while the engine takes requests, else 0.", labels=[*labels]
     )
-    ready.add_metric([*labels.values()], float(stats is not None))
-    yield ready
+    ready.add_metric([*labels.values()], float(is_ready))
+    return ready
+
+
+def engine_families(stats: Stats | None, labels: Labels) -> Iterator[Metric]:
+    """None of an engine that is not ready, or not any more: of that one only this is told."""
+    yield ready_family(stats is not None, labels)
     if stats is None:
         return
     for name, (told, gauge) in _GAUGES.items():
@@ -103,10 +107,10 @@ def engine_families(stats: Stats | None, labels: Labels) -> Iterator[Metric]:
         counter = CounterMetricFamily(name, told, labels=[*labels])
         counter.add_metric([*labels.values()], count(stats))
         yield counter
-    yield from _rank_families(stats.ranks, labels)
+    yield from rank_families(stats.ranks, labels)
 
 
-def _rank_families(ranks: Sequence[RankStats], labels: Labels) -> Iterator[Metric]:
+def rank_families(ranks: Sequence[RankStats], labels: Labels) -> Iterator[Metric]:
     names = [*labels, "stage", "rank"]
     values = [([*labels.values(), str(rank.stage), str(rank.rank)], rank) for rank in ranks]
     for name, (told, count) in _RANK_COUNTERS.items():

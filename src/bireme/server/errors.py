@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
@@ -81,13 +81,25 @@ class ApiError(Exception):
             return {"Connection": "close"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+    def response(self, dialect: Dialect, headers: Mapping[str, str] | None = None) -> Response:
         return Response(
-            self.as_json(),
+            json.dumps(dialect.body(self)).encode(),
             self.status,
             {**self.headers, **(headers or {})},
             media_type="application/json",
         )
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How the clients of an application are told of errors, and where its routes are."""
+
+    body: Callable[[ApiError], dict[str, Any]]
+    routes: str
+
+
+OPENAI = Dialect(ApiError.body, "OpenAI's routes begin with /v1, and /docs lists all")
+KSERVE = Dialect(lambda error: {"error": error.message}, "KServe's routes begin with /v2")
 
 
 def _field(text: str) -> str | None:
@@ -133,38 +145,63 @@ class ClientGone(Exception):
     """The client closed its connection: there is nobody to answer."""
 
 
-def _refused(request: Request, error: ApiError, why: str | None = None) -> Response:
-    """`why` for the log, where the message quotes what may be of a prompt."""
-    Exchange.of(request.scope).error = why or error.message
-    return error.response()
+class Handlers:
+    """What an application with these routes answers where one of them raises."""
 
+    def __init__(self, dialect: Dialect, routes: Sequence[BaseRoute]) -> None:
+        self._dialect, self._routes = dialect, routes
 
-async def on_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return _refused(request, error)
+    def install(self, app: FastAPI) -> None:
+        handlers: dict[Any, Any] = {
+            ApiError: self._on_api_error,
+            BiremeError: self._on_bireme_error,
+            HTTPException: self._on_http_error,
+            RequestValidationError: self._on_invalid,
+            ClientGone: self._on_client_gone,
+            Exception: self._on_bug,
+        }
+        for kind, handler in handlers.items():
+            app.add_exception_handler(kind, handler)
 
+    def _refused(self, request: Request, error: ApiError, why: str | None = None) -> Response:
+        """`why` for the log, where the message quotes what may be of a prompt."""
+        Exchange.of(request.scope).error = why or error.message
+        return error.response(self._dialect)
 
-async def on_bireme_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, BiremeError)
-    return _refused(request, ApiError.of(error))
+    async def _on_api_error(self, request: Request, error: ApiError) -> Response:
+        return self._refused(request, error)
 
+    async def _on_bireme_error(self, request: Request, error: BiremeError) -> Response:
+        return self._refused(request, ApiError.of(error))
 
-async def on_http_error(
-    routes: Sequence[BaseRoute], request: Request, error: Exception
-) -> Response:
-    """Of the framework: no such route, a method that a route has not."""
-    assert isinstance(error, HTTPException)
-    headers = dict(error.headers or {})
-    if error.status_code == 405 and (allowed := _methods(routes, request.scope)):
-        headers["Allow"] = ", ".join(allowed)
-    told = str(error.detail)
-    if error.status_code == 404:
-        path = request.scope["path"]
-        told = f"there is no {path:.100}; OpenAI's routes begin with /v1, and /docs lists all"
-    elif error.status_code == 405:
-        told = f"{request.method} is not for this route; use {headers.get('Allow', 'another')}"
-    Exchange.of(request.scope).error = told
-    return ApiError(error.status_code, told).response(headers)
+    async def _on_http_error(self, request: Request, error: HTTPException) -> Response:
+        """Of the framework: no such route, a method that a route has not."""
+        headers = dict(error.headers or {})
+        if error.status_code == 405 and (allowed := _methods(self._routes, request.scope)):
+            headers["Allow"] = ", ".join(allowed)
+        told = str(error.detail)
+        if error.status_code == 404:
+            told = f"there is no {request.scope['path']:.100}; {self._dialect.routes}"
+        elif error.status_code == 405:
+            told = f"{request.method} is not for this route; use {headers.get('Allow', 'another')}"
+        Exchange.of(request.scope).error = told
+        return ApiError(error.status_code, told).response(self._dialect, headers)
+
+    async def _on_invalid(self, request: Request, error: RequestValidationError) -> Response:
+        """A body of the wrong shape: names the first fields."""
+        told = faults(error.errors(), error.body)[:_MOST_TOLD]
+        text = "; ".join(fault.message for fault in told)
+        why = "; ".join(fault.unquoted for fault in told)
+        return self._refused(request, ApiError(400, text, param=told[0].where[:100] or None), why)
+
+    async def _on_client_gone(self, request: Request, _: ClientGone) -> Response:
+        """Nobody hears it; metrics and the log count it as nginx does."""
+        Exchange.of(request.scope).is_left = True
+        return Response(status_code=499)
+
+    async def _on_bug(self, _: Request, error: Exception) -> Response:
+        """Is raised further once it is told."""
+        return bug(error).response(self._dialect)
 
 
 def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
@@ -177,26 +214,6 @@ def _methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
     return sorted({method for methods in found for method in methods})
 
 
-async def on_invalid(request: Request, error: Exception) -> Response:
-    """A body of the wrong shape: names the first fields."""
-    assert isinstance(error, RequestValidationError)
-    told = faults(error.errors(), error.body)[:_MOST_TOLD]
-    text = "; ".join(fault.message for fault in told)
-    why = "; ".join(fault.unquoted for fault in told)
-    return _refused(request, ApiError(400, text, param=told[0].where[:100] or None), why)
-
-
-async def on_client_gone(request: Request, _: Exception) -> Response:
-    """Nobody hears it; metrics and the log count it as nginx does."""
-    Exchange.of(request.scope).is_left = True
-    return Response(status_code=499)
-
-
 def bug(error: Exception) -> ApiError:
     """The server's log has the traceback."""
     return ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
-
-
-async def on_bug(_: Request, error: Exception) -> Response:
-    """Is raised further once it is told."""
-    return bug(error).response()

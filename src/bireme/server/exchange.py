@@ -26,6 +26,8 @@ class Exchange:
     num_tokens: int = 0
     num_cached_tokens: int = 0
     ttft_s: float | None = None
+    num_images: int | None = None
+    queue_s: float | None = None  # of images, until the first of them was in a micro-batch
     finish_reasons: list[str] = field(default_factory=list)
     prompts: list[str] | None = None
     error: str | None = None
@@ -58,6 +60,9 @@ class Exchange:
                 "ttft_ms": None if self.ttft_s is None else round(self.ttft_s * 1000, 1),
                 "finish_reasons": self.finish_reasons,
             }
+        if self.num_images is not None:
+            queue_ms = None if self.queue_s is None else round(self.queue_s * 1000, 1)
+            said |= {"images": self.num_images, "queue_ms": queue_ms}
         if self.is_left:
             said["left"] = True
         if self.error is not None:

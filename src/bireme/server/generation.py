@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
@@ -18,14 +18,14 @@ from bireme.engine.streams import Opened
 from bireme.errors import BiremeError, RequestError, UserError
 from bireme.outputs import Delta, RequestOutput
 from bireme.sampling_params import SamplingParams
-from bireme.server.errors import ApiError, ClientGone
+from bireme.server.errors import ApiError
 from bireme.server.exchange import Exchange
 from bireme.server.finished import FinishedRequest
+from bireme.server.leaving import unless_gone
 from bireme.server.protocol.common import SamplingFields, Usage
 from bireme.server.protocol.responses import ResponsesRequest
 from bireme.server.serving import Serving
 
-T = TypeVar("T")
 _SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -247,23 +247,3 @@ def joined(deltas: Sequence[Delta]) -> list[Delta]:
         else:
             found.append(delta)
     return found
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled where the client leaves before: ClientGone."""
-    task = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        task.cancel()
-        leaving.cancel()
-
-
-async def _left(request: Request) -> None:
-    """Returns when the connection is closed."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

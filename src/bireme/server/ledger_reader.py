@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from asyncio.subprocess import Process
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 import bireme
-from bireme.engine.service_messages import Ready
+from bireme.engine.service_messages import RingPlace
 from bireme.errors import EngineError
 from bireme.observe.recorder import Asked, AskedRank
 from bireme.observe.told import NUM_COLUMNS, ToldLedger
@@ -31,13 +32,13 @@ class LedgerReader:
         self._ranks: list[AskedRank] = []
         self._engine_fd = -1
 
-    def begin(self, ready: Ready) -> None:
+    def begin(self, rings: Sequence[RingPlace], engine_ring: str) -> None:
         """Opens the rings, while the engine is there to ask for them."""
-        if ready.engine_ring:
-            self._engine_fd = os.open(ready.engine_ring, os.O_RDWR)
+        if engine_ring:
+            self._engine_fd = os.open(engine_ring, os.O_RDWR)
             self._ranks = [
                 AskedRank(ring.name, ring.stage, ring.tp_rank, os.open(ring.path, os.O_RDWR))
-                for ring in ready.rings
+                for ring in rings
             ]
 
     @property

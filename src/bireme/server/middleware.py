@@ -12,13 +12,13 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bireme.server.errors import ApiError, bug, shutting_down
+from bireme.server.errors import ApiError, Dialect, bug, shutting_down
 from bireme.server.exchange import Exchange
-from bireme.server.serving import Serving
+from bireme.server.service import Service
 
-OPEN_PATHS = ("/health",)  # without a key
-_WHILE_DRAINING = ("/health", "/ping", "/metrics", "/load", "/version")
-_WATCHED = ("/health", "/ping", "/metrics", "/load")  # asked for every few seconds
+OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready")  # without a key
+_WATCHED = (*OPEN_PATHS, "/ping", "/metrics", "/load")  # asked for every few seconds
+_WHILE_DRAINING = (*_WATCHED, "/version")
 _LONGEST_ID = 256
 _LINGER_S = 2.0
 _MOST_DROPPED = 64 << 20  # bytes
@@ -30,9 +30,9 @@ class Gate:
     What breaks below becomes a 500, or cuts a stream that has begun.
     """
 
-    def __init__(self, app: ASGIApp, serving: Serving) -> None:
-        self._app, self._serving = app, serving
-        self._keys = [_digest(key.encode()) for key in serving.config.api_keys]
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+        self._keys = [_digest(key.encode()) for key in service.config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,9 +40,11 @@ class Gate:
             return
         exchange = _exchange(scope)
         scope.setdefault("state", {})["exchange"] = exchange
-        body = _BoundedBody(scope, receive, self._serving)
+        body = _BoundedBody(scope, receive, self._service)
         try:
-            await self._serve(exchange, scope, body, _Answer(send, exchange, body))
+            await self._serve(
+                exchange, scope, body, _Answer(send, exchange, body, self._service.dialect)
+            )
         finally:
             self._note(exchange, scope)
 
@@ -50,7 +52,7 @@ class Gate:
         self, exchange: Exchange, scope: Scope, body: _BoundedBody, answer: _Answer
     ) -> None:
         is_work = exchange.method == "POST"
-        self._serving.begin(is_work)
+        self._service.begin(is_work)
         try:
             self._check(exchange, scope)
             body.check_length()
@@ -59,12 +61,12 @@ class Gate:
             await answer.refuse(error, scope)
         except Exception as error:
             exchange.error = f"{type(error).__name__}: {error}"
-            self._serving.log.say("a bug", traceback=traceback.format_exc())
+            self._service.log.say("a bug", traceback=traceback.format_exc())
             await answer.refuse(bug(error), scope)
             if not answer.is_complete:
                 raise  # uvicorn cuts the connection, so that nobody takes this for the end
         finally:
-            self._serving.end(is_work)
+            self._service.end(is_work)
             body.release()
             exchange.is_left |= not answer.is_complete
 
@@ -75,7 +77,7 @@ class Gate:
                 "the API key is missing or wrong; send it as `Authorization: Bearer KEY`",
                 code="invalid_api_key",
             )
-        if self._serving.is_draining and exchange.path not in _WHILE_DRAINING:
+        if self._service.is_draining and exchange.path not in _WHILE_DRAINING:
             raise shutting_down()
         self._check_origin(exchange, scope)
         if len(exchange.request_id) > _LONGEST_ID or not exchange.request_id.isprintable():
@@ -88,7 +90,7 @@ class Gate:
         if not origin or self._keys or exchange.method != "POST":
             return
         own = f"{scope['scheme']}://{_header(scope, b'host').decode('latin-1')}"
-        if origin != own and not {origin, "*"} & set(self._serving.config.allowed_origins):
+        if origin != own and not {origin, "*"} & set(self._service.config.allowed_origins):
             raise ApiError(
                 403,
                 f"web pages of {origin:.200} may not ask; the server was started without "
@@ -105,10 +107,10 @@ class Gate:
     def _note(self, exchange: Exchange, scope: Scope) -> None:
         if exchange.status is not None:
             handler = getattr(scope.get("route"), "path", "none")
-            self._serving.metrics.note_response(exchange.method, handler, exchange.status)
+            self._service.metrics.note_response(exchange.method, handler, exchange.status)
         is_told = exchange.method == "POST" or (exchange.status or 500) >= 400
-        if self._serving.config.log_requests and is_told and exchange.path not in _WATCHED:
-            self._serving.log.say("request", **exchange.as_log())
+        if self._service.config.log_requests and is_told and exchange.path not in _WATCHED:
+            self._service.log.say("request", **exchange.as_log())
 
 
 def _digest(key: bytes) -> bytes:
@@ -142,8 +144,11 @@ class _Answer:
     connection cut, and never see why.
     """
 
-    def __init__(self, send: Send, exchange: Exchange, body: _BoundedBody) -> None:
+    def __init__(
+        self, send: Send, exchange: Exchange, body: _BoundedBody, dialect: Dialect
+    ) -> None:
         self._send, self._exchange, self._body = send, exchange, body
+        self._dialect = dialect
         self.is_complete = False
 
     async def __call__(self, message: Message) -> None:
@@ -166,15 +171,16 @@ class _Answer:
         """And closes the connection, on which more of the request may be to come."""
         if self._exchange.status is None:
             self._exchange.error = error.message
-            await error.response({"Connection": "close"})(scope, self._body, self)
+            response = error.response(self._dialect, {"Connection": "close"})
+            await response(scope, self._body, self)
 
 
 class _BoundedBody:
     """`receive`, of a body that is neither too long nor too slow: ApiError 413 and 408."""
 
-    def __init__(self, scope: Scope, receive: Receive, serving: Serving) -> None:
-        config = serving.config
-        self._receive, self._serving, self._most = receive, serving, config.max_body_bytes
+    def __init__(self, scope: Scope, receive: Receive, service: Service) -> None:
+        config = service.config
+        self._receive, self._service, self._most = receive, service, config.max_body_bytes
         self._timeout_s = config.receive_timeout_s
         self._deadline_s = time.monotonic() + config.receive_timeout_s
         declared = _header(scope, b"content-length")
@@ -191,12 +197,12 @@ class _BoundedBody:
         if not self.is_coming:  # only an empty part, or a disconnect, is left to come
             return await self._receive()
         try:
-            with self._serving.receiving(self._deadline_s - time.monotonic()) as timeout:
+            with self._service.receiving(self._deadline_s - time.monotonic()) as timeout:
                 async with timeout:
                     message = await self._receive()
         except TimeoutError:
             self.is_coming = False
-            if self._serving.is_draining:
+            if self._service.is_draining:
                 raise shutting_down() from None
             raise ApiError(
                 408, f"the request did not arrive within {self._timeout_s:g} s", code="timeout"
@@ -206,13 +212,13 @@ class _BoundedBody:
         self.is_coming = message.get("more_body", False)
         if self._num_bytes > self._most:
             self._refuse(self._num_bytes)
-        self._serving.hold_bytes(num_bytes)
+        self._service.hold_bytes(num_bytes)
         self._num_held += num_bytes
         return message
 
     def release(self) -> None:
         """The request was served."""
-        self._serving.release_bytes(self._num_held)
+        self._service.release_bytes(self._num_held)
         self._num_held = 0
 
     async def drop(self) -> None:

@@ -9,20 +9,19 @@ import resource
 import signal
 import socket
 import ssl
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
-from bireme.engine.client import EngineClient, EngineProcess
 from bireme.errors import EngineError, UserError
-from bireme.server.app import make_app
 from bireme.server.config import ServerConfig
 from bireme.server.connections import BoundedProtocol
 from bireme.server.log import LibraryLog, Log
-from bireme.server.serving import Serving
+from bireme.server.service import Client, Service
 
 _LAST_WORDS_S = 1.0  # for answers to say that they were cut short
 
@@ -57,44 +56,43 @@ class _Server(uvicorn.Server):
             connection.transport.abort()
 
 
+Make = Callable[[Log], tuple[Service, ASGIApp]]  # on the loop
+
+
 class FrontEnd:
     """One server from its start to its end. SIGTERM and the first SIGINT drain, a second SIGINT ends at
     once."""
 
-    def __init__(
-        self, config: ServerConfig, sock: socket.socket, process: EngineProcess, log: Log
-    ) -> None:
-        self.config, self._sock, self._process, self._log = config, sock, process, log
+    def __init__(self, config: ServerConfig, sock: socket.socket, make: Make, log: Log) -> None:
+        self.config, self._sock, self._make, self._log = config, sock, make, log
         self._ending: asyncio.Task[None] | None = None
 
     async def run(self) -> int:
         """The exit status: 1 where the engine broke, 2 where what was asked for cannot be."""
-        client = EngineClient(self._process, _template(self.config))
-        self._serving = Serving(self.config, client, self._process.model, self._log)
-        self._server = _Server(self._uvicorn_config())
+        self._serving, app = self._make(self._log)
+        engine = self._serving.engine
+        self._server = _Server(self._uvicorn_config(app))
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
         gc.collect()
         gc.freeze()  # what is there now stays: no collection has to look through it again
-        await client.begin()
-        starting = asyncio.create_task(self._start(client))
+        await engine.begin()
+        starting = asyncio.create_task(self._start(engine))
         try:
             await self._server.serve([self._sock])
         finally:
             starting.cancel()
-            await self._serving.ledger.aclose()
-            await client.aclose()
-            await asyncio.to_thread(self._serving.tracer.close)
+            await self._serving.aclose()
         error = self._serving.broken if self._ending is None else None
         if error is None:
             return 0
         return 2 if isinstance(error, UserError) else 1
 
-    def _uvicorn_config(self) -> uvicorn.Config:
+    def _uvicorn_config(self, app: ASGIApp) -> uvicorn.Config:
         config = self.config
         return uvicorn.Config(
-            make_app(self._serving),
+            app,
             loop="uvloop",
             http=BoundedProtocol.with_bounds(config),
             ws="none",
@@ -111,15 +109,15 @@ class FrontEnd:
             ssl_cert_reqs=ssl.CERT_NONE if config.ssl_ca_certs is None else ssl.CERT_REQUIRED,
         )
 
-    async def _start(self, client: EngineClient) -> None:
+    async def _start(self, engine: Client) -> None:
         """Tells people what they need once the engine is ready; ends the server where it cannot start."""
         try:
-            ready = await asyncio.shield(client.ready)
+            ready = await asyncio.shield(engine.ready)
         except Exception as error:
             self._server.should_exit = True
             self._log.show(f"bireme: {error}")
             return
-        self._serving.ledger.begin(ready)
+        self._serving.ledger.begin(ready.rings, ready.engine_ring)
         self._log.show(*ready.told, *self._how_to_ask())
 
     def _how_to_ask(self) -> list[str]:
@@ -127,27 +125,16 @@ class FrontEnd:
         shown = f"[{host}]" if ":" in host else host
         url = f"{config.scheme}://{shown}:{port}"
         key = ' -H "Authorization: Bearer $BIREME_SERVE_API_KEY"' if config.api_keys else ""
-        name = self._serving.model_names[0]
-        has_chat = (
-            self._serving.inputs.has_tokenizer and self._serving.inputs.tokenizer.chat_template
-        )
-        if has_chat:
-            path, body = "chat/completions", '"messages": [{"role": "user", "content": "Hello"}]'
-        else:
-            path, body = "completions", '"prompt": "Hello"'
-        return [
-            f"serving {name} at {url}/v1"
-            + ("" if config.api_keys else "; it is open to whoever reaches it (no --api-key)"),
-            f"  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' "
-            f'-d \'{{"model": "{name}", {body}}}\'',
-        ]
+        is_open = "" if config.api_keys else "; it is open to whoever reaches it (no --api-key)"
+        first, then = self._serving.how_to_ask(url, key)
+        return [first + is_open, f"  {then}"]
 
     def _on_signal(self, number: int) -> None:
         if self._ending is None:
             self._ending = asyncio.create_task(self._drain())
         elif number == signal.SIGINT:
             self._ending.cancel()
-            self._serving.client.hurry()
+            self._serving.engine.hurry()
             self._server.force_exit = self._server.should_exit = True
 
     async def _drain(self) -> None:
@@ -160,16 +147,12 @@ class FrontEnd:
                 await serving.until_idle()
         except TimeoutError:
             self._log.say("not all requests ended in time", requests=serving.num_active)
-            serving.client.callers.fail(EngineError("the server is shutting down"))
+            serving.engine.callers.fail(EngineError("the server is shutting down"))
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_WORDS_S):
                     await serving.until_idle()
             self._server.cut_connections()
         self._server.should_exit = True
-
-
-def _template(config: ServerConfig) -> str | None:
-    return None if config.chat_template is None else config.chat_template.read_text("utf-8")
 
 
 def raise_file_limit() -> None:
@@ -178,15 +161,11 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def serve(config: ServerConfig, sock: socket.socket, process: EngineProcess) -> int:
+def serve(config: ServerConfig, sock: socket.socket, make: Make) -> int:
     """Runs until it is told to end; the exit status."""
     raise_file_limit()
     log = Log(config.log_format)
     logging.basicConfig(handlers=[LibraryLog(log)], force=True)
     # Of what is no HTTP it would write a line each time.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    front_end = FrontEnd(config, sock, process, log)
-    try:
-        return uvloop.run(front_end.run())
-    finally:
-        process.close()
+    return uvloop.run(FrontEnd(config, sock, make, log).run())

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from bireme.errors import CheckpointError, ConfigError
 from bireme.hf_config import read_json
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _BASIC, _BOTTLENECK = (64, 128, 256, 512), (256, 512, 1024, 2048)
 _RESNETS = {
@@ -76,6 +77,17 @@ def from_folder(folder: Path) -> nn.Module:
 def _classifier(config: Any) -> nn.Module:
     module: nn.Module = _transformers().AutoModelForImageClassification.from_config(config)
     return module
+
+
+def is_classifier(folder: Path) -> bool:
+    """True where config.json says that the folder's model classifies images."""
+    if not (folder / "config.json").is_file():
+        return False
+    config = read_json(folder / "config.json")
+    names = config.get("architectures")
+    if isinstance(names, list) and names:
+        return str(names[0]).endswith("ForImageClassification")
+    return config.get("model_type") in ("resnet", "vit")
 
 
 def image_size(folder: Path) -> int | None:

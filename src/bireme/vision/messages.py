@@ -18,7 +18,8 @@ class Measure(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Hold this rank's stage of the model. Stage 0 takes `batch` images from memory at a path.
+    """Hold this rank's stage of the model. Stage 0 takes images from memory at a path, which has room
+    for `num_images`: now, or where `is_live` each time that it is told of some.
 
     `is_captured`: a GPU runs it as a CUDA graph.
     """
@@ -26,21 +27,23 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     model: VisionModel
     blocks_per_stage: tuple[int, ...]
     images_path: str
-    batch: int
+    num_images: int
     is_captured: bool
+    is_live: bool = False
 
 
 class Run(msgspec.Struct, frozen=True, tag=True):
-    """Pass micro-batches of these sizes through, from the first image again behind the last; each rank
-    does its row of the schedule (`2F0`).
+    """Pass micro-batches of these sizes through; each rank does its row of the schedule (`2F0`).
 
-    Micro-batch i is step `first_step + i`. The last stage answers with the logits, the others when
-    they are through.
+    They are behind one another in the images' memory, from image `first_image` on, and from the first
+    again behind the last. Micro-batch i is step `first_step + i`. The last stage answers with the
+    logits, the others when they are through; not where images are live.
     """
 
     schedule: tuple[tuple[str, ...], ...]
     sizes: tuple[int, ...]
     first_step: int
+    first_image: int = 0
 
 
 class Measured(msgspec.Struct, frozen=True, tag=True):

@@ -1,6 +1,6 @@
 """A vision model by its name: its module on meta, its weights, what its images must be.
 
-A local folder in the format of transformers; a name of `--config`; `torchvision:NAME` or
+A local folder in the format of transformers; a published model like `resnet-50`; `torchvision:NAME` or
 `timm:NAME`, where these are installed; or `module:factory`. All but the first have made-up weights,
 unless a folder of safetensors files with the module's own names is given beside.
 """
@@ -86,6 +86,8 @@ def find_model(
         raise ConfigError("give either MODEL or --config NAME, to say what to run")
     if dtype not in ("auto", *DTYPE_BYTES):
         raise ConfigError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPE_BYTES)}")
+    if name in huggingface.SHAPES and not Path(str(name)).is_dir():
+        name, config = None, name
     size, kind, home = image_size, _kind(name), weights
     if config is not None:
         kind, name = "config", _known_config(config)
@@ -103,7 +105,8 @@ def _kind(name: str | None) -> Any:
     library, colon, _ = name.partition(":")
     if not colon:
         raise ConfigError(
-            f"{name} is no folder; give a folder, torchvision:NAME, timm:NAME or module:factory"
+            f"{name} is no folder; give a folder, a name like resnet-50, torchvision:NAME, timm:NAME "
+            "or module:factory"
         )
     return library if library in ("torchvision", "timm") else "factory"
 

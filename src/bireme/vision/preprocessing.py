@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _BILINEAR = 2  # in PIL's numbering
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # that strangers may send
+_MOST_PIXELS = 1 << 25  # of what strangers send, as it comes and resized: 100 MB
 _WARP_SIDE = 384  # from here on ConvNeXt's processor, which ResNet uses, resizes without a crop
 
 
@@ -84,6 +88,10 @@ class Preprocessing:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
 
+    def num_pixels(self, width: int, height: int) -> int:
+        """Of an image of this size, resized and not cropped yet."""
+        return math.prod(self._resized(width, height))
+
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height), as PIL has them."""
         if isinstance(self.resize, tuple):
@@ -122,6 +130,29 @@ def read_images(
         except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
             raise RequestError(f"{path} is no image that can be read: {error}") from None
     return [path.name for path in paths], torch.stack(images)
+
+
+def decode_image(content: bytes, preprocessing: Preprocessing) -> torch.Tensor:
+    """[3, side, side] of a file that a stranger sent; RequestError where it is none, or so large that it
+    would take all memory."""
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(content), formats=_FORMATS) as image:
+            size = image.size
+            if (
+                min(size) > 0
+                and max(math.prod(size), preprocessing.num_pixels(*size)) <= _MOST_PIXELS
+            ):
+                return preprocessing(image)
+    except Exception as error:  # whatever decoders raise of hostile bytes
+        raise RequestError(
+            f"no image that can be read ({', '.join(_FORMATS)}): {type(error).__name__}"
+        ) from None
+    raise RequestError(
+        f"an image of {size[0]} x {size[1]} pixels; at most {_MOST_PIXELS} are taken, "
+        "also once its shorter edge has its size"
+    )
 
 
 def made_up_images(num_images: int, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -113,15 +113,18 @@ class Stage:
         return x
 
     def _input(self, micro_batch: int, command: Run) -> torch.Tensor:
+        size, (shape, dtype) = command.sizes[micro_batch], self._given
         if self._images is not None:
-            start = sum(command.sizes[:micro_batch]) % len(self._images)
-            return self._images[start : start + command.sizes[micro_batch]]
+            first = command.first_image + sum(command.sizes[:micro_batch])
+            start = first % len(self._images)
+            images = self._images[start : start + size]
+            return images.to(self._device, dtype, memory_format=torch.channels_last)
         receiver = self._comm.hidden_receiver
         assert receiver is not None
-        shape, dtype = self._given  # of activations, [C, H, W]; they come as [N, H, W, C]
+        # activations [C, H, W] come as [N, H, W, C]
         rows = (*shape[1:], shape[0]) if len(shape) == 3 else shape
         header = 0, command.first_step + micro_batch
-        x = receiver.receive(header, (command.sizes[micro_batch], *rows), dtype, self._device)
+        x = receiver.receive(header, (size, *rows), dtype, self._device)
         return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
     def drain(self) -> None:

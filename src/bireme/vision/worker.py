@@ -46,6 +46,7 @@ class VisionRank(rank.Rank[rank.Commands]):
     def __init__(self, spans: SpanRing, commands: rank.Commands) -> None:
         super().__init__(spans, commands)
         self._stage: Stage | None = None
+        self._is_live = False
         self._traced: tuple[VisionModel, nn.Module, Traced] | None = None
 
     @torch.inference_mode()
@@ -121,15 +122,18 @@ class VisionRank(rank.Rank[rank.Commands]):
             images = self._images(command) if stage == 0 else None
         forward = make_forward(blocks, self._device, is_captured=command.is_captured)
         given = traced.given_to(first)
+        self._is_live = command.is_live
         self._stage = Stage(forward, given, images, self._comm, self._device, self._spans)
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(weight_bytes)
 
     def _images(self, command: Load) -> torch.Tensor:
-        shape = command.batch, *command.model.image_shape
-        with Path(command.images_path).open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        shape = command.num_images, *command.model.image_shape
+        with Path(command.images_path).open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)  # shared: what is written later shows
         images = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
+        if command.is_live:
+            return images
         return images.to(
             self._device,
             command.model.torch_dtype,
@@ -137,10 +141,12 @@ class VisionRank(rank.Rank[rank.Commands]):
             memory_format=torch.channels_last,
         )
 
-    def _run(self, command: Run) -> Logits | Done:
+    def _run(self, command: Run) -> Logits | Done | None:
         if self._stage is None:
             raise EngineError("images came before a model was loaded")
         logits = self._stage.run(command)
+        if logits is None and self._is_live:
+            return None  # nobody waits for this stage, nor it for its device
         self.finish_spans()
         if logits is None:
             return Done()

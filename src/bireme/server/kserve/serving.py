@@ -1,0 +1,119 @@
+"""A vision model as its routes see it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
+
+from bireme.errors import RequestError
+from bireme.server.config import ServerConfig
+from bireme.server.errors import KSERVE, ClientGone
+from bireme.server.exchange import Exchange
+from bireme.server.kserve.metrics import ImageMetrics
+from bireme.server.kserve.request import FILES, IMAGES, LOGITS, Inference, parse
+from bireme.server.kserve.response import VERSION, respond
+from bireme.server.leaving import unless_gone
+from bireme.server.log import Log
+from bireme.server.service import Service
+from bireme.vision.client import ImageClient, ImageStats
+from bireme.vision.live import Pixels
+from bireme.vision.preprocessing import decode_image
+
+_MOST_THREADS = 4  # that read what clients send; image files take milliseconds each
+
+
+class ImageServing(Service):
+    dialect = KSERVE
+
+    def __init__(self, config: ServerConfig, client: ImageClient, name: str, log: Log) -> None:
+        super().__init__(config, client, name, log)
+        model = client.settings.model
+        self.client, self._side = client, model.image_size
+        self._metrics = ImageMetrics(self.model_names[0])
+        self._labels, self._preprocessing = model.labels, model.preprocessing
+        self._inputs = {IMAGES: {"datatype": "FP32", "shape": [-1, *model.image_shape]}}
+        if find_spec("PIL") is not None and self._preprocessing.side == self._side:
+            self._inputs[FILES] = {"datatype": "BYTES", "shape": [-1]}
+        num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(num_threads, "bodies")
+
+    @property
+    def metrics(self) -> ImageMetrics:
+        return self._metrics
+
+    async def stats(self) -> ImageStats:
+        return self.client.stats()
+
+    def how_to_ask(self, url: str, headers: str) -> tuple[str, str]:
+        name = self.model_names[0]
+        return f"serving {name} at {url}/v2", f"curl {url}/v2/models/{name}{headers}"
+
+    def metadata(self, name: str) -> dict[str, Any]:
+        """Of the model."""
+        self.check_ready()
+        num_classes = self.client.ready.result().num_classes
+        return {
+            "name": name,
+            "versions": [VERSION],
+            "platform": "bireme_pytorch",
+            "inputs": [{"name": name, **told} for name, told in self._inputs.items()],
+            "outputs": [{"name": LOGITS, "datatype": "FP32", "shape": [-1, num_classes]}],
+        }
+
+    async def infer(self, request: Request, name: str) -> Response:
+        """A client that leaves before it is answered frees what still waits of its images."""
+        self.check_ready()
+        loop, callers = asyncio.get_running_loop(), self.client.callers
+        if encoding := request.headers.get("content-encoding"):
+            raise RequestError(f"Content-Encoding {encoding:.30} is not taken; send it as it is")
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            raise ClientGone from None
+        length = request.headers.get("inference-header-content-length")
+        inference = await loop.run_in_executor(
+            self._threads, parse, body, length, self._side, self._inputs
+        )
+        exchange = Exchange.of(request.scope)
+        exchange.num_images = inference.num_images
+        with callers.room(inference.num_images):
+            pixels = await loop.run_in_executor(self._threads, self._pixels, inference)
+            done = await unless_gone(request, callers.infer(pixels))
+        if done.scheduled_s is not None:
+            exchange.queue_s = done.scheduled_s - done.arrival_s
+        self._metrics.note_done(done, time.monotonic())
+        logits = np.concatenate(done.parts)
+        content, headers = await loop.run_in_executor(
+            self._threads, respond, inference, name, logits, self._labels
+        )
+        return Response(content, headers=headers)
+
+    def _pixels(self, inference: Inference) -> Pixels:
+        if inference.tensor.name == IMAGES:
+            return inference.pixels()
+        found = []
+        for index, content in enumerate(inference.files()):
+            try:
+                found.append(decode_image(content, self._preprocessing))
+            except RequestError as error:
+                raise RequestError(f"{FILES}[{index}] is {error}") from None
+        return torch.stack(found).numpy()
+
+    async def aclose(self) -> None:
+        await super().aclose()
+        self._threads.shutdown(wait=False)
+
+
+def default_name(model: str) -> str:
+    """A folder's own name: it is a part of paths."""
+    return os.path.basename(os.path.normpath(model))

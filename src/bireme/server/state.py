@@ -1,0 +1,105 @@
+"""What every server tells of itself, and what stands before its routes, whatever it serves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, Query
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from bireme import __version__
+from bireme.errors import EngineError
+from bireme.observe.told import NUM_COLUMNS
+from bireme.server import openapi
+from bireme.server.errors import ApiError, Handlers
+from bireme.server.middleware import Gate
+from bireme.server.openapi import ANY, answers
+from bireme.server.protocol.common import Health, Ledger, Load, Version
+from bireme.server.service import Service
+
+
+def guarded(app: FastAPI, service: Service, routers: Sequence[APIRouter]) -> ASGIApp:
+    """The application with these routes, behind its gate."""
+    for router in routers:
+        app.include_router(router)
+    routes = [route for router in routers for route in router.routes]
+    Handlers(service.dialect, routes).install(app)
+    gate = Gate(app, service)
+    if not service.config.allowed_origins:
+        return gate
+    return CORSMiddleware(  # before the gate: browsers ask without a key whether they may ask
+        gate,
+        allow_origins=list(service.config.allowed_origins),
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "Retry-After"],
+    )
+
+
+def state_routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["state"], responses=openapi.errors(*ANY))
+    cannot: openapi.Responses = {503: {"model": Health, "description": "it cannot answer, and why"}}
+    health_responses = answers(Health) | cannot
+
+    @router.head("/health", include_in_schema=False)
+    @router.get("/health", responses=health_responses)
+    async def health() -> Response:
+        """200 once every rank has made a step; 503 with what it is at before, or what broke."""
+        return _health(service)
+
+    @router.head("/ping", include_in_schema=False)
+    @router.post("/ping", responses=health_responses, operation_id="ping_post")
+    @router.get("/ping", responses=health_responses)
+    async def ping() -> Response:
+        """As /health, for those that expect it here."""
+        return _health(service)
+
+    @router.head("/metrics", include_in_schema=False)
+    @router.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """For Prometheus."""
+        body, content_type = await service.metrics_text()
+        return Response(body, media_type=content_type)
+
+    @router.head("/version", include_in_schema=False)
+    @router.get("/version", responses=answers(Version))
+    async def version() -> Response:
+        """Bireme's own."""
+        return as_response(Version(version=__version__))
+
+    @router.head("/load", include_in_schema=False)
+    @router.get("/load", responses=answers(Load))
+    async def load() -> Response:
+        """How many requests are being served."""
+        return as_response(Load(server_load=service.num_active))
+
+    @router.get("/debug/ledger", responses=answers(Ledger, 503))
+    async def ledger(
+        seconds: Annotated[float, Query(gt=0, le=3600)] = 5.0,
+        columns: Annotated[int, Query(ge=1, le=1000)] = NUM_COLUMNS,
+    ) -> Response:
+        """Where each rank's time went in the last seconds, as far back as its spans reach."""
+        if not service.ledger.is_there:
+            raise ApiError(503, "no rank has written anything yet", code="loading")
+        told = await service.ledger.last(seconds, columns)
+        return Response(told.as_json(), media_type="application/json")
+
+    return router
+
+
+def as_response(model: Any) -> Response:
+    return Response(model.as_json(), media_type="application/json")
+
+
+def _health(service: Service) -> Response:
+    if service.is_draining:
+        return JSONResponse({"status": "shutting down"}, 503)
+    if (error := service.broken) is not None:
+        kind = "broken" if isinstance(error, EngineError) else "not started"
+        return JSONResponse({"status": kind, "error": str(error)}, 503)
+    if not service.engine.ready.done():
+        return JSONResponse({"status": "loading", "doing": service.engine.doing}, 503)
+    return JSONResponse({"status": "ready"})
