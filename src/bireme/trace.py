@@ -223,14 +223,15 @@ class SpanRing:
         num_bytes: int,
         step_id: int,
         incarnation: int,
+        weight: int = 1,
     ) -> None:
-        """A span that may be over for a while. One call with everything in it: a call more costs as much
-        as three of its sums."""
+        """A span that may be over for a while; `weight` where its time stands for that of so many. One
+        call with everything in it: a call more costs as much as three of its sums."""
         at = _RECORDS_AT + self._count % self.capacity * _RECORD.size
         _pack_record(self._map, at, start_ns, end_ns, num_bytes, step_id, kind, incarnation)
         self._count += 1
         self._written[0] = self._count  # one store, after the record: no torn reads
-        num_ns = end_ns - start_ns
+        num_ns = (end_ns - start_ns) * weight
         total = self._totals[kind]
         total[0] += 1
         total[1] += num_ns
@@ -238,6 +239,12 @@ class SpanRing:
         self._totals[outer][2] += num_ns
         if not outer:
             self._publish_totals()
+
+    def count(self, kind: int, num_bytes: int) -> None:
+        """A span for whose time another stands."""
+        total = self._totals[kind]
+        total[0] += 1
+        total[3] += num_bytes
 
     def _publish_totals(self) -> None:
         """A step at a time: a store a span would cost more than the sums do."""

@@ -138,7 +138,7 @@ def connect(
     senders = [ring for ring in rings if ring.plan.edge.src == rank]
     return (
         PeerSender(senders, device, spans),
-        PeerReceiver(receivers[0], spans) if receivers else None,
+        PeerReceiver(receivers[0], device, spans) if receivers else None,
     )
 
 
@@ -157,22 +157,21 @@ class PeerSender:
             return
         payload = rows.contiguous().view(torch.uint8).flatten()
         stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
-        head = message_head(stated, self._device)
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         num_bytes = HEADER_BYTES + payload.numel()
+        payload.record_stream(self._stream)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with (
             torch.cuda.stream(self._stream),
             self._spans.aside(SpanKind.SEND, num_bytes * len(self._rings)),
         ):
+            head = message_head(stated, self._device)
             for ring in self._rings:
                 self._write(ring, head, payload)
             self._in_flight.append(torch.cuda.Event())
             self._in_flight[-1].record()
-        for tensor in (head, payload):
-            tensor.record_stream(self._stream)
         self._count += 1
-        with self._spans.span(SpanKind.SEND):
-            while len(self._in_flight) > min(ring.plan.depth for ring in self._rings):
+        while len(self._in_flight) > min(ring.plan.depth for ring in self._rings):
+            with self._spans.span(SpanKind.SEND):
                 self._in_flight.popleft().synchronize()
 
     def _write(self, ring: Ring, head: torch.Tensor, payload: torch.Tensor) -> None:
@@ -194,8 +193,9 @@ class PeerSender:
 class PeerReceiver:
     """The receiving side of one edge."""
 
-    def __init__(self, ring: Ring, spans: SpanWriter) -> None:
+    def __init__(self, ring: Ring, device: torch.device, spans: SpanWriter) -> None:
         self._ring, self._spans, self._count = ring, spans, 0
+        self._stream = torch.cuda.Stream(device)
         self._late = LateChecks(ring.plan.edge)
 
     def receive(
@@ -212,8 +212,10 @@ class PeerReceiver:
         with self._spans.span(SpanKind.RECV, end, header[1]):
             self._ring.await_full(self._count)
             slot = self._ring.slot(self._count)
-            self._late.check(slot[:HEADER_BYTES], expected)
             rows.view(torch.uint8).flatten().copy_(slot[HEADER_BYTES:end])
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):  # for nothing here waits for it
+            self._late.check(slot[:HEADER_BYTES], expected)
             self._ring.signal_free(self._count)
         self._count += 1
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -61,8 +62,10 @@ class Captured:
         torch.cuda.current_stream(x.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         pool = next((it.graph.pool() for it in self._graphs.values()), None)
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            made = self.forward(given)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # of a view alone
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                made = self.forward(given)
         return _Graph(graph, given, made)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 import time
 from collections.abc import Callable
@@ -23,21 +24,21 @@ from bireme.vision.stage import Stage, make_forward
 from bireme.vision.tracing import Traced, num_bytes, trace
 from bireme.vision.weights import materialise, open_weights
 
-_IN_A_ROW = 16  # for a launch and its end take as long as a block
+_IN_A_ROW = 8  # for a launch and its end take as long as a block
 
 
 class _Row(nn.Module):
-    """A block again and again."""
+    """A block again and again, each with weights of its own, which no cache holds."""
 
     def __init__(self, block: nn.Module, length: int) -> None:
         super().__init__()
-        self.length, self._block = length, block
+        self.length = length
+        self._blocks = [block, *(copy.deepcopy(block) for _ in range(length - 1))]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for _ in range(self.length - 1):
-            self._block(x)
-        made: torch.Tensor = self._block(x)
-        return made
+        made = [block(x) for block in self._blocks]
+        last: torch.Tensor = made[-1]
+        return last
 
 
 class VisionRank(rank.Rank[rank.Commands]):
