@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,8 @@ from bireme.engine.pool import WorkerPool
 from bireme.observe.causes import Row
 from bireme.observe.ledger import make_ledger
 from bireme.trace import SpanKind
+from bireme.vision.client import ImageClient, ImageSettings
+from bireme.vision.live import Pixels
 from bireme.vision.messages import VISION
 from bireme.vision.model import VisionModel, find_model
 from bireme.vision.pipeline import Passed, RankSettings, VisionPipeline, micro_batch_sizes
@@ -85,3 +89,31 @@ def test_batches_follow_one_another(pool: WorkerPool, pair: tuple[int, int]) -> 
     assert len({span.step_id for span in sends}) == 20 * NUM_MICRO_BATCHES
     arrows = [event for event in chrome_trace(recorded)["traceEvents"] if event["ph"] == "s"]
     assert len(arrows) == 20 * NUM_MICRO_BATCHES
+
+
+def test_live_micro_batches_of_any_size_are_filled_up_to_one_that_is_captured(
+    pool: WorkerPool, pair: tuple[int, int]
+) -> None:
+    model = find_model("resnet-18", None, image_size=64)
+    asked = ImageSettings(
+        model=model, points=(), max_batch_size=5, max_queue_delay_s=0.0, max_queue_size=64,
+        ranks=RankSettings(devices=tuple(f"cuda:{index}" for index in pair), num_threads=2),
+        limit_bytes=1 << 32,
+    )  # fmt: skip
+    images = [made_up_images(size, model.image_shape, size).numpy() for size in (1, 2, 3, 5, 7)]
+
+    async def infer(client: ImageClient, given: Pixels) -> Pixels:
+        return np.concatenate((await client.callers.infer(given)).parts)
+
+    async def run() -> list[Pixels]:
+        client = ImageClient(asked, pool)
+        await client.begin()
+        try:
+            await client.ready
+            return [await infer(client, given) for given in images]
+        finally:
+            await client.aclose()
+
+    for given, logits in zip(images, asyncio.run(run()), strict=True):
+        expected = whole(model, torch.from_numpy(given))
+        assert difference(torch.from_numpy(logits), expected) < TO_A_CPU["float32"]

@@ -168,11 +168,7 @@ class ImageClient:
         hidden_bytes = max((stage.out_bytes for stage in plan.stages[:-1]), default=0)
         with joined(self._pool, settings.ranks, hidden_bytes) as world:
             pipeline = LivePipeline(world, settings.model, plan, settings.ranks)
-            shape = settings.max_batch_size, *settings.model.image_shape
-            pipeline.submit(
-                [np.zeros(shape, np.float32)]
-            )  # from here on all ranks are known to work
-            num_classes = pipeline.collect().shape[1]
+            num_classes = pipeline.warm_up()
             queue = BatchQueue[ImageRequest](settings.max_batch_size, settings.max_queue_delay_s)
             self._engine = ImageEngine(pipeline, queue, self._spans, self._inbox, self)
             ready = ImageReady(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,6 +41,10 @@ class LivePipeline:
         self._next_step, self._was_awaited = 1, False
         num_stages = len(plan.stages)
         self.max_in_flight, self._micro_batch = num_stages + 1, plan.work.micro_batch
+        is_captured = settings.is_captured and settings.devices[0].startswith("cuda")
+        self._sizes = sizes_of_graphs(self._micro_batch) if is_captured else None
+        self._num_images: deque[int] = deque()  # of each micro-batch in flight
+        self._image_shape = model.image_shape
         schedule = forward_schedule(num_stages, 1)
         self._schedule = tuple(tuple(map(str, actions)) for actions in schedule)
         shape = self.max_in_flight, self._micro_batch, *model.image_shape
@@ -73,16 +79,30 @@ class LivePipeline:
         """The step_id of the next micro-batch."""
         return self._next_step
 
+    def warm_up(self) -> int:
+        """The number of classes, of a micro-batch of each size that is captured; raises where a rank does
+        not work."""
+        num_classes = 0
+        for size in self._sizes or [self._micro_batch]:
+            self.submit([np.zeros((size, *self._image_shape), np.float32)])
+            num_classes = self.collect().shape[1]
+        return num_classes
+
     def submit(self, images: Sequence[Pixels]) -> None:
-        """One micro-batch, of parts that are [n, 3, H, W]."""
+        """One micro-batch, of parts that are [n, 3, H, W]. Where its size is not one that is captured,
+        images of earlier ones fill it up."""
         step_id, self._next_step = self._next_step, self._next_step + 1
         place, num_images = step_id % self.max_in_flight, 0
         for part in images:
             self._places[place, num_images : num_images + len(part)] = part
             num_images += len(part)
         self._steps.begin(step_id, num_images)
+        self._num_images.append(num_images)
+        size = num_images
+        if self._sizes is not None:
+            size = self._sizes[bisect_left(self._sizes, num_images)]
         self._world.send_all(
-            Run(self._schedule, (num_images,), step_id, place * self._micro_batch),
+            Run(self._schedule, (size,), step_id, place * self._micro_batch),
             self._steps.patience_with_all(),
         )
 
@@ -102,7 +122,8 @@ class LivePipeline:
         if not isinstance(reply, Logits):
             raise EngineError(f"a rank answered a micro-batch with {type(reply).__name__}")
         self._steps.end(is_bound=was_there)
-        return np.frombuffer(reply.values, np.float32).reshape(-1, reply.num_classes)
+        logits = np.frombuffer(reply.values, np.float32).reshape(-1, reply.num_classes)
+        return logits[: self._num_images.popleft()]
 
     def rank_stats(self) -> list[RankStats]:
         """What every rank did since it was loaded; from one thread at a time, at any time."""
@@ -116,6 +137,11 @@ class LivePipeline:
                 zip(self._world.names, self._world.ranks, strict=True)
             )
         ]
+
+
+def sizes_of_graphs(largest: int) -> list[int]:
+    """Powers of two and the largest: each is captured before the first request, and takes memory."""
+    return sorted({largest, *(1 << power for power in range(largest.bit_length()))})
 
 
 def _bytes_of(stage: StagePlan) -> RankBytes:
