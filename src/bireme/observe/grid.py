@@ -34,12 +34,11 @@ def _line(rank: RankLedger, ledger: Ledger, num_columns: int) -> str:
     width = (ledger.end_ns - ledger.start_ns) / num_columns
     for piece in rank.pieces:
         sign = _sign(piece)
-        first = int((piece.start_ns - ledger.start_ns) / width)
-        last = min(int((piece.end_ns - ledger.start_ns) / width), num_columns - 1)
+        start, end = piece.start_ns - ledger.start_ns, piece.end_ns - ledger.start_ns
+        first, last = int(start / width), min(int(end / width), num_columns - 1)
         for index in range(first, last + 1):
-            start = ledger.start_ns + index * width
-            covered = min(piece.end_ns, start + width) - max(piece.start_ns, start)
-            cells[index][sign] += max(0, round(covered))
+            at = index * width
+            cells[index][sign] += round(max(0.0, min(end, at + width) - max(start, at)))
     return "".join(cell.most_common(1)[0][0] if cell else "?" for cell in cells)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -89,6 +90,7 @@ def _with_open(ring: SpanRing, spans: list[Span], now_ns: int) -> list[Span]:
 
 def main() -> None:
     os.nice(10)  # the ranks go first
+    gc.disable()  # nothing here refers to itself, and looking for that takes a quarter of the time
     recorder = Recorder()
     for line in sys.stdin.buffer:
         asked = msgspec.json.decode(line, type=Asked)
