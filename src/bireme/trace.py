@@ -3,7 +3,8 @@
 Each rank writes its own ring (one writer, no lock); the parent holds the same pages, so that the
 spans are readable after the rank's death, kill -9 included. The ring keeps the newest `capacity`
 records; its header says what the rank is in the middle of, and what all spans so far add up to.
-Times are CLOCK_MONOTONIC nanoseconds, the same clock for all processes of a host.
+Times are CLOCK_MONOTONIC nanoseconds, the same clock for all processes of a host. Where the parent found
+a rank's clock to be another, `set_clock` says how far it is behind, and times are read on the parent's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever 
 _NOW = struct.Struct("<III4x")  # step id, spans begun in it, innermost open kind (0: none)
 _RECORD = struct.Struct("<QQQIHH")  # start ns, end ns, bytes, step id, kind, incarnation
 _pack_now, _pack_record = _NOW.pack_into, _RECORD.pack_into
-_MAGIC = b"BIREME04"
+_MAGIC = b"BIREME05"
 _COUNT_AT = struct.calcsize("<8sII")
 DEFAULT_CAPACITY = 1 << 16
 
@@ -48,7 +49,9 @@ class SpanKind(IntEnum):
 _NUM_KINDS = max(SpanKind) + 1  # 0: what is around the outermost span
 _TOTALS = struct.Struct(f"<{4 * _NUM_KINDS}Q")  # by kind: spans, ns, ns of spans inside, bytes
 _TOTALS_AT = _HEADER.size + _NOW.size
-_RECORDS_AT = _TOTALS_AT + _TOTALS.size
+_CLOCK = struct.Struct("<q")  # ns to add to every time
+_CLOCK_AT = _TOTALS_AT + _TOTALS.size
+_RECORDS_AT = _CLOCK_AT + _CLOCK.size
 
 _CATEGORY = {
     SpanKind.ALL_REDUCE: "collective",
@@ -198,6 +201,10 @@ class SpanRing:
         self._map.close()
         self.close_fd()
 
+    def set_clock(self, behind_ns: int) -> None:
+        """How far the writer's clock is behind the reader's."""
+        _CLOCK.pack_into(self._map, _CLOCK_AT, behind_ns)
+
     def set_step(self, step_id: int, incarnation: int) -> None:
         self._step_id, self._incarnation = step_id, incarnation & 0xFFFF
         self._num_begun = self._open = 0
@@ -288,12 +295,13 @@ class SpanRing:
     def read(self, since_ns: int = 0) -> list[Span]:
         """The newest records, oldest first: those that ended after `since_ns`, and the one before them.
         The record under the writer's hand is left out."""
-        count = self._written[0]
+        count, (behind_ns,) = self._written[0], _CLOCK.unpack_from(self._map, _CLOCK_AT)
         first = max(0, count - self.capacity + 1) if count >= self.capacity else 0
         spans = []
         for index in range(count - 1, first - 1, -1):
             at = _RECORDS_AT + index % self.capacity * _RECORD.size
             start, end, num_bytes, step, kind, incarnation = _RECORD.unpack_from(self._map, at)
+            start, end = start + behind_ns, end + behind_ns
             spans.append(Span(SpanKind(kind), start, end, num_bytes, step, incarnation))
             if end < since_ns:
                 break

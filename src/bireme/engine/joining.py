@@ -67,6 +67,7 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
         )
         world.send(rank, command)
     world.gather(plan.start_timeout_s, "joining the other ranks")
+    world.compare_clocks(plan.start_timeout_s)
     return steps
 
 

@@ -77,7 +77,12 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
     """Drop the model and leave the world; the process stays."""
 
 
-Command = Join | Load | Execute | Masks | Capture | Leave
+class ReadClock(msgspec.Struct, frozen=True, tag=True):
+    """Say what time it is."""
+
+
+Common = Join | ReadClock | Leave
+Command = Common | Load | Execute | Masks | Capture
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -122,14 +127,21 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     is_secondary: bool
 
 
-Reply = Done | Loaded | Output | Failed
+class Clock(msgspec.Struct, frozen=True, tag=True):
+    """A rank's CLOCK_MONOTONIC."""
+
+    ns: int
+
+
+CommonReply = Done | Clock | Failed
+Reply = CommonReply | Loaded | Output
 
 
 @dataclass(frozen=True)
 class Program:
     """What a rank's process runs: a module with a `main`, what it can be told, and what it can say.
 
-    Every program knows `Join` and `Leave`, and says `Done` and `Failed`.
+    Every program knows the common commands and replies.
     """
 
     module: str

@@ -28,9 +28,11 @@ from bireme.engine.culprit import Standing, find_culprit, is_stopped
 from bireme.engine.deadline import Patience
 from bireme.engine.messages import (
     LANGUAGE_MODEL,
+    Clock,
     Failed,
     Leave,
     Program,
+    ReadClock,
     ReplyReader,
     encode,
     frame,
@@ -41,6 +43,7 @@ from bireme.trace import Now, Span, SpanRing
 
 _GRACE_S = 2.0  # for the first cause to arrive once a failure was seen
 _EXIT_S = 5.0
+_CLOCK_LOOKS = 5  # of which the quickest tells most
 
 
 @dataclass
@@ -176,6 +179,22 @@ class World:
         self.send_all(Leave())
         self.gather(timeout_s, "leaving")
         self.close()
+
+    def compare_clocks(self, timeout_s: float) -> None:
+        """Has every rank's times read on this process's clock. A rank's clock that is between the asking and
+        the last answer is taken for the same."""
+        looks = [self._look_at_clocks(timeout_s) for _ in range(_CLOCK_LOOKS)]
+        start_ns, end_ns, clocks = min(looks, key=lambda look: look[1] - look[0])
+        for rank, clock_ns in zip(self.ranks, clocks, strict=True):
+            is_same = start_ns <= clock_ns <= end_ns
+            rank.spans.set_clock(0 if is_same else (start_ns + end_ns) // 2 - clock_ns)
+
+    def _look_at_clocks(self, timeout_s: float) -> tuple[int, int, list[int]]:
+        start_ns = time.monotonic_ns()
+        self.send_all(ReadClock())
+        replies = self.gather(timeout_s, "reading its clock")
+        end_ns = time.monotonic_ns()
+        return start_ns, end_ns, [reply.ns for reply in replies if isinstance(reply, Clock)]
 
     def spans(self) -> dict[str, list[Span]]:
         """Every rank's spans, by the rank's name."""

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -25,7 +26,17 @@ import msgspec
 import torch
 
 from bireme.engine.channel import Steps, StepSource, open_source
-from bireme.engine.messages import CommandReader, Done, Failed, Join, Program, send
+from bireme.engine.messages import (
+    Clock,
+    CommandReader,
+    Done,
+    Failed,
+    Join,
+    Leave,
+    Program,
+    ReadClock,
+    send,
+)
 from bireme.errors import PeerLost, UserError
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.parallel.collectives import Communicator, join
@@ -73,9 +84,20 @@ class Rank(ABC, Generic[C]):
         self._comm: Communicator | None = None
         self._device = torch.device("cpu")
 
+    def obey(self, command: msgspec.Struct) -> msgspec.Struct | None:
+        """Executes one command; None where this rank has nothing to say."""
+        match command:
+            case Join():
+                return self.join(command)
+            case ReadClock():
+                return Clock(time.monotonic_ns())
+            case Leave():
+                return self.leave()
+        return self.handle(command)
+
     @abstractmethod
     def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
-        """Executes one command; None where this rank has nothing to say."""
+        """A command of this program alone."""
 
     @abstractmethod
     def drop(self, *, is_orderly: bool) -> None:
@@ -187,7 +209,7 @@ def serve(program: Program, rank_type: type[Rank[C]], commands: C) -> None:
         except Exception as error:
             _end(sock, error)
         try:
-            reply = rank.handle(command)
+            reply = rank.obey(command)
         except Exception as error:  # every failure becomes a message to the driver
             reply = _failure(error)
             rank.abandon()

@@ -21,8 +21,6 @@ from bireme.engine.messages import (
     Capture,
     Done,
     Execute,
-    Join,
-    Leave,
     Load,
     Loaded,
     Masks,
@@ -78,8 +76,6 @@ class Worker(rank.Rank[Commands]):
 
     def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
         match command:
-            case Join():
-                return self.join(command)
             case Load():
                 return self._load(command)
             case Execute(batch):
@@ -87,8 +83,6 @@ class Worker(rank.Rank[Commands]):
                 return None if output is None else Output(output)
             case Capture(folder, probes):
                 return self._capture(folder, probes)
-            case Leave():
-                return self.leave()
         return None  # masks of a step that masked nothing here, or failed
 
     def drop(self, *, is_orderly: bool) -> None:

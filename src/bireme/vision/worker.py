@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bireme.engine import rank
-from bireme.engine.messages import Done, Join, Leave
+from bireme.engine.messages import Done
 from bireme.errors import EngineError
 from bireme.trace import SpanKind, SpanRing
 from bireme.vision.fusing import fuse
@@ -53,16 +53,12 @@ class VisionRank(rank.Rank[rank.Commands]):
     @torch.inference_mode()
     def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
         match command:
-            case Join():
-                return self.join(command)
             case Measure():
                 return self._measure(command)
             case Load():
                 return self._load(command)
             case Run():
                 return self._run(command)
-            case Leave():
-                return self.leave()
         raise EngineError(f"a rank of a pipeline was told {type(command).__name__}")
 
     def drop(self, *, is_orderly: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bireme.engine.messages import Done, Failed, Join, Leave, Program
+from bireme.engine.messages import Common, CommonReply, Program
 
 
 class Multiply(msgspec.Struct, frozen=True, tag=True):
@@ -82,8 +82,8 @@ class Samples(msgspec.Struct, frozen=True, tag=True):
     num_calls: int
 
 
-Command = Join | Describe | EmptyStep | Measure | Leave
-Reply = Done | Failed | Facts | Samples
+Command = Common | Describe | EmptyStep | Measure
+Reply = CommonReply | Facts | Samples
 
 PROBE = Program(
     "bireme.planning.probe.rank", msgspec.msgpack.Decoder(Command), msgspec.msgpack.Decoder(Reply)

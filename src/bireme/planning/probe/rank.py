@@ -6,7 +6,7 @@ import msgspec
 import torch
 
 from bireme.engine import rank
-from bireme.engine.messages import Done, Join, Leave
+from bireme.engine.messages import Done
 from bireme.errors import EngineError
 from bireme.planning.probe.hardware import cpu_model, memory_bytes
 from bireme.planning.probe.messages import (
@@ -29,11 +29,6 @@ class ProbedRank(rank.Rank[rank.Commands]):
     _prepared: tuple[Work, Repeat] | None = None
 
     def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
-        match command:
-            case Join():
-                return self.join(command)
-            case Leave():
-                return self.leave()
         if self._comm is None:
             raise EngineError("a rank was asked to measure before it joined a world")
         match command:
