@@ -71,12 +71,12 @@ def make_ledger(
     ranks = recorded.ranks
     window = _window(recorded, start_ns, end_ns)
     steps = [rank_steps(rank.spans) for rank in ranks]
-    stages = [its for rank, its in zip(ranks, steps, strict=True) if rank.tp_rank == 0]
+    stages = _stages(ranks, steps)
     told = Driver(recorded.engine)
     causes = Causes(tracks(stages, told), stages, told)
     arrivals = _arrivals(ranks, steps)
     found = [
-        _RankPieces(rank, its, window, stages, causes, arrivals)
+        _RankPieces(rank, its, window, _sender_steps(rank, ranks, steps), causes, arrivals)
         for rank, its in zip(ranks, steps, strict=True)
     ]
     return Ledger(*window, [one.ledger() for one in found])
@@ -99,6 +99,21 @@ def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tup
     return start, end
 
 
+def _stages(
+    ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]
+) -> list[list[RankStep]]:
+    """Each stage's steps, as the rank of its tensor group saw them that was last to hand over."""
+    found: dict[int, dict[Key, RankStep]] = {rank.stage: {} for rank in ranks}
+    for rank, its in zip(ranks, steps, strict=True):
+        last = found[rank.stage]
+        for step in its:
+            if step.key not in last or last[step.key].sent_ns < step.sent_ns:
+                last[step.key] = step
+    return [
+        sorted(found[stage].values(), key=lambda step: step.start_ns) for stage in sorted(found)
+    ]
+
+
 Arrivals = Mapping[tuple[int, Key, int], tuple[int, str]]  # (stage, step, ordinal) -> last, by whom
 
 
@@ -113,6 +128,21 @@ def _arrivals(ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]) -
     return found
 
 
+def _sender_steps(
+    rank: RankSpans, ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]
+) -> Sequence[RankStep]:
+    """Of the rank that sends to this one: of the stage before, or of the last one its ids, which the first
+    stage receives. Of stages of unequal width receiver j takes from sender j * tp_src // tp_dst."""
+    widths = Counter(other.stage for other in ranks)
+    stage = (rank.stage - 1) % len(widths)
+    tp_rank = rank.tp_rank * widths[stage] // widths[rank.stage]
+    return next(
+        its
+        for other, its in zip(ranks, steps, strict=True)
+        if (other.stage, other.tp_rank) == (stage, tp_rank)
+    )
+
+
 class _RankPieces:
     """Cuts one rank's time in the window, from its first nanosecond to the last."""
 
@@ -121,14 +151,13 @@ class _RankPieces:
         rank: RankSpans,
         steps: Sequence[RankStep],
         window: tuple[int, int],
-        stages: Sequence[Sequence[RankStep]],
+        sender: Sequence[RankStep],
         causes: Causes,
         arrivals: Arrivals,
     ) -> None:
         self._rank, self._steps, (self._start, self._end) = rank, steps, window
         self._causes, self._arrivals = causes, arrivals
-        self._is_last = rank.stage == len(stages) - 1
-        self._senders = {step.key: step for step in stages[rank.stage - 1]} if rank.stage else None
+        self._sent = {step.key: step.sent_ns for step in sender}
         self._late: Counter[str] = Counter()
 
     def ledger(self) -> RankLedger:
@@ -169,27 +198,20 @@ class _RankPieces:
             yield Piece(start, end, Row.HOST, step.key)
 
     def _receive(self, step: RankStep, span: Span) -> Iterator[Piece]:
-        """Idle until the sender sends."""
-        awaited, sent_ns = self._sender(step, span)
-        begun_ns = span.end_ns if sent_ns is None else min(max(span.start_ns, sent_ns), span.end_ns)
-        yield from self._idle(span.start_ns, begun_ns, awaited, is_own=self._senders is not None)
+        """Idle until the sender sends. The first stage receives ids, of an earlier step."""
+        key = step.key if self._rank.stage else key_of(span)
+        sent_ns = self._sent.get(key, span.end_ns)
+        begun_ns = min(max(span.start_ns, sent_ns), span.end_ns)
+        yield from self._idle(span.start_ns, begun_ns, key, is_own=self._rank.stage > 0)
         yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
 
-    def _sender(self, step: RankStep, span: Span) -> tuple[Key | None, int | None]:
-        """The step that is received, and when it was sent; the first stage receives ids."""
-        if self._senders is None:
-            key = key_of(span)
-            return key, self._causes.ids_sent_ns(key)
-        sender = self._senders.get(step.key)
-        return step.key, None if sender is None else sender.sent_ns
-
     def _send(self, step: RankStep, span: Span) -> Iterator[Piece]:
-        """Idle while the link is full: the next stage is behind."""
-        free_ns = None if self._is_last else self._causes.slot_free_ns(self._rank.stage, step.key)
-        begun_ns = (
-            span.start_ns if free_ns is None else min(max(span.start_ns, free_ns), span.end_ns)
-        )
-        yield Piece(span.start_ns, begun_ns, Row.IMBALANCE, step.key)
+        """Idle while the link is full: until the next stage takes a message."""
+        begun_ns = span.start_ns
+        if (full := self._causes.in_slot(self._rank.stage, step.key)) is not None:
+            key, free_ns = full
+            begun_ns = min(max(span.start_ns, free_ns), span.end_ns)
+            yield from self._idle(span.start_ns, begun_ns, key, is_own=False)
         yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
 
     def _collective(self, step: RankStep, ordinal: int, span: Span) -> Iterator[Piece]:

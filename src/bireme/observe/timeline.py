@@ -68,19 +68,19 @@ def _list_of(step: RankStep, kind: SpanKind) -> list[Span]:
     return step.work if kind in (SpanKind.COMPUTE, SpanKind.SAMPLE) else []
 
 
-class Busy:
-    """When a stage worked, and on what."""
+class StageSteps:
+    """What step a stage was at."""
 
     def __init__(self, steps: Sequence[RankStep]) -> None:
         self._steps = steps
-        self._starts = [step.work_ns for step in steps]
+        self._starts = [step.start_ns for step in steps]
 
-    def at(self, time_ns: int) -> Key | None:
-        """The step that is worked on."""
+    def at(self, time_ns: int) -> RankStep | None:
+        """That it had begun and not ended; it may wait for what the step needs."""
         index = bisect_right(self._starts, time_ns) - 1
         if index < 0 or time_ns >= self._steps[index].end_ns:
             return None
-        return self._steps[index].key
+        return self._steps[index]
 
 
 class Driver:
