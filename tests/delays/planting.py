@@ -17,9 +17,11 @@ from bireme.engine.messages import LANGUAGE_MODEL, Program
 from bireme.engine.pool import WorkerPool
 from bireme.observe.causes import Row
 from bireme.observe.ledger import Ledger, RankLedger, make_ledger
+from bireme.vision.model import find_model
 
+NETWORK = find_model("vision.networks:Network", None, image_size=32)
 TOLERANCE = 0.05  # of what was planted
-DELAYS_S = (0.2, 0.4, 0.8)
+DELAYS_S = (0.2, 0.35, 0.6)
 NUM_TRIES = 3
 Rows = Mapping[Row, int]  # nanoseconds
 Interval = tuple[int, int]
@@ -97,7 +99,7 @@ def planted_pool(
         yield pool, Plant(folder)
 
 
-def check(run: Callable[[float], Planted], delays_s: Sequence[float] = DELAYS_S) -> None:
+def check(run: Callable[[float], Planted]) -> None:
     """Runs without a delay, and with each. What else the machine does is in the rows too: a comparison
     that it may have disturbed is made again."""
     gc.collect()
@@ -105,7 +107,7 @@ def check(run: Callable[[float], Planted], delays_s: Sequence[float] = DELAYS_S)
     try:
         run(0)  # warms up
         before = run(0)
-        for delay_s in delays_s:
+        for delay_s in DELAYS_S:
             for _ in range(NUM_TRIES):
                 problems = differences(before, run(delay_s))
                 if not problems:

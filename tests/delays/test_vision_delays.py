@@ -7,20 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from planting import Interval, Plant, Planted, check, planted_pool, within
+from planting import NETWORK, Interval, Plant, Planted, check, within
 
-from bireme.engine.pool import World, WorkerPool
+from bireme.engine.pool import WorkerPool, World
 from bireme.observe.causes import Row
 from bireme.observe.ledger import make_ledger
-from bireme.vision.messages import VISION
-from bireme.vision.model import find_model
 from bireme.vision.pipeline import RankSettings, VisionPipeline, micro_batch_sizes
 from bireme.vision.preprocessing import made_up_images
-from bireme.vision.tracing import Traced, trace
+from bireme.vision.tracing import Traced
 
 pytestmark = pytest.mark.slow
 
-MODEL = find_model("vision.networks:Network", None, image_size=32)
 NUM_DELAYS = 2
 PACE_S, SLOWEST_S = 0.005, 0.015
 SLOW = 1  # the stage
@@ -38,26 +35,15 @@ def num_images(num_stages: int) -> int:
     return 2 * num_stages + NUM_DELAYS + 4
 
 
-@pytest.fixture(scope="module")
-def traced() -> Traced:
-    return trace(MODEL.build(), MODEL.image_shape, MODEL.torch_dtype)
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerPool, Plant]]:
-    with planted_pool(tmp_path_factory.mktemp("planted"), VISION) as made:
-        yield made
-
-
 @pytest.fixture(scope="module", params=[2, 4])
 def case(
-    request: pytest.FixtureRequest, planted: tuple[WorkerPool, Plant], traced: Traced
+    request: pytest.FixtureRequest, vision_ranks: tuple[WorkerPool, Plant], traced: Traced
 ) -> Iterator[Case]:
-    num_stages, (pool, plant) = request.param, planted
+    num_stages, (pool, plant) = request.param, vision_ranks
     counts = micro_batch_sizes(len(traced.blocks), num_stages)
-    images = made_up_images(num_images(num_stages), MODEL.image_shape)
+    images = made_up_images(num_images(num_stages), NETWORK.image_shape)
     ranks = RankSettings(devices=("cpu",) * num_stages, num_threads=1)
-    with VisionPipeline.open(MODEL, traced, counts, images, pool, ranks) as pipeline:
+    with VisionPipeline.open(NETWORK, traced, counts, images, pool, ranks) as pipeline:
         yield Case(pipeline, plant, num_stages)
 
 
