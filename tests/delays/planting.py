@@ -19,7 +19,7 @@ from bireme.observe.causes import Row
 from bireme.observe.ledger import Ledger, RankLedger, make_ledger
 from bireme.vision.model import find_model
 
-NETWORK = find_model("vision.networks:Network", None, image_size=32)
+NETWORK = find_model("planted.slow_network:SlowNetwork", None, image_size=32)
 TOLERANCE = 0.05  # of what was planted
 DELAYS_S = (0.2, 0.35, 0.6)
 NUM_TRIES = 3
@@ -94,7 +94,8 @@ def planted_pool(
     """Rank processes that heed the plant."""
     with pytest.MonkeyPatch.context() as patch, goes_first(), WorkerPool(program) as pool:
         here = Path(__file__).parent
-        patch.setenv("PYTHONPATH", f"{here / 'planted'}{os.pathsep}{here.parent}", os.pathsep)
+        for importable in (here.parent, here, here / "planted"):
+            patch.setenv("PYTHONPATH", str(importable), prepend=os.pathsep)
         patch.setenv("PLANTED_DELAYS", str(folder))
         yield pool, Plant(folder)
 

@@ -22,10 +22,10 @@ class Planted:
         self._folder, self._rank = folder, -1
         self._home, self._is_away = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), False
         self._asked, self._num_passes = "", 0
-        self.is_loaded = False
+        self._first: int | None = None  # of its stage's blocks
 
     def join(self, rank: int) -> None:
-        self._rank, self.is_loaded = rank, False
+        self._rank, self._first = rank, None
         host = self._folder / f"host-{rank}"
         if host.exists():
             path, os.environ["GLOO_SOCKET_IFNAME"] = host.read_text().split()
@@ -36,6 +36,13 @@ class Planted:
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"
             _enter(self._home)
             self._is_away = False
+
+    def hold_up_at(self, block: int) -> None:
+        """Once a pass."""
+        if self._first is None:
+            self._first = block
+        if block == self._first:
+            self.hold_up()
 
     def hold_up(self) -> None:
         asked = (self._folder / f"rank-{self._rank}").read_text()
@@ -85,19 +92,9 @@ def plant_in_language(planted: Planted) -> None:
 
 
 def plant_in_vision(planted: Planted) -> None:
-    """In the block that a stage loads first."""
-    from bireme.vision import weights
+    from planted import slow_network
 
-    materialise = weights.materialise
-
-    def held_up(*args: Any) -> Any:
-        block = materialise(*args)
-        if not planted.is_loaded:
-            block.register_forward_pre_hook(lambda *_: planted.hold_up())
-        planted.is_loaded = True
-        return block
-
-    weights.materialise = held_up
+    slow_network.on_block.append(planted.hold_up_at)
 
 
 if {"bireme.vision.worker", "bireme.engine.worker"} & set(sys.orig_argv):
