@@ -218,6 +218,38 @@ def test_each_rank_waits_for_the_one_that_sends_to_it(
         assert rank.ns[Row.TRANSFER] == 10 * US
 
 
+def test_a_send_beside_later_work_is_told_beside_the_rows() -> None:
+    """Each step works for 100 us and idles for 50 us; its send lasts for 180 us, from its end on."""
+    spans, num_steps = [], 10
+    for step in range(num_steps):
+        at = step * 150 * US
+        end = at + 100 * US
+        spans += [
+            Span(SpanKind.STEP, at, end, 0, step, 0),
+            Span(SpanKind.COMPUTE, at, end, 0, step, 0),
+            Span(SpanKind.SEND, end, end + 180 * US, 64, step, 0),
+        ]
+    (rank,) = make_ledger(
+        Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, num_steps * 150 * US
+    ).ranks
+    assert rank.overlapped_ns == (num_steps - 1) * 100 * US
+    assert rank.ns[Row.COMPUTE] == num_steps * 100 * US
+    assert rank.ns[Row.TRANSFER] == rank.ns[Row.UNATTRIBUTED] == 0
+
+
+def test_sends_of_a_step_that_overlap_count_once() -> None:
+    """One on a stream of its own, and the wait for room on the step's."""
+    spans = [
+        Span(SpanKind.STEP, 0, 130 * US, 0, 0, 0),
+        Span(SpanKind.COMPUTE, 0, 100 * US, 0, 0, 0),
+        Span(SpanKind.SEND, 100 * US, 160 * US, 64, 0, 0),
+        Span(SpanKind.SEND, 110 * US, 130 * US, 0, 0, 0),
+    ]
+    (rank,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, 130 * US).ranks
+    assert rank.ns[Row.TRANSFER] == 30 * US
+    assert (rank.ns[Row.UNATTRIBUTED], rank.overlapped_ns) == (0, 0)
+
+
 def test_spans_that_are_gone_are_told_as_unattributed() -> None:
     piped = Piped(2, 20, 2).run()
     ranks = [RankSpans("rank 0", 0, 0, piped.stages[0]), RankSpans("rank 1", 1, 0, [])]

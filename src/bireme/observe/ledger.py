@@ -6,6 +6,7 @@ before idleness, whose causes are told by `causes`. What the rows leave of the w
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from bireme.errors import UserError
 from bireme.observe.causes import Causes, Row
 from bireme.observe.timeline import Driver, Key, RankStep, key_of, rank_steps, tracks
 from bireme.trace import RankSpans, Span, SpanKind
+
+_WORK = (Row.COMPUTE, Row.COLLECTIVE_WAIT, Row.COLLECTIVE_MOVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class RankLedger:
-    """One rank's time in the window, in disjoint pieces; `late_ns` by whom it waited for in collectives."""
+    """One rank's time in the window, in disjoint pieces; `late_ns` by whom it waited for in collectives.
+    `overlapped_ns` of its sends went on beside later steps' work, and are in no row."""
 
     name: str
     stage: int
     wall_ns: int
     pieces: Sequence[Piece]
     late_ns: Mapping[str, int]
+    overlapped_ns: int
 
     @cached_property
     def ns(self) -> Mapping[Row, int]:
@@ -163,7 +168,10 @@ class _RankPieces:
     def ledger(self) -> RankLedger:
         wall = self._end - self._start
         pieces = [piece for piece in map(self._clipped, self._all()) if piece is not None]
-        return RankLedger(self._rank.name, self._rank.stage, wall, pieces, self._late)
+        overlapped_ns = _overlapped_ns(pieces, _beside(self._steps))
+        return RankLedger(
+            self._rank.name, self._rank.stage, wall, pieces, self._late, overlapped_ns
+        )
 
     def _clipped(self, piece: Piece) -> Piece | None:
         start, end = max(piece.start_ns, self._start), min(piece.end_ns, self._end)
@@ -184,12 +192,11 @@ class _RankPieces:
             yield from self._receive(step, span)
         for ordinal, span in enumerate(step.collectives):
             yield from self._collective(step, ordinal, span)
-        for span in step.sends:
-            yield from self._send(step, span)
-        inner = sorted(
-            (span.start_ns, span.end_ns)
-            for span in (*step.receives, *step.collectives, *step.sends)
-        )
+        sends = list(step.inner_sends)
+        for start, end in sends:
+            yield from self._send(step, start, end)
+        others = ((span.start_ns, span.end_ns) for span in (*step.receives, *step.collectives))
+        inner = sorted([*sends, *others])
         work = sorted((span.start_ns, span.end_ns) for span in step.work)
         for outer in work:
             for start, end in _without(outer, inner):
@@ -205,14 +212,14 @@ class _RankPieces:
         yield from self._idle(span.start_ns, begun_ns, key, is_own=self._rank.stage > 0)
         yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
 
-    def _send(self, step: RankStep, span: Span) -> Iterator[Piece]:
+    def _send(self, step: RankStep, start_ns: int, end_ns: int) -> Iterator[Piece]:
         """Idle while the link is full: until the next stage takes a message."""
-        begun_ns = span.start_ns
+        begun_ns = start_ns
         if (full := self._causes.in_slot(self._rank.stage, step.key)) is not None:
             key, free_ns = full
-            begun_ns = min(max(span.start_ns, free_ns), span.end_ns)
-            yield from self._idle(span.start_ns, begun_ns, key, is_own=False)
-        yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
+            begun_ns = min(max(start_ns, free_ns), end_ns)
+            yield from self._idle(start_ns, begun_ns, key, is_own=False)
+        yield Piece(begun_ns, end_ns, Row.TRANSFER, step.key)
 
     def _collective(self, step: RankStep, ordinal: int, span: Span) -> Iterator[Piece]:
         last_ns, name = self._arrivals[self._rank.stage, step.key, ordinal]
@@ -230,6 +237,34 @@ class _RankPieces:
         if start < end:
             for begin, stop, row in self._causes.pieces(start, end, awaited, is_own=is_own):
                 yield Piece(begin, stop, row)
+
+
+def _beside(steps: Sequence[RankStep]) -> list[tuple[int, int]]:
+    """What of sends lies behind their steps' ends, without overlap."""
+    tails = sorted(
+        (max(span.start_ns, step.end_ns), span.end_ns)
+        for step in steps
+        for span in step.sends
+        if span.end_ns > step.end_ns
+    )
+    found: list[tuple[int, int]] = []
+    for start, end in tails:
+        at = max(start, found[-1][1]) if found else start
+        if at < end:
+            found.append((at, end))
+    return found
+
+
+def _overlapped_ns(pieces: Sequence[Piece], sends: Sequence[tuple[int, int]]) -> int:
+    """Of sends, what lies in work."""
+    found = 0
+    for piece in pieces:
+        if piece.row in _WORK:
+            first = bisect_right(sends, piece.start_ns, key=lambda send: send[1])
+            last = bisect_left(sends, piece.end_ns, key=lambda send: send[0])
+            for start, end in sends[first:last]:
+                found += min(end, piece.end_ns) - max(start, piece.start_ns)
+    return found
 
 
 def _without(outer: tuple[int, int], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
