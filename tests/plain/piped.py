@@ -18,7 +18,8 @@ class Piped:
 
     `lookahead` steps are told to the ranks beside one a group, before their ids are known. Nanoseconds:
     `work_ns(stage, step)`, `link_ns` between ranks, `host_ns` before each submission, and `empty_ns`,
-    in which there is no request, before the steps in `after_empty`.
+    in which there is no request, before the steps in `after_empty`. A narrow link carries one message
+    at a time.
     """
 
     num_stages: int
@@ -30,12 +31,14 @@ class Piped:
     lookahead: int = 1
     empty_ns: int = 0
     after_empty: frozenset[int] = frozenset()
+    is_narrow: bool = False
     driver: list[Span] = field(default_factory=list)
     stages: list[list[Span]] = field(default_factory=list)
 
     def run(self) -> Piped:
         self.driver, self.stages = [], [[] for _ in range(self.num_stages)]
         self._end = [0] * self.num_stages
+        self._link_free = [0] * self.num_stages
         self._begun: list[list[int]] = [[] for _ in range(self.num_stages)]
         self._sampled: list[int] = []  # when each step's ids were sent
         self._now = 0  # the driver's
@@ -91,7 +94,8 @@ class Piped:
             self._tell(spans, SpanKind.SEND, end, sent, step)
             self._tell(spans, SpanKind.STEP, start, sent, step)
             self._end[stage] = sent
-            come = sent - US + self.link_ns
+            come = max(sent - US, self._link_free[stage]) + self.link_ns
+            self._link_free[stage] = come * self.is_narrow
         self._sampled.append(end)
 
     def _slot_free(self, stage: int, step: int) -> int:

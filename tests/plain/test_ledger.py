@@ -140,6 +140,25 @@ def test_a_slow_link_is_transfer_wherever_one_waits_for_it(num_stages: int, dela
     check_grows(piped(0), piped(delay_ns), "transfer", grown, ranks=set(range(num_stages)))
 
 
+@pytest.mark.parametrize("delay_ns", DELAYS)
+@pytest.mark.parametrize("num_stages", [2, 4])
+@pytest.mark.parametrize("dependent", [True, False])
+def test_a_link_slower_than_all_stages_is_transfer_for_those_before_it_too(
+    num_stages: int, delay_ns: int, dependent: bool
+) -> None:
+    """They cannot send, or wait for ones that cannot."""
+
+    def piped(link_ns: int) -> Piped:
+        num_groups = num_stages + 1 if dependent else NUM_STEPS
+        return Piped(num_stages, NUM_STEPS, num_groups, link_ns=link_ns, is_narrow=True)
+
+    grown = NUM_STEPS * delay_ns
+    base = 500 * US  # at which no step waits for ids
+    check_grows(
+        piped(base), piped(base + delay_ns), "transfer", grown, ranks=set(range(num_stages))
+    )
+
+
 @pytest.mark.parametrize("num_micro_batches", [2, 8, 16])
 @pytest.mark.parametrize("num_stages", [2, 4])
 def test_micro_batches_leave_the_bubble_of_the_textbook(
@@ -175,6 +194,60 @@ def test_a_late_rank_is_waited_for_and_named(delay_ns: int) -> None:
     assert early.ns[Row.COLLECTIVE_MOVE] == late.ns[Row.COLLECTIVE_MOVE] == 200 * US
     assert (early.ns[Row.COMPUTE], late.ns[Row.COMPUTE]) == (2000 * US, 2000 * US + 20 * delay_ns)
     assert early.ns[Row.UNATTRIBUTED] == late.ns[Row.UNATTRIBUTED] == 0
+
+
+@pytest.mark.parametrize(("num_receivers", "senders"), [(2, [0, 1]), (4, [0, 0, 1, 1]), (1, [0])])
+def test_each_rank_waits_for_the_one_that_sends_to_it(
+    num_receivers: int, senders: list[int]
+) -> None:
+    """Of two that send at different times; each message takes 10 us."""
+    sent = [100 * US, 300 * US]
+    ranks = [
+        RankSpans(f"rank {it}", 0, it, [Span(SpanKind.STEP, 0, at + US, 0, 0, 0),
+                                        Span(SpanKind.COMPUTE, 0, at, 0, 0, 0),
+                                        Span(SpanKind.SEND, at, at + US, 0, 0, 0)])
+        for it, at in enumerate(sent)
+    ]  # fmt: skip
+    for index, sender in enumerate(senders):
+        come = sent[sender] + 10 * US
+        spans = [Span(SpanKind.STEP, 0, come, 0, 0, 0), Span(SpanKind.RECV, 0, come, 0, 0, 0)]
+        ranks.append(RankSpans(f"rank {2 + index}", 1, index, spans))
+    submit = Span(SpanKind.SUBMIT, 0, 1, 0, 0, 0)
+    ledger = make_ledger(Recorded(ranks, [submit]), 0, 400 * US)
+    for rank in ledger.ranks[2:]:
+        assert rank.ns[Row.TRANSFER] == 10 * US
+
+
+def test_a_send_beside_later_work_is_told_beside_the_rows() -> None:
+    """Each step works for 100 us and idles for 50 us; its send lasts for 180 us, from its end on."""
+    spans, num_steps = [], 10
+    for step in range(num_steps):
+        at = step * 150 * US
+        end = at + 100 * US
+        spans += [
+            Span(SpanKind.STEP, at, end, 0, step, 0),
+            Span(SpanKind.COMPUTE, at, end, 0, step, 0),
+            Span(SpanKind.SEND, end, end + 180 * US, 64, step, 0),
+        ]
+    (rank,) = make_ledger(
+        Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, num_steps * 150 * US
+    ).ranks
+    assert rank.overlapped_ns == (num_steps - 1) * 100 * US
+    assert rank.ns[Row.COMPUTE] == num_steps * 100 * US
+    assert rank.ns[Row.TRANSFER] == rank.ns[Row.UNATTRIBUTED] == 0
+
+
+def test_sends_of_a_step_that_overlap_count_once() -> None:
+    """One on a stream of its own, and the wait for room on the step's."""
+    spans = [
+        Span(SpanKind.STEP, 0, 130 * US, 0, 0, 0),
+        Span(SpanKind.COMPUTE, 0, 100 * US, 0, 0, 0),
+        Span(SpanKind.SEND, 100 * US, 160 * US, 64, 0, 0),
+        Span(SpanKind.SEND, 110 * US, 130 * US, 0, 0, 0),
+    ]
+    (rank,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, 130 * US).ranks
+    assert rank.ns[Row.TRANSFER] == 30 * US
+    assert (rank.ns[Row.UNATTRIBUTED], rank.overlapped_ns) == (0, 0)
 
 
 def test_spans_that_are_gone_are_told_as_unattributed() -> None:

@@ -116,6 +116,9 @@ def show(told: ToldLedger, console: Console | None = None) -> None:
         if rank.late:
             name, share = max(rank.late.items(), key=lambda item: item[1])
             console.print(f"{rank.name} waited {100 * share:.1f} % of the time for {name}")
+        if rank.overlapped:
+            share = rank.overlapped
+            console.print(f"{rank.name} sent beside its work for {100 * share:.1f} % of the time")
     console.print()
     width = max(len(_short(rank)) for rank in told.ranks)
     for rank in told.ranks:

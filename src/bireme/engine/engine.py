@@ -81,6 +81,7 @@ class Engine:
     ) -> None:
         self.scheduler, self.clock, self._executor = scheduler, clock, executor
         self._spans = spans
+        self._settled_ns = time.monotonic_ns()  # since when `run` has had no request
         self._matchers: dict[str, Matcher] = {}
         self._masked: deque[_Masked] = deque()
 
@@ -158,6 +159,8 @@ class Engine:
         waits for the end of a step, never for the caller's code between two.
         """
         left = iter(requests)
+        if self._spans is not None:
+            self._spans.write(SpanKind.EMPTY, self._settled_ns, time.monotonic_ns())
         try:
             self._feed(left)
             while self.has_unfinished:
@@ -191,8 +194,11 @@ class Engine:
             return
         while self.scheduler.num_in_flight:
             self._give_masks()
-            self.scheduler.update(self._executor.collect())
+            with self._span(SpanKind.WAIT):
+                output = self._executor.collect()
+            self.scheduler.update(output)
         self.scheduler.check_integrity()
+        self._settled_ns = time.monotonic_ns()
 
     def _expired(self) -> list[RequestState]:
         return self.scheduler.take_expired(self.clock())

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from itertools import pairwise
 
-from bireme.observe.timeline import Busy, Driver, Key, RankStep, Track
+from bireme.observe.timeline import Driver, Key, RankStep, StageSteps, Track
 
 
 class Row(StrEnum):
@@ -42,7 +42,7 @@ class Causes:
         # Micro-batches of images need nothing of one another: nothing comes back to the first stage.
         self._has_token_dependency = any(step.receives for step in stages[0]) if stages else False
         self._num_stages = len(stages)
-        self._busy = [Busy(steps) for steps in stages]
+        self._stages = [StageSteps(steps) for steps in stages]
         self._in_order = list(tracks.values())
         self._place = {key: index for index, key in enumerate(tracks)}
         self._ready = sorted(map(self._ready_ns, self._in_order))
@@ -63,16 +63,11 @@ class Causes:
             if start < end:
                 yield start, end, self._at(start, awaited, is_own=is_own)
 
-    def ids_sent_ns(self, key: Key) -> int | None:
-        """When the ids of a step were sent back."""
-        track = self._tracks.get(key)
-        last = None if track is None else track.parts[-1]
-        return None if last is None else last.sent_ns
-
     def _ready_ns(self, track: Track) -> int:
         """When all that a step needs to begin was there."""
-        needed = None if track.needs is None else self.ids_sent_ns(track.needs)
-        return track.submit_ns if needed is None else max(track.submit_ns, needed)
+        needed = None if track.needs is None else self._tracks.get(track.needs)
+        last = None if needed is None else needed.parts[-1]
+        return track.submit_ns if last is None else max(track.submit_ns, last.sent_ns)
 
     def _at(self, time_ns: int, key: Key | None, *, is_own: bool) -> Row:
         track = None if key is None else self._tracks.get(key)
@@ -108,15 +103,27 @@ class Causes:
 
     def _before_work(self, time_ns: int, track: Track, stage: int, part: RankStep) -> Row:
         """The step is told, and perhaps sent, to a stage that has not begun it."""
-        busy_with = self._busy[stage].at(time_ns)
-        if busy_with is not None and busy_with != track.key:
-            return Row.IMBALANCE
+        other = self._stages[stage].at(time_ns)
+        if other is not None and other.key != track.key:
+            return self._behind(time_ns, stage, other)
         if time_ns < part.start_ns:
             return Row.HOST  # nothing holds it up but its process
         if stage:
             return Row.TRANSFER
         needed = None if track.needs is None else self._tracks.get(track.needs)
         return Row.HOST if needed is None else self._by_place(time_ns, needed, is_bound=True)
+
+    def _behind(self, time_ns: int, stage: int, step: RankStep) -> Row:
+        """Of what waits for a stage that is at another step: it works, or waits itself."""
+        full = self.in_slot(stage, step.key)
+        if time_ns < step.work_ns:
+            held_up_by = step.key
+        elif full is not None and step.sent_ns <= time_ns < full[1]:
+            held_up_by = full[0]
+        else:
+            return Row.IMBALANCE
+        track = self._tracks.get(held_up_by)
+        return Row.UNATTRIBUTED if track is None else self._by_place(time_ns, track, is_bound=True)
 
     def _in_work(self, time_ns: int) -> Row:
         """Is the stage that works too slow, or are there too few steps that could be worked on?"""
@@ -152,14 +159,15 @@ class Causes:
         )
         return self._in_order[index].key if index < len(self._in_order) else None
 
-    def slot_free_ns(self, stage: int, key: Key) -> int | None:
-        """When the next stage took the message that was where the one of this step goes: a link holds
-        one more than there are stages."""
+    def in_slot(self, stage: int, key: Key) -> tuple[Key, int] | None:
+        """The step whose message was where the one of this step goes, and when the next stage took it: a
+        link holds one more than there are stages."""
         index = self._place.get(key, 0) - (self._num_stages + 1)
-        if index < 0:
+        if index < 0 or stage == self._num_stages - 1:
             return None
-        taken = self._in_order[index].parts[stage + 1]
-        return None if taken is None else taken.work_ns
+        before = self._in_order[index]
+        taken = before.parts[stage + 1]
+        return None if taken is None else (before.key, taken.work_ns)
 
 
 def _changes(tracks: Sequence[Track]) -> Iterator[int]:

@@ -6,6 +6,7 @@ before idleness, whose causes are told by `causes`. What the rows leave of the w
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from bireme.errors import UserError
 from bireme.observe.causes import Causes, Row
 from bireme.observe.timeline import Driver, Key, RankStep, key_of, rank_steps, tracks
 from bireme.trace import RankSpans, Span, SpanKind
+
+_WORK = (Row.COMPUTE, Row.COLLECTIVE_WAIT, Row.COLLECTIVE_MOVE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class RankLedger:
-    """One rank's time in the window, in disjoint pieces; `late_ns` by whom it waited for in collectives."""
+    """One rank's time in the window, in disjoint pieces; `late_ns` by whom it waited for in collectives.
+    `overlapped_ns` of its sends went on beside later steps' work, and are in no row."""
 
     name: str
     stage: int
     wall_ns: int
     pieces: Sequence[Piece]
     late_ns: Mapping[str, int]
+    overlapped_ns: int
 
     @cached_property
     def ns(self) -> Mapping[Row, int]:
@@ -71,12 +76,12 @@ def make_ledger(
     ranks = recorded.ranks
     window = _window(recorded, start_ns, end_ns)
     steps = [rank_steps(rank.spans) for rank in ranks]
-    stages = [its for rank, its in zip(ranks, steps, strict=True) if rank.tp_rank == 0]
+    stages = _stages(ranks, steps)
     told = Driver(recorded.engine)
     causes = Causes(tracks(stages, told), stages, told)
     arrivals = _arrivals(ranks, steps)
     found = [
-        _RankPieces(rank, its, window, stages, causes, arrivals)
+        _RankPieces(rank, its, window, _sender_steps(rank, ranks, steps), causes, arrivals)
         for rank, its in zip(ranks, steps, strict=True)
     ]
     return Ledger(*window, [one.ledger() for one in found])
@@ -99,6 +104,21 @@ def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tup
     return start, end
 
 
+def _stages(
+    ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]
+) -> list[list[RankStep]]:
+    """Each stage's steps, as the rank of its tensor group saw them that was last to hand over."""
+    found: dict[int, dict[Key, RankStep]] = {rank.stage: {} for rank in ranks}
+    for rank, its in zip(ranks, steps, strict=True):
+        last = found[rank.stage]
+        for step in its:
+            if step.key not in last or last[step.key].sent_ns < step.sent_ns:
+                last[step.key] = step
+    return [
+        sorted(found[stage].values(), key=lambda step: step.start_ns) for stage in sorted(found)
+    ]
+
+
 Arrivals = Mapping[tuple[int, Key, int], tuple[int, str]]  # (stage, step, ordinal) -> last, by whom
 
 
@@ -113,6 +133,21 @@ def _arrivals(ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]) -
     return found
 
 
+def _sender_steps(
+    rank: RankSpans, ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]
+) -> Sequence[RankStep]:
+    """Of the rank that sends to this one: of the stage before, or of the last one its ids, which the first
+    stage receives. Of stages of unequal width receiver j takes from sender j * tp_src // tp_dst."""
+    widths = Counter(other.stage for other in ranks)
+    stage = (rank.stage - 1) % len(widths)
+    tp_rank = rank.tp_rank * widths[stage] // widths[rank.stage]
+    return next(
+        its
+        for other, its in zip(ranks, steps, strict=True)
+        if (other.stage, other.tp_rank) == (stage, tp_rank)
+    )
+
+
 class _RankPieces:
     """Cuts one rank's time in the window, from its first nanosecond to the last."""
 
@@ -121,20 +156,22 @@ class _RankPieces:
         rank: RankSpans,
         steps: Sequence[RankStep],
         window: tuple[int, int],
-        stages: Sequence[Sequence[RankStep]],
+        sender: Sequence[RankStep],
         causes: Causes,
         arrivals: Arrivals,
     ) -> None:
         self._rank, self._steps, (self._start, self._end) = rank, steps, window
         self._causes, self._arrivals = causes, arrivals
-        self._is_last = rank.stage == len(stages) - 1
-        self._senders = {step.key: step for step in stages[rank.stage - 1]} if rank.stage else None
+        self._sent = {step.key: step.sent_ns for step in sender}
         self._late: Counter[str] = Counter()
 
     def ledger(self) -> RankLedger:
         wall = self._end - self._start
         pieces = [piece for piece in map(self._clipped, self._all()) if piece is not None]
-        return RankLedger(self._rank.name, self._rank.stage, wall, pieces, self._late)
+        overlapped_ns = _overlapped_ns(pieces, _beside(self._steps))
+        return RankLedger(
+            self._rank.name, self._rank.stage, wall, pieces, self._late, overlapped_ns
+        )
 
     def _clipped(self, piece: Piece) -> Piece | None:
         start, end = max(piece.start_ns, self._start), min(piece.end_ns, self._end)
@@ -155,12 +192,11 @@ class _RankPieces:
             yield from self._receive(step, span)
         for ordinal, span in enumerate(step.collectives):
             yield from self._collective(step, ordinal, span)
-        for span in step.sends:
-            yield from self._send(step, span)
-        inner = sorted(
-            (span.start_ns, span.end_ns)
-            for span in (*step.receives, *step.collectives, *step.sends)
-        )
+        sends = list(step.inner_sends)
+        for start, end in sends:
+            yield from self._send(step, start, end)
+        others = ((span.start_ns, span.end_ns) for span in (*step.receives, *step.collectives))
+        inner = sorted([*sends, *others])
         work = sorted((span.start_ns, span.end_ns) for span in step.work)
         for outer in work:
             for start, end in _without(outer, inner):
@@ -169,28 +205,21 @@ class _RankPieces:
             yield Piece(start, end, Row.HOST, step.key)
 
     def _receive(self, step: RankStep, span: Span) -> Iterator[Piece]:
-        """Idle until the sender sends."""
-        awaited, sent_ns = self._sender(step, span)
-        begun_ns = span.end_ns if sent_ns is None else min(max(span.start_ns, sent_ns), span.end_ns)
-        yield from self._idle(span.start_ns, begun_ns, awaited, is_own=self._senders is not None)
+        """Idle until the sender sends. The first stage receives ids, of an earlier step."""
+        key = step.key if self._rank.stage else key_of(span)
+        sent_ns = self._sent.get(key, span.end_ns)
+        begun_ns = min(max(span.start_ns, sent_ns), span.end_ns)
+        yield from self._idle(span.start_ns, begun_ns, key, is_own=self._rank.stage > 0)
         yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
 
-    def _sender(self, step: RankStep, span: Span) -> tuple[Key | None, int | None]:
-        """The step that is received, and when it was sent; the first stage receives ids."""
-        if self._senders is None:
-            key = key_of(span)
-            return key, self._causes.ids_sent_ns(key)
-        sender = self._senders.get(step.key)
-        return step.key, None if sender is None else sender.sent_ns
-
-    def _send(self, step: RankStep, span: Span) -> Iterator[Piece]:
-        """Idle while the link is full: the next stage is behind."""
-        free_ns = None if self._is_last else self._causes.slot_free_ns(self._rank.stage, step.key)
-        begun_ns = (
-            span.start_ns if free_ns is None else min(max(span.start_ns, free_ns), span.end_ns)
-        )
-        yield Piece(span.start_ns, begun_ns, Row.IMBALANCE, step.key)
-        yield Piece(begun_ns, span.end_ns, Row.TRANSFER, step.key)
+    def _send(self, step: RankStep, start_ns: int, end_ns: int) -> Iterator[Piece]:
+        """Idle while the link is full: until the next stage takes a message."""
+        begun_ns = start_ns
+        if (full := self._causes.in_slot(self._rank.stage, step.key)) is not None:
+            key, free_ns = full
+            begun_ns = min(max(start_ns, free_ns), end_ns)
+            yield from self._idle(start_ns, begun_ns, key, is_own=False)
+        yield Piece(begun_ns, end_ns, Row.TRANSFER, step.key)
 
     def _collective(self, step: RankStep, ordinal: int, span: Span) -> Iterator[Piece]:
         last_ns, name = self._arrivals[self._rank.stage, step.key, ordinal]
@@ -208,6 +237,34 @@ class _RankPieces:
         if start < end:
             for begin, stop, row in self._causes.pieces(start, end, awaited, is_own=is_own):
                 yield Piece(begin, stop, row)
+
+
+def _beside(steps: Sequence[RankStep]) -> list[tuple[int, int]]:
+    """What of sends lies behind their steps' ends, without overlap."""
+    tails = sorted(
+        (max(span.start_ns, step.end_ns), span.end_ns)
+        for step in steps
+        for span in step.sends
+        if span.end_ns > step.end_ns
+    )
+    found: list[tuple[int, int]] = []
+    for start, end in tails:
+        at = max(start, found[-1][1]) if found else start
+        if at < end:
+            found.append((at, end))
+    return found
+
+
+def _overlapped_ns(pieces: Sequence[Piece], sends: Sequence[tuple[int, int]]) -> int:
+    """Of sends, what lies in work."""
+    found = 0
+    for piece in pieces:
+        if piece.row in _WORK:
+            first = bisect_right(sends, piece.start_ns, key=lambda send: send[1])
+            last = bisect_left(sends, piece.end_ns, key=lambda send: send[0])
+            for start, end in sends[first:last]:
+                found += min(end, piece.end_ns) - max(start, piece.start_ns)
+    return found
 
 
 def _without(outer: tuple[int, int], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

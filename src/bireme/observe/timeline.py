@@ -10,7 +10,7 @@ Plain data, in nanoseconds of one clock. A step's way through a pipeline of two 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bireme.trace import Span, SpanKind
@@ -37,18 +37,34 @@ class RankStep:
         return self.receives[-1].end_ns if self.receives else self.start_ns
 
     @property
+    def inner_sends(self) -> Iterator[tuple[int, int]]:
+        """What of its sends lies in it, without overlap."""
+        at = self.start_ns
+        for span in self.sends:
+            start, end = max(span.start_ns, at), min(span.end_ns, self.end_ns)
+            if start < end:
+                yield start, end
+                at = end
+
+    @property
     def sent_ns(self) -> int:
         """When what others wait for was on its way."""
         return self.sends[0].start_ns if self.sends else self.end_ns
 
 
 def rank_steps(spans: Iterable[Span]) -> list[RankStep]:
-    """Whole steps, in their order. A receive lies in one step, and may be of another's ids."""
-    in_order = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns, span.kind))
+    """Whole steps, in their order. What lies in a step is of it; a receive may be of another's ids. A send
+    may outlast its step, or begin after it."""
+    in_order = sorted(spans, key=lambda span: (span.start_ns, span.kind, -span.end_ns))
     found: list[RankStep] = []
+    last: dict[Key, RankStep] = {}
     for span in in_order:
         if span.kind is SpanKind.STEP:
-            found.append(RankStep(key_of(span), span.start_ns, span.end_ns))
+            last[key_of(span)] = RankStep(key_of(span), span.start_ns, span.end_ns)
+            found.append(last[key_of(span)])
+        elif span.kind is SpanKind.SEND:
+            if key_of(span) in last:
+                last[key_of(span)].sends.append(span)
         elif found and span.end_ns <= found[-1].end_ns:
             _list_of(found[-1], span.kind).append(span)
     return found
@@ -61,26 +77,24 @@ def key_of(span: Span) -> Key:
 def _list_of(step: RankStep, kind: SpanKind) -> list[Span]:
     if kind is SpanKind.RECV:
         return step.receives
-    if kind is SpanKind.SEND:
-        return step.sends
     if kind in COLLECTIVES:
         return step.collectives
     return step.work if kind in (SpanKind.COMPUTE, SpanKind.SAMPLE) else []
 
 
-class Busy:
-    """When a stage worked, and on what."""
+class StageSteps:
+    """What step a stage was at."""
 
     def __init__(self, steps: Sequence[RankStep]) -> None:
         self._steps = steps
-        self._starts = [step.work_ns for step in steps]
+        self._starts = [step.start_ns for step in steps]
 
-    def at(self, time_ns: int) -> Key | None:
-        """The step that is worked on."""
+    def at(self, time_ns: int) -> RankStep | None:
+        """That it had begun and not ended; it may wait for what the step needs."""
         index = bisect_right(self._starts, time_ns) - 1
         if index < 0 or time_ns >= self._steps[index].end_ns:
             return None
-        return self._steps[index].key
+        return self._steps[index]
 
 
 class Driver:

@@ -15,12 +15,14 @@ NUM_COLUMNS = 100
 
 
 class ToldRank(msgspec.Struct, frozen=True):
-    """`shares` of the wall time by row; `late` by the rank that was waited for; `line` is its grid."""
+    """`shares` of the wall time by row; `late` by the rank that was waited for; `overlapped` is the share in
+    which a send went on beside a later step's work; `line` is its grid."""
 
     name: str
     stage: int
     shares: dict[str, float]
     late: dict[str, float]
+    overlapped: float
     line: str
 
 
@@ -43,6 +45,7 @@ class ToldLedger(msgspec.Struct, frozen=True):
                     stage=rank.stage,
                     shares={row.value: rank.share(row) for row in Row},
                     late={name: ns / rank.wall_ns for name, ns in rank.late_ns.items()},
+                    overlapped=rank.overlapped_ns / rank.wall_ns,
                     line=lines[rank.name],
                 )
                 for rank in ledger.ranks

@@ -262,12 +262,14 @@ class Version(Sent):
 
 
 class LedgerRank(Sent):
-    """`shares` of the time by row, `late` by the rank that was waited for, and the time as a line."""
+    """`shares` of the time by row, `late` by the rank that was waited for, `overlapped` the share in which a
+    send went on beside a later step's work, and the time as a line."""
 
     name: str
     stage: int
     shares: dict[str, float]
     late: dict[str, float]
+    overlapped: float
     line: str
 
 
