@@ -196,6 +196,32 @@ def test_a_late_rank_is_waited_for_and_named(delay_ns: int) -> None:
     assert early.ns[Row.UNATTRIBUTED] == late.ns[Row.UNATTRIBUTED] == 0
 
 
+def test_collectives_that_are_marked_in_one_step_stand_for_those_of_the_others() -> None:
+    def spans(late_us: int) -> list[Span]:
+        """Steps of 100 us, 10 us of them moved in the first, behind what the other rank was late."""
+        found = [
+            span
+            for step in range(10)
+            for start in [1 + 100 * step]
+            for span in (
+                Span(SpanKind.STEP, start * US, (start + 100) * US, 0, step, 0),
+                Span(SpanKind.COMPUTE, start * US, (start + 100) * US, 0, step, 0),
+            )
+        ]
+        marked = Span(SpanKind.ALL_REDUCE, (71 - late_us) * US, 81 * US, 0, 0, 0)
+        return [*found, marked]
+
+    ranks = [RankSpans("rank 0", 0, 0, spans(20)), RankSpans("rank 1", 0, 1, spans(0))]
+    told = [Span(SpanKind.SUBMIT, 0, US, 0, step, 0) for step in range(10)]
+    early, late = make_ledger(Recorded(ranks, told), US, 1001 * US).ranks
+    assert early.is_sampled
+    assert early.share(Row.COLLECTIVE_WAIT) == pytest.approx(0.2)
+    assert late.share(Row.COLLECTIVE_WAIT) == 0
+    for rank in (early, late):
+        assert rank.share(Row.COLLECTIVE_MOVE) == pytest.approx(0.1)
+        assert rank.share(Row.UNATTRIBUTED) == 0
+
+
 @pytest.mark.parametrize(("num_receivers", "senders"), [(2, [0, 1]), (4, [0, 0, 1, 1]), (1, [0])])
 def test_each_rank_waits_for_the_one_that_sends_to_it(
     num_receivers: int, senders: list[int]

@@ -119,6 +119,10 @@ def show(told: ToldLedger, console: Console | None = None) -> None:
         if rank.overlapped:
             share = rank.overlapped
             console.print(f"{rank.name} sent beside its work for {100 * share:.1f} % of the time")
+    if any(rank.is_sampled for rank in told.ranks):
+        console.print(
+            "collectives are sampled: all steps are taken to be as those that were marked"
+        )
     console.print()
     width = max(len(_short(rank)) for rank in told.ranks)
     for rank in told.ranks:

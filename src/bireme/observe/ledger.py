@@ -34,7 +34,8 @@ class Piece:
 @dataclass(frozen=True)
 class RankLedger:
     """One rank's time in the window, in disjoint pieces; `late_ns` by whom it waited for in collectives.
-    `overlapped_ns` of its sends went on beside later steps' work, and are in no row."""
+    `overlapped_ns` of its sends went on beside later steps' work, and are in no row. `is_sampled`: most
+    steps' collectives were not marked, and are taken to be as those that were."""
 
     name: str
     stage: int
@@ -42,6 +43,7 @@ class RankLedger:
     pieces: Sequence[Piece]
     late_ns: Mapping[str, int]
     overlapped_ns: int
+    is_sampled: bool
 
     @cached_property
     def ns(self) -> Mapping[Row, int]:
@@ -164,14 +166,31 @@ class _RankPieces:
         self._causes, self._arrivals = causes, arrivals
         self._sent = {step.key: step.sent_ns for step in sender}
         self._late: Counter[str] = Counter()
+        self._sampled = self._collective_shares()
 
     def ledger(self) -> RankLedger:
         wall = self._end - self._start
         pieces = [piece for piece in map(self._clipped, self._all()) if piece is not None]
         overlapped_ns = _overlapped_ns(pieces, _beside(self._steps))
         return RankLedger(
-            self._rank.name, self._rank.stage, wall, pieces, self._late, overlapped_ns
-        )
+            self._rank.name, self._rank.stage, wall, pieces, self._late, overlapped_ns,
+            self._sampled is not None,
+        )  # fmt: skip
+
+    def _collective_shares(self) -> tuple[float, float] | None:
+        """Of the time of work, in waiting and in moving, by the steps whose collectives were marked; none
+        where all were."""
+        marked = [step for step in self._steps if step.collectives]
+        if not marked or len(marked) == len(self._steps):
+            return None
+        wait_ns = move_ns = 0
+        for step in marked:
+            for ordinal, span in enumerate(step.collectives):
+                come_ns, _ = self._come(step, ordinal, span)
+                wait_ns += come_ns - span.start_ns
+                move_ns += span.end_ns - come_ns
+        work_ns = sum(span.end_ns - span.start_ns for step in marked for span in step.work)
+        return wait_ns / work_ns, move_ns / work_ns
 
     def _clipped(self, piece: Piece) -> Piece | None:
         start, end = max(piece.start_ns, self._start), min(piece.end_ns, self._end)
@@ -200,7 +219,7 @@ class _RankPieces:
         work = sorted((span.start_ns, span.end_ns) for span in step.work)
         for outer in work:
             for start, end in _without(outer, inner):
-                yield Piece(start, end, Row.COMPUTE, step.key)
+                yield from self._work(step, start, end)
         for start, end in _without((step.start_ns, step.end_ns), sorted([*inner, *work])):
             yield Piece(start, end, Row.HOST, step.key)
 
@@ -221,9 +240,26 @@ class _RankPieces:
             yield from self._idle(start_ns, begun_ns, key, is_own=False)
         yield Piece(begun_ns, end_ns, Row.TRANSFER, step.key)
 
-    def _collective(self, step: RankStep, ordinal: int, span: Span) -> Iterator[Piece]:
+    def _work(self, step: RankStep, start_ns: int, end_ns: int) -> Iterator[Piece]:
+        """With its collectives, where these were not marked, at its end."""
+        if self._sampled is None or step.collectives:
+            yield Piece(start_ns, end_ns, Row.COMPUTE, step.key)
+            return
+        wait, move = self._sampled
+        num_ns = end_ns - start_ns
+        wait_ns = start_ns + round(num_ns * (1 - wait - move))
+        move_ns = start_ns + round(num_ns * (1 - move))
+        yield Piece(start_ns, wait_ns, Row.COMPUTE, step.key)
+        yield Piece(wait_ns, move_ns, Row.COLLECTIVE_WAIT, step.key)
+        yield Piece(move_ns, end_ns, Row.COLLECTIVE_MOVE, step.key)
+
+    def _come(self, step: RankStep, ordinal: int, span: Span) -> tuple[int, str]:
+        """When all of the group had come to a collective, and who was last."""
         last_ns, name = self._arrivals[self._rank.stage, step.key, ordinal]
-        come_ns = min(max(last_ns, span.start_ns), span.end_ns)
+        return min(max(last_ns, span.start_ns), span.end_ns), name
+
+    def _collective(self, step: RankStep, ordinal: int, span: Span) -> Iterator[Piece]:
+        come_ns, name = self._come(step, ordinal, span)
         wait = self._clipped(Piece(span.start_ns, come_ns, Row.COLLECTIVE_WAIT, step.key))
         if wait is not None:
             self._late[name] += wait.end_ns - wait.start_ns

@@ -16,13 +16,15 @@ NUM_COLUMNS = 100
 
 class ToldRank(msgspec.Struct, frozen=True):
     """`shares` of the wall time by row; `late` by the rank that was waited for; `overlapped` is the share in
-    which a send went on beside a later step's work; `line` is its grid."""
+    which a send went on beside a later step's work; `is_sampled`: collectives were marked in some steps
+    alone; `line` is its grid."""
 
     name: str
     stage: int
     shares: dict[str, float]
     late: dict[str, float]
     overlapped: float
+    is_sampled: bool
     line: str
 
 
@@ -46,6 +48,7 @@ class ToldLedger(msgspec.Struct, frozen=True):
                     shares={row.value: rank.share(row) for row in Row},
                     late={name: ns / rank.wall_ns for name, ns in rank.late_ns.items()},
                     overlapped=rank.overlapped_ns / rank.wall_ns,
+                    is_sampled=rank.is_sampled,
                     line=lines[rank.name],
                 )
                 for rank in ledger.ranks
