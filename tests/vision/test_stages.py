@@ -70,17 +70,15 @@ def expected() -> Callable[[VisionModel], torch.Tensor]:
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])
-@pytest.mark.parametrize("name", ["resnet-18", "resnet-50", "resnet-152", "vit"])
+@pytest.mark.parametrize("name", ["resnet-18", "resnet-50", "resnet-152", "vit-b16"])
 def test_stages_compute_what_one_device_computes(
     name: str,
     num_stages: int,
-    vit: Path,
     vision_pool: WorkerPool,
     trace_once: Trace,
     expected: Callable[[VisionModel], torch.Tensor],
 ) -> None:
-    is_vit = name == "vit"
-    model = find_model(str(vit), None) if is_vit else find_model(None, name, image_size=64)
+    model = find_model(None, name, image_size=64)
     with staged(model, trace_once, num_stages, vision_pool) as pipeline:
         passed = pipeline.run(NUM_MICRO_BATCHES)
     all_bytes = sum(block.parameter_bytes for block in trace_once(model).blocks)

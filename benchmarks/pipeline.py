@@ -1,0 +1,64 @@
+"""ResNet-152 over two devices, beside one: images/s, bubbles, and where both ranks' time goes.
+
+    python benchmarks/pipeline.py --name cpu --batch 32 --image-size 96 --micro-batches 1,4,16 --threads 1
+    python benchmarks/pipeline.py --name 2x-h200 --device cuda --dtype bfloat16 --batch 512 --batches 8 ...
+
+What follows `--name` goes to `bireme pipeline --config resnet-152`. On GPUs of CUDA a rate is of the device's clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import record
+import torch
+
+from bireme.observe.told import told_of_trace
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", required=True)
+    arguments, passed_on = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        command = [
+            sys.executable, "-P", "-m", "bireme", "pipeline", "--config", "resnet-152",
+            *passed_on, "--json", "--trace", str(trace),
+        ]  # fmt: skip
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        ledger = told_of_trace(trace)
+    found = json.loads(done.stdout)
+    for one, staged in zip(found["one_device"], found["pipeline"], strict=True):
+        print(
+            f"{staged['micro_batches']:3} micro-batches: {one['images_per_s']:9.1f} images/s on one, "
+            f"{staged['images_per_s']:9.1f} on two; bubble {100 * mean(staged['bubbles']):.1f} %, "
+            f"of the schedule {100 * mean(staged['predicted_bubbles']):.1f} %"
+        )
+    print(f"speed-up {found['speed_up']:.3f}, largest difference {found['largest_difference']:.1e}")
+    for rank in ledger.ranks:
+        print(rank.name, {row: round(100 * share, 1) for row, share in rank.shares.items()})
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    record.write(
+        f"resnet-152-{arguments.name}",
+        ["bireme", "torch"],
+        {
+            "gpus": gpus,
+            **found,
+            "ledger": {rank.name: rank.shares for rank in ledger.ranks},
+            "sent_beside_work": {rank.name: rank.overlapped for rank in ledger.ranks},
+        },
+    )
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
