@@ -75,7 +75,7 @@ def test_a_language_models_link(
         firsts = count(5)  # of a prompt, so that none is known already
 
         def pass_on() -> None:
-            llm.generate([[next(firsts)] * 400], params)
+            llm.generate([[next(firsts)] * 100], params)
 
         check_link(hosts, num_stages, pass_on, llm.recorded)
 
