@@ -13,7 +13,7 @@ import pytest
 from planting import Plant
 
 LINK = "wire"  # the interface's name on either host
-_BURST_BYTES = 1600  # that a link which was idle takes at once
+BURST_BYTES = 1600  # that a link which was idle takes at once
 
 
 class Hosts:
@@ -64,7 +64,7 @@ class Hosts:
     @contextmanager
     def shaped(self, bytes_per_s: int) -> Iterator[None]:
         where = f"ip netns exec {self.names[0]} tc qdisc"
-        limits = f"rate {8 * bytes_per_s}bit burst {_BURST_BYTES} limit 100mb"
+        limits = f"rate {8 * bytes_per_s}bit burst {BURST_BYTES} limit 100mb"
         _run(f"{where} add dev {LINK} root tbf {limits}")
         try:
             yield

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
-from hosts import Hosts
+from hosts import BURST_BYTES, Hosts
 from planting import NETWORK, Plant, Planted, check
 
 from bireme import LLM, SamplingParams
@@ -49,11 +49,12 @@ def check_link(
     def run(delay_s: float) -> Planted:
         taken_s = least_s + delay_s
         rate = round(num_bytes / taken_s) if taken_s else FAST
-        start_ns = time.monotonic_ns()
         with hosts.shaped(rate):
+            start_ns = time.monotonic_ns()
             pass_on()
-            taken_ns = hosts.num_bytes() * 10**9 // rate
-        ledger = make_ledger(recorded(), start_ns, time.monotonic_ns())
+            end_ns = time.monotonic_ns()
+            taken_ns = (hosts.num_bytes() - BURST_BYTES) * 10**9 // rate
+        ledger = make_ledger(recorded(), start_ns, end_ns)
         return Planted(ledger, [{Row.TRANSFER: taken_ns - int(least_s * 1e9)}] * num_ranks)
 
     check(run)
@@ -74,7 +75,7 @@ def test_a_language_models_link(
         firsts = count(5)  # of a prompt, so that none is known already
 
         def pass_on() -> None:
-            llm.generate([[next(firsts)] * 400], params)
+            llm.generate([[next(firsts)] * 100], params)
 
         check_link(hosts, num_stages, pass_on, llm.recorded)
 

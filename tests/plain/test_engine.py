@@ -15,6 +15,7 @@ from bireme.errors import EngineError
 from bireme.parallel.layout import CacheKind
 from bireme.request import Executor, Request, ScheduledBatch, StepMasks, StepOutput
 from bireme.sampling_params import SamplingParams, StructuredOutputsParams
+from bireme.trace import SpanKind, SpanRing
 
 
 class Scripted:
@@ -45,9 +46,9 @@ class Scripted:
         return StepOutput(batch.incarnation, batch.step_id, slots, [[7]] * len(slots))
 
 
-def engine(executor: Executor) -> Engine:
+def engine(executor: Executor, spans: SpanRing | None = None) -> Engine:
     limits = SchedulerLimits(pp_size=2, max_num_seqs=4, max_num_batched_tokens=16, block_size=4)
-    return Engine(Scheduler(limits, [CacheKind(None, 40)]), executor)
+    return Engine(Scheduler(limits, [CacheKind(None, 40)]), executor, spans=spans)
 
 
 def request(name: str, structure: StructuredOutputsParams | None = None) -> Request:
@@ -67,6 +68,22 @@ def test_an_interrupt_amid_a_step_waits_for_its_end_and_leaves_a_usable_engine()
     assert not executor.in_flight
     tokens = [id_ for event in loop.run([(request("c"), None)]) for id_ in event.token_ids]
     assert tokens == [7] * 6
+
+
+def test_between_two_runs_there_is_no_request() -> None:
+    """From when the last step of the one was collected until the other begins."""
+    ring = SpanRing.create(256)
+    loop = engine(Scripted(), ring)
+    for name in ("a", "b"):
+        list(loop.run([(request(name), None)]))
+    spans = ring.read()
+    ring.close()
+    kinds = [span.kind for span in spans]
+    assert kinds.count(SpanKind.EMPTY) == 2
+    index = kinds.index(SpanKind.EMPTY, 1)
+    before, empty, after = spans[index - 1 : index + 2]
+    assert (before.kind, after.kind) == (SpanKind.WAIT, SpanKind.SUBMIT)
+    assert before.end_ns <= empty.start_ns <= empty.end_ns <= after.start_ns
 
 
 def test_an_interrupt_in_the_callers_own_code_is_not_held_back() -> None:
