@@ -76,6 +76,12 @@ class Span:
     def category(self) -> str:
         return _CATEGORY.get(self.kind, "compute")
 
+    @classmethod
+    def empty_since(cls, told: Sequence[Span]) -> Span:
+        """Of a driver that has had no request since its last span, up to now."""
+        start_ns = max((span.end_ns for span in told), default=0)
+        return cls(SpanKind.EMPTY, start_ns, time.monotonic_ns(), 0, 0, 0)
+
 
 @dataclass(frozen=True)
 class RankSpans:
@@ -294,7 +300,7 @@ class SpanRing:
 
     def read(self, since_ns: int = 0) -> list[Span]:
         """The newest records, oldest first: those that ended after `since_ns`, and the one before them.
-        The record under the writer's hand is left out."""
+        The record under the writer's hand is left out, and those that it came over meanwhile."""
         count, (behind_ns,) = self._written[0], _CLOCK.unpack_from(self._map, _CLOCK_AT)
         first = max(0, count - self.capacity + 1) if count >= self.capacity else 0
         spans = []
@@ -305,7 +311,8 @@ class SpanRing:
             spans.append(Span(SpanKind(kind), start, end, num_bytes, step, incarnation))
             if end < since_ns:
                 break
-        return spans[::-1]
+        oldest = max(0, self._written[0] - self.capacity + 1)
+        return spans[: max(0, count - oldest)][::-1]
 
     @property
     def path(self) -> str:

@@ -42,6 +42,7 @@ class Piped:
         self._begun: list[list[int]] = [[] for _ in range(self.num_stages)]
         self._sampled: list[int] = []  # when each step's ids were sent
         self._now = 0  # the driver's
+        self._tell(self.driver, SpanKind.EMPTY, -US, 0, 0)
         for step in range(self.num_steps):
             self._pass(step, self._submit(step))
         self._tell(self.driver, SpanKind.WAIT, self._now, self._end[-1], step)

@@ -255,8 +255,9 @@ def test_a_send_beside_later_work_is_told_beside_the_rows() -> None:
             Span(SpanKind.COMPUTE, at, end, 0, step, 0),
             Span(SpanKind.SEND, end, end + 180 * US, 64, step, 0),
         ]
+    empty = [Span(SpanKind.EMPTY, 0, num_steps * 150 * US, 0, 0, 0)]
     (rank,) = make_ledger(
-        Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, num_steps * 150 * US
+        Recorded([RankSpans("rank 0", 0, 0, spans)], empty), 0, num_steps * 150 * US
     ).ranks
     assert rank.overlapped_ns == (num_steps - 1) * 100 * US
     assert rank.ns[Row.COMPUTE] == num_steps * 100 * US
@@ -274,6 +275,18 @@ def test_sends_of_a_step_that_overlap_count_once() -> None:
     (rank,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, 130 * US).ranks
     assert rank.ns[Row.TRANSFER] == 30 * US
     assert (rank.ns[Row.UNATTRIBUTED], rank.overlapped_ns) == (0, 0)
+
+
+def test_what_no_driver_tells_is_unattributed() -> None:
+    """Of a trace without its engine, and of the time after an engine's end."""
+    whole = Piped(2, 20, 2, host_ns=50 * US).run()
+    end_ns = whole.ledger().end_ns
+    without = make_ledger(Recorded(whole.recorded.ranks, []), 0, end_ns)
+    later = make_ledger(whole.recorded, end_ns + US, end_ns + 2 * US)
+    for rank in (*without.ranks, *later.ranks):
+        assert rank.ns[Row.HOST] == 0
+        assert rank.share(Row.UNATTRIBUTED) > 0.02
+    assert all(rank.share(Row.UNATTRIBUTED) == 1 for rank in later.ranks)
 
 
 def test_spans_that_are_gone_are_told_as_unattributed() -> None:

@@ -62,7 +62,7 @@ def used(*aliases: str) -> ServerMetrics:
 
 LEDGER = ToldLedger(
     seconds=1.0, until_s=0.0,
-    ranks=[ToldRank(f"rank {it}", it, {row.value: 0.1 for row in Row}, {}, "") for it in (0, 1)],
+    ranks=[ToldRank(f"rank {it}", it, {row.value: 0.1 for row in Row}, {}, 0.0, False, "") for it in (0, 1)],
 )  # fmt: skip
 
 

@@ -168,7 +168,10 @@ class EngineHost:
         for rank, (name, spans) in enumerate(self.spans().items()):
             mesh = Mesh(widths, rank)
             ranks.append(RankSpans(name, mesh.stage, mesh.tp_rank, spans))
-        return Recorded(ranks, self.engine_spans())
+        told = self.engine_spans()
+        if self._engine is not None and not self._engine.has_unfinished:
+            told.append(Span.empty_since(told))
+        return Recorded(ranks, told)
 
     # --- the way in ----------------------------------------------------------------------------
 

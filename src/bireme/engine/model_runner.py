@@ -127,6 +127,9 @@ class ModelRunner:
     def drain(self) -> None:
         """Takes every message that is still under way to this rank, and delivers its own."""
         self._receive_ids(0)
+        for receiver in (self.comm.hidden_receiver, self.comm.sampled_receiver):
+            if receiver is not None:
+                receiver.finish()
         self.comm.hidden_sender.drain()
         self.comm.sampled_sender.drain()
 

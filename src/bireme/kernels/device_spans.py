@@ -101,10 +101,12 @@ class DeviceSpans:
     def _counted(self, kind: SpanKind, num_bytes: int) -> Iterator[None]:
         torch.cuda.nvtx.range_push(kind.name.lower())
         outer = self._ring.begin(kind)
-        yield
-        self._ring.end(outer)
-        self._ring.count(kind, num_bytes)
-        torch.cuda.nvtx.range_pop()
+        try:
+            yield
+        finally:
+            self._ring.end(outer)
+            self._ring.count(kind, num_bytes)
+            torch.cuda.nvtx.range_pop()
 
     def begin(self, kind: SpanKind) -> tuple[int, torch.cuda.Event]:
         torch.cuda.nvtx.range_push(kind.name.lower())

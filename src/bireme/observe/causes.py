@@ -89,6 +89,8 @@ class Causes:
 
     def _before_submission(self, time_ns: int, track: Track | None) -> Row:
         driver = self._driver
+        if not driver.is_told(time_ns):
+            return Row.UNATTRIBUTED
         if driver.is_empty(time_ns):
             return Row.STARVED
         if not driver.waits(time_ns):

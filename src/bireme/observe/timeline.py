@@ -104,7 +104,13 @@ class Driver:
         self.submitted = {key_of(span): span for span in spans if span.kind is SpanKind.SUBMIT}
         self._waits = _Intervals(span for span in spans if span.kind is SpanKind.WAIT)
         self._empty = _Intervals(span for span in spans if span.kind is SpanKind.EMPTY)
+        self._begin_ns = min((span.start_ns for span in spans), default=0)
+        self._end_ns = max((span.end_ns for span in spans), default=0)
         self.changes_ns = sorted({time for span in spans for time in (span.start_ns, span.end_ns)})
+
+    def is_told(self, time_ns: int) -> bool:
+        """Whether it wrote down what it was at: where it neither waits nor is empty, it works."""
+        return self._begin_ns <= time_ns < self._end_ns
 
     def waits(self, time_ns: int) -> bool:
         return self._waits.holds(time_ns)

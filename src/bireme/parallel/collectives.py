@@ -68,7 +68,7 @@ class DistSender:
     ) -> None:
         self._edges, self._depth, self._spans = edges, depth, spans
         self._stream = torch.cuda.Stream(device) if edges and device.type == "cuda" else None
-        self._in_flight: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._in_flight: deque[tuple[Callable[[], object], torch.Tensor]] = deque()  # await, of
 
     def send(self, header: StepHeader, rows: torch.Tensor) -> None:
         """Waits where a receiver is `depth` messages behind."""
@@ -77,41 +77,45 @@ class DistSender:
         payload = rows.contiguous().view(torch.uint8).flatten()
         stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
         message = torch.cat((message_head(stated, rows.device), payload))
-        if self._stream is None:
-            with self._spans.span(SpanKind.SEND, message.numel() * len(self._edges)), _peers():
-                self._start(message)
-                self._await_room()
-        else:
-            self._send_beside(message, self._stream)
+        with _peers():
+            if self._stream is None:
+                with self._spans.span(SpanKind.SEND, message.numel() * len(self._edges)):
+                    self._in_flight += [(work.wait, message) for work in self._begin(message)]
+                    self._await_room()
+            else:
+                self._send_beside(message, self._stream)
 
     def _send_beside(self, message: torch.Tensor, stream: torch.cuda.Stream) -> None:
         """On a stream of its own, so that the next step goes on meanwhile."""
         stream.wait_stream(torch.cuda.current_stream(message.device))
         message.record_stream(stream)
-        num_bytes = message.numel() * len(self._edges)
-        with _peers():
-            with torch.cuda.stream(stream), self._spans.aside(SpanKind.SEND, num_bytes):
-                for work in self._start(message):
+        num_bytes, taken = message.numel() * len(self._edges), torch.cuda.Event()
+        with torch.cuda.stream(stream):
+            with self._spans.aside(SpanKind.SEND, num_bytes):
+                for work in self._begin(message):
                     work.wait()  # the stream does, not the host
+            taken.record()
+        self._in_flight += [(taken.synchronize, message)] * len(self._edges)
+        if len(self._in_flight) > self._most_in_flight:
             with self._spans.span(SpanKind.SEND):
                 self._await_room()
 
-    def _start(self, message: torch.Tensor) -> list[dist.Work]:
-        works = []
-        for edge, group in self._edges:
-            works.append(_message(dist.isend, message, edge.dst, group))
-            self._in_flight.append((works[-1], message))
-        return works
+    def _begin(self, message: torch.Tensor) -> list[dist.Work]:
+        return [_message(dist.isend, message, edge.dst, group) for edge, group in self._edges]
+
+    @property
+    def _most_in_flight(self) -> int:
+        return self._depth * len(self._edges)
 
     def _await_room(self) -> None:
-        while len(self._in_flight) > self._depth * len(self._edges):
-            self._in_flight.popleft()[0].wait()
+        while len(self._in_flight) > self._most_in_flight:
+            self._in_flight.popleft()[0]()
 
     def drain(self) -> None:
         """Waits until every message was taken."""
         with _peers():
             while self._in_flight:
-                self._in_flight.popleft()[0].wait()
+                self._in_flight.popleft()[0]()
 
 
 class DistReceiver:
@@ -137,6 +141,10 @@ class DistReceiver:
             _message(dist.irecv, message, self._edge.src, self._group).wait()
         self._late.check(message[:HEADER_BYTES], expected)
         return message[HEADER_BYTES:].view(dtype).view(shape)
+
+    def finish(self) -> None:
+        """Of the last messages too."""
+        self._late.finish()
 
 
 def _message(

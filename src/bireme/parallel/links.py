@@ -86,6 +86,13 @@ class LateChecks:
             self._compare(arrived, wanted)
         return None
 
+    def finish(self) -> None:
+        """Waits for all that is left."""
+        while self._waiting:
+            event, arrived, wanted = self._waiting.popleft()
+            event.synchronize()
+            self._compare(arrived, wanted)
+
     def _compare(self, head: torch.Tensor, expected: Stated) -> None:
         Stated.unpack(head.numpy().data).check(expected, self._edge)
 
@@ -113,4 +120,8 @@ class Receiver(Protocol):
         device: torch.device,
     ) -> torch.Tensor:
         """Rows of `shape`; EngineError if the sender states another step or size."""
+        ...
+
+    def finish(self) -> None:
+        """Returns when what was received is known to be what was stated; EngineError where it is not."""
         ...

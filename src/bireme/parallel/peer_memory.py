@@ -219,3 +219,7 @@ class PeerReceiver:
             self._ring.signal_free(self._count)
         self._count += 1
         return rows
+
+    def finish(self) -> None:
+        """Of the last messages too."""
+        self._late.finish()

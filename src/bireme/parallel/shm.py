@@ -330,3 +330,6 @@ class ShmReceiver:
             self._taken.raise_to(self._count)
         stated.check(expected, self._edge)
         return rows
+
+    def finish(self) -> None:
+        """Each was checked when it came."""

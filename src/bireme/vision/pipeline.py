@@ -227,7 +227,7 @@ class VisionPipeline:
             RankSpans(name, stage, 0, [it for it in spans if it.start_ns >= self._begun_ns])
             for stage, (name, spans) in enumerate(self._world.spans().items())
         ]
-        return Recorded(ranks, self._told)
+        return Recorded(ranks, [*self._told, Span.empty_since(self._told)])
 
     def _note_run(self, steps: range, start_ns: int, sent_ns: int, end_ns: int) -> None:
         """As the engine tells it of its steps: nothing to do, a batch's steps at once, the wait."""

@@ -130,6 +130,11 @@ class Stage:
         x = receiver.receive(header, (size, *rows), dtype, self._device)
         return x.permute(0, 3, 1, 2) if x.dim() == 4 else x
 
+    def finish(self) -> None:
+        """EngineError where the last of what came was not what it should have been."""
+        if self._comm.hidden_receiver is not None:
+            self._comm.hidden_receiver.finish()
+
     def drain(self) -> None:
         self._comm.hidden_sender.drain()
 

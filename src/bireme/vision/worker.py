@@ -145,6 +145,7 @@ class VisionRank(rank.Rank[rank.Commands]):
         if logits is None and self._is_live:
             return None  # nobody waits for this stage, nor it for its device
         self.finish_spans()
+        self._stage.finish()
         if logits is None:
             return Done()
         values = logits.float().cpu().contiguous()
