@@ -91,48 +91,87 @@ def _arrows(ranks: Sequence[RankSpans], origin: int) -> Iterator[dict[str, Any]]
                 yield {**about, "ph": "f", "bp": "e", "tid": track, "ts": end_us}
 
 
+class _About(msgspec.Struct):
+    """The arguments of an event: of a track's name, or of a span."""
+
+    name: str = ""
+    stage: int | None = None
+    tp_rank: int = 0
+    step_id: int = 0
+    bytes: int = 0
+    incarnation: int = 0
+
+
+class _Event(msgspec.Struct):
+    ph: str
+    name: str
+    tid: int
+    ts: float = 0.0
+    dur: float = 0.0
+    args: _About = msgspec.field(default_factory=_About)
+
+
+class _Version(msgspec.Struct):
+    bireme_trace: int = 1
+
+
+class _File(msgspec.Struct):
+    traceEvents: list[msgspec.Raw]  # noqa: N815
+    otherData: _Version = msgspec.field(default_factory=_Version)  # noqa: N815
+
+
+class _Events(msgspec.Struct):
+    traceEvents: list[_Event]  # noqa: N815
+
+
 def read_chrome_trace(path: Path) -> Recorded:
     """What `chrome_trace` wrote; UserError for another file, or one of an earlier version."""
     try:
-        trace = msgspec.json.decode(path.read_bytes())
-        events = trace["traceEvents"]
-        found = trace.get("otherData", {}).get("bireme_trace", 1)
+        body = path.read_bytes()
+        found = msgspec.json.decode(body, type=_File).otherData.bireme_trace
+        recorded = None
         if found == _FORMAT:
-            return _recorded(events)
+            recorded = _recorded(msgspec.json.decode(body, type=_Events).traceEvents)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError):
         raise UserError(f"{path} is no trace of bireme's; --trace writes one") from None
-    raise UserError(
-        f"{path} is a trace of format {found}, and {_FORMAT} is read; record it again with --trace"
-    )
+    if recorded is None:
+        raise UserError(
+            f"{path} is a trace of format {found}, and {_FORMAT} is read; record it again with --trace"
+        )
+    stages = sorted({rank.stage for rank in recorded.ranks})
+    if stages != list(range(len(stages))):
+        told = ", ".join(map(str, stages))
+        raise UserError(f"{path} is no whole trace: of its stages 0 to {stages[-1]} it has {told}")
+    return recorded
 
 
-def _recorded(events: Sequence[Mapping[str, Any]]) -> Recorded:
-    headings = {event["tid"]: event["args"] for event in events if event["name"] == "thread_name"}
+def _recorded(events: Sequence[_Event]) -> Recorded:
+    headings = {event.tid: event.args for event in events if event.name == "thread_name"}
     spans: dict[int, list[Span]] = {track: [] for track in headings}
     for event in events:
-        if event["ph"] == "X":
-            spans[event["tid"]].append(_span(event))
+        if event.ph == "X":
+            spans[event.tid].append(_span(event))
     ranks = [
-        RankSpans(about["name"], about["stage"], about["tp_rank"], spans[track])
+        RankSpans(about.name, about.stage, about.tp_rank, spans[track])
         for track, about in headings.items()
-        if "stage" in about
+        if about.stage is not None
     ]
     engine = [
-        span for track, about in headings.items() if "stage" not in about for span in spans[track]
+        span for track, about in headings.items() if about.stage is None for span in spans[track]
     ]
     return Recorded(ranks, engine)
 
 
-def _span(event: Mapping[str, Any]) -> Span:
-    start_ns = round(event["ts"] * 1000)
-    about = event["args"]
+def _span(event: _Event) -> Span:
+    start_ns = round(event.ts * 1000)
+    about = event.args
     return Span(
-        SpanKind[event["name"].upper()],
+        SpanKind[event.name.upper()],
         start_ns,
-        start_ns + round(event["dur"] * 1000),
-        about["bytes"],
-        about["step_id"],
-        about["incarnation"],
+        start_ns + round(event.dur * 1000),
+        about.bytes,
+        about.step_id,
+        about.incarnation,
     )

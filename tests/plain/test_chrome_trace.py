@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from bireme.chrome_trace import Recorded, chrome_trace, read_chrome_trace
 from bireme.errors import UserError
 from bireme.observe.ledger import make_ledger
 from bireme.trace import RankSpans, Span, SpanKind
+
+TRACK = (
+    '{"traceEvents": [{"ph": "M", "name": "thread_name", "tid": 0, "args": {"name": "rank", "stage": %s}}],'
+    ' "otherData": {"bireme_trace": 2}}'
+)
 
 
 def written(recorded: Recorded, folder: Path) -> Path:
@@ -72,9 +79,18 @@ def test_what_is_read_back_has_the_same_ledger(tmp_path: Path) -> None:
 
 def shifted(recorded: Recorded) -> Recorded:
     """A trace begins at 0."""
-    spans = [*recorded.engine, *(span for rank in recorded.ranks for span in rank.spans)]
-    assert min(span.start_ns for span in spans) == 0
-    return recorded
+    tracks = [recorded.engine, *(rank.spans for rank in recorded.ranks)]
+    first_ns = min(span.start_ns for spans in tracks for span in spans)
+
+    def moved(spans: Sequence[Span]) -> list[Span]:
+        return [
+            replace(it, start_ns=it.start_ns - first_ns, end_ns=it.end_ns - first_ns)
+            for it in spans
+        ]
+
+    return Recorded(
+        [replace(rank, spans=moved(rank.spans)) for rank in recorded.ranks], moved(recorded.engine)
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,6 +100,8 @@ def shifted(recorded: Recorded) -> Recorded:
         ("[]", "no trace of bireme"),
         ("{}", "no trace of bireme"),
         ('{"traceEvents": [{}], "otherData": {"bireme_trace": 2}}', "no trace of bireme"),
+        (TRACK % '"1"', "no trace of bireme"),
+        (TRACK % "1", "of its stages 0 to 1 it has 1"),
         ('{"traceEvents": []}', "format 1, and 2 is read"),
         ('{"traceEvents": [], "otherData": {"bireme_trace": 9}}', "format 9, and 2 is read"),
     ],

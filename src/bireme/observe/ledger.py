@@ -102,7 +102,8 @@ def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tup
     first = told or min((span.start_ns for span in steps), default=0)
     start = first if start_ns is None else start_ns
     end = max(span.end_ns for span in steps) if end_ns is None else end_ns
-    assert start < end, "a window that is given is not empty"
+    if start >= end:
+        raise UserError("no time passed in the steps that were recorded; record a longer run")
     return start, end
 
 
