@@ -91,6 +91,7 @@ def test_one_rank_measures_itself_and_is_told_as_json(
     ("arguments", "told"),
     [
         (["--ranks", "0"], "ranks=0 must be at least 1"),
+        (["--device", "cpu", "--ranks", "5000"], "5000 ranks do not fit"),
         (["--device", "tpu"], "device 'tpu' is not known; use auto, cpu, cuda"),
         (["--transport", "smoke"], "transport 'smoke' is not known; use auto, distributed"),
         (["--device", "cpu", "--devices", "0"], "devices maps ranks to GPUs"),

@@ -18,11 +18,12 @@ import typer
 from bireme.cli import options
 from bireme.cli.probe_report import print_report
 from bireme.cli.progress import count_bar
-from bireme.config import EngineConfig, ParallelConfig
-from bireme.errors import RequestError
+from bireme.config import EngineConfig, ParallelConfig, format_bytes
+from bireme.errors import CapacityError, RequestError
 
 NAME = "probe"
 SHORT = "Measure this machine, for plans."
+_PROCESS_BYTES = 256 << 20  # of a rank that holds nothing: Python and torch
 
 
 def run(
@@ -63,6 +64,7 @@ def run(
 
     config = _config(ranks, device=device, devices=devices, transport=transport)
     chosen = resolve_devices(config)
+    _check_memory(config, chosen)
     if (load := hardware.load_average()) > (cores := hardware.num_cores()):
         _note(
             f"the machine is busy (load average {load:.1f} on {cores} cores): figures will be low"
@@ -80,6 +82,18 @@ def run(
     else:
         print_report(cluster)
         typer.echo(f"{out}: written")
+
+
+def _check_memory(config: EngineConfig, devices: tuple[str, ...]) -> None:
+    """CapacityError where the processes alone do not fit."""
+    from bireme.engine.prepare import device_memory
+
+    most = device_memory(config, devices).num_bytes // _PROCESS_BYTES
+    if devices[0] == "cpu" and len(devices) > most:
+        raise CapacityError(
+            f"{len(devices)} ranks do not fit: a rank's process takes about "
+            f"{format_bytes(_PROCESS_BYTES)}; use --ranks {most} at most"
+        )
 
 
 def _note(text: str) -> None:
