@@ -84,6 +84,8 @@ def test_images_are_not_made_in_a_size_that_the_checkpoint_does_not_ask_for(
         ([*NETWORK, "-pp", "6"], "pipeline_parallel_size=6 exceeds the 5 blocks; use at most 5"),
         ([*NETWORK, "--memory-limit", "1KiB"], "does not fit 2 devices of 1.0 KiB"),
         ([*NETWORK, "--runs", "0"], "runs=0 must be at least 1"),
+        (["pipeline", "--config", "resnet-18", "--image-size", "0"], "image_size=0 must be at least 1"),
+        (["pipeline", "vision.networks:Dense", "--image-size", "8"], r"makes [3, 8, 8] of an image"),
         (["pipeline"], "give either MODEL or --config NAME"),
         (["pipeline", "--config", "resnet-51"], "the closest is resnet-50"),
         (["pipeline", "--config", "vit-b16", "--image-size", "100"], "must be a multiple of vit-b16's patch"),
@@ -97,3 +99,18 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert status == 2
     assert says in err
     assert "\n" not in err
+
+
+def test_stages_that_compute_something_else_are_noticed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network that is another in each process."""
+    (tmp_path / "other.py").write_text(
+        "import os, torch\nfrom vision.networks import Network\n\n\nclass Other(Network):\n"
+        "    def forward(self, x):\n        return super().forward(x) * (1 + os.getpid() % 1000)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = ["pipeline", "other:Other", *NETWORK[2:], "--batch", "4", "--micro-batches", "2"]
+    assert run([*arguments, "--runs", "1"]) == 1
+    assert "the stages differ from one device by" in capsys.readouterr().err

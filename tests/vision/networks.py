@@ -68,3 +68,20 @@ class Dense(nn.Module):
 
 def no_module() -> int:
     return 3
+
+
+class InPlace(nn.Module):
+    """Changes what it is given, and computes the weight before a BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(8, 3, 3, 3))
+        self.norm = nn.BatchNorm2d(8)
+        self.blocks = nn.Sequential(*(Residual(8) for _ in range(2)))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(0.5)
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        x = self.norm(nn.functional.conv2d(x, weight))
+        return self.head(self.blocks(x).mean((2, 3)))

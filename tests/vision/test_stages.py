@@ -190,3 +190,13 @@ def test_a_rank_that_hangs_is_named(network: VisionModel, trace_once: Trace) -> 
             pipeline.run(2)
             os.kill(own.take(2)[0].process.pid, signal.SIGSTOP)
             pipeline.run(2)
+
+
+def test_a_module_that_changes_what_it_is_given_leaves_the_images_alone(
+    network: VisionModel, trace_once: Trace
+) -> None:
+    model = find_model("vision.networks:InPlace", None, image_size=8)
+    with WorkerPool(VISION) as own, staged(model, trace_once, 2, own) as pipeline:
+        first, second = (pipeline.run(NUM_MICRO_BATCHES).logits for _ in range(2))
+    assert torch.equal(first, second)
+    assert difference(first, whole(model, made_up_images(BATCH, model.image_shape))) < TOLERANCE

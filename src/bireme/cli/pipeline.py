@@ -152,7 +152,7 @@ def run(
     )
     if trace is not None:
         options.check_writable(trace, "trace of ours", options.is_trace)
-    from bireme.cli.pipeline_report import Report, write_trace
+    from bireme.cli.pipeline_report import Report, check_same, write_trace
     from bireme.engine.joining import threads_per_rank
     from bireme.engine.pool import WorkerPool
     from bireme.engine.prepare import device_memory, resolve_devices
@@ -179,6 +179,7 @@ def run(
     module = found.build()
     open_weights(found, module)  # refuses what is missing, before any process starts
     blocks = traced_blocks(module, found.image_shape, found.torch_dtype)
+    blocks.check_classifies()
     check_num_stages(num_stages, len(blocks.blocks))
     starts = [blocks.block_at(point) for point in points] if points else None
     report = Report(found, given.names, counts, batches, ranks, limit_bytes, top)
@@ -203,6 +204,7 @@ def run(
         report.print_json(plan, alone, staged)
     else:
         report.print_sweep(plan, alone, staged)
+    check_same(alone, staged, found.dtype, where[0].partition(":")[0])
 
 
 def _counts(text: str | None, batch: int) -> tuple[int, ...]:

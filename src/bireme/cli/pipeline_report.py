@@ -11,6 +11,7 @@ from typing import Any
 from bireme.chrome_trace import Recorded, chrome_trace
 from bireme.cli.tables import console, table
 from bireme.config import format_bytes
+from bireme.errors import EngineError
 from bireme.parallel.pipeline import forward_schedule, grid
 from bireme.vision.model import VisionModel
 from bireme.vision.pipeline import RankSettings
@@ -203,6 +204,24 @@ class Report:
                 "textbook_bubble": self._textbook(num_stages, trial),
             }
         return found
+
+
+def check_same(alone: Sweep, staged: Sweep, dtype: str, device: str) -> None:
+    """EngineError where the stages' logits are not those of one device, whatever the micro-batches."""
+    reference = alone.best
+    if reference is None:
+        return
+    is_exact = dtype == "float32" and device == "cpu"
+    # of the largest logit; GPUs compute float32 convolutions in TF32
+    allowed = 1e-5 if is_exact else 1e-3 if dtype == "float32" else 3e-2
+    for trial in staged.trials:
+        if trial.passed is not None:
+            difference, largest = _difference(reference, trial)
+            if not difference <= allowed * largest:  # NaN neither
+                raise EngineError(
+                    f"at {trial.num_micro_batches} micro-batches the stages differ from one device by "
+                    f"{difference:.1e}, of logits up to {largest:.1e}; {allowed * largest:.1e} is allowed"
+                )
 
 
 def _speed_up(trial: Trial, reference: Trial | None) -> str:

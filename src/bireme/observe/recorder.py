@@ -51,14 +51,16 @@ class Recorder:
         read_ns = since_ns - _BEFORE_NS
         found = [ring.read(read_ns) for ring in rings]
         engine = self._ring(asked.engine_fd)
+        told = _with_open(engine, engine.read(read_ns), now_ns)
         recorded = Recorded(
             [
                 RankSpans(rank.name, rank.stage, rank.tp_rank, spans)
                 for rank, spans in zip(asked.ranks, found, strict=True)
             ],
-            _with_open(engine, engine.read(read_ns), now_ns),
+            told,
         )
-        start_ns, end_ns = since_ns, now_ns
+        start_ns = max(since_ns, min((span.start_ns for span in told), default=0))
+        end_ns = now_ns
         for ring, spans in zip(rings, found, strict=True):
             start_ns = max(start_ns, _first_ns(ring, spans))
             if ring.now().kind is not None:  # amid a step

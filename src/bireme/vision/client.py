@@ -185,6 +185,7 @@ class ImageClient:
         open_weights(model, module)  # refuses what is missing, before any process starts
         self._pool.take(num_stages)  # which start meanwhile
         traced = trace(module, model.image_shape, model.torch_dtype)
+        traced.check_classifies()
         check_num_stages(num_stages, len(traced.blocks))
         starts = [traced.block_at(point) for point in settings.points] or None
         self._at("measuring its blocks")

@@ -48,6 +48,8 @@ def _fold(flat: fx.GraphModule, norm: fx.Node) -> None:
     if is_training or not _is_only_for(norm, conv, _CONV):
         return
     x, weight, bias, *rest = _conv_args(conv)
+    if not all(map(_is_stored, (weight, bias, scale, shift, mean, variance))):
+        return
     fused = fuse_conv_bn_weights(
         _float(flat, weight), _float(flat, bias), _float(flat, mean), _float(flat, variance), eps,
         _float(flat, scale), _float(flat, shift),
@@ -60,6 +62,11 @@ def _fold(flat: fx.GraphModule, norm: fx.Node) -> None:
         with flat.graph.inserting_before(norm):
             given.append(flat.graph.get_attr(name))
     _replace((norm, conv), _CONV, (x, *given, *rest))
+
+
+def _is_stored(node: Any) -> bool:
+    """A tensor of the module, not one that it computes; or none."""
+    return node is None or node.op == "get_attr"
 
 
 def _float(flat: fx.GraphModule, node: Any) -> Any:

@@ -88,6 +88,8 @@ def find_model(
         raise ConfigError(f"dtype {dtype!r} is not known; use auto, {', '.join(DTYPE_BYTES)}")
     if name in huggingface.SHAPES and not Path(str(name)).is_dir():
         name, config = None, name
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size={image_size} must be at least 1")
     size, kind, home = image_size, _kind(name), weights
     if config is not None:
         kind, name = "config", _known_config(config)
@@ -95,7 +97,11 @@ def find_model(
         home, size = weights or Path(str(name)), _folder_size(Path(str(name)), image_size)
     found = dtype if dtype != "auto" else "float32" if home is None else _dtype_of(home)
     return VisionModel(
-        kind, str(name), str(home) if home else None, size or DEFAULT_IMAGE_SIZE, found
+        kind,
+        str(name),
+        str(home) if home else None,
+        DEFAULT_IMAGE_SIZE if size is None else size,
+        found,
     )
 
 

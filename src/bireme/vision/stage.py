@@ -120,8 +120,10 @@ class Stage:
         if self._images is not None:
             first = command.first_image + sum(command.sizes[:micro_batch])
             start = first % len(self._images)
-            images = self._images[start : start + size]
-            return images.to(self._device, dtype, memory_format=torch.channels_last)
+            images = self._images[
+                start : start + size
+            ]  # a copy: a module may change what it is given
+            return images.to(self._device, dtype, memory_format=torch.channels_last, copy=True)
         receiver = self._comm.hidden_receiver
         assert receiver is not None
         # activations [C, H, W] come as [N, H, W, C]

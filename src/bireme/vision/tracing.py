@@ -54,6 +54,14 @@ class Traced:
         before = self.blocks[index - 1].shape
         return before.out_shape, before.out_dtype
 
+    def check_classifies(self) -> None:
+        """ConfigError where it makes something else than a number a class."""
+        made = self.blocks[-1].shape.out_shape
+        if len(made) != 1:
+            raise ConfigError(
+                f"the module makes {list(made)} of an image; it must classify: [classes], a number each"
+            )
+
     def block_at(self, name: str) -> int:
         """The block that begins at `name`, which may leave leading parts out (`layer3.0`)."""
         found = [
