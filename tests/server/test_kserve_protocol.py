@@ -110,6 +110,7 @@ def test_an_input_with_whatever_fields_is_read_or_refused(fields: dict[str, Any]
         ({"inputs": [images(data=[0.0] * 25)]}, r"data has the shape \[25\], not \[2, 3, 2, 2\]"),
         ({"inputs": [images(data=IMAGES.tolist()[:1])]}, r"shape \[1, 3, 2, 2\], not"),
         ({"inputs": [images(data=[[[[0.0]]], [[[0.0, 1.0]]]])]}, "is nested unevenly"),
+        ({"inputs": [images(data=[0.0] * 9000)]}, "at most 17920 are taken"),
         ({"inputs": [images(data=[[0.0]])]}, "images.data is not as it must be"),
         ({"inputs": [images(data=["0.5"] * 24)]}, "Expected `float`, got `str`"),
         ({"inputs": [images(data=[None] * 24)]}, "Expected `float`, got `null`"),

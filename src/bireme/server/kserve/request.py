@@ -21,6 +21,7 @@ from bireme.vision.live import Pixels
 IMAGES, FILES, LOGITS = "images", "files", "logits"
 _DATATYPES = {IMAGES: "FP32", FILES: "BYTES"}
 _MOST_JSON = 16 << 20  # bytes: their numbers become objects of Python, of many times the size
+_MOST_NUMBER_BYTES = 64  # in JSON, with brackets and indentation
 _LENGTH = struct.Struct("<I")
 _IS_NESTED = re.compile(rb"\s*\[\s*\[")
 _Nested = list[list[list[list[float]]]]
@@ -78,7 +79,7 @@ class Inference:
         if self.payload is None:
             found = _decoded(self.tensor.data, list[bytes], f"{FILES}.data (texts in base64)")
         else:
-            found = _elements(self.payload)
+            found = _elements(self.payload, self.num_images)
         if len(found) != self.num_images:
             raise RequestError(f"{FILES} has {len(found)} elements, its shape {self.num_images}")
         return found
@@ -187,6 +188,11 @@ def _flag(parameters: Mapping[str, Any], name: str, default: bool) -> bool:
 
 def _numbers(data: msgspec.Raw, shape: tuple[int, ...]) -> Pixels:
     """Flat, or nested as the shape is."""
+    most = _MOST_NUMBER_BYTES * (math.prod(shape) + 256)
+    if len(data) > most:
+        raise RequestError(
+            f"{IMAGES}.data has {len(data)} bytes for the shape {list(shape)}; at most {most} are taken"
+        )
     is_nested = _IS_NESTED.match(data) is not None
     values = _decoded(data, _Nested if is_nested else list[float], f"{IMAGES}.data")
     try:
@@ -207,11 +213,11 @@ def _sized(payload: memoryview, shape: tuple[int, ...]) -> memoryview:
     return payload
 
 
-def _elements(payload: memoryview) -> list[bytes]:
-    """Each has its length before it."""
+def _elements(payload: memoryview, most: int) -> list[bytes]:
+    """Each has its length before it; one more than `most` is enough to be refused."""
     found: list[bytes] = []
     at = 0
-    while at < len(payload):
+    while at < len(payload) and len(found) <= most:
         start = at + _LENGTH.size
         if start > len(payload):
             raise RequestError(f"{FILES} ends amid the length of element {len(found)}")

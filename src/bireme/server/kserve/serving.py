@@ -26,7 +26,7 @@ from bireme.server.leaving import unless_gone
 from bireme.server.log import Log
 from bireme.server.service import Service
 from bireme.vision.client import ImageClient, ImageStats
-from bireme.vision.live import Pixels
+from bireme.vision.engine import ImageRequest
 from bireme.vision.preprocessing import decode_image
 
 _MOST_THREADS = 4  # that read what clients send; image files take milliseconds each
@@ -46,6 +46,7 @@ class ImageServing(Service):
             self._inputs[FILES] = {"datatype": "BYTES", "shape": [-1]}
         num_threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
         self._threads = ThreadPoolExecutor(num_threads, "bodies")
+        self._decoders = ThreadPoolExecutor(num_threads, "images")  # tensors do not wait for files
 
     @property
     def metrics(self) -> ImageMetrics:
@@ -73,7 +74,7 @@ class ImageServing(Service):
     async def infer(self, request: Request, name: str) -> Response:
         """A client that leaves before it is answered frees what still waits of its images."""
         self.check_ready()
-        loop, callers = asyncio.get_running_loop(), self.client.callers
+        loop = asyncio.get_running_loop()
         if encoding := request.headers.get("content-encoding"):
             raise RequestError(f"Content-Encoding {encoding:.30} is not taken; send it as it is")
         try:
@@ -86,9 +87,8 @@ class ImageServing(Service):
         )
         exchange = Exchange.of(request.scope)
         exchange.num_images = inference.num_images
-        with callers.room(inference.num_images):
-            pixels = await loop.run_in_executor(self._threads, self._pixels, inference)
-            done = await unless_gone(request, callers.infer(pixels))
+        with self.client.callers.room(inference.num_images):
+            done = await unless_gone(request, self._done(inference))
         if done.scheduled_s is not None:
             exchange.queue_s = done.scheduled_s - done.arrival_s
         self._metrics.note_done(done, time.monotonic())
@@ -98,20 +98,28 @@ class ImageServing(Service):
         )
         return Response(content, headers=headers)
 
-    def _pixels(self, inference: Inference) -> Pixels:
+    async def _done(self, inference: Inference) -> ImageRequest:
+        loop = asyncio.get_running_loop()
         if inference.tensor.name == IMAGES:
-            return inference.pixels()
-        found = []
-        for index, content in enumerate(inference.files()):
-            try:
-                found.append(decode_image(content, self._preprocessing))
-            except RequestError as error:
-                raise RequestError(f"{FILES}[{index}] is {error}") from None
-        return torch.stack(found).numpy()
+            pixels = await loop.run_in_executor(self._threads, inference.pixels)
+        else:  # file by file: who leaves has decoded one more at most, and others have their turn between
+            found = [
+                await loop.run_in_executor(self._decoders, self._decoded, index, content)
+                for index, content in enumerate(inference.files())
+            ]
+            pixels = torch.stack(found).numpy()
+        return await self.client.callers.infer(pixels)
+
+    def _decoded(self, index: int, content: bytes) -> torch.Tensor:
+        try:
+            return decode_image(content, self._preprocessing)
+        except RequestError as error:
+            raise RequestError(f"{FILES}[{index}] is {error}") from None
 
     async def aclose(self) -> None:
         await super().aclose()
-        self._threads.shutdown(wait=False)
+        for threads in (self._threads, self._decoders):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def default_name(model: str) -> str:
