@@ -36,6 +36,27 @@ def test_a_full_ring_keeps_the_newest(capacity: int, count: int) -> None:
     ring.close()
 
 
+def test_what_a_writer_came_over_meanwhile_is_left_out() -> None:
+    """Whatever is read of a full ring that another process fills is whole, and in order."""
+    ring = SpanRing.create(1 << 12)
+    code = (
+        "import sys; from itertools import count; from bireme.trace import SpanKind, SpanRing\n"
+        "ring = SpanRing(int(sys.argv[1]))\n"
+        "for at in count(): ring.write(SpanKind.STEP, at, at + 1)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(ring.fd)], pass_fds=[ring.fd]) as writer:
+        try:
+            reads = 0
+            while reads < 20:
+                starts = [span.start_ns for span in ring.read()]
+                if starts and starts[0]:  # it has gone round
+                    assert starts == list(range(starts[0], starts[0] + len(starts)))
+                    reads += 1
+        finally:
+            writer.kill()
+    ring.close()
+
+
 def test_spans_outlive_a_killed_writer() -> None:
     ring = SpanRing.create()
     code = (

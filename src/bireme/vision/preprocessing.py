@@ -127,7 +127,9 @@ def read_images(
         try:
             with Image.open(path) as image:
                 images.append(preprocessing(image))
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        except (
+            UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError
+        ) as error:  # fmt: skip
             raise RequestError(f"{path} is no image that can be read: {error}") from None
     return [path.name for path in paths], torch.stack(images)
 
