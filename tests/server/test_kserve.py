@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.http as triton
+from PIL import Image
 from served import DEADLINE_S, Answer, Served, children, serving
 from test_shutdown import check_all_ended, command, until
 
@@ -123,6 +126,26 @@ def test_image_files_are_prepared_by_the_server(client: triton.InferenceServerCl
     with pytest.raises(triton.InferenceServerException, match=r"files\[1\] is no image") as caught:
         client.infer(MODEL, [tensor])
     assert caught.value.status() == "400"
+
+
+def large_image() -> bytes:
+    """33 million pixels in 4 KB."""
+    out = BytesIO()
+    Image.new("1", (5792, 5792)).save(out, "PNG")
+    return out.getvalue()
+
+
+def files(contents: list[bytes]) -> dict[str, Any]:
+    data = [base64.b64encode(content).decode() for content in contents]
+    return {"inputs": [{"name": "files", "datatype": "BYTES", "shape": [len(data)], "data": data}]}
+
+
+def test_more_pixels_than_one_request_may_have_are_refused(server: Served) -> None:
+    refused = server.ask("POST", f"{PATH}/infer", files([large_image()] * 9))
+    assert refused.status == 400
+    assert error(refused) == (
+        f"files have {9 * 5792**2} pixels; at most {1 << 28} are taken in one request"
+    )
 
 
 def test_tritons_client_understands_errors(client: triton.InferenceServerClient) -> None:
@@ -276,6 +299,29 @@ def test_a_client_that_leaves_and_a_killed_rank() -> None:
         check_all_ended([rank])
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0
+
+
+def test_a_server_that_ends_decodes_no_more_files() -> None:
+    options = (*SMALL, "--shutdown-timeout", "0")
+    with serving(*options, model=MODEL, env=environment()) as server:
+        answers: list[Answer] = []
+        asked = files([large_image()] * 8)
+        asking = [
+            threading.Thread(
+                target=lambda: answers.append(server.ask("POST", f"{PATH}/infer", asked))
+            )
+            for _ in range(6)
+        ]
+        for one in asking:
+            one.start()
+        until(lambda: server.ask("GET", "/load").json == {"server_load": len(asking)})
+        server.process.send_signal(signal.SIGTERM)
+        for one in asking:
+            one.join(DEADLINE_S)
+        assert [answer.status for answer in answers] == [503] * len(asking)
+        assert {error(answer) for answer in answers} == {"the server is shutting down"}
+        assert server.end() == 0
+        assert not any("Traceback" in line for line in server.told)
 
 
 @pytest.mark.parametrize(

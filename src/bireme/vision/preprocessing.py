@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -134,27 +136,39 @@ def read_images(
     return [path.name for path in paths], torch.stack(images)
 
 
-def decode_image(content: bytes, preprocessing: Preprocessing) -> torch.Tensor:
-    """[3, side, side] of a file that a stranger sent; RequestError where it is none, or so large that it
-    would take all memory."""
-    from PIL import Image
-
-    try:
-        with Image.open(BytesIO(content), formats=_FORMATS) as image:
-            size = image.size
-            if (
-                min(size) > 0
-                and max(math.prod(size), preprocessing.num_pixels(*size)) <= _MOST_PIXELS
-            ):
-                return preprocessing(image)
-    except Exception as error:  # whatever decoders raise of hostile bytes
-        raise RequestError(
-            f"no image that can be read ({', '.join(_FORMATS)}): {type(error).__name__}"
-        ) from None
+def image_pixels(content: bytes, preprocessing: Preprocessing) -> int:
+    """Of a file that a stranger sent, as it comes or resized, whichever is more; it is not decoded yet.
+    RequestError where it is no image, or so large that it would take all memory."""
+    with _opened(content) as image:
+        size = image.size
+        if min(size) > 0:
+            num_pixels: int = max(math.prod(size), preprocessing.num_pixels(*size))
+            if num_pixels <= _MOST_PIXELS:
+                return num_pixels
     raise RequestError(
         f"an image of {size[0]} x {size[1]} pixels; at most {_MOST_PIXELS} are taken, "
         "also once its shorter edge has its size"
     )
+
+
+def decode_image(content: bytes, preprocessing: Preprocessing) -> torch.Tensor:
+    """[3, side, side] of a file that a stranger sent; RequestError as for `image_pixels`."""
+    image_pixels(content, preprocessing)
+    with _opened(content) as image:
+        return preprocessing(image)
+
+
+@contextmanager
+def _opened(content: bytes) -> Iterator[Image]:
+    from PIL import Image
+
+    try:
+        with Image.open(BytesIO(content), formats=_FORMATS) as image:
+            yield image
+    except Exception as error:  # whatever decoders raise of hostile bytes
+        raise RequestError(
+            f"no image that can be read ({', '.join(_FORMATS)}): {type(error).__name__}"
+        ) from None
 
 
 def made_up_images(num_images: int, shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,9 +28,13 @@ from bireme.server.log import Log
 from bireme.server.service import Service
 from bireme.vision.client import ImageClient, ImageStats
 from bireme.vision.engine import ImageRequest
-from bireme.vision.preprocessing import decode_image
+from bireme.vision.live import Pixels
+from bireme.vision.preprocessing import Preprocessing, decode_image, image_pixels
+
+T = TypeVar("T")
 
 _MOST_THREADS = 4  # that read what clients send; image files take milliseconds each
+_MOST_PIXELS = 1 << 28  # of all files of a request: seconds of a core
 
 
 class ImageServing(Service):
@@ -102,19 +107,32 @@ class ImageServing(Service):
         loop = asyncio.get_running_loop()
         if inference.tensor.name == IMAGES:
             pixels = await loop.run_in_executor(self._threads, inference.pixels)
-        else:  # file by file: who leaves has decoded one more at most, and others have their turn between
-            found = [
-                await loop.run_in_executor(self._decoders, self._decoded, index, content)
-                for index, content in enumerate(inference.files())
-            ]
-            pixels = torch.stack(found).numpy()
+        else:
+            pixels = await self._decoded(await loop.run_in_executor(self._threads, inference.files))
         return await self.client.callers.infer(pixels)
 
-    def _decoded(self, index: int, content: bytes) -> torch.Tensor:
-        try:
-            return decode_image(content, self._preprocessing)
-        except RequestError as error:
-            raise RequestError(f"{FILES}[{index}] is {error}") from None
+    async def _decoded(self, files: list[bytes]) -> Pixels:
+        """File by file: who leaves has one more decoded at most, and others have their turn between."""
+        num_pixels = sum([await self._of_file(image_pixels, *file) for file in enumerate(files)])
+        if num_pixels > _MOST_PIXELS:
+            raise RequestError(
+                f"{FILES} have {num_pixels} pixels; at most {_MOST_PIXELS} are taken in one request"
+            )
+        found = [await self._of_file(decode_image, *file) for file in enumerate(files)]
+        return torch.stack(found).numpy()
+
+    async def _of_file(
+        self, read: Callable[[bytes, Preprocessing], T], index: int, content: bytes
+    ) -> T:
+        def job() -> T:
+            if (error := self.client.callers.error) is not None:  # nobody will compute them
+                raise error
+            try:
+                return read(content, self._preprocessing)
+            except RequestError as error:
+                raise RequestError(f"{FILES}[{index}] is {error}") from None
+
+        return await asyncio.get_running_loop().run_in_executor(self._decoders, job)
 
     async def aclose(self) -> None:
         await super().aclose()
