@@ -29,12 +29,14 @@ class AskedRank(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """Of the last `seconds`; `engine_fd` is the ring of the engine itself."""
+    """Of the last `seconds`; `engine_fd` is the ring of the engine itself. Where it runs no more, they are
+    the last before its last span ended."""
 
     ranks: list[AskedRank]
     engine_fd: int
     seconds: float
     num_columns: int = NUM_COLUMNS
+    is_running: bool = True
 
 
 class Recorder:
@@ -46,12 +48,15 @@ class Recorder:
     def told(self, asked: Asked) -> ToldLedger:
         """Up to the last moment of which all ranks' spans tell: a step's come when it has ended."""
         now_ns = time.monotonic_ns()
-        since_ns = now_ns - int(asked.seconds * 1e9)
+        engine = self._ring(asked.engine_fd)
+        last_ns = now_ns if asked.is_running else _last_ns(engine, now_ns)
+        since_ns = last_ns - int(asked.seconds * 1e9)
         rings = [self._ring(rank.fd) for rank in asked.ranks]
         read_ns = since_ns - _BEFORE_NS
         found = [ring.read(read_ns) for ring in rings]
-        engine = self._ring(asked.engine_fd)
-        told = _with_open(engine, engine.read(read_ns), now_ns)
+        told = engine.read(read_ns)
+        if asked.is_running:
+            told = _with_open(engine, told, now_ns)
         recorded = Recorded(
             [
                 RankSpans(rank.name, rank.stage, rank.tp_rank, spans)
@@ -60,7 +65,7 @@ class Recorder:
             told,
         )
         start_ns = max(since_ns, min((span.start_ns for span in told), default=0))
-        end_ns = now_ns
+        end_ns = last_ns
         for ring, spans in zip(rings, found, strict=True):
             start_ns = max(start_ns, _first_ns(ring, spans))
             if ring.now().kind is not None:  # amid a step
@@ -79,6 +84,11 @@ def _first_ns(ring: SpanRing, spans: Sequence[Span]) -> int:
     """From when on a ring knows all: it may have been overwritten."""
     is_full = len(spans) >= ring.capacity - 1
     return spans[0].end_ns if is_full else 0
+
+
+def _last_ns(ring: SpanRing, now_ns: int) -> int:
+    """When the last span ended; now where there is none."""
+    return max((span.end_ns for span in ring.read(now_ns)), default=now_ns)
 
 
 def _with_open(ring: SpanRing, spans: list[Span], now_ns: int) -> list[Span]:
