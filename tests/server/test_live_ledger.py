@@ -78,5 +78,8 @@ def test_what_a_killed_rank_wrote_can_still_be_read() -> None:
             pass
         found = server.ask("GET", "/debug/ledger?seconds=60").json
         assert all(rank["shares"]["compute"] > 0 for rank in found["ranks"])
+        later = server.ask("GET", "/debug/ledger?seconds=60").json
+        assert later["ranks"] == found["ranks"], "nothing was told since"
+        assert later["until_s"] > found["until_s"] > 0
         server.process.send_signal(signal.SIGTERM)
         assert server.end() == 0

@@ -15,11 +15,12 @@ import msgspec
 
 import bireme
 from bireme.engine.service_messages import RingPlace
-from bireme.errors import EngineError
+from bireme.errors import CapacityError, EngineError
 from bireme.observe.recorder import Asked, AskedRank
 from bireme.observe.told import NUM_COLUMNS, ToldLedger
 
-_ANSWER_S = 30.0
+_ANSWER_S = 30.0  # with the wait for its turn
+_MOST_CALLERS = 4  # one is answered, others wait
 _MOST_BYTES = 16 << 20
 
 
@@ -27,7 +28,7 @@ class LedgerReader:
     """Reads the rings of one engine's ranks, also when they or the engine are gone."""
 
     def __init__(self) -> None:
-        self._lock = asyncio.Lock()
+        self._lock, self._num_callers = asyncio.Lock(), 0
         self._process: Process | None = None
         self._ranks: list[AskedRank] = []
         self._engine_fd = -1
@@ -45,16 +46,46 @@ class LedgerReader:
     def is_there(self) -> bool:
         return bool(self._ranks)
 
-    async def last(self, seconds: float, num_columns: int = NUM_COLUMNS) -> ToldLedger:
-        """Of that many seconds up to now; EngineError where it cannot be made."""
-        asked = msgspec.json.encode(Asked(self._ranks, self._engine_fd, seconds, num_columns))
-        async with self._lock:
-            try:
-                async with asyncio.timeout(_ANSWER_S):
-                    return msgspec.json.decode(await self._ask(asked), type=ToldLedger)
-            except (TimeoutError, OSError, msgspec.DecodeError) as error:
-                await self._end()
-                raise EngineError(f"the ledger could not be made: {error!r}") from None
+    async def last(
+        self,
+        seconds: float,
+        num_columns: int = NUM_COLUMNS,
+        *,
+        is_running: bool = True,
+        turn_s: float = _ANSWER_S,
+    ) -> ToldLedger:
+        """Of that many seconds up to now, or up to the end of an engine that runs no more. EngineError where
+        it cannot be made, or its turn does not come within `turn_s`; CapacityError behind too many."""
+        if self._num_callers >= _MOST_CALLERS:
+            raise CapacityError(
+                f"{self._num_callers} callers wait for a ledger, of at most {_MOST_CALLERS}; "
+                "try again later"
+            )
+        asked = Asked(self._ranks, self._engine_fd, seconds, num_columns, is_running)
+        self._num_callers += 1
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await self._in_turn(msgspec.json.encode(asked), turn_s)
+        except (TimeoutError, OSError, msgspec.DecodeError) as error:
+            raise EngineError(f"the ledger could not be made: {error!r}") from None
+        finally:
+            self._num_callers -= 1
+
+    async def _in_turn(self, asked: bytes, turn_s: float) -> ToldLedger:
+        try:
+            async with asyncio.timeout(turn_s):
+                await self._lock.acquire()
+        except TimeoutError:
+            raise EngineError(
+                f"the ledger could not be made: its turn did not come within {turn_s:g} s"
+            ) from None
+        try:
+            return msgspec.json.decode(await self._ask(asked), type=ToldLedger)
+        except BaseException:  # its answer, still to come, would be taken for the next caller's
+            await self._end()
+            raise
+        finally:
+            self._lock.release()
 
     async def _ask(self, asked: bytes) -> bytes:
         if self._process is None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from bireme.errors import EngineError
+from bireme.errors import CapacityError, EngineError
 from bireme.server.config import ServerConfig
 from bireme.server.errors import OPENAI, ApiError, Dialect
 from bireme.server.ledger_reader import LedgerReader
@@ -17,6 +17,7 @@ from bireme.server.log import Log
 from bireme.server.metrics_base import Metrics
 
 _LEDGER_S = 1.0
+_LEDGER_TURN_S = 1.0  # that metrics wait for other callers' ledgers, before they go without
 _MOST_BODIES = 16  # of the longest, of all requests that are served
 
 
@@ -176,6 +177,6 @@ class Service(ABC):
             with suppress(EngineError, TimeoutError):
                 stats = await self.stats()
         if stats is not None and self.ledger.is_there:
-            with suppress(EngineError):
-                ledger = await self.ledger.last(_LEDGER_S)
+            with suppress(EngineError, CapacityError):
+                ledger = await self.ledger.last(_LEDGER_S, turn_s=_LEDGER_TURN_S)
         return self.metrics.render(stats, ledger)

@@ -76,15 +76,16 @@ def state_routes(service: Service) -> APIRouter:
         """How many requests are being served."""
         return as_response(Load(server_load=service.num_active))
 
-    @router.get("/debug/ledger", responses=answers(Ledger, 503))
+    @router.get("/debug/ledger", responses=answers(Ledger, 429, 503))
     async def ledger(
         seconds: Annotated[float, Query(gt=0, le=3600)] = 5.0,
         columns: Annotated[int, Query(ge=1, le=1000)] = NUM_COLUMNS,
     ) -> Response:
-        """Where each rank's time went in the last seconds, as far back as its spans reach."""
+        """Where each rank's time went in the last seconds, as far back as its spans reach; in the last that
+        the engine ran, where it broke."""
         if not service.ledger.is_there:
             raise ApiError(503, "no rank has written anything yet", code="loading")
-        told = await service.ledger.last(seconds, columns)
+        told = await service.ledger.last(seconds, columns, is_running=service.broken is None)
         return Response(told.as_json(), media_type="application/json")
 
     return router
