@@ -11,6 +11,7 @@ import pytest
 
 from bireme.engine.service_messages import RingPlace
 from bireme.errors import CapacityError, EngineError
+from bireme.observe.told import ToldLedger
 from bireme.server.ledger_reader import LedgerReader
 from bireme.trace import SpanKind, SpanRing
 
@@ -43,7 +44,10 @@ def test_more_callers_than_a_few_are_told_to_come_later() -> None:
     async def run() -> None:
         async with reading() as reader:
             asked = [reader.last(1.0) for _ in range(7)]
-            answers = await asyncio.gather(*asked, return_exceptions=True)
+            *answers, metrics = await asyncio.gather(
+                *asked, reader.soon(1.0, 60), return_exceptions=True
+            )
+            assert isinstance(metrics, ToldLedger), "has a place of its own"
             refused = [one for one in answers if isinstance(one, BaseException)]
             assert len(refused) == 3
             for error in refused:
@@ -76,7 +80,7 @@ def test_who_does_not_wait_for_others_goes_without() -> None:
             first = asyncio.create_task(reader.last(1.0))
             await asyncio.sleep(0)  # it has begun
             with pytest.raises(EngineError, match="its turn did not come within 0 s"):
-                await reader.last(1.0, turn_s=0)
+                await reader.soon(1.0, 0)
             assert await first
 
     asyncio.run(run())

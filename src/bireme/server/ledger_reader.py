@@ -47,29 +47,36 @@ class LedgerReader:
         return bool(self._ranks)
 
     async def last(
-        self,
-        seconds: float,
-        num_columns: int = NUM_COLUMNS,
-        *,
-        is_running: bool = True,
-        turn_s: float = _ANSWER_S,
+        self, seconds: float, num_columns: int = NUM_COLUMNS, *, is_running: bool = True
     ) -> ToldLedger:
         """Of that many seconds up to now, or up to the end of an engine that runs no more. EngineError where
-        it cannot be made, or its turn does not come within `turn_s`; CapacityError behind too many."""
+        it cannot be made, CapacityError behind too many."""
         if self._num_callers >= _MOST_CALLERS:
             raise CapacityError(
                 f"{self._num_callers} callers wait for a ledger, of at most {_MOST_CALLERS}; "
                 "try again later"
             )
-        asked = Asked(self._ranks, self._engine_fd, seconds, num_columns, is_running)
         self._num_callers += 1
+        try:
+            return await self.soon(seconds, _ANSWER_S, num_columns, is_running=is_running)
+        finally:
+            self._num_callers -= 1
+
+    async def soon(
+        self,
+        seconds: float,
+        turn_s: float,
+        num_columns: int = NUM_COLUMNS,
+        *,
+        is_running: bool = True,
+    ) -> ToldLedger:
+        """The same, however many wait; EngineError where its turn does not come within `turn_s`."""
+        asked = Asked(self._ranks, self._engine_fd, seconds, num_columns, is_running)
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await self._in_turn(msgspec.json.encode(asked), turn_s)
         except (TimeoutError, OSError, msgspec.DecodeError) as error:
             raise EngineError(f"the ledger could not be made: {error!r}") from None
-        finally:
-            self._num_callers -= 1
 
     async def _in_turn(self, asked: bytes, turn_s: float) -> ToldLedger:
         try:

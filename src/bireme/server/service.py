@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from bireme.errors import CapacityError, EngineError
+from bireme.errors import EngineError
 from bireme.server.config import ServerConfig
 from bireme.server.errors import OPENAI, ApiError, Dialect
 from bireme.server.ledger_reader import LedgerReader
@@ -177,6 +177,6 @@ class Service(ABC):
             with suppress(EngineError, TimeoutError):
                 stats = await self.stats()
         if stats is not None and self.ledger.is_there:
-            with suppress(EngineError, CapacityError):
-                ledger = await self.ledger.last(_LEDGER_S, turn_s=_LEDGER_TURN_S)
+            with suppress(EngineError):
+                ledger = await self.ledger.soon(_LEDGER_S, _LEDGER_TURN_S)
         return self.metrics.render(stats, ledger)
