@@ -7,16 +7,18 @@ serves every micro-batch, the short last one included.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.distributed.pipelining import pipeline
 
 from bireme.errors import ConfigError
 from bireme.vision.cut_points import BlockShape, Cutter
+from bireme.vision.flattening import flatten, own_name
 
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 
@@ -27,12 +29,26 @@ def num_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps its own parameters, buffers and plain attributes."""
+    return module._parameters, module._buffers, vars(module)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers and plain attributes, under all of their names."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for own in stores(owner):
+            for name, tensor in own.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield f"{path}.{name}" if path else name, tensor
+
+
 @dataclass(frozen=True)
 class Block:
     """A block on meta."""
 
     shape: BlockShape
-    module: nn.Module
+    module: fx.GraphModule
 
     @property
     def parameter_bytes(self) -> int:
@@ -93,14 +109,27 @@ def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own, on deprecated parts of torch
             pipe = pipeline(module, (example,), split_policy=cutter.split)
+            stages = [flatten(pipe.get_stage_module(index)) for index in range(pipe.num_stages)]
     except Exception as error:  # whatever a foreign forward raises
         raise ConfigError(
             f"{kind} cannot be traced with images of {_text(image_shape)}: {_reason(error)}"
         ) from error
-    stages = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
     if len(stages) != len(cutter.blocks):
         raise ConfigError(f"{kind} was split into {len(stages)} blocks, not {len(cutter.blocks)}")
+    known = {name for name, _ in named_tensors(module)}
+    for stage in stages:
+        _check_tensors(stage, known, kind)
     return Traced(tuple(map(Block, cutter.blocks, stages)), tuple(image_shape), dtype)
+
+
+def _check_tensors(block: fx.GraphModule, known: Set[str], kind: str) -> None:
+    """ConfigError where nobody knows the values of a block's tensor."""
+    for name, tensor in block.state_dict(keep_vars=True).items():
+        if tensor.is_meta and own_name(name) not in known:
+            raise ConfigError(
+                f"{kind} uses a tensor {list(tensor.shape)} ({name}) that is no attribute of a module; "
+                "register it as a buffer"
+            )
 
 
 def _reason(error: Exception) -> str:
