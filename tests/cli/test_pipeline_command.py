@@ -80,6 +80,9 @@ def test_images_are_not_made_in_a_size_that_the_checkpoint_does_not_ask_for(
     [
         ([*NETWORK, "--batch", "4", "--micro-batches", "2,8"], "4 images cannot make 8 micro-batches"),
         ([*NETWORK, "--split", "blocks.9"], "split point blocks.9 is no point to cut at"),
+        ([*NETWORK, "--split", "foo"], "of 4 that can be cut the first are blocks.0, blocks.1, blocks.2"),
+        ([*NETWORK, "--split", ","], "--split ',' has an empty name; give blocks like layer3.0"),
+        ([*NETWORK, "--split", ""], "--split '' has an empty name; give blocks like layer3.0"),
         ([*NETWORK, "--split", "blocks.1", "-pp", "3"], "makes 2 stages, but pipeline_parallel_size is 3"),
         ([*NETWORK, "-pp", "6"], "pipeline_parallel_size=6 exceeds the 5 blocks; use at most 5"),
         ([*NETWORK, "--memory-limit", "1KiB"], "does not fit 2 devices of 1.0 KiB"),

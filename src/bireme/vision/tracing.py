@@ -20,6 +20,7 @@ from bireme.errors import ConfigError
 from bireme.vision.cut_points import BlockShape, Cutter
 from bireme.vision.flattening import flatten, own_name
 
+_NUM_NAMED = 3  # points to cut at, where one is unknown
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 
 
@@ -89,11 +90,23 @@ class Traced:
             return found[0]
         legal = [block.shape.name for block in self.blocks[1:]]
         problem = "is no point to cut at" if not found else f"names {len(found)} points"
-        nearest = get_close_matches(name, legal, n=3, cutoff=0.0)
         raise ConfigError(
             f"split point {name} {problem}: only one activation may be alive there; "
-            f"the nearest that can be cut are {', '.join(nearest) or 'none'}"
+            f"{_nearest(name, legal)}"
         )
+
+
+def _nearest(name: str, legal: Sequence[str]) -> str:
+    """By as many last parts of the legal points as `name` has."""
+    num_parts = name.count(".") + 1
+    ends = {known: ".".join(known.split(".")[-num_parts:]) for known in legal}
+    matches = get_close_matches(name, set(ends.values()), n=_NUM_NAMED)
+    near = [known for match in matches for known in legal if ends[known] == match]
+    if near:
+        return f"the nearest that can be cut are {', '.join(near[:_NUM_NAMED])}"
+    if len(legal) <= _NUM_NAMED:
+        return f"that can be cut are {', '.join(legal) or 'none'}"
+    return f"of {len(legal)} that can be cut the first are {', '.join(legal[:_NUM_NAMED])}"
 
 
 def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> Traced:
