@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from bireme.chrome_trace import Recorded
+from bireme.config import format_bytes
 from bireme.engine.pool import WorkerPool
+from bireme.errors import CapacityError
 from bireme.vision.model import VisionModel
 from bireme.vision.pipeline import Passed, RankSettings, VisionPipeline, micro_batch_sizes
 from bireme.vision.plan import PipelinePlan, Work
@@ -55,6 +57,16 @@ def work_of(model: VisionModel, batch: int, num_micro_batches: int) -> Work:
     image_bytes = torch.Size(model.image_shape).numel() * model.torch_dtype.itemsize
     largest = micro_batch_sizes(batch, num_micro_batches)[0]
     return Work(batch=batch, micro_batch=largest, image_bytes=image_bytes)
+
+
+def check_images_fit(model: VisionModel, batch: int, limit_bytes: int) -> None:
+    """CapacityError before they are made, where the first stage cannot hold them, whatever the cut."""
+    work, side = work_of(model, batch, 1), model.image_size
+    if work.batch * work.image_bytes > limit_bytes:
+        raise CapacityError(
+            f"{batch} images of {side} x {side} alone take {format_bytes(work.batch * work.image_bytes)}, "
+            f"more than the {format_bytes(limit_bytes)} of a device; use fewer or smaller ones"
+        )
 
 
 def one_device(plan: PipelinePlan) -> PipelinePlan:
