@@ -120,4 +120,26 @@ def test_stages_that_compute_something_else_are_noticed(
     monkeypatch.syspath_prepend(str(tmp_path))
     arguments = ["pipeline", "other:Other", *NETWORK[2:], "--batch", "4", "--micro-batches", "2"]
     assert run([*arguments, "--runs", "1"]) == 1
-    assert "the stages differ from one device by" in capsys.readouterr().err
+    assert "at 2 micro-batches the stages differ from one device by" in capsys.readouterr().err
+
+
+def test_logits_that_are_no_numbers_are_noticed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "endless.py").write_text(
+        "from vision.networks import Network\n\n\nclass Endless(Network):\n"
+        "    def forward(self, x):\n        return super().forward(x).abs() * float('inf')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = [
+        "pipeline",
+        "endless:Endless",
+        *NETWORK[2:],
+        "--batch",
+        "4",
+        "--micro-batches",
+        "2",
+    ]
+    assert run([*arguments, "--runs", "1"]) == 1
+    assert "at 2 micro-batches logits are not finite" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -207,7 +208,8 @@ class Report:
 
 
 def check_same(alone: Sweep, staged: Sweep, dtype: str, device: str) -> None:
-    """EngineError where the stages' logits are not those of one device, whatever the micro-batches."""
+    """EngineError where logits are no numbers, or the stages' are not those of one device, whatever the
+    micro-batches."""
     reference = alone.best
     if reference is None:
         return
@@ -217,7 +219,12 @@ def check_same(alone: Sweep, staged: Sweep, dtype: str, device: str) -> None:
     for trial in staged.trials:
         if trial.passed is not None:
             difference, largest = _difference(reference, trial)
-            if not difference <= allowed * largest:  # NaN neither
+            if not math.isfinite(difference) or not math.isfinite(largest):
+                raise EngineError(
+                    f"at {trial.num_micro_batches} micro-batches logits are not finite; "
+                    f"{dtype} may be too narrow for these weights"
+                )
+            if difference > allowed * largest:
                 raise EngineError(
                     f"at {trial.num_micro_batches} micro-batches the stages differ from one device by "
                     f"{difference:.1e}, of logits up to {largest:.1e}; {allowed * largest:.1e} is allowed"
