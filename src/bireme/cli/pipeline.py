@@ -206,7 +206,7 @@ def run(
         report.print_json(plan, alone, staged)
     else:
         report.print_sweep(plan, alone, staged)
-    check_same(alone, staged, found.dtype, where[0].partition(":")[0])
+    check_same(alone, staged, report.allowed)
 
 
 def _counts(text: str | None, batch: int) -> tuple[int, ...]:
