@@ -171,7 +171,8 @@ def run(
         check_images_fit(found, batch or _DEFAULT_BATCH, limit_bytes)
     given = _images(found, images, batch)
     counts = _counts(micro_batches, len(given.images))
-    work = work_of(found, len(given.images), max(counts))
+    ring_depth = num_stages + 1 if where[0].startswith("cuda") else None
+    work = work_of(found, len(given.images), max(counts), ring_depth)
     timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
     ranks = RankSettings(
         devices=where,

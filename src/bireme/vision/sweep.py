@@ -52,11 +52,13 @@ def textbook_bubble(num_stages: int, num_micro_batches: int) -> float:
     return (num_stages - 1) / (num_micro_batches + num_stages - 1)
 
 
-def work_of(model: VisionModel, batch: int, num_micro_batches: int) -> Work:
+def work_of(
+    model: VisionModel, batch: int, num_micro_batches: int, ring_depth: int | None = None
+) -> Work:
     """With the largest of the micro-batches."""
     image_bytes = torch.Size(model.image_shape).numel() * model.torch_dtype.itemsize
     largest = micro_batch_sizes(batch, num_micro_batches)[0]
-    return Work(batch=batch, micro_batch=largest, image_bytes=image_bytes)
+    return Work(batch=batch, micro_batch=largest, image_bytes=image_bytes, ring_depth=ring_depth)
 
 
 def check_images_fit(model: VisionModel, batch: int, limit_bytes: int) -> None:
@@ -119,7 +121,8 @@ class Sweeper:
         return Sweep(tuple(trials), recorded)
 
     def _memory_bytes(self, plan: PipelinePlan, num_micro_batches: int) -> int:
-        work = work_of(self.model, len(self.images), num_micro_batches)
+        largest = micro_batch_sizes(len(self.images), num_micro_batches)[0]
+        work = dataclasses.replace(plan.work, micro_batch=largest)
         stages = dataclasses.replace(plan, work=work).stages
         return max(stage.memory_bytes for stage in stages)
 
