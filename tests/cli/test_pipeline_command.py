@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_the_plan_comes_first_and_then_the_sweep(
     assert "rank 2    .   . 2F0 2F1 2F2" in out
     assert out.index("hands over") < out.index("(p-1)/(m+p-1)")
     assert "66.7%" in out, "the textbook's bubble of 3 stages and 1 micro-batch"
-    assert "largest difference to one device: " in out
+    assert re.search(r"largest difference to one device: .*, of logits up to .* is allowed\)", out)
     tracks = json.loads(trace.read_text())["traceEvents"]
     assert {event["tid"] for event in tracks} == {0, 1, 2, 3}  # the last is the driver's
     assert {"step", "compute", "send", "recv"} <= {event["name"] for event in tracks}
@@ -80,9 +81,16 @@ def test_images_are_not_made_in_a_size_that_the_checkpoint_does_not_ask_for(
     [
         ([*NETWORK, "--batch", "4", "--micro-batches", "2,8"], "4 images cannot make 8 micro-batches"),
         ([*NETWORK, "--split", "blocks.9"], "split point blocks.9 is no point to cut at"),
+        ([*NETWORK, "--split", "foo"], "of 4 that can be cut the first are blocks.0, blocks.1, blocks.2"),
+        ([*NETWORK, "--split", ","], "--split ',' has an empty name; give blocks like layer3.0"),
+        ([*NETWORK, "--split", ""], "--split '' has an empty name; give blocks like layer3.0"),
         ([*NETWORK, "--split", "blocks.1", "-pp", "3"], "makes 2 stages, but pipeline_parallel_size is 3"),
         ([*NETWORK, "-pp", "6"], "pipeline_parallel_size=6 exceeds the 5 blocks; use at most 5"),
-        ([*NETWORK, "--memory-limit", "1KiB"], "does not fit 2 devices of 1.0 KiB"),
+        ([*NETWORK, "--memory-limit", "1KiB"], "64 images of 8 x 8 alone take 48.0 KiB, more than the 1.0 KiB"),
+        (["pipeline", "vision.networks:Network", "--image-size", "100000", "--memory-limit", "1GiB"],
+         "64 images of 100000 x 100000 alone take"),
+        ([*NETWORK, "--image-size", "-5"], "image_size=-5 must be at least 1"),
+        ([*NETWORK, "--batch", "1", "--memory-limit", "1KiB"], "does not fit 2 devices of 1.0 KiB"),
         ([*NETWORK, "--runs", "0"], "runs=0 must be at least 1"),
         (["pipeline", "--config", "resnet-18", "--image-size", "0"], "image_size=0 must be at least 1"),
         (["pipeline", "vision.networks:Dense", "--image-size", "8"], r"makes [3, 8, 8] of an image"),
@@ -113,4 +121,26 @@ def test_stages_that_compute_something_else_are_noticed(
     monkeypatch.syspath_prepend(str(tmp_path))
     arguments = ["pipeline", "other:Other", *NETWORK[2:], "--batch", "4", "--micro-batches", "2"]
     assert run([*arguments, "--runs", "1"]) == 1
-    assert "the stages differ from one device by" in capsys.readouterr().err
+    assert "at 2 micro-batches the stages differ from one device by" in capsys.readouterr().err
+
+
+def test_logits_that_are_no_numbers_are_noticed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "endless.py").write_text(
+        "from vision.networks import Network\n\n\nclass Endless(Network):\n"
+        "    def forward(self, x):\n        return super().forward(x).abs() * float('inf')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    arguments = [
+        "pipeline",
+        "endless:Endless",
+        *NETWORK[2:],
+        "--batch",
+        "4",
+        "--micro-batches",
+        "2",
+    ]
+    assert run([*arguments, "--runs", "1"]) == 1
+    assert "at 2 micro-batches logits are not finite" in capsys.readouterr().err

@@ -85,3 +85,64 @@ class InPlace(nn.Module):
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
         x = self.norm(nn.functional.conv2d(x, weight))
         return self.head(self.blocks(x).mean((2, 3)))
+
+
+class Unusual(nn.Module):
+    """One block thrice, a plain tensor named as an operation, a scalar, and a random constant."""
+
+    noise: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        shared = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.ModuleList([shared, Residual(8), shared, shared])
+        self.head = nn.Linear(8, 5)
+        self.mean = torch.tensor([0.1, 0.2, 0.3]).view(1, 3, 1, 1)
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("noise", torch.randn(5), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem((x - self.mean) * self.gain)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((2, 3))) + self.noise
+
+
+class Counting(nn.Module):
+    """Cannot be cut: what it makes depends on how often it ran."""
+
+    runs: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("runs", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.runs[1:].add_(1)
+        return x.mean((2, 3)) + self.runs[1]
+
+
+class OfWeights(nn.Module):
+    """Its constructor computes a buffer from weights that no rank has by then."""
+
+    total: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 5)
+        self.register_buffer("total", self.head.weight.detach().sum(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x.mean((2, 3))) + self.total
+
+
+class Unregistered(nn.Module):
+    """Its constant is in a list, where nobody finds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shifts = [torch.ones(3)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)) + self.shifts[0]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 
 from bireme.errors import ConfigError
 from bireme.vision.model import VisionModel, find_model
 from bireme.vision.preprocessing import made_up_images
 from bireme.vision.tracing import Traced, trace
 from bireme.vision.weights import materialise, open_weights
+from vision.networks import Unusual
 from vision.reference import whole
 
 NETWORKS = "vision.networks"
@@ -39,14 +41,47 @@ def test_cuts_are_where_one_activation_is_alive() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("batch", [1, 2, 5])
-def test_blocks_one_after_another_are_the_module_at_any_batch(batch: int) -> None:
-    model = of("Network")
-    images = made_up_images(batch, model.image_shape)
-    weights, x = open_weights(model, model.build()), images
-    for block in traced("Network").blocks:
+def in_blocks(model: VisionModel, images: torch.Tensor) -> torch.Tensor:
+    module = model.build()
+    weights, x = open_weights(model, module), images
+    for block in trace(module, model.image_shape, model.torch_dtype).blocks:
         x = materialise(block.module, weights, torch.device("cpu"))(x)
-    assert torch.equal(x, whole(model, images))
+    return x
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("name", ["Network", "Unusual"])
+def test_blocks_one_after_another_are_the_module_at_any_batch(name: str, batch: int) -> None:
+    model = of(name)
+    images = made_up_images(batch, model.image_shape)
+    assert torch.equal(in_blocks(model, images), whole(model, images))
+
+
+@torch.inference_mode()
+def test_blocks_of_an_unusual_module_are_what_plain_torch_computes(tmp_path: Path) -> None:
+    """With a file that holds the weights of its shared block once."""
+    torch.manual_seed(0)
+    module = Unusual().eval()
+    save_model(module, str(tmp_path / "model.safetensors"))
+    model = find_model(f"{NETWORKS}:Unusual", None, tmp_path, image_size=8)
+    module.noise = constants(model)["noise"]  # which no file holds
+    images = made_up_images(2, model.image_shape)
+    assert torch.equal(in_blocks(model, images), module(images))
+
+
+def constants(model: VisionModel) -> Mapping[str, torch.Tensor]:
+    return open_weights(model, model.build()).constants
+
+
+def test_constants_are_the_same_in_every_process_and_made_without_the_weights() -> None:
+    model = of("Unusual")
+    assert all(parameter.is_meta for parameter in model.build_constants().parameters())
+    found = constants(model)
+    assert {name for name in found if "batches_tracked" not in name} == {"mean", "noise"}
+    assert torch.equal(found["noise"], constants(model)["noise"])
+    assert torch.equal(found["mean"], Unusual().mean)
+    with pytest.raises(ConfigError, match="OfWeights computes total from its weights"):
+        constants(of("OfWeights"))
 
 
 def test_points_have_short_names_and_unknown_ones_get_the_nearest(
@@ -74,6 +109,11 @@ def test_points_have_short_names_and_unknown_ones_get_the_nearest(
         ("Branching", "Branching cannot be traced with images of 3x8x8: "),
         ("FixedBatch", r"FixedBatch .* constant of the batch size, as len\(x\) does; use x.shape"),
         ("TwoOutputs", "its forward returns 2 tensors; return the logits alone"),
+        ("Counting", "it changes its tensor runs while it runs; .* may depend on that image alone"),
+        (
+            "Unregistered",
+            r"uses a tensor \[3\] .* no attribute of a module; register it as a buffer",
+        ),
         ("no_module", "makes a int, not an nn.Module"),
         ("missing", "has no function missing"),
     ],

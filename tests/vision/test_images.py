@@ -72,6 +72,16 @@ def test_what_is_no_image_is_refused_by_name(tmp_path: Path) -> None:
         read_images(tmp_path, preprocessing)
 
 
+@pytest.mark.parametrize("size", [(20_000, 20_000), (8_000, 8_000), (1, 60_000)])
+def test_images_that_would_take_all_memory_are_refused_by_name(
+    tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """Also such as grow when their shorter edge is resized."""
+    Image.new("1", size).save(tmp_path / "large.png")
+    with pytest.raises(RequestError, match=r"large\.png is no image that can be read: .* pixels"):
+        read_images(tmp_path, Preprocessing.of(None, 64))
+
+
 @pytest.mark.parametrize("text", ['{"size": "large"}', '{"size": 3, "image_mean": 3}'])
 def test_a_processor_that_is_not_understood_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(text)

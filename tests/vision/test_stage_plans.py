@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -41,6 +42,20 @@ def test_memory_is_weights_and_the_largest_moment_and_the_batch_at_either_end() 
     assert memory_bytes(costs, 0, 1, WORK) == 100 + 2 * 3 + 4 * 10
     assert memory_bytes(costs, 1, 2, WORK) == 200 + 2 * 3 + 4 * 1
     assert memory_bytes(costs, 0, 2, WORK) == 300 + 2 * 3 + 4 * 10 + 4 * 1
+
+
+def test_gpus_keep_a_graphs_input_and_a_ring_at_each_end_of_an_edge_too() -> None:
+    costs = [BlockCost(f"layer{i}", 1.0, 0.0, 100, out, 3) for i, out in enumerate((7, 5, 1))]
+    work = replace(WORK, ring_depth=4)
+
+    def kept(first: int, last: int) -> int:
+        return memory_bytes(costs, first, last, work) - memory_bytes(costs, first, last, WORK)
+
+    ring = 4 * 7  # of the largest result that any cut hands over
+    assert kept(0, 1) == 2 * (10 + ring)
+    assert kept(1, 2) == 2 * (7 + 2 * ring)
+    assert kept(2, 3) == 2 * (5 + ring)
+    assert kept(0, 3) == 2 * 10, "one device hands nothing over"
 
 
 def test_given_cuts_are_kept_and_refused_where_a_stage_does_not_fit() -> None:

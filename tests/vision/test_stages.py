@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from bireme.engine.pool import WorkerPool
 from bireme.errors import CheckpointError, RankError
@@ -98,6 +103,29 @@ def test_a_checkpoint_of_transformers_gives_its_logits(vit: Path) -> None:
         theirs = ViTForImageClassification.from_pretrained(vit).eval()(images).logits
     assert torch.equal(whole(model, images), theirs)
     assert (model.image_size, model.dtype) == (32, "float32")
+
+
+@torch.no_grad()
+def test_a_resnet_of_transformers_gives_its_logits_with_any_statistics(
+    tmp_path: Path, vision_pool: WorkerPool, trace_once: Trace
+) -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 32], depths=[1, 2, 1, 1], num_labels=10
+    )
+    module = ResNetForImageClassification(config)
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var") or ("normalization" in name and name.endswith("weight")):
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point():
+            tensor.normal_(std=tensor[0].numel() ** -0.5)
+    module.save_pretrained(tmp_path)
+    model = find_model(str(tmp_path), None, image_size=32)
+    images = made_up_images(BATCH, model.image_shape)
+    theirs = ResNetForImageClassification.from_pretrained(tmp_path).eval()(images).logits
+    assert torch.equal(whole(model, images), theirs)
+    with staged(model, trace_once, 2, vision_pool) as pipeline:
+        assert difference(pipeline.run(NUM_MICRO_BATCHES).logits, theirs) < TOLERANCE
 
 
 def test_any_order_of_micro_batches_gives_the_same(

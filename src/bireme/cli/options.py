@@ -198,6 +198,10 @@ def num_stages(pp: int | None, points: list[str], default: int) -> int:
     """Of a vision model; `points` are the blocks at which `--split` cuts."""
     if not points:
         return default if pp is None else pp
+    if not all(points):
+        raise ConfigError(
+            f"--split {','.join(points)!r} has an empty name; give blocks like layer3.0,layer4.0"
+        )
     if pp not in (None, len(points) + 1):
         raise ConfigError(
             f"--split {','.join(points)} makes {len(points) + 1} stages, but "

@@ -160,17 +160,20 @@ def run(
     from bireme.vision.model import find_model
     from bireme.vision.pipeline import RankSettings, measure_blocks, micro_batch_sizes
     from bireme.vision.plan import check_num_stages, make_plan
-    from bireme.vision.sweep import Sweeper, one_device, work_of
+    from bireme.vision.sweep import Sweeper, check_images_fit, one_device, work_of
     from bireme.vision.tracing import trace as traced_blocks
     from bireme.vision.weights import open_weights
 
     found = find_model(model, config, weights, image_size=image_size, dtype=dtype)
-    given = _images(found, images, batch)
-    counts = _counts(micro_batches, len(given.images))
-    work = work_of(found, len(given.images), max(counts))
-    timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
     where = resolve_devices(settings)
     limit_bytes = device_memory(settings, where).of_rank(num_stages)
+    if images is None or batch is not None:
+        check_images_fit(found, batch or _DEFAULT_BATCH, limit_bytes)
+    given = _images(found, images, batch)
+    counts = _counts(micro_batches, len(given.images))
+    ring_depth = num_stages + 1 if where[0].startswith("cuda") else None
+    work = work_of(found, len(given.images), max(counts), ring_depth)
+    timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
     ranks = RankSettings(
         devices=where,
         num_threads=threads or threads_per_rank(num_stages),
@@ -204,7 +207,7 @@ def run(
         report.print_json(plan, alone, staged)
     else:
         report.print_sweep(plan, alone, staged)
-    check_same(alone, staged, found.dtype, where[0].partition(":")[0])
+    check_same(alone, staged, report.allowed)
 
 
 def _counts(text: str | None, batch: int) -> tuple[int, ...]:

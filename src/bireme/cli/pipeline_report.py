@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,10 @@ class Report:
     ranks: RankSettings
     limit_bytes: int
     top: int
+
+    @property
+    def allowed(self) -> float:
+        return allowed_difference(self.model.dtype, self.ranks.devices[0])
 
     def print_plan(self, plan: PipelinePlan, timed_micro_batch: int) -> None:
         out, work = console(), plan.work
@@ -128,9 +133,10 @@ class Report:
         beside = f", {_speed_up(best, one)} one device" if one else ""
         lines.append(f"best: {_at(best)}{beside}")
         if one is not None:
-            difference, largest = _difference(one, best)
+            _, difference, largest = max(_differences(alone, staged), key=lambda it: it[1])
             lines.append(
-                f"largest difference to one device: {difference:.1e}, of logits up to {largest:.1e}"
+                f"largest difference to one device: {difference:.1e}, of logits up to {largest:.1e} "
+                f"({self.allowed * largest:.1e} is allowed)"
             )
         return lines
 
@@ -179,7 +185,8 @@ class Report:
                     "pipeline": [self._trial(len(plan.stages), trial) for trial in staged.trials],
                     "best_micro_batches": best.num_micro_batches if best else None,
                     "speed_up": best.images_per_s / one.images_per_s if best and one else None,
-                    "largest_difference": _difference(one, best)[0] if best and one else None,
+                    "largest_difference": _largest_difference(alone, staged),
+                    "allowed_difference": self.allowed,
                     "top": {
                         name: [{"label": label, "share": share} for label, share in found]
                         for name, found in self._top(staged)
@@ -206,22 +213,25 @@ class Report:
         return found
 
 
-def check_same(alone: Sweep, staged: Sweep, dtype: str, device: str) -> None:
-    """EngineError where the stages' logits are not those of one device, whatever the micro-batches."""
-    reference = alone.best
-    if reference is None:
-        return
-    is_exact = dtype == "float32" and device == "cpu"
-    # of the largest logit; GPUs compute float32 convolutions in TF32
-    allowed = 1e-5 if is_exact else 1e-3 if dtype == "float32" else 3e-2
-    for trial in staged.trials:
-        if trial.passed is not None:
-            difference, largest = _difference(reference, trial)
-            if not difference <= allowed * largest:  # NaN neither
-                raise EngineError(
-                    f"at {trial.num_micro_batches} micro-batches the stages differ from one device by "
-                    f"{difference:.1e}, of logits up to {largest:.1e}; {allowed * largest:.1e} is allowed"
-                )
+def check_same(alone: Sweep, staged: Sweep, allowed: float) -> None:
+    """EngineError where logits are no numbers, or the stages' are not those of one device, whatever the
+    micro-batches; `allowed` is a share of the largest logit."""
+    for trial, difference, largest in _differences(alone, staged):
+        at = f"at {trial.num_micro_batches} micro-batches"
+        if not math.isfinite(difference) or not math.isfinite(largest):
+            raise EngineError(f"{at} logits are not finite; give weights that fit the dtype")
+        if difference > allowed * largest:
+            raise EngineError(
+                f"{at} the stages differ from one device by {difference:.1e}, of logits up to "
+                f"{largest:.1e}; {allowed * largest:.1e} is allowed"
+            )
+
+
+def allowed_difference(dtype: str, device: str) -> float:
+    """A share of the largest logit; GPUs compute float32 convolutions in TF32."""
+    if dtype != "float32":
+        return 3e-2
+    return 1e-5 if device.startswith("cpu") else 1e-3
 
 
 def _speed_up(trial: Trial, reference: Trial | None) -> str:
@@ -234,9 +244,17 @@ def _share(bubbles: Sequence[float]) -> str:
     return f"{_mean(bubbles):.1%}"
 
 
-def _difference(one: Trial, other: Trial) -> tuple[float, float]:
-    """The largest of any logit, and the largest logit."""
-    assert one.passed is not None
-    assert other.passed is not None
-    expected = one.passed.logits
-    return float((expected - other.passed.logits).abs().max()), float(expected.abs().max())
+def _differences(alone: Sweep, staged: Sweep) -> list[tuple[Trial, float, float]]:
+    """Of each trial that ran to one device at its best: the largest of any logit, and the largest logit."""
+    if alone.best is None or alone.best.passed is None:
+        return []
+    expected = alone.best.passed.logits
+    return [
+        (trial, float((expected - trial.passed.logits).abs().max()), float(expected.abs().max()))
+        for trial in staged.trials
+        if trial.passed is not None
+    ]
+
+
+def _largest_difference(alone: Sweep, staged: Sweep) -> float | None:
+    return max((difference for _, difference, _ in _differences(alone, staged)), default=None)

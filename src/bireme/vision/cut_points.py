@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from bireme.errors import ConfigError
+from bireme.vision.flattening import changed_tensors, name_after_tensors
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,12 @@ class Cutter:
 
     def split(self, traced: fx.GraphModule) -> fx.GraphModule:
         graph = traced.graph
+        if changed := changed_tensors(graph):
+            raise ConfigError(
+                f"it changes its tensor {changed[0]} while it runs; what it makes of an image may "
+                "depend on that image alone"
+            )
+        name_after_tensors(graph)
         nodes = list(graph.nodes)
         flow = Flow(nodes)
         first = next((at for at, node in enumerate(nodes) if flow.is_computed(node)), 0)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from bireme.checkpoint.reader import Checkpoint
 from bireme.config import DTYPE_BYTES
@@ -55,6 +56,18 @@ class VisionModel(msgspec.Struct, frozen=True):
             raise ConfigError(f"{self.name} makes a {type(module).__name__}, not an nn.Module")
         return module.to(device=device, dtype=self.torch_dtype).eval()
 
+    def build_constants(self) -> nn.Module:
+        """On the host for what its constructor computes: parameters are on meta, so that none is drawn
+        or held. Random constants are the same in every process."""
+        hook = register_module_parameter_registration_hook(_on_meta)
+        try:
+            with torch.device("cpu"), torch.random.fork_rng(devices=()):
+                torch.manual_seed(self.seed)
+                module: nn.Module = self._make()
+        finally:
+            hook.remove()
+        return module.to(dtype=self.torch_dtype)
+
     def _make(self) -> Any:
         if self.kind == "folder":
             return huggingface.from_folder(Path(self.name))
@@ -71,6 +84,12 @@ class VisionModel(msgspec.Struct, frozen=True):
     def labels(self) -> dict[int, str]:
         """Of the classes, where the checkpoint has them."""
         return huggingface.labels(Path(self.name)) if self.kind == "folder" else {}
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+    if parameter is None or parameter.is_meta:
+        return parameter
+    return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
 
 def find_model(

@@ -28,11 +28,13 @@ class BlockCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is to be passed through: images in all, at once, and the bytes of one."""
+    """What is to be passed through: images in all, at once, and the bytes of one. `ring_depth`: micro-batches
+    that a GPU has room for at either end of an edge; None where no GPU keeps any."""
 
     batch: int
     micro_batch: int
     image_bytes: int
+    ring_depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,24 @@ class PipelinePlan:
 
 def memory_bytes(costs: Sequence[BlockCost], first: int, last: int, work: Work) -> int:
     """What the tensors of blocks [first, last) take at most: weights, the largest moment of a
-    micro-batch, and the whole batch's images or logits at either end."""
+    micro-batch, the whole batch's images or logits at either end, and what a GPU keeps beside."""
     own = costs[first:last]
     ends = work.batch * work.image_bytes if first == 0 else 0
     if last == len(costs):
         ends += work.batch * own[-1].out_bytes
     weights = sum(cost.parameter_bytes for cost in own)
-    return weights + ends + work.micro_batch * max(cost.peak_bytes for cost in own)
+    of_one_image = max(cost.peak_bytes for cost in own) + _kept_bytes(costs, first, last, work)
+    return weights + ends + work.micro_batch * of_one_image
+
+
+def _kept_bytes(costs: Sequence[BlockCost], first: int, last: int, work: Work) -> int:
+    """Of one image: the input of a CUDA graph, and rings of what any cut may hand over at most."""
+    if work.ring_depth is None:
+        return 0
+    given = work.image_bytes if first == 0 else costs[first - 1].out_bytes
+    num_edges = (first > 0) + (last < len(costs))
+    largest = max((cost.out_bytes for cost in costs[:-1]), default=0)
+    return given + num_edges * work.ring_depth * largest
 
 
 def make_plan(

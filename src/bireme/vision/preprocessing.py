@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 _BILINEAR = 2  # in PIL's numbering
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # that strangers may send
-_MOST_PIXELS = 1 << 25  # of what strangers send, as it comes and resized: 100 MB
+_MOST_PIXELS = 1 << 25  # of a file, as it comes and resized: 100 MB
 _WARP_SIDE = 384  # from here on ConvNeXt's processor, which ResNet uses, resizes without a crop
 
 
@@ -128,6 +128,7 @@ def read_images(
     for path in paths:
         try:
             with Image.open(path) as image:
+                _num_pixels(image.size, preprocessing)
                 images.append(preprocessing(image))
         except (
             UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError
@@ -141,10 +142,14 @@ def image_pixels(content: bytes, preprocessing: Preprocessing) -> int:
     RequestError where it is no image, or so large that it would take all memory."""
     with _opened(content) as image:
         size = image.size
-        if min(size) > 0:
-            num_pixels: int = max(math.prod(size), preprocessing.num_pixels(*size))
-            if num_pixels <= _MOST_PIXELS:
-                return num_pixels
+    return _num_pixels(size, preprocessing)
+
+
+def _num_pixels(size: tuple[int, int], preprocessing: Preprocessing) -> int:
+    if min(size) > 0:
+        num_pixels = max(math.prod(size), preprocessing.num_pixels(*size))
+        if num_pixels <= _MOST_PIXELS:
+            return num_pixels
     raise RequestError(
         f"an image of {size[0]} x {size[1]} pixels; at most {_MOST_PIXELS} are taken, "
         "also once its shorter edge has its size"

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from bireme.chrome_trace import Recorded
+from bireme.config import format_bytes
 from bireme.engine.pool import WorkerPool
+from bireme.errors import CapacityError
 from bireme.vision.model import VisionModel
 from bireme.vision.pipeline import Passed, RankSettings, VisionPipeline, micro_batch_sizes
 from bireme.vision.plan import PipelinePlan, Work
@@ -50,11 +52,23 @@ def textbook_bubble(num_stages: int, num_micro_batches: int) -> float:
     return (num_stages - 1) / (num_micro_batches + num_stages - 1)
 
 
-def work_of(model: VisionModel, batch: int, num_micro_batches: int) -> Work:
+def work_of(
+    model: VisionModel, batch: int, num_micro_batches: int, ring_depth: int | None = None
+) -> Work:
     """With the largest of the micro-batches."""
     image_bytes = torch.Size(model.image_shape).numel() * model.torch_dtype.itemsize
     largest = micro_batch_sizes(batch, num_micro_batches)[0]
-    return Work(batch=batch, micro_batch=largest, image_bytes=image_bytes)
+    return Work(batch=batch, micro_batch=largest, image_bytes=image_bytes, ring_depth=ring_depth)
+
+
+def check_images_fit(model: VisionModel, batch: int, limit_bytes: int) -> None:
+    """CapacityError before they are made, where the first stage cannot hold them, whatever the cut."""
+    work, side = work_of(model, batch, 1), model.image_size
+    if work.batch * work.image_bytes > limit_bytes:
+        raise CapacityError(
+            f"{batch} images of {side} x {side} alone take {format_bytes(work.batch * work.image_bytes)}, "
+            f"more than the {format_bytes(limit_bytes)} of a device; use fewer or smaller ones"
+        )
 
 
 def one_device(plan: PipelinePlan) -> PipelinePlan:
@@ -107,7 +121,8 @@ class Sweeper:
         return Sweep(tuple(trials), recorded)
 
     def _memory_bytes(self, plan: PipelinePlan, num_micro_batches: int) -> int:
-        work = work_of(self.model, len(self.images), num_micro_batches)
+        largest = micro_batch_sizes(len(self.images), num_micro_batches)[0]
+        work = dataclasses.replace(plan.work, micro_batch=largest)
         stages = dataclasses.replace(plan, work=work).stages
         return max(stage.memory_bytes for stage in stages)
 

@@ -7,17 +7,20 @@ serves every micro-batch, the short last one included.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.distributed.pipelining import pipeline
 
 from bireme.errors import ConfigError
 from bireme.vision.cut_points import BlockShape, Cutter
+from bireme.vision.flattening import flatten, own_name
 
+_NUM_NAMED = 3  # points to cut at, where one is unknown
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 
 
@@ -27,12 +30,26 @@ def num_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def stores(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps its own parameters, buffers and plain attributes."""
+    return module._parameters, module._buffers, vars(module)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, buffers and plain attributes, under all of their names."""
+    for path, owner in module.named_modules(remove_duplicate=False):
+        for own in stores(owner):
+            for name, tensor in own.items():
+                if isinstance(tensor, torch.Tensor):
+                    yield f"{path}.{name}" if path else name, tensor
+
+
 @dataclass(frozen=True)
 class Block:
     """A block on meta."""
 
     shape: BlockShape
-    module: nn.Module
+    module: fx.GraphModule
 
     @property
     def parameter_bytes(self) -> int:
@@ -73,11 +90,23 @@ class Traced:
             return found[0]
         legal = [block.shape.name for block in self.blocks[1:]]
         problem = "is no point to cut at" if not found else f"names {len(found)} points"
-        nearest = get_close_matches(name, legal, n=3, cutoff=0.0)
         raise ConfigError(
             f"split point {name} {problem}: only one activation may be alive there; "
-            f"the nearest that can be cut are {', '.join(nearest) or 'none'}"
+            f"{_nearest(name, legal)}"
         )
+
+
+def _nearest(name: str, legal: Sequence[str]) -> str:
+    """By as many last parts of the legal points as `name` has."""
+    num_parts = name.count(".") + 1
+    ends = {known: ".".join(known.split(".")[-num_parts:]) for known in legal}
+    matches = get_close_matches(name, set(ends.values()), n=_NUM_NAMED)
+    near = [known for match in matches for known in legal if ends[known] == match]
+    if near:
+        return f"the nearest that can be cut are {', '.join(near[:_NUM_NAMED])}"
+    if len(legal) <= _NUM_NAMED:
+        return f"that can be cut are {', '.join(legal) or 'none'}"
+    return f"of {len(legal)} that can be cut the first are {', '.join(legal[:_NUM_NAMED])}"
 
 
 def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> Traced:
@@ -93,14 +122,27 @@ def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> 
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own, on deprecated parts of torch
             pipe = pipeline(module, (example,), split_policy=cutter.split)
+            stages = [flatten(pipe.get_stage_module(index)) for index in range(pipe.num_stages)]
     except Exception as error:  # whatever a foreign forward raises
         raise ConfigError(
             f"{kind} cannot be traced with images of {_text(image_shape)}: {_reason(error)}"
         ) from error
-    stages = [pipe.get_stage_module(index) for index in range(pipe.num_stages)]
     if len(stages) != len(cutter.blocks):
         raise ConfigError(f"{kind} was split into {len(stages)} blocks, not {len(cutter.blocks)}")
+    known = {name for name, _ in named_tensors(module)}
+    for stage in stages:
+        _check_tensors(stage, known, kind)
     return Traced(tuple(map(Block, cutter.blocks, stages)), tuple(image_shape), dtype)
+
+
+def _check_tensors(block: fx.GraphModule, known: Set[str], kind: str) -> None:
+    """ConfigError where nobody knows the values of a block's tensor."""
+    for name, tensor in block.state_dict(keep_vars=True).items():
+        if tensor.is_meta and own_name(name) not in known:
+            raise ConfigError(
+                f"{kind} uses a tensor {list(tensor.shape)} ({name}) that is no attribute of a module; "
+                "register it as a buffer"
+            )
 
 
 def _reason(error: Exception) -> str:

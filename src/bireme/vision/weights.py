@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import fx, nn
-from torch.export.unflatten import InterpreterModule
 
 from bireme.checkpoint.dummy import DummySource, uniform
 from bireme.checkpoint.loader import read_box
-from bireme.checkpoint.reader import Checkpoint, TensorSource
-from bireme.errors import CheckpointError
-from bireme.parallel.layout import Source, full_box
+from bireme.checkpoint.reader import Bits, Checkpoint, TensorSource
+from bireme.errors import CheckpointError, ConfigError
+from bireme.parallel.layout import Box, Source, full_box
 from bireme.vision import huggingface
+from bireme.vision.flattening import own_name
 from bireme.vision.model import VisionModel
+from bireme.vision.tracing import named_tensors, stores
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _NORM_SCALE = 0.5  # of a BatchNorm: a residual branch of three adds 1/64 of the variance
 
 
@@ -35,13 +36,20 @@ class MadeUpWeights(DummySource):
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], seed: int) -> None:
-        shapes = {name: Source(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
-        super().__init__({name: it for name, it in shapes.items() if it.shape}, seed)
+        super().__init__(
+            {name: Source(name, tuple(it.shape)) for name, it in tensors.items()}, seed
+        )
         self._batch_norms = {
             name.removesuffix("running_var") + "weight"
             for name in tensors
             if name.endswith("running_var")
         }
+
+    def read(self, source: Source, box: Box, out: Bits) -> None:
+        """A scalar as a vector of one."""
+        if not source.shape:
+            source, box, out = Source(source.name, (1,)), full_box((1,)), out.reshape(1)
+        super().read(source, box, out)
 
     def _values(self, source: Source, index: np.ndarray) -> np.ndarray:
         noise = uniform(self._seed, source.name, index)
@@ -75,13 +83,12 @@ class Weights:
 def open_weights(model: VisionModel, module: nn.Module) -> Weights:
     """Of `module`, which is on meta. CheckpointError names what is missing or has another shape."""
     constants = _constants(model, module)
-    needed = {name: tensor for name, tensor in _tensors(module) if name not in constants}
+    needed = {name: it for name, it in named_tensors(module) if name not in constants}
     if model.weights is None:
-        return Weights(
-            MadeUpWeights(needed, model.seed), {name: name for name in needed}, constants
-        )
+        names = _stored_names(needed, {name: name for name in needed})
+        return Weights(MadeUpWeights(needed, model.seed), names, constants)
     source = Checkpoint(Path(model.weights))
-    names = huggingface.file_names(module, source.tensors)
+    names = _stored_names(needed, huggingface.file_names(module, source.tensors))
     for name, tensor in needed.items():
         if name not in names:
             raise CheckpointError(f"{model.weights} has no tensor {name}, which {model.name} needs")
@@ -94,37 +101,49 @@ def open_weights(model: VisionModel, module: nn.Module) -> Weights:
     return Weights(source, names, constants)
 
 
+def _stored_names(needed: Mapping[str, torch.Tensor], stored: Mapping[str, str]) -> dict[str, str]:
+    """A tensor that a module has under several names is stored under one of them at least."""
+    found: dict[int, str] = {}
+    for name, tensor in needed.items():
+        if name in stored:
+            found.setdefault(id(tensor), stored[name])
+    return {name: found[id(it)] for name, it in needed.items() if id(it) in found}
+
+
 def _constants(model: VisionModel, module: nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers of integers, and those that are not saved. The few modules that have any are built once
-    more on the host, for these alone."""
+    """Buffers of integers, those that are not saved, and tensors that are plain attributes. The few
+    modules that have any are built once more on the host, for these alone."""
     saved = module.state_dict().keys()
     names = {
         name
-        for name, buffer in module.named_buffers(remove_duplicate=False)
-        if name not in saved or not buffer.is_floating_point()
+        for name, tensor in named_tensors(module)
+        if name not in saved or not tensor.is_floating_point()
     }
     if all(name.endswith("num_batches_tracked") for name in names):  # training's
         return {name: torch.tensor(0) for name in names}
-    buffers = dict(model.build("cpu").named_buffers(remove_duplicate=False))
-    return {name: buffers[name] for name in names}
+    computed = {name: it for name, it in named_tensors(model.build_constants()) if name in names}
+    for name in sorted(names):
+        if name not in computed or computed[name].is_meta:
+            raise ConfigError(
+                f"{model.name} computes {name} from its weights when it is made; compute it in forward"
+            )
+    return computed
 
 
-def materialise(block: nn.Module, weights: Weights, device: torch.device) -> nn.Module:
+def materialise(block: _Module, weights: Weights, device: torch.device) -> _Module:
     """A copy of a block of meta, on the device and filled."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's own, on its tree specs
-        made = copy.deepcopy(block)
+    made = copy.deepcopy(block)
+    if isinstance(made, fx.GraphModule):
+        _make_tensors_on(device, made)
     for owner in made.modules():
-        _prepare_graph(owner, device)
-        stores: tuple[Any, ...] = owner._parameters, owner._buffers
-        for own in stores:
+        for own in stores(owner):
             for name, tensor in own.items():
-                if tensor is not None:
+                if isinstance(tensor, torch.Tensor):
                     own[name] = _empty(tensor, device) if tensor.is_meta else tensor.to(device)
-    unfilled = {name for name, tensor in _tensors(block) if tensor.is_meta}
-    for name, tensor in _tensors(made):
+    unfilled = {name for name, tensor in named_tensors(block) if tensor.is_meta}
+    for name, tensor in named_tensors(made):
         if name in unfilled:
-            weights.fill(name, tensor)
+            weights.fill(own_name(name), tensor)
     return made
 
 
@@ -133,23 +152,10 @@ def _empty(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield name, parameter.data
-    yield from module.named_buffers(remove_duplicate=False)
-
-
-def _prepare_graph(owner: nn.Module, device: torch.device) -> None:
-    """Tensors that the graph makes (`arange`) were traced on meta. It runs as code: torch's interpreter
-    takes 60 us a node, as long again as a small image does."""
-    if not isinstance(owner, InterpreterModule | fx.GraphModule):
-        return
-    makers = [it for it in owner.graph.nodes if it.kwargs.get("device") == torch.device("meta")]
+def _make_tensors_on(device: torch.device, graph: fx.GraphModule) -> None:
+    """Those that the graph makes (`arange`) were traced on meta."""
+    makers = [it for it in graph.graph.nodes if it.kwargs.get("device") == torch.device("meta")]
     for node in makers:
         node.update_kwarg("device", device)
-    if isinstance(owner, InterpreterModule):
-        owner._run_with_interpreter = False
-        if makers:
-            owner.finalize()
-    elif makers:
-        owner.recompile()
+    if makers:
+        graph.recompile()
