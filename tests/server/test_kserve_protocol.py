@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import struct
+import tracemalloc
 from contextlib import suppress
 from io import BytesIO
 from typing import Any
@@ -107,7 +108,7 @@ def test_an_input_with_whatever_fields_is_read_or_refused(fields: dict[str, Any]
         ({"inputs": [images(shape=[2**62, 3, 2, 2])]}, r"data has the shape \[24\], not"),
         ({"inputs": [images(shape=[2**70, 3, 2, 2])]}, "shape"),
         ({"inputs": [images(data=[0.0] * 23)]}, r"data has the shape \[23\], not \[2, 3, 2, 2\]"),
-        ({"inputs": [images(data=[0.0] * 25)]}, r"data has the shape \[25\], not \[2, 3, 2, 2\]"),
+        ({"inputs": [images(data=[0.0] * 25)]}, r"has 25 elements; its shape \[2, 3, 2, 2\] has 24"),
         ({"inputs": [images(data=IMAGES.tolist()[:1])]}, r"shape \[1, 3, 2, 2\], not"),
         ({"inputs": [images(data=[[[[0.0]]], [[[0.0, 1.0]]]])]}, "is nested unevenly"),
         ({"inputs": [images(data=[0.0] * 9000)]}, "at most 17920 are taken"),
@@ -313,3 +314,28 @@ def test_classes_come_best_first_with_their_labels(num_classes: int) -> None:
 def test_logits_that_json_cannot_say_are_not_made_null() -> None:
     with pytest.raises(RequestError, match="not all finite"):
         answer({"inputs": [images()]}, np.array([[np.nan]], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "datatype", "shape", "element"),
+    [
+        ("images", "FP32", [1, 3, 224, 224], b"0,"),
+        ("images", "FP32", [1, 3, 224, 224], b"[[[0]]],"),
+        ("images", "FP32", [1, 3, 224, 224], b"[],"),
+        ("files", "BYTES", [1], b'"",'),
+    ],
+)
+def test_more_elements_than_the_shape_has_are_refused_undecoded(
+    name: str, datatype: str, shape: list[int], element: bytes
+) -> None:
+    count = (9 << 20) // len(element)
+    told = f'"name": "{name}", "datatype": "{datatype}", "shape": {shape}'
+    body = b'{"inputs": [{%s, "data": [%s]}]}' % (told.encode(), (element * count)[:-1])
+    asked = parse(body, None, 224, INPUTS)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RequestError, match=f"has {count} elements; its shape"):
+            asked.pixels() if name == "images" else asked.files()
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

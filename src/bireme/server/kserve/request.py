@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,8 @@ class Inference:
         """Of `files`, one an image."""
         found: list[bytes]
         if self.payload is None:
+            num_texts = bytes(self.tensor.data).count(b'"') // 2  # base64 has none
+            _check_not_more(FILES, num_texts, [self.num_images])
             found = _decoded(self.tensor.data, list[bytes], f"{FILES}.data (texts in base64)")
         else:
             found = _elements(self.payload, self.num_images)
@@ -193,6 +195,7 @@ def _numbers(data: msgspec.Raw, shape: tuple[int, ...]) -> Pixels:
         raise RequestError(
             f"{IMAGES}.data has {len(data)} bytes for the shape {list(shape)}; at most {most} are taken"
         )
+    _check_not_more(IMAGES, bytes(data).count(b",") + 1, shape)
     is_nested = _IS_NESTED.match(data) is not None
     values = _decoded(data, _Nested if is_nested else list[float], f"{IMAGES}.data")
     try:
@@ -203,6 +206,14 @@ def _numbers(data: msgspec.Raw, shape: tuple[int, ...]) -> Pixels:
     if found.shape != (shape if is_nested else (math.prod(shape),)):
         raise RequestError(f"{IMAGES}.data has the shape {list(found.shape)}, not {list(shape)}")
     return found.reshape(shape)
+
+
+def _check_not_more(name: str, num_elements: int, shape: Sequence[int]) -> None:
+    """Before they become objects of Python, of many times the size."""
+    if num_elements > (most := math.prod(shape)):
+        raise RequestError(
+            f"{name}.data has {num_elements} elements; its shape {list(shape)} has {most}"
+        )
 
 
 def _sized(payload: memoryview, shape: tuple[int, ...]) -> memoryview:
