@@ -303,16 +303,18 @@ class SpanRing:
         The record under the writer's hand is left out, and those that it came over meanwhile."""
         count, (behind_ns,) = self._written[0], _CLOCK.unpack_from(self._map, _CLOCK_AT)
         first = max(0, count - self.capacity + 1) if count >= self.capacity else 0
-        spans = []
+        records = []
         for index in range(count - 1, first - 1, -1):
             at = _RECORDS_AT + index % self.capacity * _RECORD.size
-            start, end, num_bytes, step, kind, incarnation = _RECORD.unpack_from(self._map, at)
-            start, end = start + behind_ns, end + behind_ns
-            spans.append(Span(SpanKind(kind), start, end, num_bytes, step, incarnation))
-            if end < since_ns:
+            records.append(_RECORD.unpack_from(self._map, at))
+            if records[-1][1] + behind_ns < since_ns:
                 break
         oldest = max(0, self._written[0] - self.capacity + 1)
-        return spans[: max(0, count - oldest)][::-1]
+        whole = records[: max(0, count - oldest)]  # the others may be of two records, or of none
+        return [
+            Span(SpanKind(kind), start + behind_ns, end + behind_ns, num_bytes, step, incarnation)
+            for start, end, num_bytes, step, kind, incarnation in reversed(whole)
+        ]
 
     @property
     def path(self) -> str:

@@ -38,7 +38,7 @@ def test_a_full_ring_keeps_the_newest(capacity: int, count: int) -> None:
 
 def test_what_a_writer_came_over_meanwhile_is_left_out() -> None:
     """Whatever is read of a full ring that another process fills is whole, and in order."""
-    ring = SpanRing.create(1 << 12)
+    ring = SpanRing.create(1 << 6)
     code = (
         "import sys; from itertools import count; from bireme.trace import SpanKind, SpanRing\n"
         "ring = SpanRing(int(sys.argv[1]))\n"
@@ -47,7 +47,7 @@ def test_what_a_writer_came_over_meanwhile_is_left_out() -> None:
     with subprocess.Popen([sys.executable, "-c", code, str(ring.fd)], pass_fds=[ring.fd]) as writer:
         try:
             reads = 0
-            while reads < 20:
+            while reads < 2000:
                 starts = [span.start_ns for span in ring.read()]
                 if starts and starts[0]:  # it has gone round
                     assert starts == list(range(starts[0], starts[0] + len(starts)))
