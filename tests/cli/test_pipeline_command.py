@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,38 +110,30 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert "\n" not in err
 
 
-def test_stages_that_compute_something_else_are_noticed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [
+        (
+            "(1 + os.getpid() % 1000)",
+            "the stages differ from one device by",
+        ),  # another in each process
+        ("float('inf')", "logits are not finite"),
+    ],
+)
+def test_wrong_logits_are_noticed(
+    factor: str,
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A network that is another in each process."""
-    (tmp_path / "other.py").write_text(
-        "import os, torch\nfrom vision.networks import Network\n\n\nclass Other(Network):\n"
-        "    def forward(self, x):\n        return super().forward(x) * (1 + os.getpid() % 1000)\n"
+    (tmp_path / "wrong.py").write_text(
+        "import os\nfrom vision.networks import Network\n\n\nclass Wrong(Network):\n"
+        f"    def forward(self, x):\n        return super().forward(x).abs() * {factor}\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.syspath_prepend(str(tmp_path))
-    arguments = ["pipeline", "other:Other", *NETWORK[2:], "--batch", "4", "--micro-batches", "2"]
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    arguments = ["pipeline", "wrong:Wrong", *NETWORK[2:], "--batch", "4", "--micro-batches", "2"]
     assert run([*arguments, "--runs", "1"]) == 1
-    assert "at 2 micro-batches the stages differ from one device by" in capsys.readouterr().err
-
-
-def test_logits_that_are_no_numbers_are_noticed(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "endless.py").write_text(
-        "from vision.networks import Network\n\n\nclass Endless(Network):\n"
-        "    def forward(self, x):\n        return super().forward(x).abs() * float('inf')\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    arguments = [
-        "pipeline",
-        "endless:Endless",
-        *NETWORK[2:],
-        "--batch",
-        "4",
-        "--micro-batches",
-        "2",
-    ]
-    assert run([*arguments, "--runs", "1"]) == 1
-    assert "at 2 micro-batches logits are not finite" in capsys.readouterr().err
+    assert f"at 2 micro-batches {says}" in capsys.readouterr().err

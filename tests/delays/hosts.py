@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from planting import Plant
@@ -34,6 +36,7 @@ class Hosts:
         return self
 
     def _make(self) -> None:
+        _remove_orphans()
         first, second = self.names
         for name in self.names:
             _run(f"ip netns add {name}")
@@ -75,6 +78,14 @@ class Hosts:
         """That went through the shaped link since it is."""
         told = _run(f"ip netns exec {self.names[0]} tc -s -j qdisc show dev {LINK}")
         return int(json.loads(told)[0]["bytes"])
+
+
+def _remove_orphans() -> None:
+    """Namespaces of tests that were killed: they outlive their maker."""
+    for name in _run("ip netns list").split():
+        made = re.fullmatch(r"bireme-(\d+)-[ab]", name)
+        if made and not Path(f"/proc/{made[1]}").exists():
+            _run(f"ip netns del {name}")
 
 
 def _run(command: str) -> str:

@@ -154,9 +154,7 @@ def test_a_caller_that_leaves_takes_its_images_along(
     async def run() -> None:
         async with running(settings(network, max_queue_delay_s=30.0), pool) as client:
             leaving = asyncio.create_task(infer(client, images_of(network, 3)))
-            await asyncio.sleep(
-                0
-            )  # it has asked; what the engine is told, it is told in this order
+            await asyncio.sleep(0)  # it has asked; the engine is told all in this order
             leaving.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await leaving

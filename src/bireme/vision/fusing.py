@@ -1,4 +1,4 @@
-"""A block as one flat graph with fewer, larger operations.
+"""A block's graph with fewer, larger operations.
 
 At inference a BatchNorm is a part of the convolution before it; cuDNN adds a residual and takes a ReLU
 while it convolves.
@@ -23,16 +23,8 @@ _ADDS = (_aten.add.Tensor, _aten.add_.Tensor)
 _CONV_DEFAULTS = (None, (1, 1), (0, 0), (1, 1), 1)  # bias, stride, padding, dilation, groups
 
 
-class _Flat(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return False
-
-
-def fuse(block: nn.Module, example: torch.Tensor) -> nn.Module:
-    """Of a block with its weights, on its device and in eval mode; `example` is an input."""
-    tracer = _Flat()
-    graph = tracer.trace(block)
-    flat = fx.GraphModule(tracer.root, graph)
+def fuse(flat: fx.GraphModule, example: torch.Tensor) -> fx.GraphModule:
+    """Of a flat block with its weights, on its device, which it takes apart; `example` is an input."""
     for norm in flat.graph.find_nodes(op="call_function", target=_BATCH_NORM):
         _fold(flat, norm)
     if any(tensor.is_cuda for tensor in flat.parameters()):

@@ -18,18 +18,6 @@ from bireme.vision.messages import Run
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-class InSequence:
-    """Block after block."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        self._blocks = blocks
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self._blocks:
-            x = block(x)
-        return x
-
-
 @dataclass(frozen=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
@@ -73,7 +61,7 @@ def make_forward(
     blocks: Sequence[nn.Module], device: torch.device, *, is_captured: bool
 ) -> Forward:
     """Of blocks on their device; `is_captured` makes no difference to a CPU."""
-    forward = InSequence(blocks)
+    forward = nn.Sequential(*blocks)
     return Captured(forward) if is_captured and device.type == "cuda" else forward
 
 
@@ -120,9 +108,8 @@ class Stage:
         if self._images is not None:
             first = command.first_image + sum(command.sizes[:micro_batch])
             start = first % len(self._images)
-            images = self._images[
-                start : start + size
-            ]  # a copy: a module may change what it is given
+            images = self._images[start : start + size]
+            # a copy: a module may change what it is given
             return images.to(self._device, dtype, memory_format=torch.channels_last, copy=True)
         receiver = self._comm.hidden_receiver
         assert receiver is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import torch
-from torch import nn
+from torch import fx, nn
 
 from bireme.engine import rank
 from bireme.engine.messages import Done
@@ -152,7 +152,7 @@ class VisionRank(rank.Rank[rank.Commands]):
         return Logits(values.shape[1], values.numpy().tobytes())
 
 
-def _fused(block: nn.Module, example: torch.Tensor) -> nn.Module:
+def _fused(block: fx.GraphModule, example: torch.Tensor) -> nn.Module:
     """As it runs, of a block with its weights; `example` is what it is given."""
     made = fuse(block, example)
     for weight in made.parameters():
