@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -16,13 +17,14 @@ from bireme.chrome_trace import Recorded
 from bireme.engine.messages import LANGUAGE_MODEL, Program
 from bireme.engine.pool import WorkerPool
 from bireme.observe.causes import Row
-from bireme.observe.ledger import Ledger, RankLedger, make_ledger
+from bireme.observe.ledger import Ledger, make_ledger
 from bireme.vision.model import find_model
 
 NETWORK = find_model("planted.slow_network:SlowNetwork", None, image_size=32)
 TOLERANCE = 0.05  # of what was planted
 DELAYS_S = (0.2, 0.35, 0.6)
-NUM_TRIES = 5
+IDLE_S = 0.1  # after which a machine wakes up as slowly as after any longer sleep
+MAX_RUNS = 9
 Rows = Mapping[Row, int]  # nanoseconds
 Interval = tuple[int, int]
 
@@ -100,46 +102,58 @@ def planted_pool(
         yield pool, Plant(folder)
 
 
-def check(run: Callable[[float], Planted]) -> None:
-    """Runs without a delay, and with each. What else the machine does is in the rows too: a comparison
-    that it may have disturbed is made again."""
+def check(run: Callable[[float], Planted], least_s: float = 0) -> None:
+    """Runs with a delay of `least_s`, and with each of `DELAYS_S` more. What else the machine does is in
+    the rows too: where a run was disturbed, the medians of more runs are compared."""
     gc.collect()
     gc.disable()  # it holds up the host
     try:
-        run(0)  # warms up
-        before = run(0)
+        run(least_s)  # warms up
+        before = [run(least_s)]
         for delay_s in DELAYS_S:
-            for _ in range(NUM_TRIES):
-                problems = differences(before, run(delay_s))
-                if not problems:
-                    break
-                before = run(0)
+            after = [run(least_s + delay_s)]
+            while (problems := differences(before, after)) and len(after) < MAX_RUNS:
+                before.append(run(least_s))
+                after.append(run(least_s + delay_s))
             assert not problems, "\n".join(problems)
     finally:
         gc.enable()
 
 
-def differences(before: Planted, after: Planted) -> list[str]:
+def differences(before: Sequence[Planted], after: Sequence[Planted]) -> list[str]:
     """The ranks of which the ledgers tell something else than was planted."""
-    return [
-        f"{new.name}: planted {_ms(planted)}, grown {_ms(_growth(old, new))}"
-        for old, new, planted in zip(
-            before.ledger.ranks, after.ledger.ranks, after.rows, strict=True
-        )
-        if not is_told(_growth(old, new), planted) or abs(new.share(Row.UNATTRIBUTED)) > 0.01
-    ]
+    problems = []
+    for rank, ledger in enumerate(after[-1].ledger.ranks):
+        planted = _medians([run.rows[rank] for run in after])
+        least = _medians([run.rows[rank] for run in before])
+        planted = {row: ns - least.get(row, 0) for row, ns in planted.items()}
+        told, old = (_medians([_unplanted(run, rank) for run in runs]) for runs in (after, before))
+        errors = {row: told[row] - old[row] for row in Row}
+        unattributed = median(abs(run.ledger.ranks[rank].share(Row.UNATTRIBUTED)) for run in after)
+        if not is_told(errors, planted) or unattributed > 0.01:
+            problems.append(
+                f"{ledger.name}: planted {_ms(planted)}, more than that {_ms(errors)}, "
+                f"unattributed {unattributed:.1%}, medians of {len(after)}"
+            )
+    return problems
 
 
-def is_told(grown: Rows, planted: Rows) -> bool:
+def is_told(errors: Rows, planted: Rows) -> bool:
     """Each planted row grew by what was planted within 5 %, all others together by less than 5 % of it."""
-    others = sum(abs(ns) for row, ns in grown.items() if row not in planted)
+    others = sum(abs(ns) for row, ns in errors.items() if row not in planted)
     return others < TOLERANCE * sum(planted.values()) and all(
-        abs(grown[row] - delay_ns) <= TOLERANCE * delay_ns for row, delay_ns in planted.items()
+        abs(errors[row]) <= TOLERANCE * delay_ns for row, delay_ns in planted.items()
     )
 
 
-def _growth(before: RankLedger, after: RankLedger) -> Rows:
-    return {row: after.ns[row] - before.ns[row] for row in Row}
+def _unplanted(run: Planted, rank: int) -> Rows:
+    """A rank's rows without what was planted in them."""
+    told, planted = run.ledger.ranks[rank].ns, run.rows[rank]
+    return {row: told[row] - planted.get(row, 0) for row in Row}
+
+
+def _medians(runs: Sequence[Rows]) -> dict[Row, int]:
+    return {row: int(median(run[row] for run in runs)) for row in runs[0]}
 
 
 def _ms(rows: Rows) -> dict[str, float]:

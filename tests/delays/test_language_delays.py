@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from planting import Interval, Plant, Planted, check, within
+from planting import IDLE_S, Interval, Plant, Planted, check, within
 
 from bireme import LLM, SamplingParams
 from bireme.engine.pool import WorkerPool
@@ -107,7 +107,7 @@ def test_an_empty_queue_starves_all_ranks(case: Case) -> None:
         ledger = make_ledger(case.llm.recorded(), slept_ns, time.monotonic_ns())
         return Planted(ledger, [{Row.STARVED: delay_ns}] * case.num_ranks)
 
-    check(run)
+    check(run, IDLE_S)
 
 
 @pytest.mark.parametrize("case", GROUPS, ids=str, indirect=True)
@@ -146,4 +146,4 @@ def test_a_blocked_host_is_told_on_every_rank(case: Case, monkeypatch: pytest.Mo
         ledger = make_ledger(case.llm.recorded(), sleeps[0][0], sleeps[-1][1])
         return Planted(ledger, [{Row.HOST: within(sleeps, ledger)}] * case.num_ranks)
 
-    check(run)
+    check(run, IDLE_S)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from planting import NETWORK, Interval, Plant, Planted, check, within
+from planting import IDLE_S, NETWORK, Interval, Plant, Planted, check, within
 
 from bireme.engine.pool import WorkerPool, World
 from bireme.observe.causes import Row
@@ -94,7 +94,7 @@ def test_an_empty_queue_starves_all_ranks(case: Case) -> None:
         ledger = make_ledger(case.pipeline.recorded(), slept_ns, time.monotonic_ns())
         return Planted(ledger, [{Row.STARVED: delay_ns}] * case.num_stages)
 
-    check(run)
+    check(run, IDLE_S)
 
 
 def test_a_blocked_host_is_told_on_every_rank(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,4 +117,4 @@ def test_a_blocked_host_is_told_on_every_rank(case: Case, monkeypatch: pytest.Mo
         ledger = make_ledger(case.pipeline.recorded(), sleeps[0][0], time.monotonic_ns())
         return Planted(ledger, [{Row.HOST: within(sleeps, ledger)}] * case.num_stages)
 
-    check(run)
+    check(run, IDLE_S)
