@@ -21,9 +21,6 @@ from bireme.engine.scheduler import Scheduler
 from bireme.errors import RequestError
 
 Widths = int | tuple[int, ...]
-LAYOUTS: list[tuple[Widths, int | None]] = [
-    (1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 4), (3, 2), ((3, 2), None),
-]  # fmt: skip
 FEW: list[tuple[Widths, int | None]] = [(1, 1), (2, 1), (1, 2), (2, 2)]
 PROMPT = "The with statement is"
 SHARED = "Return a new object replacing specified fields with new values. " * 6
@@ -70,7 +67,7 @@ def sampled(pool: WorkerPool) -> list[list[int]]:
         return [ids(llm, prompt, SAMPLED)[0] for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2), ((3, 2), None)], ids=str)
 def test_a_seed_draws_the_same_together_after_a_preemption_and_behind_a_shared_prefix(
     pool: WorkerPool, sampled: list[list[int]], tp: Widths, pp: int | None
 ) -> None:

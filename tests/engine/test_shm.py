@@ -56,7 +56,7 @@ def run_ranks(what: str, plan: SegmentPlan) -> list[str]:
     return printed
 
 
-@pytest.mark.parametrize("size", [2, 3, 5])
+@pytest.mark.parametrize("size", [2, 3])
 def test_every_rank_has_the_same_bits_of_a_sum_in_rank_order(size: int) -> None:
     plan = plan_of((size,), is_compiled=False)
     first, *others = (json.loads(text) for text in run_ranks("sums", plan))

@@ -408,8 +408,10 @@ def test_calls_that_the_model_writes_by_itself_are_calls(locked: Served) -> None
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("parallel", "num"), [(None, 2), (True, 2), (False, 1)])
+@pytest.mark.parametrize(
+    ("parallel", "num", "stream"),
+    [(None, 2, False), (True, 2, True), (False, 1, False), (False, 1, True)],
+)
 def test_without_parallel_calls_the_first_alone_is_told(
     locked: Served, parallel: bool | None, num: int, stream: bool
 ) -> None:

@@ -87,6 +87,23 @@ class InPlace(nn.Module):
         return self.head(self.blocks(x).mean((2, 3)))
 
 
+class Flat(nn.Sequential):
+    """Convolutions with their BatchNorms and ReLUs, one after another."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for width in (3, 8, 8):
+            layers += [nn.Conv2d(width, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+class Mixing(Network):
+    """What it makes of an image depends on the others of its batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x - x.mean(0))
+
+
 class Unusual(nn.Module):
     """One block thrice, a plain tensor named as an operation, a scalar, and a random constant."""
 

@@ -7,7 +7,7 @@ import os
 import random
 import signal
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, chdir
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,10 +58,9 @@ def network() -> VisionModel:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[WorkerPool]:
-    """Whose ranks find our networks from where they start."""
-    with WorkerPool(VISION) as shared:
-        with chdir(Path(__file__).parent.parent):
-            shared.take(2)
+    """Whose ranks find our networks."""
+    with pytest.MonkeyPatch.context() as patch, WorkerPool(VISION) as shared:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
         yield shared
 
 
@@ -98,8 +97,8 @@ def test_every_caller_gets_the_logits_of_its_own_images(
             least, most = -(-sum(sizes) // 4), len(sizes) + sum(size // 4 for size in sizes)
             assert least <= stats.num_micro_batches_total <= most
             assert [rank.num_steps_total for rank in stats.ranks] == [
-                stats.num_micro_batches_total + 1
-            ] * 2, "the first was made up"
+                stats.num_micro_batches_total + 3
+            ] * 2, "the first three were made up"
             return found
 
     for mine, logits in zip(images, asyncio.run(run()), strict=True):
@@ -198,6 +197,19 @@ def test_what_cannot_be_is_told_before_it_is_ready(
             raise AssertionError("it must not be ready")
 
     with pytest.raises((ConfigError, CapacityError), match=says):
+        asyncio.run(run())
+
+
+def test_a_module_that_mixes_images_is_served_one_by_one_or_not_at_all(pool: WorkerPool) -> None:
+    mixing = find_model("vision.networks:Mixing", None, image_size=8)
+
+    async def run(**more: object) -> None:
+        async with running(settings(mixing, **more), pool) as client:
+            found = await infer(client, images_of(mixing, 3))
+            assert difference(torch.from_numpy(found), torch.from_numpy(found[:1])) < TOLERANCE
+
+    asyncio.run(run(max_batch_size=1))
+    with pytest.raises(ConfigError, match="serve a module that computes each image alone"):
         asyncio.run(run())
 
 

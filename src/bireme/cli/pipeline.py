@@ -171,14 +171,13 @@ def run(
         check_images_fit(found, batch or _DEFAULT_BATCH, limit_bytes)
     given = _images(found, images, batch)
     counts = _counts(micro_batches, len(given.images))
-    ring_depth = num_stages + 1 if where[0].startswith("cuda") else None
-    work = work_of(found, len(given.images), max(counts), ring_depth)
     timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
     ranks = RankSettings(
         devices=where,
         num_threads=threads or threads_per_rank(num_stages),
         is_captured=not enforce_eager,
     )
+    work = work_of(found, len(given.images), max(counts), ranks.ring_depth)
     module = found.build()
     open_weights(found, module)  # refuses what is missing, before any process starts
     blocks = traced_blocks(module, found.image_shape, found.torch_dtype)

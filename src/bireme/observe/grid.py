@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from bireme.observe.causes import Row
 from bireme.observe.ledger import Ledger, Piece, RankLedger
 
@@ -30,16 +28,20 @@ def grid(ledger: Ledger, num_columns: int) -> dict[str, str]:
 
 
 def _line(rank: RankLedger, ledger: Ledger, num_columns: int) -> str:
-    cells: list[Counter[str]] = [Counter() for _ in range(num_columns)]
+    cells: list[dict[str, float]] = [{} for _ in range(num_columns)]
     width = (ledger.end_ns - ledger.start_ns) / num_columns
     for piece in rank.pieces:
         sign = _sign(piece)
         start, end = piece.start_ns - ledger.start_ns, piece.end_ns - ledger.start_ns
         first, last = int(start / width), min(int(end / width), num_columns - 1)
+        if first == last:
+            cells[first][sign] = cells[first].get(sign, 0.0) + end - start
+            continue
         for index in range(first, last + 1):
             at = index * width
-            cells[index][sign] += round(max(0.0, min(end, at + width) - max(start, at)))
-    return "".join(cell.most_common(1)[0][0] if cell else "?" for cell in cells)
+            share = max(0.0, min(end, at + width) - max(start, at))
+            cells[index][sign] = cells[index].get(sign, 0.0) + share
+    return "".join(max(cell, key=cell.__getitem__) if cell else "?" for cell in cells)
 
 
 def _sign(piece: Piece) -> str:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from bireme.chrome_trace import Recorded
 from bireme.errors import UserError
@@ -21,8 +22,7 @@ from bireme.trace import RankSpans, Span, SpanKind
 _WORK = (Row.COMPUTE, Row.COLLECTIVE_WAIT, Row.COLLECTIVE_MOVE)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """[start_ns, end_ns) of one rank's time; `key` is the step that it was at, if any."""
 
     start_ns: int
@@ -194,6 +194,8 @@ class _RankPieces:
         return wait_ns / work_ns, move_ns / work_ns
 
     def _clipped(self, piece: Piece) -> Piece | None:
+        if self._start <= piece.start_ns < piece.end_ns <= self._end:
+            return piece
         start, end = max(piece.start_ns, self._start), min(piece.end_ns, self._end)
         return Piece(start, end, piece.row, piece.key) if start < end else None
 

@@ -13,8 +13,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from bireme.config import format_bytes
 from bireme.engine.inbox import Inbox
 from bireme.engine.pool import WorkerPool
@@ -29,7 +27,8 @@ from bireme.vision.live import LivePipeline
 from bireme.vision.messages import VISION
 from bireme.vision.model import VisionModel
 from bireme.vision.pipeline import RankSettings, joined, measure_blocks
-from bireme.vision.plan import PipelinePlan, Work, check_num_stages, make_plan
+from bireme.vision.plan import PipelinePlan, check_num_stages, make_plan
+from bireme.vision.sweep import work_of
 from bireme.vision.tracing import trace
 from bireme.vision.weights import open_weights
 
@@ -190,8 +189,7 @@ class ImageClient:
         starts = [traced.block_at(point) for point in settings.points] or None
         self._at("measuring its blocks")
         costs = measure_blocks(model, traced, self._pool, settings.ranks, most, _NUM_REPEATS)
-        image_bytes = int(np.prod(model.image_shape)) * model.torch_dtype.itemsize
-        work = Work(batch=most, micro_batch=most, image_bytes=image_bytes)
+        work = work_of(model, most, 1, settings.ranks.ring_depth)
         return make_plan(costs, num_stages, work, settings.limit_bytes, starts)
 
 

@@ -1,7 +1,8 @@
 """Where a traced graph can be cut into blocks, and the marks that say so.
 
 A block begins where an element of a ModuleList or Sequential is called and exactly one activation is
-alive, so that nothing else has to be sent: inside a residual block there are two. What depends on
+alive, so that nothing else has to be sent: inside a residual block there are two. It does not begin with
+what convolutions take upon themselves (`fusing`). What depends on
 sizes alone (a mask of ones, the batch size itself) is computed again in each block that needs it.
 """
 
@@ -15,6 +16,7 @@ from torch import fx, nn
 
 from bireme.errors import ConfigError
 from bireme.vision.flattening import changed_tensors, name_after_tensors
+from bireme.vision.fusing import ABSORBED
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,14 @@ class Flow:
         return isinstance(size, torch.SymInt) and size.node.expr == self._batch.node.expr
 
     def can_cut(self, index: int) -> bool:
-        """True where one value is alive at node `index`, of which each row is of one image."""
+        """True where one value is alive at node `index`, of which each row is of one image, and `index`
+        is no part of what made it."""
         alive = self._alive[index]
-        return len(alive) == 1 and self._is_batch(alive[0].meta["val"].shape[0])
+        return (
+            len(alive) == 1
+            and self._is_batch(alive[0].meta["val"].shape[0])
+            and self._nodes[index].target not in ABSORBED
+        )
 
     def alive_at(self, index: int) -> tuple[fx.Node, ...]:
         """What was there before node `index` and is needed from it on."""

@@ -19,6 +19,7 @@ _aten = torch.ops.aten
 _CONV = _aten.conv2d.default
 _BATCH_NORM = _aten.batch_norm.default
 _RELUS = (_aten.relu.default, _aten.relu_.default)
+ABSORBED = (_BATCH_NORM, *_RELUS)
 _ADDS = (_aten.add.Tensor, _aten.add_.Tensor)
 _CONV_DEFAULTS = (None, (1, 1), (0, 0), (1, 1), 1)  # bias, stride, padding, dilation, groups
 

@@ -15,7 +15,7 @@ from bireme.engine.deadline import StepsInFlight
 from bireme.engine.pool import World
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.engine.service_messages import RingPlace
-from bireme.errors import EngineError
+from bireme.errors import ConfigError, EngineError
 from bireme.parallel.counters import create_memory
 from bireme.parallel.pipeline import forward_schedule
 from bireme.vision.messages import Load, Logits, Run
@@ -23,6 +23,9 @@ from bireme.vision.model import VisionModel
 from bireme.vision.pipeline import RankSettings
 from bireme.vision.plan import PipelinePlan, StagePlan
 
+_TOLERANCE = (
+    3e-2  # of the largest logit: kernels of half precision may differ by their place in a batch
+)
 Pixels = npt.NDArray[np.float32]
 
 
@@ -86,7 +89,24 @@ class LivePipeline:
         for size in self._sizes or [self._micro_batch]:
             self.submit([np.zeros((size, *self._image_shape), np.float32)])
             num_classes = self.collect().shape[1]
+        self._check_images_alone()
         return num_classes
+
+    def _check_images_alone(self) -> None:
+        """ConfigError where what an image gets depends on another of its micro-batch."""
+        if self._micro_batch == 1:
+            return
+        first, *others = np.random.default_rng(0).normal(size=(3, 1, *self._image_shape))
+        logits = []
+        for other in others:
+            self.submit([first, 4 * other])
+            logits.append(self.collect()[0])
+        difference, largest = float(np.ptp(logits, axis=0).max()), float(np.abs(logits).max())
+        if difference > _TOLERANCE * largest:
+            raise ConfigError(
+                f"an image's logits, up to {largest:.1e}, change by {difference:.1e} with the other of its "
+                "micro-batch; serve a module that computes each image alone, or --max-batch-size 1"
+            )
 
     def submit(self, images: Sequence[Pixels]) -> None:
         """One micro-batch, of parts that are [n, 3, H, W]. Where its size is not one that is captured,

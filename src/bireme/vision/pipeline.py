@@ -40,6 +40,11 @@ class RankSettings:
     step_timeout_s: float = 300.0
     start_timeout_s: float = 900.0
 
+    @property
+    def ring_depth(self) -> int | None:
+        """Micro-batches that a GPU has room for at either end of an edge; None where no GPU keeps any."""
+        return len(self.devices) + 1 if self.devices[0].startswith("cuda") else None
+
     def alone(self) -> RankSettings:
         """The same for the first device alone."""
         return dataclasses.replace(self, devices=self.devices[:1])

@@ -28,8 +28,8 @@ class BlockCost:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is to be passed through: images in all, at once, and the bytes of one. `ring_depth`: micro-batches
-    that a GPU has room for at either end of an edge; None where no GPU keeps any."""
+    """What is to be passed through: images in all, at once, and the bytes of one. `ring_depth` is
+    that of `RankSettings`."""
 
     batch: int
     micro_batch: int

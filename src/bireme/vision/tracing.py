@@ -91,8 +91,8 @@ class Traced:
         legal = [block.shape.name for block in self.blocks[1:]]
         problem = "is no point to cut at" if not found else f"names {len(found)} points"
         raise ConfigError(
-            f"split point {name} {problem}: only one activation may be alive there; "
-            f"{_nearest(name, legal)}"
+            f"split point {name} {problem}: only one activation may be alive there, and no BatchNorm or "
+            f"ReLU begin; {_nearest(name, legal)}"
         )
 
 

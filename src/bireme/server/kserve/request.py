@@ -21,18 +21,14 @@ from bireme.vision.live import Pixels
 IMAGES, FILES, LOGITS = "images", "files", "logits"
 _DATATYPES = {IMAGES: "FP32", FILES: "BYTES"}
 _MOST_JSON = 16 << 20  # bytes: their numbers become objects of Python, of many times the size
+_MOST_SMALL_JSON = 64 << 10  # of all but data
 _MOST_NUMBER_BYTES = 64  # in JSON, with brackets and indentation
 _LENGTH = struct.Struct("<I")
 _IS_NESTED = re.compile(rb"\s*\[\s*\[")
 _Nested = list[list[list[list[float]]]]
 
 
-class Tensor(msgspec.Struct, frozen=True):
-    name: str
-    shape: list[int]
-    datatype: str
-    parameters: dict[str, Any] = {}
-    data: msgspec.Raw = msgspec.Raw()
+_NONE = msgspec.Raw(b"{}")
 
 
 class RequestedOutput(msgspec.Struct, frozen=True):
@@ -41,10 +37,28 @@ class RequestedOutput(msgspec.Struct, frozen=True):
 
 
 class _Body(msgspec.Struct, frozen=True):
-    inputs: list[Tensor]
+    """What may be large is decoded once its size is known to be right."""
+
+    inputs: msgspec.Raw
     id: str | None = None
-    parameters: dict[str, Any] = {}
-    outputs: list[RequestedOutput] = []
+    parameters: msgspec.Raw = _NONE
+    outputs: msgspec.Raw = msgspec.Raw(b"[]")
+
+
+class _Input(msgspec.Struct, frozen=True):
+    name: str
+    shape: msgspec.Raw
+    datatype: str
+    parameters: msgspec.Raw = _NONE
+    data: msgspec.Raw = msgspec.Raw()
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: list[int]
+    parameters: dict[str, Any]
+    data: msgspec.Raw
 
 
 @dataclass(frozen=True)
@@ -96,13 +110,14 @@ def parse(
     asked = _decoded(text, _Body, "the body")
     tensor = _input(asked.inputs, inputs)
     _check_shape(tensor, side)
-    is_binary = _flag(asked.parameters, "binary_data_output", False)
+    parameters = _small(asked.parameters, dict[str, Any], "parameters")
+    is_binary = _flag(parameters, "binary_data_output", False)
     num_classes = None
-    if asked.outputs:
-        if len(asked.outputs) > 1 or asked.outputs[0].name != LOGITS:
-            names = ", ".join(output.name for output in asked.outputs)
+    if outputs := _small(asked.outputs, list[RequestedOutput], "outputs"):
+        if len(outputs) > 1 or outputs[0].name != LOGITS:
+            names = ", ".join(output.name for output in outputs)
             raise RequestError(f"outputs: {names:.200} is not what there is: {LOGITS}, once")
-        wanted = asked.outputs[0].parameters
+        wanted = outputs[0].parameters
         is_binary = _flag(wanted, "binary_data", is_binary)
         num_classes = _number(wanted, "classification", least=1)
         _check_not_shared(wanted)
@@ -133,16 +148,27 @@ def _decoded(data: Any, kind: Any, what: str) -> Any:
         raise RequestError(f"{what} is not as it must be: {error}") from None
 
 
-def _input(given: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+def _small(data: msgspec.Raw, kind: Any, what: str) -> Any:
+    if len(data) > _MOST_SMALL_JSON:
+        raise RequestError(
+            f"{what} has {len(data)} bytes of JSON; at most {_MOST_SMALL_JSON} are taken"
+        )
+    return _decoded(data, kind, what)
+
+
+def _input(given: msgspec.Raw, inputs: Mapping[str, Any]) -> Tensor:
     known = " or ".join(inputs)
-    if len(given) != 1:
-        raise RequestError(f"{len(given)} inputs were given; one is needed, {known}")
-    (tensor,) = given
+    found = _decoded(given, list[msgspec.Raw], "inputs")
+    if len(found) != 1:
+        raise RequestError(f"{len(found)} inputs were given; one is needed, {known}")
+    tensor = _decoded(found[0], _Input, "inputs[0]")
     if tensor.name not in inputs:
         raise RequestError(f"there is no input {tensor.name!r:.200}; give {known}")
     if tensor.datatype != (datatype := _DATATYPES[tensor.name]):
         raise RequestError(f"{tensor.name} must be {datatype}, not {tensor.datatype:.30}")
-    return tensor
+    shape = _small(tensor.shape, list[int], f"{tensor.name}.shape")
+    parameters = _small(tensor.parameters, dict[str, Any], f"{tensor.name}.parameters")
+    return Tensor(tensor.name, shape, parameters, tensor.data)
 
 
 def _check_shape(tensor: Tensor, side: int) -> None:
