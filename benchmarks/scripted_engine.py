@@ -19,6 +19,7 @@ from bireme.engine.scheduler import Scheduler, SchedulerLimits
 from bireme.engine.scripted import ScriptedExecutor
 from bireme.engine.service import Commands, FrontEnd
 from bireme.engine.service_messages import Ready, Start, Stats
+from bireme.engine.setup import Setup, num_cores
 from bireme.parallel.layout import CacheKind
 from bireme.request import StepOutput
 
@@ -67,6 +68,15 @@ def main() -> None:
             num_cache_tokens=CONTEXT * start.config.max_num_seqs,
             max_concurrency=float(start.config.max_num_seqs),
             told=["scripted"],
+            setup=Setup(
+                model=start.model,
+                folder=None,
+                dtype="none",
+                transport="none",
+                ranks=[],
+                num_cores=num_cores(),
+                environment={},
+            ),
         )
     )
     run_engine(engine, commands.inbox, front_end)

@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from bireme.engine.culprit import Standing, find_culprit, is_stopped
+from bireme.engine.culprit import Standing, find_culprit
+from bireme.engine.process_stat import is_stopped
 from bireme.trace import Now, SpanKind
 
 DONE = Now(7, 40, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ class Rank:
 
     def __init__(self) -> None:
         self.now_s, self.ring = 0, SpanRing.create()
-        self.watch = RankWatch(1, 3, self.ring, MEMORY, lambda: self.now_s * 10**9)
+        self.watch = RankWatch(1, 3, self.ring, MEMORY, os.getpid(), lambda: self.now_s * 10**9)
 
     def spend(self, seconds: int) -> None:
         self.now_s += seconds
@@ -72,7 +73,7 @@ def test_every_moment_is_in_one_part() -> None:
 def test_what_was_before_does_not_count() -> None:
     rank = Rank()
     rank.step()
-    rank.watch = RankWatch(0, 0, rank.ring, MEMORY, lambda: rank.now_s * 10**9)
+    rank.watch = RankWatch(0, 0, rank.ring, MEMORY, os.getpid(), lambda: rank.now_s * 10**9)
     rank.spend(5)
     stats = rank.stats()
     assert (stats.num_steps_total, stats.busy_s, stats.sent_bytes, stats.idle_s) == (0, 0, 0, 5)

@@ -26,7 +26,7 @@ def rank(stage: int, index: int) -> RankStats:
     return RankStats(
         stage=stage, rank=index, num_steps_total=9, busy_s=1.5, collective_s=0.5, send_s=0.25,
         receive_s=0.125, overhead_s=0.0625, idle_s=4.0, collective_bytes=100, sent_bytes=200,
-        received_bytes=300, memory=RankBytes(1000, 2000, 3000),
+        received_bytes=300, major_faults_total=400, memory=RankBytes(1000, 2000, 3000),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ BEARER = {"Authorization": f"Bearer {KEY}"}
 WITHOUT_KEY = {"/health"}
 WITHOUT_503 = {"/metrics", "/version", "/load"}
 READ_NO_BODY = {
-    "/v1/models", "/v1/models/{model}", "/health", "/ping", "/debug/ledger", *WITHOUT_503,
+    "/v1/models", "/v1/models/{model}", "/health", "/ping", "/debug/ledger", "/debug/setup", *WITHOUT_503,
 }  # fmt: skip
 NAME_A_MODEL = {"/tokenize", "/detokenize", "/v1/models/{model}"}
 GENERATE = {"/v1/chat/completions", "/v1/completions", "/v1/responses"}

@@ -14,6 +14,7 @@ from bireme import __version__
 from bireme.cli import (
     bench,
     chat,
+    doctor,
     export,
     generate,
     inspect,
@@ -60,7 +61,7 @@ def _root(
     raise typer.Exit
 
 
-for module in (generate, chat, pipeline, inspect, shard, export, verify, ledger, probe):
+for module in (generate, chat, pipeline, inspect, shard, export, verify, ledger, doctor, probe):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
 app.command(
     serve.NAME,

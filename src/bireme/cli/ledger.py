@@ -24,19 +24,14 @@ if TYPE_CHECKING:
 NAME = "ledger"
 SHORT = "Show where each rank's time went, bubbles by cause."
 _MOST_COLUMNS = 8
-_MOST_SECONDS = 3600
 _LABEL_WIDTH = len("rank 999 ")
 
 
 def run(
     source: Annotated[str, typer.Argument(metavar="TRACE.json|URL", help="A trace, or a server.")],
     *,
-    seconds: Annotated[
-        float, typer.Option("--seconds", help="Of a server: how much of the past.")
-    ] = 5.0,
-    api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="OPENAI_API_KEY", help="The server's.")
-    ] = None,
+    seconds: options.PastSeconds = 5.0,
+    api_key: options.ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     from rich.console import Console
@@ -44,9 +39,8 @@ def run(
     from bireme.observe.told import told_of_trace
 
     num_columns = max(20, Console().width - _LABEL_WIDTH)
-    if source.lower().startswith(("http://", "https://")):
-        if not 0 < seconds <= _MOST_SECONDS:
-            raise RequestError(f"seconds={seconds:g} must be above 0 and at most {_MOST_SECONDS}")
+    if options.is_url(source):
+        options.check_seconds(seconds)
         told = _of_server(source, seconds, api_key, num_columns)
     else:
         options.check_no_address(source)
@@ -63,18 +57,11 @@ def _of_server(url: str, seconds: float, api_key: str | None, num_columns: int) 
 
     import msgspec
 
-    from bireme.bench.client import Client, Target
+    from bireme.bench.client import fetch
     from bireme.observe.told import ToldLedger
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    target = Target(base_url=url, headers=headers)
     path = f"/debug/ledger?seconds={seconds:g}&columns={num_columns}"
-
-    async def fetch() -> bytes:
-        async with Client(target) as client:
-            return await client.fetch(path)
-
-    body = asyncio.run(fetch())
+    (body,) = asyncio.run(fetch(url, api_key, path))
     try:
         return msgspec.json.decode(body, type=ToldLedger)
     except msgspec.DecodeError as error:

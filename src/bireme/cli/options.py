@@ -126,6 +126,14 @@ MaxNumWaitingTokens = Annotated[
 _ADDRESS = re.compile(r"([\w.-]+|\[[\da-fA-F:]+\]):\d+(/\S*)?")
 Seed = Annotated[int, typer.Option("--seed", help="Of made-up weights.")]
 JsonOutput = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+MOST_SECONDS = 3600  # of the past
+PastSeconds = Annotated[
+    float, typer.Option("--seconds", metavar="S", help="Of a server: how much of the past.")
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option("--api-key", metavar="KEY", envvar="OPENAI_API_KEY", help="The server's."),
+]
 ShowLedger = Annotated[
     bool,
     typer.Option("--ledger", help="Then show, on standard error, where each rank's time went."),
@@ -294,6 +302,15 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """RequestError names both."""
     if value < least:
         raise RequestError(f"{name}={value} must be at least {least}")
+
+
+def is_url(given: str) -> bool:
+    return given.lower().startswith(("http://", "https://"))
+
+
+def check_seconds(seconds: float) -> None:
+    if not 0 < seconds <= MOST_SECONDS:
+        raise RequestError(f"seconds={seconds:g} must be above 0 and at most {MOST_SECONDS}")
 
 
 def check_no_address(given: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from bireme.trace import Now, SpanKind
 
@@ -49,12 +48,3 @@ def find_culprit(ranks: Mapping[int, Standing], step_id: int) -> int | None:
         return rank.now.is_waiting, rank.now.step_id, rank.stage, rank.now.num_begun
 
     return min(stopped or late, key=progress, default=None)
-
-
-def is_stopped(pid: int) -> bool:
-    """True while the process is held by SIGSTOP or a debugger."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] in ("T", "t")

@@ -141,7 +141,7 @@ class WorkerExecutor:
             step_bytes = plan.budget.ranks[index].activation_bytes
             memory = RankBytes(loaded.weight_bytes, loaded.cache_bytes, step_bytes)
             stage = Mesh(plan.config.parallel.widths, index).stage
-            watches.append(RankWatch(stage, index, rank.spans, memory))
+            watches.append(RankWatch(stage, index, rank.spans, memory, rank.process.pid))
         return watches
 
     @property

@@ -14,6 +14,7 @@ from bireme.config import EngineConfig, ParallelConfig, check_settings
 from bireme.engine.engine import Engine
 from bireme.engine.executor import WorkerExecutor
 from bireme.engine.input_processor import InputProcessor
+from bireme.engine.joining import threads_per_rank
 from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
 from bireme.engine.prepare import (
@@ -24,6 +25,7 @@ from bireme.engine.prepare import (
 )
 from bireme.engine.scheduler import Scheduler
 from bireme.engine.service_messages import RingPlace
+from bireme.engine.setup import RankSetup, Setup, environment, num_cores
 from bireme.errors import ConfigError, EngineError
 from bireme.parallel.mesh import Mesh
 from bireme.text.tokenizer import Message, Tokenizer
@@ -131,6 +133,25 @@ class EngineHost:
             *(f"  {name}: {loaded.describe()}" for name, loaded in ranks),
             f"  {plan.budget.describe(plan.rank_names)}",
         ]
+
+    def setup(self) -> Setup:
+        """How it runs; EngineError before the ranks started."""
+        plan = self.plan
+        return Setup(
+            model=self.model.name,
+            folder=str(self.model.folder),
+            dtype=plan.dtype,
+            transport=plan.config.transport,
+            ranks=[
+                RankSetup(
+                    it.name, it.stage, it.tp_rank, device, threads_per_rank(len(plan.devices))
+                )
+                for it, device in zip(self.ring_places(), plan.devices, strict=True)
+            ],
+            num_cores=num_cores(),
+            environment=environment(),
+            num_requests=float(plan.budget.num_requests),
+        )
 
     def spans(self) -> dict[str, list[Span]]:
         """The newest spans of every rank."""

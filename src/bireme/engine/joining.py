@@ -11,6 +11,7 @@ from bireme.config import Transport
 from bireme.engine.channel import QueueSteps, RingSteps, Steps, open_channel
 from bireme.engine.messages import Join
 from bireme.engine.pool import World
+from bireme.engine.setup import num_cores
 from bireme.parallel import shm
 from bireme.parallel.broadcast import RingPlan
 from bireme.parallel.counters import create_memory
@@ -19,7 +20,7 @@ from bireme.parallel.shm_helper import load_helper
 
 
 def threads_per_rank(num_ranks: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    return max(1, num_cores() // num_ranks)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ import msgspec
 
 import bireme
 from bireme.engine.channel import StepChannel
-from bireme.engine.culprit import Standing, find_culprit, is_stopped
+from bireme.engine.culprit import Standing, find_culprit
 from bireme.engine.deadline import Patience
 from bireme.engine.messages import (
     LANGUAGE_MODEL,
@@ -37,6 +37,7 @@ from bireme.engine.messages import (
     encode,
     frame,
 )
+from bireme.engine.process_stat import is_stopped
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
 from bireme.trace import Now, Span, SpanRing

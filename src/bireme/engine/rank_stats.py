@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from bireme.engine.process_stat import major_faults
 from bireme.trace import SpanKind, SpanRing, Total
 
 
@@ -42,6 +43,7 @@ class RankStats(msgspec.Struct, frozen=True):
     collective_bytes: int
     sent_bytes: int
     received_bytes: int
+    major_faults_total: int  # pages that were read from disk
     memory: RankBytes
 
 
@@ -54,12 +56,15 @@ class RankWatch:
         rank: int,
         ring: SpanRing,
         memory: RankBytes,
+        pid: int,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._stage, self._rank, self._ring, self._memory = stage, rank, ring, memory
         self._clock_ns, self._begun_ns = clock_ns, clock_ns()
         self._before = ring.totals()
         self._idle_ns = 0
+        self._pid = pid
+        self._faults_before = self._faults = major_faults(pid) or 0
 
     def stats(self) -> RankStats:
         elapsed_ns = self._clock_ns() - self._begun_ns
@@ -84,8 +89,14 @@ class RankWatch:
             collective_bytes=sum(total.num_bytes for total in collective),
             sent_bytes=send.num_bytes,
             received_bytes=receive.num_bytes,
+            major_faults_total=self._major_faults() - self._faults_before,
             memory=self._memory,
         )
+
+    def _major_faults(self) -> int:
+        """As last seen, of a process that is gone."""
+        self._faults = major_faults(self._pid) or self._faults
+        return self._faults
 
 
 def _seconds(*totals: Total) -> float:

@@ -167,6 +167,7 @@ def _ready(host: EngineHost) -> Ready:
         num_cache_tokens=budget.num_tokens,
         max_concurrency=float(budget.num_requests),
         told=host.describe(),
+        setup=host.setup(),
         rings=host.ring_places(),
         engine_ring=host.engine_ring,
     )

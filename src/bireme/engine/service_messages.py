@@ -7,6 +7,7 @@ import msgspec
 from bireme.config import EngineConfig
 from bireme.engine.engine import TokenEvent
 from bireme.engine.rank_stats import RankStats
+from bireme.engine.setup import Setup
 from bireme.errors import (
     BiremeError,
     CapacityError,
@@ -74,6 +75,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     num_cache_tokens: int
     max_concurrency: float
     told: list[str]
+    setup: Setup
     rings: list[RingPlace] = []
     engine_ring: str = ""
 

@@ -60,6 +60,10 @@ _RANK_COUNTERS: dict[str, tuple[str, Callable[[RankStats], float]]] = {
         "Seconds of steps that are nothing else: their inputs and tables.",
         lambda rank: rank.overhead_s,
     ),
+    "rank_major_faults": (
+        "Pages of its memory that a rank had to read from disk.",
+        lambda rank: rank.major_faults_total,
+    ),
     "rank_collective_bytes": (
         "Bytes of the tensors that collectives summed or gathered.",
         lambda rank: rank.collective_bytes,

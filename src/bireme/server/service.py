@@ -33,7 +33,7 @@ class Callers(Protocol):
 
 
 class Client(Protocol):
-    """An engine as the front end sees it; `ready` brings its `told`, `rings` and `engine_ring`."""
+    """An engine as the front end sees it; `ready` brings its `told`, `setup`, `rings` and `engine_ring`."""
 
     @property
     def ready(self) -> asyncio.Future[Any]: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, FastAPI, Query
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.middleware.cors import CORSMiddleware
@@ -17,7 +18,7 @@ from bireme.server import openapi
 from bireme.server.errors import ApiError, Handlers
 from bireme.server.middleware import Gate
 from bireme.server.openapi import ANY, answers
-from bireme.server.protocol.common import Health, Ledger, Load, Version
+from bireme.server.protocol.common import Health, Ledger, Load, RunSetup, Version
 from bireme.server.service import Service
 
 
@@ -75,6 +76,14 @@ def state_routes(service: Service) -> APIRouter:
     async def load() -> Response:
         """How many requests are being served."""
         return as_response(Load(server_load=service.num_active))
+
+    @router.get("/debug/setup", responses=answers(RunSetup, 503))
+    async def setup() -> Response:
+        """The model, its ranks with their devices, and what of the machine they depend on."""
+        service.check_ready()
+        return Response(
+            msgspec.json.encode(service.engine.ready.result().setup), media_type="application/json"
+        )
 
     @router.get("/debug/ledger", responses=answers(Ledger, 429, 503))
     async def ledger(

@@ -18,6 +18,7 @@ from bireme.engine.inbox import Inbox
 from bireme.engine.pool import WorkerPool
 from bireme.engine.rank_stats import RankStats
 from bireme.engine.service_messages import RingPlace
+from bireme.engine.setup import RankSetup, Setup, environment, num_cores
 from bireme.errors import ConfigError, EngineError
 from bireme.trace import SpanRing
 from bireme.vision.batching import BatchQueue
@@ -66,6 +67,7 @@ class ImageReady:
 
     num_classes: int
     told: list[str]
+    setup: Setup
     rings: list[RingPlace]
     engine_ring: str
 
@@ -171,8 +173,9 @@ class ImageClient:
             queue = BatchQueue[ImageRequest](settings.max_batch_size, settings.max_queue_delay_s)
             self._engine = ImageEngine(pipeline, queue, self._spans, self._inbox, self)
             ready = ImageReady(
-                num_classes, _told(settings, plan), pipeline.ring_places(), self._spans.path
-            )
+                num_classes, _told(settings, plan), _setup(settings, pipeline), pipeline.ring_places(),
+                self._spans.path,
+            )  # fmt: skip
             self._tell(self._begin, ready)
             self._engine.run()
 
@@ -191,6 +194,22 @@ class ImageClient:
         costs = measure_blocks(model, traced, self._pool, settings.ranks, most, _NUM_REPEATS)
         work = work_of(model, most, 1, settings.ranks.ring_depth)
         return make_plan(costs, num_stages, work, settings.limit_bytes, starts)
+
+
+def _setup(settings: ImageSettings, pipeline: LivePipeline) -> Setup:
+    model, ranks = settings.model, settings.ranks
+    return Setup(
+        model=model.name,
+        folder=None if model.weights is None else str(model.weights),
+        dtype=model.dtype,
+        transport=ranks.transport,
+        ranks=[
+            RankSetup(it.name, it.stage, it.tp_rank, device, ranks.num_threads)
+            for it, device in zip(pipeline.ring_places(), ranks.devices, strict=True)
+        ],
+        num_cores=num_cores(),
+        environment=environment(),
+    )
 
 
 def _told(settings: ImageSettings, plan: PipelinePlan) -> list[str]:

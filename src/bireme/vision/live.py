@@ -69,7 +69,7 @@ class LivePipeline:
         finally:
             os.close(fd)
         self._watches = [
-            RankWatch(stage.stage, stage.stage, rank.spans, _bytes_of(stage))
+            RankWatch(stage.stage, stage.stage, rank.spans, _bytes_of(stage), rank.process.pid)
             for stage, rank in zip(plan.stages, world.ranks, strict=True)
         ]
 

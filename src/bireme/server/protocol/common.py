@@ -261,6 +261,29 @@ class Version(Sent):
     version: str
 
 
+class RankSetup(Sent):
+    """A rank, where it runs, and the threads of one on a CPU."""
+
+    name: str
+    stage: int
+    tp_rank: int
+    device: str
+    num_threads: int
+
+
+class RunSetup(Sent):
+    """How the model runs. `num_requests` of the longest length fit the KV cache at once."""
+
+    model: str
+    folder: str | None
+    dtype: str
+    transport: str
+    ranks: list[RankSetup]
+    num_cores: int
+    environment: dict[str, str]
+    num_requests: float | None
+
+
 class LedgerRank(Sent):
     """`shares` of the time by row, `late` by the rank that was waited for, `overlapped` the share in which a
     send went on beside a later step's work, and the time as a line."""

@@ -1,0 +1,73 @@
+"""Say what is wrong with a running server, a run or an artifact, the figure behind it, and what to do.
+
+In an expert's order: the files, where time goes, collectives, memory, the batch, the machine. What costs
+most comes first. Exit status 1 where something was found.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bireme.cli import options
+
+if TYPE_CHECKING:
+    from bireme.doctor.evidence import Evidence
+    from bireme.doctor.finding import Finding
+
+NAME = "doctor"
+SHORT = "Say what is wrong, why, and what to do."
+
+
+def run(
+    source: Annotated[
+        str, typer.Argument(metavar="URL|ARTIFACT", help="A server, or a sharded checkpoint.")
+    ],
+    *,
+    seconds: options.PastSeconds = 30.0,
+    api_key: options.ApiKey = None,
+    as_json: options.JsonOutput = False,
+) -> int:
+    import msgspec
+
+    from bireme.doctor.rules import RULES, examine
+
+    found = _evidence(source, seconds, api_key)
+    findings = examine(found)
+    if as_json:
+        typer.echo(msgspec.json.encode(findings))
+    else:
+        for number, finding in enumerate(findings, 1):
+            _print(number, finding)
+        if not findings:
+            typer.echo(f"{found.source}: nothing found by {len(RULES)} rules")
+    return 1 if findings else 0
+
+
+def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
+    from bireme.doctor.evidence import Evidence
+
+    if options.is_url(source):
+        options.check_seconds(seconds)
+        from bireme.doctor.from_server import ask_server
+
+        return ask_server(source, api_key, seconds)
+    options.check_no_address(source)
+    return Evidence(source=source, ranks=(), damage=_damage(Path(source)))
+
+
+def _damage(folder: Path) -> list[str]:
+    from bireme.cli.progress import bytes_bar
+    from bireme.doctor.files import damage, num_bytes
+
+    with bytes_bar("checking", num_bytes(folder), quiet=False) as advance:
+        return damage(folder, advance)
+
+
+def _print(number: int, finding: Finding) -> None:
+    typer.echo(f"{number}. {finding.title} ({finding.rule})")
+    typer.echo(f"   found  {finding.figure}")
+    typer.echo(f"   do     {finding.remedy}")
+    typer.echo(f"   more   {finding.page}")

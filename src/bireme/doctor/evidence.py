@@ -1,0 +1,76 @@
+"""What rules look at: the same of a run on disk and of a running server. None is what nobody measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
+
+from bireme.observe.causes import Row
+from bireme.observe.told import ToldLedger, ToldRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """`memory` is bytes by kind; `major_faults` (pages read from disk) and `preempted` (by another thread
+    that wanted its core) are counted while the run was measured."""
+
+    name: str
+    stage: int
+    device: str
+    num_threads: int | None = None
+    memory: Mapping[str, int] = field(default_factory=dict)
+    major_faults: int | None = None
+    preempted: int | None = None
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.startswith("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFacts:
+    """The KV cache: the largest share of it in use, requests that gave their blocks back, how many waited at
+    most, and how many requests of the longest length it holds."""
+
+    most_used: float
+    num_preemptions: int
+    most_waiting: int
+    num_requests: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """Of one run. `num_running` requests (micro-batches of a vision pipeline) were in flight on average;
+    `narrower` is a layout of the same ranks with less tensor parallelism, where one fits. `damage` is what is
+    wrong with the files, a line each."""
+
+    source: str
+    ranks: Sequence[RankFacts]
+    ledger: ToldLedger | None = None
+    num_cores: int | None = None
+    cache: CacheFacts | None = None
+    num_running: float | None = None
+    narrower: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    damage: Sequence[str] = ()
+
+    @property
+    def num_stages(self) -> int:
+        return 1 + max((rank.stage for rank in self.ranks), default=0)
+
+    @property
+    def is_cut_in_layers(self) -> bool:
+        return len(self.ranks) > self.num_stages
+
+    def share(self, *rows: Row) -> float:
+        """Of the time in which there was work, on average over the ranks; 0 without a ledger."""
+        if self.ledger is None or not self.ledger.ranks:
+            return 0.0
+        return mean(busy_share(rank, *rows) for rank in self.ledger.ranks)
+
+
+def busy_share(rank: ToldRank, *rows: Row) -> float:
+    """Of a rank's time in which there was work."""
+    busy = 1.0 - rank.shares[Row.STARVED]
+    return sum(rank.shares[row] for row in rows) / busy if busy > 0 else 0.0
