@@ -196,6 +196,23 @@ def test_a_late_rank_is_waited_for_and_named(delay_ns: int) -> None:
     assert early.ns[Row.UNATTRIBUTED] == late.ns[Row.UNATTRIBUTED] == 0
 
 
+def test_a_first_step_whose_collectives_are_lost_is_no_sign_of_sampling() -> None:
+    def of_step(step: int) -> list[Span]:
+        start = 100 * US * step
+        return [
+            Span(kind, start, start + 100 * US, 0, step, 0)
+            for kind in (SpanKind.STEP, SpanKind.COMPUTE)
+        ]
+
+    marked = [
+        Span(SpanKind.ALL_REDUCE, at * 100 * US, at * 100 * US + US, 0, at, 0) for at in (1, 2)
+    ]
+    spans = [*of_step(0), *of_step(1), *of_step(2), *marked]
+    (found,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, 300 * US).ranks
+    assert not found.is_sampled
+    assert found.ns[Row.COLLECTIVE_MOVE] == 2 * US
+
+
 def test_collectives_that_are_marked_in_one_step_stand_for_those_of_the_others() -> None:
     def spans(late_us: int) -> list[Span]:
         """Steps of 100 us, 10 us of them moved in the first, behind what the other rank was late."""

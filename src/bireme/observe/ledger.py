@@ -182,8 +182,8 @@ class _RankPieces:
         """Of the time of work, in waiting and in moving, by the steps whose collectives were marked; none
         where all were."""
         marked = [step for step in self._steps if step.collectives]
-        if not marked or len(marked) == len(self._steps):
-            return None
+        if not marked or all(step.collectives for step in self._steps[1:]):
+            return None  # of the first the ring may have lost some
         wait_ns = move_ns = 0
         for step in marked:
             for ordinal, span in enumerate(step.collectives):
