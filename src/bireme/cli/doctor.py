@@ -55,15 +55,14 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
 
         return ask_server(source, api_key, seconds)
     options.check_no_address(source)
-    return Evidence(source=source, ranks=(), damage=_damage(Path(source)))
-
-
-def _damage(folder: Path) -> list[str]:
     from bireme.cli.progress import bytes_bar
-    from bireme.doctor.files import damage, num_bytes
+    from bireme.doctor.files import check_artifact, damage, departures, num_bytes
 
+    folder = Path(source)
+    check_artifact(folder)
     with bytes_bar("checking", num_bytes(folder), quiet=False) as advance:
-        return damage(folder, advance)
+        found = damage(folder, advance)
+    return Evidence(source=source, ranks=(), damage=found, departures=departures(folder))
 
 
 def _print(number: int, finding: Finding) -> None:

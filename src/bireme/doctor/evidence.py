@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean
@@ -42,8 +43,8 @@ class CacheFacts:
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Of one run. `num_running` requests (micro-batches of a vision pipeline) were in flight on average;
-    `narrower` is a layout of the same ranks with less tensor parallelism, where one fits. `damage` is what is
-    wrong with the files, a line each."""
+    `damage` is what is
+    wrong with the files, `departures` are where certificates say that the model is another, a line each."""
 
     source: str
     ranks: Sequence[RankFacts]
@@ -51,17 +52,19 @@ class Evidence:
     num_cores: int | None = None
     cache: CacheFacts | None = None
     num_running: float | None = None
-    narrower: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     damage: Sequence[str] = ()
+    departures: Sequence[str] = ()
 
     @property
     def num_stages(self) -> int:
         return 1 + max((rank.stage for rank in self.ranks), default=0)
 
     @property
-    def is_cut_in_layers(self) -> bool:
-        return len(self.ranks) > self.num_stages
+    def widths(self) -> tuple[int, ...]:
+        """Ranks by stage."""
+        counts = Counter(rank.stage for rank in self.ranks)
+        return tuple(counts[stage] for stage in sorted(counts))
 
     def share(self, *rows: Row) -> float:
         """Of the time in which there was work, on average over the ranks; 0 without a ledger."""

@@ -13,25 +13,39 @@ from bireme.errors import CheckpointError
 from bireme.verify.certificate import Certificate
 
 
-def num_bytes(folder: Path) -> int:
-    """Of the artifact's files, which are all read; 0 where it is another checkpoint."""
+def check_artifact(folder: Path) -> None:
+    """CheckpointError where the folder is something else."""
     if not is_artifact(folder):
+        raise CheckpointError(f"{folder} is no sharded checkpoint; bireme shard makes one")
+
+
+def num_bytes(folder: Path) -> int:
+    """Of the artifact's files, which are all read; 0 where its manifest is damaged."""
+    try:
+        return sum(file.num_bytes for file in Artifact(folder).manifest.files)
+    except CheckpointError:
         return 0
-    return sum(file.num_bytes for file in Artifact(folder).manifest.files)
 
 
 def damage(folder: Path, progress: Callable[[int], None] = lambda _: None) -> list[str]:
-    """A line for each file or tensor that is not what it was, none where the folder is no artifact."""
-    if not is_artifact(folder):
-        return []
+    """A line for each file or tensor of the artifact that is not what it was."""
     try:
         return Artifact(folder).check(progress)
     except CheckpointError as error:
         return [str(error)]
 
 
-def failed_certificates(folder: Path) -> Iterator[Certificate]:
-    """Of comparisons in which the cut model was another."""
+def departures(folder: Path) -> list[str]:
+    """A line for each certificate that says that the cut model is another."""
+    return [
+        f"at {found.layout} it differs from {found.reference} by {found.relative_difference:.1e} of the "
+        f"logits' spread, {found.tolerance:.1e} is allowed"
+        + (f": {found.departure}" if found.departure else "")
+        for found in _failed(folder)
+    ]
+
+
+def _failed(folder: Path) -> Iterator[Certificate]:
     for path in sorted(folder.glob("certificate-*.json")):
         try:
             found = msgspec.json.decode(path.read_bytes(), type=Certificate)

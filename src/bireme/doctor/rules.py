@@ -34,6 +34,17 @@ def damaged_files(found: Evidence) -> Iterator[Finding]:
         )
 
 
+def wrong_model(found: Evidence) -> Iterator[Finding]:
+    if found.departures:
+        yield Finding(
+            rule="wrong-model",
+            title="the cut model computes something else than the whole one",
+            figure=found.departures[0] + _more(len(found.departures) - 1),
+            remedy="shard the source again, then bireme verify",
+            share=1.0,
+        )
+
+
 def uneven_memory(found: Evidence) -> Iterator[Finding]:
     weights = [rank.memory.get("weights", 0) for rank in found.ranks]
     most, even = max(weights, default=0), mean(weights or [0])
@@ -120,10 +131,11 @@ def late_rank(found: Evidence) -> Iterator[Finding]:
 
 
 def slow_link(found: Evidence) -> Iterator[Finding]:
-    share = found.share(Row.COLLECTIVE_MOVE)
-    if found.is_cut_in_layers and share > _SLOW_LINK:
+    share, widths = found.share(Row.COLLECTIVE_MOVE), found.widths
+    if max(widths, default=1) > 1 and share > _SLOW_LINK:
+        is_even = len(set(widths)) == 1 and widths[0] % 2 == 0
         instead = (
-            "less tensor parallelism" if found.narrower is None else f"{found.narrower}, which fits"
+            f"-tp {widths[0] // 2} -pp {2 * len(widths)}" if is_even else "less tensor parallelism"
         )
         yield Finding(
             rule="slow-link",
@@ -209,7 +221,7 @@ def nccl_settings(found: Evidence) -> Iterator[Finding]:
 RULES: dict[str, Rule] = {
     rule.__name__.replace("_", "-"): rule
     for rule in (
-        damaged_files, uneven_memory, slow_stage, few_requests, slow_host, late_rank, slow_link,
+        damaged_files, wrong_model, uneven_memory, slow_stage, few_requests, slow_host, late_rank, slow_link,
         slow_hand_over, paging, small_cache, too_many_threads, nccl_settings,
     )
 }  # fmt: skip
