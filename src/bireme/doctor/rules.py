@@ -199,7 +199,7 @@ def too_many_threads(found: Evidence) -> Iterator[Finding]:
             rule="too-many-threads",
             title="more threads than cores",
             figure=f"{len(threads)} ranks have {sum(threads)} threads in all, their host {found.num_cores} cores",
-            remedy=f"use at most {found.num_cores} ranks, and --threads {max(1, found.num_cores // len(threads))}",
+            remedy=f"use at most {found.num_cores} ranks there",
             share=1.0,
         )
 
