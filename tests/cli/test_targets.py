@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from bireme.chrome_trace import Recorded, chrome_trace
 from bireme.cli import run
 from bireme.engine.pool import WorkerPool
 
 CERTIFICATE = {"model": "demo", "layout": "tp 2 x pp 1", "is_same": True}
-TRACE = {"traceEvents": [], "displayTimeUnit": "ms"}
+TRACE = chrome_trace(Recorded((), ()))
+OLD_TRACE = {"traceEvents": [], "displayTimeUnit": "ms"}
 VERIFY = ["verify", "demo", "--out"]
 GENERATE = ["generate", "demo", "The", "--max-tokens", "1", "-q", "--trace"]
 
@@ -67,7 +69,9 @@ def test_what_is_no_regular_file_is_refused(
     assert path.is_symlink()
 
 
-@pytest.mark.parametrize("held", [json.dumps(TRACE), ""], ids=["a trace", "nothing"])
+@pytest.mark.parametrize(
+    "held", [json.dumps(TRACE), json.dumps(OLD_TRACE), ""], ids=["a trace", "old", "nothing"]
+)
 def test_an_older_trace_is_replaced(held: str, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     path.write_text(held)
