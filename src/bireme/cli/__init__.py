@@ -21,6 +21,7 @@ from bireme.cli import (
     ledger,
     pipeline,
     probe,
+    profile,
     serve,
     shard,
     verify,
@@ -61,7 +62,19 @@ def _root(
     raise typer.Exit
 
 
-for module in (generate, chat, pipeline, inspect, shard, export, verify, ledger, doctor, probe):
+for module in (
+    generate,
+    chat,
+    pipeline,
+    inspect,
+    shard,
+    export,
+    verify,
+    ledger,
+    profile,
+    doctor,
+    probe,
+):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
 app.command(
     serve.NAME,

@@ -23,7 +23,10 @@ SHORT = "Say what is wrong, why, and what to do."
 
 def run(
     source: Annotated[
-        str, typer.Argument(metavar="URL|ARTIFACT", help="A server, or a sharded checkpoint.")
+        str,
+        typer.Argument(
+            metavar="RUN|URL|ARTIFACT", help="Of bireme profile, a server, or a sharded checkpoint."
+        ),
     ],
     *,
     seconds: options.PastSeconds = 30.0,
@@ -48,6 +51,7 @@ def run(
 
 def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
     from bireme.doctor.evidence import Evidence
+    from bireme.observe.run_folder import RUN_NAME
 
     if options.is_url(source):
         options.check_seconds(seconds)
@@ -55,10 +59,14 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
 
         return ask_server(source, api_key, seconds)
     options.check_no_address(source)
+    folder = Path(source)
+    if (folder / RUN_NAME).exists():
+        from bireme.doctor.from_run import read_evidence
+
+        return read_evidence(folder)
     from bireme.cli.progress import bytes_bar
     from bireme.doctor.files import check_artifact, damage, departures, num_bytes
 
-    folder = Path(source)
     check_artifact(folder)
     with bytes_bar("checking", num_bytes(folder), quiet=False) as advance:
         found = damage(folder, advance)

@@ -24,7 +24,7 @@ from bireme.engine.prepare import (
     served_model,
 )
 from bireme.engine.scheduler import Scheduler
-from bireme.engine.service_messages import RingPlace
+from bireme.engine.service_messages import RingPlace, Stats
 from bireme.engine.setup import RankSetup, Setup, environment, num_cores
 from bireme.errors import ConfigError, EngineError
 from bireme.parallel.mesh import Mesh
@@ -151,6 +151,19 @@ class EngineHost:
             num_cores=num_cores(),
             environment=environment(),
             num_requests=float(plan.budget.num_requests),
+        )
+
+    def stats(self) -> Stats:
+        """Plain counts, each right by itself, read while the engine goes on: no step waits for them."""
+        scheduler = self.start().scheduler
+        return Stats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            cache_usage=scheduler.blocks.usage,
+            num_preemptions_total=scheduler.num_preemptions,
+            prefix_queries_total=scheduler.num_prefix_queries,
+            prefix_hits_total=scheduler.num_prefix_hits,
+            ranks=self.executor.rank_stats(),
         )
 
     def spans(self) -> dict[str, list[Span]]:

@@ -18,9 +18,8 @@ from contextlib import closing
 
 import msgspec
 
-from bireme.engine.engine import Engine, TokenEvent
+from bireme.engine.engine import TokenEvent
 from bireme.engine.engine_loop import EngineCommand, run_engine
-from bireme.engine.executor import WorkerExecutor
 from bireme.engine.host import EngineHost
 from bireme.engine.inbox import Inbox
 from bireme.engine.input_processor import InputProcessor
@@ -141,20 +140,6 @@ class Commands:
             self._front_end.refuse(request.request_id, refusal)
 
 
-def _stats(engine: Engine, executor: WorkerExecutor) -> Stats:
-    """Plain counts, each right by itself, read while the engine goes on: no step waits for them."""
-    scheduler = engine.scheduler
-    return Stats(
-        num_running=scheduler.num_running,
-        num_waiting=scheduler.num_waiting,
-        cache_usage=scheduler.blocks.usage,
-        num_preemptions_total=scheduler.num_preemptions,
-        prefix_queries_total=scheduler.num_prefix_queries,
-        prefix_hits_total=scheduler.num_prefix_hits,
-        ranks=executor.rank_stats(),
-    )
-
-
 def _ready(host: EngineHost) -> Ready:
     model, budget, config = host.inputs.model, host.plan.budget, host.config
     return Ready(
@@ -184,8 +169,7 @@ def serve(front_end: FrontEnd) -> None:
         num_ranks = host.config.parallel.world_size
         front_end.say(Progress(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}"))
         engine = host.start()
-        executor = host.executor
-        commands.begin(host.inputs, lambda: _stats(engine, executor))
+        commands.begin(host.inputs, host.stats)
         front_end.say(_ready(host))
         run_engine(engine, commands.inbox, front_end)
 
