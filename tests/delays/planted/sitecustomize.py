@@ -4,6 +4,7 @@ another host, as the folder PLANTED_DELAYS says."""
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import sys
 import time
@@ -16,7 +17,8 @@ _CLONE_NEWNET = 0x40000000
 class Planted:
     """`rank-N` in the folder holds the seconds that rank N sleeps in each pass through its work: a pace
     in all, and a delay in those from `first` to before `stop`. When it slept is added to `slept-N`.
-    `host-N` names rank N's network namespace, and the interface through which it talks."""
+    `host-N` names rank N's network namespace, and the interface through which it talks; `paged-N` is a file that
+    rank N reads in each pass through its memory, which is taken away before."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._rank = folder, -1
@@ -45,6 +47,7 @@ class Planted:
             self.hold_up()
 
     def hold_up(self) -> None:
+        self._read_pages()
         asked = (self._folder / f"rank-{self._rank}").read_text()
         if asked != self._asked:
             self._asked, self._num_passes = asked, 0
@@ -56,6 +59,15 @@ class Planted:
             with (self._folder / f"slept-{self._rank}").open("a") as file:
                 file.write(f"{start} {time.monotonic_ns()}\n")
         self._num_passes += 1
+
+    def _read_pages(self) -> None:
+        path = self._folder / f"paged-{self._rank}"
+        if path.exists():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
+                    pages.madvise(mmap.MADV_RANDOM)
+                    sum(pages[:: mmap.PAGESIZE])
 
 
 def _enter(namespace: int) -> None:

@@ -1,0 +1,164 @@
+"""The doctor names first what was really made wrong with a run, and finds nothing where nothing was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hosts import Hosts
+from planting import Plant
+
+from bireme import LLM
+from bireme.bench.profiling import profile
+from bireme.bench.workload import Workload
+from bireme.cli import run as cli
+from bireme.doctor.from_run import evidence_of
+from bireme.doctor.rules import examine
+from bireme.engine.pool import WorkerPool
+
+pytestmark = pytest.mark.slow
+
+Ranks = tuple[WorkerPool, Plant]
+SLOW_S = 0.02  # more in each pass
+SLOW_BYTES_PER_S = 20_000_000
+
+
+def found(
+    ranks: Ranks, folder: Path, paces: Sequence[float], *, batch: int = 16, output_len: int = 24,
+    **settings: Any,
+) -> list[str]:  # fmt: skip
+    """The rules, in their order, of a workload in ranks of these paces."""
+    pool, plant = ranks
+    plant.set(paces)
+    workload = Workload(num_prompts=batch, input_len=16, output_len=output_len)
+    with LLM("demo", pool=pool, **settings) as llm:
+        run = profile(llm, workload, folder, done=lambda *_: None)
+    return [finding.rule for finding in examine(evidence_of("run", run))]
+
+
+TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
+
+
+@pytest.mark.parametrize("layout", [TP, PP], ids=str)
+def test_nothing_is_found_in_a_healthy_run(
+    language_ranks: Ranks, tmp_path: Path, layout: dict[str, int]
+) -> None:
+    assert found(language_ranks, tmp_path, [0, 0], output_len=64, **layout) == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "paces", "settings"),
+    [
+        ("slow-stage", [0, SLOW_S], PP),
+        ("late-rank", [0, SLOW_S], TP),
+        ("few-requests", [0.002, 0.002], {**PP, "batch": 1}),
+        (
+            "small-cache", [0, 0],
+            {**PP, "memory_limit_bytes": 38 << 20, "max_model_len": 512, "max_num_batched_tokens": 256,
+             "output_len": 180},
+        ),
+    ],
+)  # fmt: skip
+def test_a_fault_is_named_first(
+    language_ranks: Ranks, tmp_path: Path, rule: str, paces: list[float], settings: dict[str, Any]
+) -> None:
+    assert found(language_ranks, tmp_path, paces, **settings)[0] == rule
+
+
+def test_more_ranks_than_cores_are_named_first(language_ranks: Ranks, tmp_path: Path) -> None:
+    num_ranks = len(os.sched_getaffinity(0)) + 2
+    rules = found(language_ranks, tmp_path, [0] * num_ranks, tensor_parallel_size=num_ranks)
+    assert rules[0] == "too-many-threads"
+
+
+def test_a_rank_that_reads_its_memory_from_disk_is_named_first(
+    language_ranks: Ranks, tmp_path: Path
+) -> None:
+    paged = language_ranks[1].folder / "paged-1"
+    paged.write_bytes(os.urandom(1 << 20))
+    os.sync()  # pages that are to be written stay
+    try:
+        assert found(language_ranks, tmp_path / "run", [0, 0], **PP)[0] == "paging"
+    finally:
+        paged.unlink()
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with Hosts() as made:
+        yield made
+
+
+def test_collectives_over_a_slow_link_are_named_first(
+    language_ranks: Ranks, tmp_path: Path, hosts: Hosts
+) -> None:
+    plant = language_ranks[1]
+    with hosts.holding(plant, 2), hosts.shaped(SLOW_BYTES_PER_S):
+        rules = found(language_ranks, tmp_path, [0, 0], transport="distributed", **TP)
+    assert rules[0] == "slow-link"
+
+
+@pytest.fixture
+def artifact(tmp_path: Path) -> Path:
+    folder = tmp_path / "shards"
+    assert cli(["shard", "demo", str(folder), "-tp", "2"]) == 0
+    return folder
+
+
+def test_damage_of_the_artifact_that_ran_is_named_first(
+    language_ranks: Ranks, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pool, plant = language_ranks
+    plant.set([0, SLOW_S])
+    workload = Workload(num_prompts=4, input_len=16, output_len=8)
+    with LLM(artifact, tensor_parallel_size=2, pool=pool) as llm:
+        profile(llm, workload, tmp_path / "run", done=lambda *_: None)
+    path = artifact / "rank-00001-of-00002.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert cli(["doctor", str(tmp_path / "run"), "--json"]) == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["rule"], second["rule"]) == ("damaged-files", "late-rank")
+    assert "rank-00001-of-00002.safetensors is corrupt" in first["figure"]
+
+
+SLICES_CHANGE_PLACES = """
+from bireme.parallel import layout
+
+whole = layout.row_layout
+
+
+def row_layout(name, source, columns, unit):
+    if name == "model.layers.3.mlp.down_proj.weight":
+        columns = tuple(source.shape[1] - edge for edge in reversed(columns))
+    return whole(name, source, columns, unit)
+
+
+layout.row_layout = row_layout
+"""
+
+
+def test_a_wrong_slice_is_named_first(
+    artifact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each rank takes the other's of one tensor; a certificate says what that makes."""
+    (tmp_path / "sitecustomize.py").write_text(SLICES_CHANGE_PLACES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    arguments = ["--dtype", "float32", "--num-prompts", "1", "--num-decode", "1"]
+    assert cli(["verify", str(artifact), "-tp", "2", *arguments]) == 1
+    capsys.readouterr()
+    assert cli(["doctor", str(artifact)]) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "1. the cut model computes something else than the whole one (wrong-model)"
+    )
+    assert "layer 3, rank" in said
