@@ -4,7 +4,7 @@ message. Times are microseconds from the earliest span."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,14 @@ class Recorded:
 
     ranks: Sequence[RankSpans]
     engine: Sequence[Span]
+
+    def since(self, start_ns: int) -> Recorded:
+        """What began at that time or later."""
+        ranks = [
+            replace(rank, spans=[it for it in rank.spans if it.start_ns >= start_ns])
+            for rank in self.ranks
+        ]
+        return Recorded(ranks, [it for it in self.engine if it.start_ns >= start_ns])
 
 
 def chrome_trace(recorded: Recorded) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from PIL import Image
 from served import DEADLINE_S, Answer, Served, children, serving
 from test_shutdown import check_all_ended, command, until
 
+from bireme.cli import run as bireme
 from bireme.vision.live import Pixels
 from bireme.vision.model import find_model
 from bireme.vision.preprocessing import made_up_images
@@ -220,6 +221,10 @@ def test_what_any_server_tells_of_itself(server: Served) -> None:
     assert server.metric("num_images_running") == 0
     assert server.ask("GET", "/health").json == {"status": "ready"}
     assert server.ask("GET", "/v2/health/live").json == {"live": True}
+    assert [rank["device"] for rank in server.ask("GET", "/debug/setup").json["ranks"]] == [
+        "cpu"
+    ] * 2
+    assert bireme(["doctor", server.url, "--seconds", "5"]) in (0, 1)
     ledger = server.ask("GET", "/debug/ledger?seconds=5").json
     assert [rank["stage"] for rank in ledger["ranks"]] == [0, 1]
     for rank in ledger["ranks"]:

@@ -14,6 +14,7 @@ import pytest
 from served import Served, serving
 from streaming import Streaming
 
+from bireme.cli import run as command
 from bireme.observe.causes import Row
 
 
@@ -53,6 +54,26 @@ def test_metrics_show_the_last_moment(piped: Served) -> None:
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "x", "1e9"])
 def test_a_window_that_cannot_be_is_refused(piped: Served, seconds: str) -> None:
     assert piped.ask("GET", f"/debug/ledger?seconds={seconds}").status == 400
+
+
+def test_a_server_says_how_it_runs(piped: Served) -> None:
+    found = piped.ask("GET", "/debug/setup").json
+    assert [(rank["name"], rank["stage"]) for rank in found["ranks"]] == [
+        ("rank 0 (stage 0, tp 0)", 0), ("rank 1 (stage 1, tp 0)", 1),
+    ]  # fmt: skip
+    assert found["num_cores"] == len(os.sched_getaffinity(0))
+    assert {rank["device"] for rank in found["ranks"]} == {"cpu"}
+
+
+def test_the_doctor_asks_a_server(piped: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """One request at a time is too little for two stages, until nobody asks any more."""
+    Streaming(piped, max_tokens=200).tokens()
+    assert command(["doctor", piped.url, "--seconds", "2"]) == 1
+    assert "1. too few requests for 2 stages (few-requests)" in capsys.readouterr().out
+    found = piped.ask("GET", "/debug/ledger?seconds=0.001").json
+    assert [rank["shares"]["starved"] for rank in found["ranks"]] == [1.0, 1.0]
+    assert command(["doctor", piped.url, "--seconds", "0.001"]) == 0
+    assert "nothing found by" in capsys.readouterr().out
 
 
 def test_the_command_shows_a_servers_ledger(piped: Served) -> None:

@@ -79,7 +79,7 @@ def profile(llm: LLM, workload: Workload, folder: Path, *, done: Callable[[int, 
         watch.num_tokens,
         num_preemptions,
     )
-    recorded = llm.recorded()
+    recorded = llm.recorded().since(start_ns)
     run = Run(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -90,8 +90,8 @@ def profile(llm: LLM, workload: Workload, folder: Path, *, done: Callable[[int, 
         num_running=mean(watch.running),
         cache=CacheUse(watch.most_used, watch.most_waiting, num_preemptions),
         stats=llm.stats(),
-        ledger=ToldLedger.of(make_ledger(recorded, start_ns, end_ns)),
-        collectives=collectives_by_size(recorded, start_ns, end_ns),
+        ledger=ToldLedger.of(make_ledger(recorded)),
+        collectives=collectives_by_size(recorded),
     )
     write_run(folder, run, recorded)
     return run

@@ -16,7 +16,9 @@ from bireme.verify.certificate import Certificate
 def check_artifact(folder: Path) -> None:
     """CheckpointError where the folder is something else."""
     if not is_artifact(folder):
-        raise CheckpointError(f"{folder} is no sharded checkpoint; bireme shard makes one")
+        raise CheckpointError(
+            f"{folder} is no sharded checkpoint, and no run; bireme shard or bireme profile makes one"
+        )
 
 
 def num_bytes(folder: Path) -> int:

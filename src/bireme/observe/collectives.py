@@ -40,15 +40,11 @@ class _One:
     seen: list[tuple[int, int, str]] = field(default_factory=list)
 
 
-def collectives_by_size(
-    recorded: Recorded, start_ns: int = 0, end_ns: int | None = None
-) -> list[CollectiveSize]:
-    """Of the steps in [start_ns, end_ns), the largest in all first."""
+def collectives_by_size(recorded: Recorded) -> list[CollectiveSize]:
+    """The one that took most in all first."""
     found: dict[tuple[str, int], dict[tuple[int, Key, int], _One]] = defaultdict(dict)
     for rank in recorded.ranks:
         for step in rank_steps(rank.spans):
-            if step.start_ns < start_ns or (end_ns is not None and step.end_ns > end_ns):
-                continue
             for ordinal, span in enumerate(step.collectives):
                 ones = found[span.kind.name.lower(), span.num_bytes]
                 one = ones.setdefault((rank.stage, step.key, ordinal), _One())

@@ -90,7 +90,8 @@ def make_ledger(
 
 
 def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tuple[int, int]:
-    told = min((it.start_ns for it in recorded.engine if it.kind is SpanKind.SUBMIT), default=0)
+    submitted = [it.start_ns for it in recorded.engine if it.kind is SpanKind.SUBMIT]
+    told = min(submitted, default=0)
     steps = [
         span
         for rank in recorded.ranks
@@ -99,7 +100,7 @@ def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tup
     ]
     if not steps and (start_ns is None or end_ns is None):
         raise UserError("there is no step to account for; run something first")
-    first = told or min((span.start_ns for span in steps), default=0)
+    first = told if submitted else min((span.start_ns for span in steps), default=0)
     start = first if start_ns is None else start_ns
     end = max(span.end_ns for span in steps) if end_ns is None else end_ns
     if start >= end:
