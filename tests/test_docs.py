@@ -42,7 +42,7 @@ def blocks(text: str) -> list[Block]:
 
 
 _VOLATILE = re.compile(
-    r"\d+(\.\d+)?(?= (s|ms|tokens/s|requests/s)\b)"  # times and rates
+    r"\d+(\.\d+)?(?= (s|ms|tokens/s|requests/s)\b|% of the time)"  # times and rates
     r"|\d\.\d+e-\d+"  # 1.24e-05: what rounding makes of a logit
 )
 

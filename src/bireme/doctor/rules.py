@@ -18,6 +18,7 @@ _WORK = (Row.COMPUTE, Row.COLLECTIVE_MOVE, Row.COLLECTIVE_WAIT)
 _COST = 0.1  # of the time: what costs less is not worth a change
 _SLOW_HOST = 0.3
 _SLOW_LINK = 0.3
+_UNEVEN_WORK = 0.25  # of a step's time, which would be saved if all stages had as much to do
 _UNEVEN = 1.25  # bytes of the fullest rank, over the mean
 _MANY_FAULTS = 100  # pages read from disk while steps ran
 _FULL = 0.95
@@ -68,17 +69,19 @@ def slow_stage(found: Evidence) -> Iterator[Finding]:
         for stage, ranks in _by_stage(found.ledger.ranks).items()
     }
     slowest = max(works, key=works.__getitem__)
+    rest = mean(works[stage] for stage in works if stage != slowest)
     others = [rank for rank in found.ledger.ranks if rank.stage != slowest]
     waits = mean(busy_share(rank, Row.IMBALANCE) for rank in others)
-    rest = mean(works[stage] for stage in works if stage != slowest)
-    if works[slowest] - rest > 2 * _COST and waits > _COST:
+    gain = 1 - mean(works.values()) / works[slowest] if works[slowest] else 0.0
+    if gain > _UNEVEN_WORK and waits > _COST:
         yield Finding(
             rule="slow-stage",
             title=f"stage {slowest} holds up the others",
-            figure=f"it works {works[slowest]:.0%} of the time, the others {rest:.0%}; they wait for it {waits:.0%}",
+            figure=f"it works {works[slowest]:.0%} of the time, the others {rest:.0%} of the time, and wait for it "
+            f"{waits:.0%} of the time",
             remedy="give it fewer layers with --layers-per-stage; where it has no more than others, see what "
             "else runs on its device",
-            share=waits,
+            share=gain,
         )
 
 
@@ -124,7 +127,8 @@ def late_rank(found: Evidence) -> Iterator[Finding]:
         yield Finding(
             rule="late-rank",
             title=f"{name} comes late to its group's collectives",
-            figure=f"others wait {waited[name]:.0%} of the time for it, it {waits.get(name, 0.0):.0%} for them",
+            figure=f"others wait {waited[name]:.0%} of the time for it, it waits {waits.get(name, 0.0):.0%} of the time "
+            "for them",
             remedy="see what else runs on its device and cores, and whether its clock is throttled",
             share=waited[name],
         )
