@@ -63,7 +63,7 @@ FAULTS = {
     "damaged-files": evidence("pp", damage=["rank-1 is cut"]),
     "wrong-model": evidence("pp", departures=["layer 3, rank 1"]),
     "uneven-memory": with_rank(memory={"weights": 100}),
-    "slow-stage": evidence("pp", {Row.IMBALANCE: 0.5}, {}),
+    "slow-stage": evidence("pp", {Row.IMBALANCE: 0.7}, {}),
     "few-requests": evidence("pp", {Row.TOKEN_DEPENDENCY: 0.5}, {Row.TOKEN_DEPENDENCY: 0.5}),
     "slow-host": evidence("pp", {Row.HOST: 0.5}, {Row.HOST: 0.5}),
     "late-rank": with_late(),

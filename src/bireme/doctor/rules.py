@@ -127,8 +127,8 @@ def late_rank(found: Evidence) -> Iterator[Finding]:
         yield Finding(
             rule="late-rank",
             title=f"{name} comes late to its group's collectives",
-            figure=f"others wait {waited[name]:.0%} of the time for it, it waits {waits.get(name, 0.0):.0%} of the time "
-            "for them",
+            figure=f"others wait {waited[name]:.0%} of the time for it, it waits {waits.get(name, 0.0):.0%} "
+            "of the time for them",
             remedy="see what else runs on its device and cores, and whether its clock is throttled",
             share=waited[name],
         )
