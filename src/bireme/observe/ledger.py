@@ -90,16 +90,17 @@ def make_ledger(
 
 
 def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tuple[int, int]:
-    told = min((it.start_ns for it in recorded.engine if it.kind is SpanKind.SUBMIT), default=0)
+    submits = [it.start_ns for it in recorded.engine if it.kind is SpanKind.SUBMIT]
+    told = min(submits, default=None)
     steps = [
         span
         for rank in recorded.ranks
         for span in rank.spans
-        if span.kind is SpanKind.STEP and span.start_ns >= told
+        if span.kind is SpanKind.STEP and (told is None or span.start_ns >= told)
     ]
     if not steps and (start_ns is None or end_ns is None):
         raise UserError("there is no step to account for; run something first")
-    first = told or min((span.start_ns for span in steps), default=0)
+    first = min((span.start_ns for span in steps), default=0) if told is None else told
     start = first if start_ns is None else start_ns
     end = max(span.end_ns for span in steps) if end_ns is None else end_ns
     if start >= end:
