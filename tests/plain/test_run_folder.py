@@ -45,7 +45,7 @@ def test_a_later_run_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
 def test_what_is_of_others_stays(tmp_path: Path) -> None:
     mine = tmp_path / "thesis.tex"
     mine.write_text("x")
-    with pytest.raises(UserError, match="is there and is no run folder"):
+    with pytest.raises(UserError, match="is there and holds what is of no run"):
         prepare_run_folder(tmp_path)
     with pytest.raises(UserError, match="it is no folder"):
         prepare_run_folder(mine)

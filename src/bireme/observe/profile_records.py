@@ -71,6 +71,7 @@ class CollectiveSize(msgspec.Struct, frozen=True, kw_only=True):
     median_move_s: float
     overlapped_s: float
     mean_skew_s: float
+    median_skew_s: float
     max_skew_s: float
     max_skew_by: str
     late_s: dict[str, float]
@@ -110,11 +111,13 @@ class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one rank by kind, which add up to `total_bytes`. `weight_bytes` and `cache_bytes` are what was
-    allocated, as in /metrics, and `*_resident_bytes` what of it is in memory: a CPU's cache takes pages as
-    it fills, and what was paged out is not there. `activation_bytes` is what steps took at most beyond
-    what is held between them, `planned_step_bytes` what the largest may take by the plan. `other_bytes`: all
-    else that the process holds. `how`: by kind, how it was measured.
+    """Bytes of one rank by kind, which add up to `total_bytes`.
+
+    `weight_bytes` and `cache_bytes` are what was allocated, as in /metrics, and `*_resident_bytes` what of
+    it is in memory: a CPU's cache takes pages as it fills, and what was paged out is not there.
+    `activation_bytes` is what steps took at most beyond what is held between them (None: this host does not
+    tell), `planned_step_bytes` what the largest may take by the plan. `other_bytes`: all else that the
+    process holds. `how`: by kind, how it was measured.
 
     `num_major_faults` are pages that had to be read from disk in the measured pass; `num_alloc_retries`
     of CUDA's allocator, which had to give its cache back first.
@@ -123,7 +126,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     weight_bytes: int
     cache_bytes: int
-    activation_bytes: int
+    activation_bytes: int | None
     communication_bytes: int
     other_bytes: int
     planned_step_bytes: int
@@ -143,7 +146,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
         return (
             self.weight_bytes
             + self.cache_bytes
-            + self.activation_bytes
+            + (self.activation_bytes or 0)
             + self.communication_bytes
             + self.other_bytes
         )
@@ -158,8 +161,8 @@ class RankRate(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int
     num_tokens: int
     compute_s: float
-    flop: float
-    num_bytes: float
+    flop: int
+    num_bytes: int
     flop_per_s: float | None = None
     bytes_per_s: float | None = None
     ceiling_flop_per_s: float | None = None

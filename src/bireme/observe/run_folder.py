@@ -5,6 +5,7 @@
     ledger.json   where each rank's time went: RunLedger
     profile.json  what was measured: Profile
     kernels/      Chrome traces of torch.profiler's, one a rank, where they were asked for
+    nsys.nsys-rep what Nsight Systems saw, where it was asked for
 
 `run.json` is written last: a folder without it is of a run that did not end.
 """
@@ -85,7 +86,7 @@ class RunFolder:
             raise UserError(f"{path} is damaged: {error}; profile again") from None
 
 
-def kernel_trace_path(folder: Path, rank: int) -> Path:
+def kernel_trace_path(folder: Path, rank: int | str) -> Path:
     return folder / KERNELS / f"rank-{rank}.json"
 
 
@@ -93,13 +94,17 @@ def prepare_run_folder(path: Path) -> None:
     """Makes an empty one, in place of an earlier run's. UserError where something else is there."""
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} cannot be written: it is no folder; name another")
-    if path.is_dir() and any(path.iterdir()) and not (path / ABOUT).is_file():
-        raise UserError(f"{path} is there and is no run folder; name another, or remove it")
+    if path.is_dir() and not all(_is_ours(file.name) for file in path.iterdir()):
+        raise UserError(f"{path} is there and holds what is of no run; name another, or remove it")
     path.mkdir(parents=True, exist_ok=True)
     for file in [path / ABOUT, path / TRACE, path / LEDGER, path / PROFILE]:
         file.unlink(missing_ok=True)
     for file in (path / KERNELS).glob("rank-*.json"):
         file.unlink()
+
+
+def _is_ours(name: str) -> bool:
+    return name in (ABOUT, TRACE, LEDGER, PROFILE, KERNELS) or name.startswith("nsys.")
 
 
 def write_run_folder(

@@ -60,6 +60,11 @@ class RunLayout(msgspec.Struct, frozen=True, kw_only=True):
     def names(self) -> list[str]:
         return [rank.name for rank in self.ranks]
 
+    @property
+    def stages(self) -> list[int]:
+        """By rank."""
+        return [rank.stage for rank in self.ranks]
+
 
 class RunWorkload(msgspec.Struct, frozen=True, kw_only=True):
     """`batch` requests that were there from the start, each of `input_len` tokens and continued by
