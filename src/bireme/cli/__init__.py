@@ -20,6 +20,7 @@ from bireme.cli import (
     ledger,
     pipeline,
     probe,
+    profile,
     serve,
     shard,
     verify,
@@ -60,7 +61,7 @@ def _root(
     raise typer.Exit
 
 
-for module in (generate, chat, pipeline, inspect, shard, export, verify, ledger, probe):
+for module in (generate, chat, pipeline, inspect, shard, export, verify, ledger, profile, probe):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)
 app.command(
     serve.NAME,
@@ -88,7 +89,7 @@ def run(arguments: list[str]) -> int:
     """The exit status of one command line."""
     try:
         status = typer.main.get_command(app).main(
-            arguments, prog_name="bireme", standalone_mode=False
+            arguments, prog_name="bireme", standalone_mode=False, obj=arguments
         )
     except UsageError as error:
         hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""

@@ -25,7 +25,7 @@ NAME = "ledger"
 SHORT = "Show where each rank's time went, bubbles by cause."
 _MOST_COLUMNS = 8
 _MOST_SECONDS = 3600
-_LABEL_WIDTH = len("rank 999 ")
+LABEL_WIDTH = len("rank 999 ")
 
 
 def run(
@@ -43,7 +43,7 @@ def run(
 
     from bireme.observe.told import told_of_trace
 
-    num_columns = max(20, Console().width - _LABEL_WIDTH)
+    num_columns = max(20, Console().width - LABEL_WIDTH)
     if source.lower().startswith(("http://", "https://")):
         if not 0 < seconds <= _MOST_SECONDS:
             raise RequestError(f"seconds={seconds:g} must be above 0 and at most {_MOST_SECONDS}")
@@ -89,7 +89,7 @@ def show_run(host: EngineHost) -> None:
     from bireme.observe.told import ToldLedger
 
     console = Console(stderr=True, highlight=False)
-    num_columns = max(20, console.width - _LABEL_WIDTH)
+    num_columns = max(20, console.width - LABEL_WIDTH)
     show(ToldLedger.of(make_ledger(host.recorded()), num_columns=num_columns), console)
 
 

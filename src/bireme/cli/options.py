@@ -253,7 +253,7 @@ def is_certificate(keys: Keys) -> bool:
 
 def is_trace(keys: Keys) -> bool:
     """True for the keys of what `bireme generate --trace` writes."""
-    return set(keys) == {"traceEvents", "displayTimeUnit"}
+    return set(keys) == {"traceEvents", "displayTimeUnit", "otherData"}
 
 
 def check_writable(path: Path, what: str, is_ours: Callable[[Keys], bool]) -> None:

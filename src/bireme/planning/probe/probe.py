@@ -58,7 +58,7 @@ def probe(
     return Cluster(
         measured=Measurement(
             date=datetime.now(UTC).replace(microsecond=0),
-            versions=_versions(devices),
+            versions=versions_of(devices),
             elapsed_s=round(time.monotonic() - start, 1),
             load_average=load,
             is_quick=plan.is_quick,
@@ -85,7 +85,8 @@ def _link(between: Sequence[str], transport: str, curve: Curve) -> Link:
     )
 
 
-def _versions(devices: Sequence[str]) -> dict[str, str]:
+def versions_of(devices: Sequence[str]) -> dict[str, str]:
+    """Of what runs on these devices."""
     versions = {
         "bireme": __version__,
         "python": platform.python_version(),
