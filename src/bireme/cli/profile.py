@@ -73,7 +73,8 @@ def run(
     if under_nsys:
         prepare_run_folder(out)
         run_under_nsys(out, arguments)
-    from bireme.bench.profiling import ProfilePlan, check_workload, profile
+    from bireme.bench.passes import ProfilePlan, check_workload
+    from bireme.bench.profiling import profile
     from bireme.engine.llm import LLM
 
     llm = LLM(model, **keywords)

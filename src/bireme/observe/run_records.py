@@ -60,11 +60,6 @@ class RunLayout(msgspec.Struct, frozen=True, kw_only=True):
     def names(self) -> list[str]:
         return [rank.name for rank in self.ranks]
 
-    @property
-    def stages(self) -> list[int]:
-        """By rank."""
-        return [rank.stage for rank in self.ranks]
-
 
 class RunWorkload(msgspec.Struct, frozen=True, kw_only=True):
     """`batch` requests that were there from the start, each of `input_len` tokens and continued by
@@ -92,7 +87,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunAbout(msgspec.Struct, frozen=True, kw_only=True):
-    """`run.json`. `elapsed_s` of the whole command, starting the ranks and the later passes included."""
+    """`run.json`. `elapsed_s` of all passes together, the ranks being there."""
 
     format_version: int = FORMAT_VERSION
     command: list[str]
