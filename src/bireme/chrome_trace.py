@@ -25,13 +25,24 @@ class Recorded:
     ranks: Sequence[RankSpans]
     engine: Sequence[Span]
 
+    @property
+    def start_ns(self) -> int:
+        """Of the earliest span: where a trace begins."""
+        tracks = [self.engine, *(rank.spans for rank in self.ranks)]
+        return min((span.start_ns for spans in tracks for span in spans), default=0)
+
     def since(self, start_ns: int) -> Recorded:
-        """What began at that time or later."""
+        """What began then or later; what the engine was in the middle of, from then on."""
+        engine = [
+            replace(span, start_ns=max(span.start_ns, start_ns))
+            for span in self.engine
+            if span.end_ns > start_ns
+        ]
         ranks = [
-            replace(rank, spans=[it for it in rank.spans if it.start_ns >= start_ns])
+            replace(rank, spans=[span for span in rank.spans if span.start_ns >= start_ns])
             for rank in self.ranks
         ]
-        return Recorded(ranks, [it for it in self.engine if it.start_ns >= start_ns])
+        return Recorded(ranks, engine)
 
 
 def chrome_trace(recorded: Recorded) -> dict[str, Any]:
@@ -41,7 +52,7 @@ def chrome_trace(recorded: Recorded) -> dict[str, Any]:
         for rank in recorded.ranks
     ]
     tracks.append((_ENGINE, {}, recorded.engine))
-    origin = min((span.start_ns for _, _, spans in tracks for span in spans), default=0)
+    origin = recorded.start_ns
     events: list[dict[str, Any]] = []
     for track, (name, place, spans) in enumerate(tracks):
         events += _heading(track, name, place)

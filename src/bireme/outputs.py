@@ -74,3 +74,25 @@ class Delta:
     stop_reason: int | str | None = None
     logprobs: list[Logprobs] = field(default_factory=list)
     time_s: float = 0.0
+
+
+class TokenGaps:
+    """Inter-token latency: the time between tokens of a continuation that came one after the other."""
+
+    __slots__ = ("_last_s",)
+
+    def __init__(self) -> None:
+        self._last_s: dict[tuple[int, int], float] = {}  # by prompt and choice
+
+    @property
+    def has_begun(self) -> bool:
+        """True once there was a token."""
+        return bool(self._last_s)
+
+    def note(self, delta: Delta) -> float | None:
+        """Seconds since the tokens before; None for the first, and where a delta has no token."""
+        if not delta.token_ids:
+            return None
+        key = delta.index, delta.choice
+        before_s, self._last_s[key] = self._last_s.get(key), delta.time_s
+        return None if before_s is None else delta.time_s - before_s

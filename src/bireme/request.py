@@ -124,6 +124,11 @@ class ScheduledBatch(msgspec.Struct, frozen=True, array_like=True):
         return sum(piece.num_tokens for piece in self.pieces)
 
     @property
+    def is_decode(self) -> bool:
+        """True where every token is the last one that was sampled: none is of a prompt."""
+        return all(piece.token_ids is None for piece in self.pieces)
+
+    @property
     def sampling_slots(self) -> list[int]:
         return [piece.slot for piece in self.pieces if piece.samples]
 

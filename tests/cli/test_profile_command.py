@@ -1,116 +1,223 @@
-"""`bireme profile` and what `bireme doctor` and `bireme ledger` say of the same run."""
+"""`bireme profile`, of what really ran: four ranks, two stages, through the command line."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bireme.checkpoint.hub import DEMO
 from bireme.cli import run
-from bireme.observe.run_folder import Run, read_run
-from bireme.observe.told import ToldLedger, told_of_trace
+from bireme.observe.causes import Row
+from bireme.observe.run_folder import RunFolder
+from bireme.trace import SpanKind
 
-SMALL = ["--batch", "6", "--input-len", "8", "--output-len", "16"]
+BATCH, INPUT_LEN, OUTPUT_LEN = 4, 24, 8
+WORKLOAD = [
+    "--batch", str(BATCH), "--input-len", str(INPUT_LEN), "--output-len", str(OUTPUT_LEN)
+]  # fmt: skip
+CLUSTER = """format_version = 1
+[[nodes]]
+name = "box"
+[[nodes.devices]]
+name = "cpu0"
+kind = "cpu"
+memory_bytes = 1000000000
+memory_bytes_per_s = 1e10
+flop_per_s = { float32 = 1e11 }
+[[nodes.devices]]
+name = "cpu1"
+kind = "cpu"
+memory_bytes = 1000000000
+flop_per_s = { float32 = 1e11 }
+[[groups]]
+devices = ["box/cpu0", "box/cpu1"]
+transport = "shared memory"
+all_reduce = [[1024, 1e-5], [1048576, 1e-3]]
+"""
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    assert run(["profile", "demo", "-tp", "2", *SMALL, "-o", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def found(kept: Path) -> Run:
-    return read_run(kept)
-
-
-def test_it_keeps_what_ran_and_what_was_measured(found: Run) -> None:
-    assert [rank.name for rank in found.setup.ranks] == [
-        "rank 0 (stage 0, tp 0)", "rank 1 (stage 0, tp 1)",
+def profiled(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """One run, which all tests look at."""
+    folder = tmp_path_factory.mktemp("profile")
+    (folder / "cluster.toml").write_text(CLUSTER)
+    out = folder / "run"
+    arguments = [
+        "profile", DEMO, "-tp", "2", "-pp", "2", "--dtype", "float32", *WORKLOAD, "--kernels",
+        "--cluster", str(folder / "cluster.toml"), "-o", str(out),
     ]  # fmt: skip
-    result = found.result
-    assert (result["num_requests"], result["num_output_tokens"]) == (6, 96)
-    assert (
-        0 < found.latency_s["itl"]["p50"] <= found.latency_s["e2e"]["p50"] <= result["elapsed_time"]
+    assert run(arguments) == 0
+    found = RunFolder(out)
+    assert found.about.command == ["bireme", *arguments]
+    return found
+
+
+def test_it_says_what_ran(profiled: RunFolder) -> None:
+    about = profiled.about
+    assert about.layout.widths == (2, 2)
+    assert [(rank.stage, rank.tp_rank) for rank in about.layout.ranks] == [
+        (0, 0), (0, 1), (1, 0), (1, 1),
+    ]  # fmt: skip
+    assert about.layout.names == [rank.name for rank in profiled.recorded.ranks]
+    assert sum(about.layout.layers_per_stage) == about.model.config.num_layers  # type: ignore[union-attr]
+    assert about.settings.transport == "shared memory"
+    assert about.hardware.num_cores >= about.settings.num_threads >= 1
+
+
+def test_its_ledger_is_what_the_ledger_command_says(
+    profiled: RunFolder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    assert run(["ledger", str(profiled.path / "trace.json"), "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    ledger = profiled.ledger
+    assert told["seconds"] == ledger.told.seconds == profiled.profile.seconds
+    for rank, exact, other in zip(told["ranks"], ledger.ranks, ledger.told.ranks, strict=True):
+        assert rank["shares"] == other.shares
+        assert rank["late"] == other.late
+        assert sum(exact.ns.values()) == exact.wall_ns
+        for row in Row:
+            assert exact.ns[row] / exact.wall_ns == rank["shares"][row.value]
+
+
+def test_tokens_and_steps_are_those_of_the_workload(profiled: RunFolder) -> None:
+    found = profiled.profile
+    assert found.is_whole
+    assert found.throughput.num_input_tokens == BATCH * INPUT_LEN
+    assert found.throughput.num_output_tokens == BATCH * OUTPUT_LEN
+    assert len(found.latency.requests) == BATCH
+    for one in found.latency.requests:
+        assert 0 <= one.queue_s <= one.ttft_s <= one.e2e_s <= found.throughput.elapsed_s
+    assert found.num_steps == len(found.steps)
+    tokens = sum(step.num_tokens for step in found.steps)
+    assert tokens == BATCH * (INPUT_LEN + OUTPUT_LEN - 1)  # the last one is not fed back
+    assert sum(step.num_sampled for step in found.steps) == BATCH * OUTPUT_LEN
+    assert max(step.cache_usage for step in found.steps) > 0
+    told = sorted(it.start_ns for it in profiled.recorded.engine if it.kind is SpanKind.SUBMIT)
+    for step, start_ns in zip(found.steps, told, strict=True):  # noted just before it is told
+        assert -5e-3 < step.time_s - start_ns / 1e9 <= 0
+
+
+def test_collectives_are_all_there_and_held_against_the_ceiling(profiled: RunFolder) -> None:
+    sizes = profiled.profile.collectives
+    for stage in (0, 1):
+        ranks = [rank for rank in profiled.recorded.ranks if rank.stage == stage]
+        for kind in (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER):
+            spans = [it for rank in ranks for it in rank.spans if it.kind is kind]
+            its = [it for it in sizes if (it.stage, it.kind) == (stage, kind.name.lower())]
+            assert sum(it.total_bytes for it in its) * 2 == sum(it.num_bytes for it in spans)
+            seconds = sum(it.end_ns - it.start_ns for it in spans) / 1e9
+            assert sum(it.time_s for it in its) * 2 == pytest.approx(seconds)
+    for size in sizes:
+        assert (size.ceiling_bytes_per_s is not None) == (size.kind == "all_reduce")
+    edges = {(it.src_stage, it.dst_stage) for it in profiled.profile.messages}
+    assert edges == {(0, 1), (1, 0)}
+
+
+def test_every_layer_is_timed_on_every_rank_that_holds_it(profiled: RunFolder) -> None:
+    found = profiled.profile
+    for rank in profiled.about.layout.ranks:
+        ends = {"embedding"} if rank.stage == 0 else {"head"}
+        layers = {*map(str, range(*rank.layers)), *ends}
+        for phase in ("prefill", "decode"):
+            its = [it for it in found.layers if (it.rank, it.phase) == (rank.rank, phase)]
+            assert {it.layer for it in its} == layers
+            assert all(it.time_s >= it.count * it.median_s / 2 > 0 for it in its)
+
+
+def test_memory_is_told_by_kind(profiled: RunFolder) -> None:
+    for one in profiled.profile.memory:
+        assert one.weight_bytes == pytest.approx(one.weight_resident_bytes, rel=0.1)
+        assert 0 < one.cache_resident_bytes < one.cache_bytes
+        assert one.activation_bytes is not None
+        assert 0 < one.activation_bytes < one.planned_step_bytes
+        assert one.communication_bytes > 0
+        assert one.other_bytes > 50e6  # python and torch
+        assert one.how.keys() == {"weights", "cache", "activations", "communication", "other"}
+
+
+def test_rates_are_of_all_tokens(profiled: RunFolder) -> None:
+    found = profiled.profile
+    for rank in range(4):
+        rates = {it.phase: it for it in found.rates if it.rank == rank}
+        assert rates["decode"].num_tokens == BATCH * (OUTPUT_LEN - 1)
+        assert rates["prefill"].num_tokens == BATCH * INPUT_LEN
+        for rate in rates.values():
+            assert rate.flop_per_s == pytest.approx(rate.flop / rate.compute_s)
+            assert rate.ceiling_flop_per_s == 1e11
+    assert any("is of box, and this is" in note for note in found.notes)
+
+
+def test_kernels_are_traced_on_every_rank(profiled: RunFolder) -> None:
+    for rank in range(4):
+        path = profiled.kernel_trace(rank)
+        assert path is not None
+        assert json.loads(path.read_bytes())["traceEvents"]
+        its = [it for it in profiled.profile.operators if it.rank == rank]
+        assert any("linear" in it.name for it in its)
+        assert [it.self_s for it in its] == sorted((it.self_s for it in its), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--batch", "0"], "num_prompts=0 must be at least 1"),
+        (["--output-len", "5000"], "1024"),
+        (["--num-warmup", "-1"], "num_warmup=-1 must be at least 0"),
+        (["--cluster", "missing.toml"], "missing.toml cannot be read"),
+        (["-tp", "99"], "tensor_parallel_size=99 exceeds"),
+        (["-o", __file__], "it is no folder"),
+        (["-o", str(Path(__file__).parent)], "holds what is of no run"),
+    ],
+)
+def test_wrong_input_is_told_before_any_process_starts(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["profile", DEMO, *arguments]) == 2
+    found = capfd.readouterr().err
+    assert told in found
+    assert found.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_nsys_its_command_is_printed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(["profile", DEMO, "--nsys", "-o", str(tmp_path / "a run")]) == 2
+    found = capfd.readouterr()
+    assert "nsys is not installed" in found.err
+    words = shlex.split(found.out)
+    assert words[:4] == ["nsys", "profile", "-t", "cuda,nvtx"]
+    assert words[words.index("-o") + 1] == str(tmp_path / "a run" / "nsys")
+    assert words[-6:] == ["-m", "bireme", "profile", DEMO, "-o", str(tmp_path / "a run")]
+
+
+def test_with_nsys_it_runs_under_it(tmp_path: Path) -> None:
+    fake = tmp_path / "nsys"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')
+    fake.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "bireme", "profile", DEMO, "--nsys", "-o", str(tmp_path / "run")],
+        env={**os.environ, "PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
-    assert 1 <= found.num_running <= 6
-    assert found.cache.num_preemptions == 0
-    assert all(rank.memory.weight_bytes > 0 for rank in found.stats.ranks)
-
-
-def test_the_trace_gives_the_same_ledger(kept: Path, found: Run) -> None:
-    assert told_of_trace(kept / "trace.json") == found.ledger
-
-
-def test_collectives_are_those_of_the_ledger(found: Run) -> None:
-    """A sum of each layer's halves and the embedding's, and what a token takes."""
-    ledger = found.ledger
-    for row, seconds in (
-        ("collective_wait", sum(it.wait_s for it in found.collectives)),
-        ("collective_move", sum(it.move_s for it in found.collectives)),
-    ):
-        told = sum(rank.shares[row] for rank in ledger.ranks) * ledger.seconds
-        assert seconds == pytest.approx(told, rel=0.01, abs=1e-4)
-    decode = next(it for it in found.collectives if it.num_bytes == 6 * 256 * 2)
-    assert decode.kind == "all_reduce"
-    assert decode.count % (2 * 8 + 1) == 0
-    assert sum(decode.last.values()) == decode.count
-
-
-def test_an_earlier_run_is_replaced_and_nothing_else(
-    kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "mine").write_text("a thesis")
-    for folder, says in (
-        (tmp_path, "holds other files"),
-        (tmp_path / "mine", "is no folder"),
-        (tmp_path / "no" / "run", "no is no folder"),
-    ):
-        assert run(["profile", "demo", "-o", str(folder)]) == 2
-        assert says in capsys.readouterr().err
-    assert run(["profile", "demo", *SMALL, "-o", str(kept.parent / "other"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["result"]["num_requests"] == 6
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        ("{", "is no run of ours"),
-        ("{}", "is no run of ours"),
-        ('{"bireme_run": 99}', "is of format 99, and 1 is read"),
-        ('{"bireme_run": 1}', "is no run of ours"),
-    ],
-)
-def test_what_is_no_run_is_refused(
-    content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "run.json").write_text(content)
-    assert run(["doctor", str(tmp_path)]) == 2
-    assert says in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["nowhere"], "nowhere is no sharded checkpoint, and no run"),
-        (["127.0.0.1:1"], "did you mean http://127.0.0.1:1"),
-        (["http://127.0.0.1:1"], "127.0.0.1:1"),
-        (["http://127.0.0.1:1", "--seconds", "0"], "seconds=0 must be above 0"),
-    ],
-)
-def test_what_cannot_be_looked_at_is_said_in_one_line(
-    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["doctor", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert says in err
-    assert "\n" not in err.strip()
-
-
-def test_a_ledger_is_what_it_is_read_as(found: Run) -> None:
-    assert isinstance(found.ledger, ToldLedger)
-    for rank in found.ledger.ranks:
-        assert sum(rank.shares.values()) == pytest.approx(1.0)
-        assert rank.shares["unattributed"] <= 0.01
+    assert done.returncode == 7, done.stderr
+    words = done.stdout.split("\n")
+    assert words[:3] == ["profile", "-t", "cuda,nvtx"]
+    assert sys.executable in words
+    assert "--nsys" not in words

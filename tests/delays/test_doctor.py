@@ -13,12 +13,14 @@ from hosts import Hosts
 from planting import Plant
 
 from bireme import LLM
+from bireme.bench.passes import ProfilePlan
 from bireme.bench.profiling import profile
 from bireme.bench.workload import Workload
 from bireme.cli import run as cli
-from bireme.doctor.from_run import evidence_of
+from bireme.doctor.from_run import read_evidence
 from bireme.doctor.rules import examine
 from bireme.engine.pool import WorkerPool
+from bireme.observe.run_folder import prepare_run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +38,15 @@ def found(
     plant.set(paces)
     workload = Workload(num_prompts=batch, input_len=16, output_len=output_len)
     with LLM("demo", pool=pool, **settings) as llm:
-        run = profile(llm, workload, folder, done=lambda *_: None)
-    return [finding.rule for finding in examine(evidence_of("run", run))]
+        profile(llm, plan_of(workload, folder))
+    return [finding.rule for finding in examine(read_evidence(folder))]
+
+
+def plan_of(workload: Workload, folder: Path) -> ProfilePlan:
+    prepare_run_folder(folder)
+    return ProfilePlan(
+        workload=workload, num_warmup=1, has_kernels=False, cluster=None, folder=folder, command=()
+    )
 
 
 TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
@@ -47,7 +56,7 @@ TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
 def test_nothing_is_found_in_a_healthy_run(
     language_ranks: Ranks, tmp_path: Path, layout: dict[str, int]
 ) -> None:
-    assert found(language_ranks, tmp_path, [0, 0], output_len=64, **layout) == []
+    assert found(language_ranks, tmp_path / "run", [0, 0], output_len=64, **layout) == []
 
 
 @pytest.mark.parametrize(
@@ -66,12 +75,12 @@ def test_nothing_is_found_in_a_healthy_run(
 def test_a_fault_is_named_first(
     language_ranks: Ranks, tmp_path: Path, rule: str, paces: list[float], settings: dict[str, Any]
 ) -> None:
-    assert found(language_ranks, tmp_path, paces, **settings)[0] == rule
+    assert found(language_ranks, tmp_path / "run", paces, **settings)[0] == rule
 
 
 def test_more_ranks_than_cores_are_named_first(language_ranks: Ranks, tmp_path: Path) -> None:
     num_ranks = len(os.sched_getaffinity(0)) + 2
-    rules = found(language_ranks, tmp_path, [0] * num_ranks, tensor_parallel_size=num_ranks)
+    rules = found(language_ranks, tmp_path / "run", [0] * num_ranks, tensor_parallel_size=num_ranks)
     assert rules[0] == "too-many-threads"
 
 
@@ -98,7 +107,7 @@ def test_collectives_over_a_slow_link_are_named_first(
 ) -> None:
     plant = language_ranks[1]
     with hosts.holding(plant, 2), hosts.shaped(SLOW_BYTES_PER_S):
-        rules = found(language_ranks, tmp_path, [0, 0], transport="distributed", **TP)
+        rules = found(language_ranks, tmp_path / "run", [0, 0], transport="distributed", **TP)
     assert rules[0] == "slow-link"
 
 
@@ -116,7 +125,7 @@ def test_damage_of_the_artifact_that_ran_is_named_first(
     plant.set([0, SLOW_S])
     workload = Workload(num_prompts=4, input_len=16, output_len=8)
     with LLM(artifact, tensor_parallel_size=2, pool=pool) as llm:
-        profile(llm, workload, tmp_path / "run", done=lambda *_: None)
+        profile(llm, plan_of(workload, tmp_path / "run"))
     path = artifact / "rank-00001-of-00002.safetensors"
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,15 @@ from bireme.bench.workload import Workload
 from bireme.engine.llm import LLM
 
 PERCENTILES = (50, 90, 99)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles; nothing of nothing."""
+    if not values:
+        return {}
+    found = np.percentile(values, PERCENTILES)
+    named = {f"p{share}": float(value) for share, value in zip(PERCENTILES, found, strict=True)}
+    return {"mean": float(np.mean(values)), **named}
 
 
 @dataclass(frozen=True)
@@ -49,10 +58,7 @@ class LatencyResult:
         return self.weight_bytes / self.step_s if self.step_s else 0.0
 
     def percentiles(self, pick: Callable[[Iteration], float]) -> dict[str, float]:
-        values = [pick(iteration) for iteration in self.iterations]
-        found = np.percentile(values, PERCENTILES)
-        named = {f"p{share}": float(value) for share, value in zip(PERCENTILES, found, strict=True)}
-        return {"mean": float(np.mean(values)), **named}
+        return spread([pick(iteration) for iteration in self.iterations])
 
     def as_json(self) -> dict[str, Any]:
         """Seconds; `avg_latency`, `latencies` and `percentiles` as `vllm bench latency`."""

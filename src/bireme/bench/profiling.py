@@ -1,106 +1,148 @@
-"""Runs a workload once more than it counts, and keeps all that was measured of it."""
+"""A profile: the passes of a workload, and from them all that a run folder tells."""
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
-from statistics import mean
 
-import numpy as np
-
-from bireme import __version__
-from bireme.bench.latency import PERCENTILES
+from bireme.bench.passes import Looked, Measured, Passes, ProfilePlan
+from bireme.bench.rank_memory import memory_of_ranks
+from bireme.bench.run_facts import (
+    layout_of,
+    run_hardware,
+    run_layout,
+    run_model,
+    run_settings,
+    run_workload,
+)
 from bireme.bench.throughput import ThroughputResult
-from bireme.bench.workload import Workload
+from bireme.config import DTYPE_BYTES
 from bireme.engine.llm import LLM
-from bireme.observe.collectives import collectives_by_size
-from bireme.observe.ledger import make_ledger
-from bireme.observe.run_folder import CacheUse, Run, write_run
-from bireme.observe.told import ToldLedger
+from bireme.engine.messages import Profiled
+from bireme.observe.ceilings import Ceilings, ceilings_of
+from bireme.observe.exchanges import collective_sizes, message_sizes
+from bireme.observe.ledger import Ledger, make_ledger
+from bireme.observe.profile_records import (
+    LayerTime,
+    Operator,
+    Profile,
+    Throughput,
+)
+from bireme.observe.rates import rank_rates
+from bireme.observe.run_folder import RunFolder, write_run_folder
+from bireme.observe.run_records import RunAbout, RunLedger
+from bireme.parallel.layout import ModelLayout
+from bireme.parallel.operations import rank_operations
+from bireme.planning.probe import hardware
+from bireme.planning.probe.probe import versions_of
+from bireme.trace import SpanKind
 
 
-class _Watch:
-    """What deltas say of time, and what the scheduler is at while they come."""
-
-    def __init__(self, llm: LLM) -> None:
-        self._scheduler = llm.start().scheduler
-        self.first_s: dict[int, float] = {}
-        self._last_s: dict[int, float] = {}
-        self.between_s: list[float] = []
-        self.running: list[int] = []
-        self.most_used, self.most_waiting, self.num_tokens = 0.0, 0, 0
-
-    def note(self, index: int, num_tokens: int, time_s: float) -> None:
-        if num_tokens:
-            if index in self._last_s:
-                self.between_s.append(time_s - self._last_s[index])
-            self.first_s.setdefault(index, time_s)
-            self._last_s[index] = time_s
-        self.num_tokens += num_tokens
-        self.running.append(self._scheduler.num_running)
-        self.most_used = max(self.most_used, self._scheduler.blocks.usage)
-        self.most_waiting = max(self.most_waiting, self._scheduler.num_waiting)
-
-    def latency_s(self, start_s: float) -> dict[str, dict[str, float]]:
-        return {
-            "ttft": _percentiles([time_s - start_s for time_s in self.first_s.values()]),
-            "itl": _percentiles(self.between_s),
-            "e2e": _percentiles([time_s - start_s for time_s in self._last_s.values()]),
-        }
-
-
-def profile(llm: LLM, workload: Workload, folder: Path, *, done: Callable[[int, int], None]) -> Run:
-    """Writes the run; the first time through, with other prompts, warms up. `done` gets the requests that ended
-    and the tokens that came since its last call."""
-    engine = llm.start()
-    for _ in llm.stream(
-        *dataclasses.replace(workload, seed=workload.seed + 1).make(_vocabulary(llm))
-    ):
-        pass
-    before = engine.scheduler.num_preemptions
-    prompts, params = workload.make(_vocabulary(llm))
-    watch = _Watch(llm)
-    start_ns, start_s = time.monotonic_ns(), engine.clock()
-    for delta in llm.stream(prompts, params):
-        watch.note(delta.index, len(delta.token_ids), delta.time_s)
-        done(delta.output is not None, len(delta.token_ids))
-    end_ns = time.monotonic_ns()
-    num_preemptions = engine.scheduler.num_preemptions - before
-    result = ThroughputResult(
-        workload,
-        (end_ns - start_ns) / 1e9,
-        sum(map(len, prompts)),
-        watch.num_tokens,
-        num_preemptions,
+def profile(llm: LLM, plan: ProfilePlan, done: Callable[[], None] = lambda: None) -> RunFolder:
+    """Into `plan.folder`, which was prepared. `done` is called after every pass."""
+    start_s, date, load = time.monotonic(), datetime.now(UTC), hardware.load_average()
+    layout = layout_of(llm.plan)
+    told_layout, settings = run_layout(llm.plan, layout), run_settings(llm.plan)
+    machine = run_hardware(llm.plan, load)
+    ceilings = None
+    if plan.cluster is not None:
+        ceilings = ceilings_of(plan.cluster, told_layout, settings, machine.host)
+    passes = Passes(llm, plan, done)
+    passes.warm_up()
+    measured, looked = passes.measure(), passes.look()
+    ledger = make_ledger(measured.recorded)
+    about = RunAbout(
+        command=list(plan.command),
+        date=date.replace(microsecond=0),
+        elapsed_s=time.monotonic() - start_s,
+        versions=versions_of(llm.plan.devices),
+        hardware=machine,
+        model=run_model(llm, layout),
+        layout=told_layout,
+        workload=run_workload(plan.workload, plan.num_warmup),
+        settings=settings,
     )
-    recorded = llm.recorded().since(start_ns)
-    run = Run(
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        versions={"bireme": __version__, "torch": version("torch")},
-        setup=llm.setup(),
-        result=result.as_json(),
-        latency_s=watch.latency_s(start_s),
-        num_running=mean(watch.running),
-        cache=CacheUse(watch.most_used, watch.most_waiting, num_preemptions),
-        stats=llm.stats(),
-        ledger=ToldLedger.of(make_ledger(recorded)),
-        collectives=collectives_by_size(recorded),
+    found = _profile(llm, layout, measured, looked, ledger, ceilings)
+    return write_run_folder(plan.folder, about, measured.recorded, RunLedger.of(ledger), found)
+
+
+def _profile(
+    llm: LLM,
+    layout: ModelLayout,
+    measured: Measured,
+    looked: Looked,
+    ledger: Ledger,
+    ceilings: Ceilings | None,
+) -> Profile:
+    recorded, dtype = measured.recorded, llm.plan.dtype
+    operations = [
+        rank_operations(llm.plan.model, layout, rank, DTYPE_BYTES[dtype]) for rank in layout.ranks
+    ]
+    return Profile(
+        seconds=(ledger.end_ns - ledger.start_ns) / 1e9,
+        num_steps=sum(span.kind is SpanKind.SUBMIT for span in recorded.engine),
+        is_whole=measured.is_whole,
+        throughput=_throughput(measured.result),
+        latency=measured.latency,
+        collectives=collective_sizes(recorded, ceilings),
+        messages=message_sizes(recorded, ceilings),
+        layers=_layers(looked.layers, [rank.stage for rank in layout.ranks]),
+        memory=memory_of_ranks(llm, measured.usage, looked.usage),
+        rates=rank_rates(ledger, measured.log.batches, operations, dtype, ceilings),
+        steps=measured.log.samples(recorded.start_ns),
+        operators=_operators(looked.operators),
+        cluster=ceilings.used if ceilings else None,
+        notes=_notes(measured, ceilings),
     )
-    write_run(folder, run, recorded)
-    return run
 
 
-def _vocabulary(llm: LLM) -> int:
-    return llm.model.config.vocab_size
+def _throughput(result: ThroughputResult) -> Throughput:
+    return Throughput(
+        elapsed_s=result.elapsed_s,
+        num_requests=result.workload.num_prompts,
+        num_input_tokens=result.num_input_tokens,
+        num_output_tokens=result.num_output_tokens,
+        requests_per_s=result.requests_per_s,
+        total_tokens_per_s=result.total_tokens_per_s,
+        output_tokens_per_s=result.output_tokens_per_s,
+        num_preemptions=result.num_preemptions,
+    )
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
-    found = np.percentile(values or [0.0], PERCENTILES)
-    return {f"p{share}": float(value) for share, value in zip(PERCENTILES, found, strict=True)}
+def _layers(found: Sequence[Profiled], stages: Sequence[int]) -> list[LayerTime]:
+    return [
+        LayerTime(
+            rank=rank,
+            stage=stages[rank],
+            layer=seen.name,
+            phase="decode" if seen.is_decode else "prefill",
+            count=seen.count,
+            time_s=seen.total_s,
+            median_s=seen.median_s,
+        )
+        for rank, profiled in enumerate(found)
+        for seen in profiled.layers
+    ]
+
+
+def _operators(found: Sequence[Profiled]) -> list[Operator]:
+    return [
+        Operator(rank=rank, name=one.name, count=one.count, self_s=one.self_s, time_s=one.total_s)
+        for rank, profiled in enumerate(found)
+        for one in profiled.operators
+    ]
+
+
+def _notes(measured: Measured, ceilings: Ceilings | None) -> list[str]:
+    notes = [] if ceilings is None else list(ceilings.notes)
+    if ceilings is None:
+        notes.append("no ceilings: give --cluster a cluster.toml, which `bireme probe` writes")
+    elif ceilings.used.is_quick:
+        notes.append("ceilings are of a probe with --quick, whose sizes caches hold")
+    if not measured.is_whole:
+        notes.append(
+            "the ranks' rings held the end of the measured pass alone: trace, ledger and rates are of "
+            "that; use fewer tokens"
+        )
+    return notes

@@ -10,6 +10,7 @@ from typing import Any
 
 from bireme.bench.workload import Workload
 from bireme.engine.llm import LLM
+from bireme.outputs import Delta
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,21 @@ class ThroughputResult:
 
 
 def measure_throughput(
-    llm: LLM, workload: Workload, *, progress: Callable[[int, int], None] = lambda *_: None
+    llm: LLM,
+    workload: Workload,
+    *,
+    progress: Callable[[int, int], None] = lambda *_: None,
+    seen: Callable[[Delta], None] = lambda _: None,
 ) -> ThroughputResult:
-    """`progress` gets the requests that ended and the tokens that came since its last call."""
+    """`progress` gets the requests that ended and the tokens that came since its last call, `seen` all that
+    came."""
     prompts, params = workload.make(llm.model.config.vocab_size)
     scheduler = llm.start().scheduler
     before, num_output = scheduler.num_preemptions, 0
     start = time.perf_counter()
     for delta in llm.stream(prompts, params):
         num_output += len(delta.token_ids)
+        seen(delta)
         progress(delta.output is not None, len(delta.token_ids))
     return ThroughputResult(
         workload,

@@ -102,7 +102,7 @@ def run(arguments: list[str]) -> int:
     """The exit status of one command line."""
     try:
         status = typer.main.get_command(app).main(
-            arguments, prog_name="bireme", standalone_mode=False
+            arguments, prog_name="bireme", standalone_mode=False, obj=arguments
         )
     except UsageError as error:
         hint = f"; see `{error.ctx.command_path} --help`" if error.ctx else ""

@@ -51,7 +51,7 @@ def run(
 
 def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
     from bireme.doctor.evidence import Evidence
-    from bireme.observe.run_folder import RUN_NAME
+    from bireme.observe.run_folder import ABOUT
 
     if options.is_url(source):
         options.check_seconds(seconds)
@@ -60,7 +60,7 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
         return ask_server(source, api_key, seconds)
     options.check_no_address(source)
     folder = Path(source)
-    if (folder / RUN_NAME).exists():
+    if (folder / ABOUT).exists():
         from bireme.doctor.from_run import read_evidence
 
         return read_evidence(folder)

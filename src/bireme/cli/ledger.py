@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAME = "ledger"
 SHORT = "Show where each rank's time went, bubbles by cause."
 _MOST_COLUMNS = 8
-_LABEL_WIDTH = len("rank 999 ")
+LABEL_WIDTH = len("rank 999 ")
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
 
     from bireme.observe.told import told_of_trace
 
-    num_columns = max(20, Console().width - _LABEL_WIDTH)
+    num_columns = max(20, Console().width - LABEL_WIDTH)
     if options.is_url(source):
         options.check_seconds(seconds)
         told = _of_server(source, seconds, api_key, num_columns)
@@ -76,7 +76,7 @@ def show_run(host: EngineHost) -> None:
     from bireme.observe.told import ToldLedger
 
     console = Console(stderr=True, highlight=False)
-    num_columns = max(20, console.width - _LABEL_WIDTH)
+    num_columns = max(20, console.width - LABEL_WIDTH)
     show(ToldLedger.of(make_ledger(host.recorded()), num_columns=num_columns), console)
 
 

@@ -58,6 +58,7 @@ def run(
     _check_out(out, force)
     from bireme.cluster.file import write_cluster
     from bireme.engine.prepare import resolve_devices
+    from bireme.engine.setup import num_cores
     from bireme.planning.probe import hardware
     from bireme.planning.probe.plan import plan_for
     from bireme.planning.probe.probe import probe
@@ -65,7 +66,7 @@ def run(
     config = _config(ranks, device=device, devices=devices, transport=transport)
     chosen = resolve_devices(config)
     _check_memory(config, chosen)
-    if (load := hardware.load_average()) > (cores := hardware.num_cores()):
+    if (load := hardware.load_average()) > (cores := num_cores()):
         _note(
             f"the machine is busy (load average {load:.1f} on {cores} cores): figures will be low"
         )

@@ -1,83 +1,98 @@
-"""Run a workload, and keep all that was measured of it: a folder for `bireme doctor`.
+"""Run one batch of requests and write down all that can be measured of it, to a run folder: a trace,
+where each rank's time went, collectives by size, time by layer, memory by kind, and achieved rates.
 
-Prompts are made-up ids, answers exactly as long as asked for. A run with other prompts warms up first.
+Prompts are made-up ids, answers exactly as long as asked for. The figures are of one pass with nothing
+in its way; times by layer, memory's peak and --kernels are of passes after it. docs/run-folder.md says
+what every field is.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from bireme.cli import options
+from bireme.cli import bench, options
 from bireme.cli.grouped import flattened
+from bireme.cli.nsys import OPTION, run_under_nsys
+from bireme.cli.profile_report import print_profile
 from bireme.cli.progress import count_bar
 from bireme.cli.ranks import print_ranks
 
-if TYPE_CHECKING:
-    from bireme.observe.run_folder import Run
-
 NAME = "profile"
-SHORT = "Run a workload, and keep what was measured."
-_NUM_SIZES = 6  # of collectives, that are shown
+SHORT = "Run a workload, and write down where its time and memory went."
 
 
 @flattened
 def run(
+    context: typer.Context,
     model: options.Model,
     *,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", help="Requests at once.")] = 8,
-    input_len: Annotated[
-        int, typer.Option("--input-len", metavar="N", help="Tokens of each prompt.")
-    ] = 128,
-    output_len: Annotated[
-        int, typer.Option("--output-len", metavar="N", help="Tokens of each answer.")
-    ] = 128,
-    seed: Annotated[int, typer.Option("--seed", help="Of the made-up prompts.")] = 0,
-    engine: options.EngineOptions,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", metavar="RUN", help="The folder, new or of an earlier run."),
+        typer.Option("--out", "-o", metavar="RUN", help="The folder to write, or to write anew."),
     ] = Path("run"),
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", help="Requests, all there from the start.")
+    ] = 8,
+    input_len: bench.InputLen = 128,
+    output_len: bench.OutputLen = 32,
+    num_warmup: Annotated[
+        int, typer.Option("--num-warmup", metavar="N", help="Passes before the measured one.")
+    ] = 1,
+    seed: bench.Seed = 0,
+    engine: options.EngineOptions,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster",
+            metavar="FILE",
+            help="cluster.toml of `bireme probe`: what figures are held against.",
+        ),
+    ] = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Then a short pass under torch.profiler: RUN/kernels/."),
+    ] = False,
+    under_nsys: Annotated[
+        bool, typer.Option(OPTION, help="Run under Nsight Systems: RUN/nsys.nsys-rep.")
+    ] = False,
     as_json: options.JsonOutput = False,
 ) -> None:
-    from bireme.bench.profiling import profile
     from bireme.bench.workload import Workload
-    from bireme.engine.llm import LLM
-    from bireme.observe.run_folder import RUN_NAME, check_run_folder
+    from bireme.cluster.file import read_cluster
+    from bireme.observe.run_folder import prepare_run_folder
 
     workload = Workload(num_prompts=batch, input_len=input_len, output_len=output_len, seed=seed)
-    check_run_folder(out)
-    with LLM(model, **engine.keywords()) as llm:
-        print_ranks(llm)
-        with count_bar("requests", batch, "tokens/s") as advance:
-            made = profile(llm, workload, out, done=advance)
-    if as_json:
-        typer.echo((out / RUN_NAME).read_text())
-    else:
-        _print(made)
-        typer.echo(f"kept in {out}: bireme doctor {out}, bireme ledger {out}/trace.json")
+    options.check_at_least("num_warmup", num_warmup, 0)
+    if cluster is not None:
+        read_cluster(cluster)  # to be told before the work
+    keywords = engine.keywords()
+    arguments: list[str] = context.obj
+    if under_nsys:
+        prepare_run_folder(out)
+        run_under_nsys(out, arguments)
+    from bireme.bench.passes import ProfilePlan, check_workload
+    from bireme.bench.profiling import profile
+    from bireme.engine.llm import LLM
 
-
-def _print(made: Run) -> None:
-    from bireme.cli.ledger import show
-    from bireme.cli.tables import console, table
-    from bireme.config import format_bytes
-
-    result, latency = made.result, made.latency_s
-    typer.echo(
-        f"{result['num_requests']} requests in {result['elapsed_time']:.2f} s, "
-        f"{result['output_tokens_per_second']:.0f} tokens/s of output; to the first token "
-        f"p50 {1e3 * latency['ttft']['p50']:.1f} ms, between tokens p50 {1e3 * latency['itl']['p50']:.2f} ms"
+    llm = LLM(model, **keywords)
+    check_workload(llm, workload)
+    prepare_run_folder(out)
+    plan = ProfilePlan(
+        workload=workload,
+        num_warmup=num_warmup,
+        has_kernels=kernels,
+        cluster=cluster,
+        folder=out,
+        command=["bireme", *arguments],
     )
-    show(made.ledger)
-    if made.collectives:
-        rows = table("collective", "bytes", "times", "wait", "move", "of one", "rate", "skew")
-        for it in made.collectives[:_NUM_SIZES]:
-            rows.add_row(
-                it.kind.replace("_", "-"), format_bytes(it.num_bytes), str(it.count),
-                f"{it.wait_s:.2f} s", f"{it.move_s:.2f} s", f"{1e6 * it.median_move_s:.0f} us",
-                f"{format_bytes(it.bytes_per_s)}/s", f"{1e6 * it.skew_s:.0f} us",
-            )  # fmt: skip
-        console().print(rows)
+    with llm:
+        print_ranks(llm)
+        with count_bar("passes", plan.num_passes) as advance:
+            run_folder = profile(llm, plan, lambda: advance(1, 0))
+    if as_json:
+        typer.echo((out / "profile.json").read_text(), nl=False)
+    else:
+        print_profile(run_folder)

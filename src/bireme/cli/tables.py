@@ -9,9 +9,10 @@ from rich.table import Table
 _WIDTH = 220  # of what is no terminal: tables take what they need of it
 
 
-def console() -> Console:
-    found = Console()
-    return found if found.is_terminal else Console(width=_WIDTH)
+def console(*, highlight: bool = True) -> Console:
+    """`highlight` colours numbers and names."""
+    found = Console(highlight=highlight)
+    return found if found.is_terminal else Console(width=_WIDTH, highlight=highlight)
 
 
 def table(*columns: str) -> Table:

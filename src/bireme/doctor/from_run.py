@@ -3,53 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import mean
 
 from bireme.checkpoint.manifest import is_artifact
 from bireme.doctor.evidence import CacheFacts, Evidence, RankFacts
 from bireme.doctor.files import damage, departures
-from bireme.engine.rank_stats import RankStats
-from bireme.engine.setup import RankSetup
-from bireme.observe.run_folder import Run, read_run
+from bireme.observe.profile_records import Profile, RankMemory
+from bireme.observe.run_folder import RunFolder
+from bireme.observe.run_records import RunRank
 
 
-def read_evidence(folder: Path) -> Evidence:
-    """With the artifact that it ran, where it is still there."""
-    return evidence_of(str(folder), read_run(folder))
-
-
-def evidence_of(source: str, run: Run) -> Evidence:
-    setup = run.setup
-    files = None if setup.folder is None else Path(setup.folder)
-    is_there = files is not None and is_artifact(files)
+def read_evidence(path: Path) -> Evidence:
+    """With the artifact that it ran, where it is still there. UserError where there is no run."""
+    run = RunFolder(path)
+    about, profile = run.about, run.profile
+    threads, files = about.settings.num_threads, _artifact(about.model.folder)
+    ranks = zip(about.layout.ranks, profile.memory, strict=True)
     return Evidence(
-        source=source,
-        ranks=[_facts(*pair) for pair in zip(setup.ranks, run.stats.ranks, strict=True)],
-        ledger=run.ledger,
-        num_cores=setup.num_cores,
-        cache=CacheFacts(
-            most_used=run.cache.most_used,
-            num_preemptions=run.cache.num_preemptions,
-            most_waiting=run.cache.most_waiting,
-            num_requests=setup.num_requests,
-        ),
-        num_running=run.num_running,
-        environment=setup.environment,
-        damage=damage(files) if files is not None and is_there else (),
-        departures=departures(files) if files is not None and is_there else (),
+        source=str(path),
+        ranks=[_facts(rank, memory, threads) for rank, memory in ranks],
+        ledger=run.ledger.told,
+        num_cores=about.hardware.num_cores,
+        cache=_cache(profile, about.settings.num_cache_tokens / about.settings.max_model_len),
+        num_running=mean([step.num_running for step in profile.steps] or [0]),
+        environment=about.settings.environment,
+        damage=() if files is None else damage(files),
+        departures=() if files is None else departures(files),
     )
 
 
-def _facts(rank: RankSetup, stats: RankStats) -> RankFacts:
-    memory = stats.memory
+def _artifact(folder: str | None) -> Path | None:
+    """None where another checkpoint was read, or none."""
+    return Path(folder) if folder is not None and is_artifact(Path(folder)) else None
+
+
+def _cache(profile: Profile, num_requests: float) -> CacheFacts:
+    steps = profile.steps
+    return CacheFacts(
+        most_used=max((step.cache_usage for step in steps), default=0.0),
+        num_preemptions=profile.throughput.num_preemptions,
+        most_waiting=max((step.num_waiting for step in steps), default=0),
+        num_requests=num_requests,
+    )
+
+
+def _facts(rank: RunRank, memory: RankMemory, num_threads: int) -> RankFacts:
     return RankFacts(
         name=rank.name,
         stage=rank.stage,
         device=rank.device,
-        num_threads=rank.num_threads,
-        memory={
-            "weights": memory.weight_bytes,
-            "cache": memory.cache_bytes,
-            "steps": memory.step_bytes,
-        },
-        major_faults=stats.major_faults_total,
+        num_threads=num_threads,
+        memory={"weights": memory.weight_bytes, "cache": memory.cache_bytes},
+        major_faults=memory.num_major_faults,
     )

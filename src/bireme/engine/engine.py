@@ -81,6 +81,7 @@ class Engine:
     ) -> None:
         self.scheduler, self.clock, self._executor = scheduler, clock, executor
         self._spans = spans
+        self.watcher: Callable[[ScheduledBatch], None] | None = None  # is told of every step
         self._settled_ns = time.monotonic_ns()  # since when `run` has had no request
         self._matchers: dict[str, Matcher] = {}
         self._masked: deque[_Masked] = deque()
@@ -108,6 +109,8 @@ class Engine:
         events = [self._event(News(state, [], [])) for state in self._expired()]
         while (batch := self.scheduler.schedule()) is not None:
             self._note_begun(batch)
+            if self.watcher is not None:
+                self.watcher(batch)
             with self._span(SpanKind.SUBMIT, batch.header):
                 self._executor.submit(batch)
             self._await_masks(batch)

@@ -6,6 +6,9 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from bireme.checkpoint.names import NameMap
 from bireme.config import DTYPE_BYTES, EngineConfig
@@ -13,7 +16,20 @@ from bireme.engine.budget import CacheBudget
 from bireme.engine.channel import Steps
 from bireme.engine.deadline import StepsInFlight
 from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
-from bireme.engine.messages import Capture, Execute, Load, Loaded, Masks, Output
+from bireme.engine.messages import (
+    BeginProfile,
+    Capture,
+    Done,
+    EndProfile,
+    Execute,
+    Load,
+    Loaded,
+    Masks,
+    Output,
+    Profiled,
+    RankUsage,
+    ReadUsage,
+)
 from bireme.engine.pool import WorkerPool, World
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.errors import EngineError
@@ -31,6 +47,8 @@ from bireme.request import (
     StepOutput,
 )
 from bireme.trace import Span
+
+T = TypeVar("T", bound=msgspec.Struct)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +202,29 @@ class WorkerExecutor:
 
     def capture(self, folder: Path | None, *, probes: bool = False) -> None:
         """From the next step on, ranks write what they compute under `folder`; None stops it."""
-        self._world.send_all(Capture(str(folder) if folder else None, probes))
-        self._world.gather(self._plan.config.step_timeout_s, "starting to capture")
+        self._ask(Capture(str(folder) if folder else None, probes), Done, "starting to capture")
+
+    def usage(self) -> list[RankUsage]:
+        """What every rank holds between steps; the spans of all steps so far are written by then."""
+        return self._ask(ReadUsage(), RankUsage, "saying what it holds")
+
+    def begin_profile(self, kernels: Path | None = None) -> None:
+        """From the next step on, ranks note what every layer takes, or with `kernels`, a path with
+        `{rank}` in it, let torch.profiler write traces there. Steps are slower meanwhile."""
+        self._ask(BeginProfile(str(kernels) if kernels else None), Done, "starting to profile")
+
+    def end_profile(self) -> list[Profiled]:
+        """What every rank saw."""
+        return self._ask(EndProfile(), Profiled, "ending its profile")
+
+    def _ask(self, command: msgspec.Struct, kind: type[T], doing: str) -> list[T]:
+        """One reply a rank; while no step is in flight."""
+        self._world.send_all(command)
+        replies = self._world.gather(self._plan.config.step_timeout_s, doing)
+        for reply in replies:
+            if not isinstance(reply, kind):
+                raise EngineError(f"a rank answered {doing} with {type(reply).__name__}")
+        return [reply for reply in replies if isinstance(reply, kind)]
 
     def spans(self) -> dict[str, list[Span]]:
         """Every rank's spans, by the rank's name."""

@@ -73,6 +73,21 @@ class Capture(msgspec.Struct, frozen=True, tag=True):
     probes: bool
 
 
+class ReadUsage(msgspec.Struct, frozen=True, tag=True):
+    """Say what memory this process holds, once all steps so far are over and their spans written."""
+
+
+class BeginProfile(msgspec.Struct, frozen=True, tag=True):
+    """From the next step on note what every layer takes, or, with `kernels`, have torch.profiler write a
+    trace to that file, `{rank}` in its name being this rank's number."""
+
+    kernels: str | None
+
+
+class EndProfile(msgspec.Struct, frozen=True, tag=True):
+    """Stop it, and say what was seen."""
+
+
 class Leave(msgspec.Struct, frozen=True, tag=True):
     """Drop the model and leave the world; the process stays."""
 
@@ -82,7 +97,7 @@ class ReadClock(msgspec.Struct, frozen=True, tag=True):
 
 
 Common = Join | ReadClock | Leave
-Command = Common | Load | Execute | Masks | Capture
+Command = Common | Load | Execute | Masks | Capture | ReadUsage | BeginProfile | EndProfile
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -114,6 +129,48 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
         return f"{needed} (fetched {fetched}, verified {verified})"
 
 
+class RankUsage(msgspec.Struct, frozen=True, tag=True):
+    """Bytes that a rank's process holds between steps. `beyond_rest_bytes`: the most that it held beside
+    since the profile began, None where the host does not tell. Those of a GPU are None on a CPU."""
+
+    rss_bytes: int
+    pss_bytes: int
+    shared_bytes: int
+    swapped_bytes: int
+    num_major_faults: int  # since the process began
+    weight_resident_bytes: int
+    cache_resident_bytes: int
+    communication_bytes: int
+    beyond_rest_bytes: int | None
+    device_used_bytes: int | None
+    reserved_bytes: int | None
+    num_alloc_retries: int | None
+
+
+class LayerSeen(msgspec.Struct, frozen=True, array_like=True):
+    """A layer, 'embedding' or 'head' in `count` steps; seconds, its collectives included."""
+
+    name: str
+    is_decode: bool
+    count: int
+    total_s: float
+    median_s: float
+
+
+class OperatorSeen(msgspec.Struct, frozen=True, array_like=True):
+    """`self_s` without the operators inside it."""
+
+    name: str
+    count: int
+    self_s: float
+    total_s: float
+
+
+class Profiled(msgspec.Struct, frozen=True, tag=True):
+    layers: list[LayerSeen]
+    operators: list[OperatorSeen]
+
+
 class Output(msgspec.Struct, frozen=True, tag=True):
     output: StepOutput
 
@@ -134,7 +191,7 @@ class Clock(msgspec.Struct, frozen=True, tag=True):
 
 
 CommonReply = Done | Clock | Failed
-Reply = CommonReply | Loaded | Output
+Reply = CommonReply | Loaded | Output | RankUsage | Profiled
 
 
 @dataclass(frozen=True)

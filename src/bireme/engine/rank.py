@@ -83,6 +83,7 @@ class Rank(ABC, Generic[C]):
         self._spans: SpanWriter = spans
         self._comm: Communicator | None = None
         self._device = torch.device("cpu")
+        self.communication_bytes = 0  # that joining took of a GPU
 
     def obey(self, command: msgspec.Struct) -> msgspec.Struct | None:
         """Executes one command; None where this rank has nothing to say."""
@@ -108,6 +109,7 @@ class Rank(ABC, Generic[C]):
         self._device = torch.device(command.device)
         is_cuda = self._device.type == "cuda"
         self._spans = DeviceSpans(self._ring, self._device) if is_cuda else self._ring
+        free_bytes = _free_bytes(self._device)
         self._comm = join(
             command.widths,
             command.rank,
@@ -118,6 +120,7 @@ class Rank(ABC, Generic[C]):
             command.segment,
             command.peer_bytes,
         )
+        self.communication_bytes = max(0, free_bytes - _free_bytes(self._device))
         self._commands.follow(open_source(command.steps, command.rank), self._collect_spans)
         return Done()
 
@@ -149,6 +152,11 @@ class Rank(ABC, Generic[C]):
         comm, self._comm = self._comm, None
         if comm is not None:
             comm.leave()
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of a GPU; 0 of a CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def _held_open(store_path: str) -> Path:

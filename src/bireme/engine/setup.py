@@ -6,8 +6,10 @@ import os
 
 import msgspec
 
-_ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
-_PREFIXES = ("NCCL_", "GLOO_", "TORCH_NCCL_")
+_HEEDED = (
+    "OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUDA_",
+    "BIREME_COMPILED_HELPER",
+)  # fmt: skip
 
 
 class RankSetup(msgspec.Struct, frozen=True):
@@ -40,9 +42,5 @@ def num_cores() -> int:
 
 
 def environment() -> dict[str, str]:
-    """The variables that change how ranks talk."""
-    return {
-        name: value
-        for name, value in sorted(os.environ.items())
-        if name in _ENVIRONMENT or name.startswith(_PREFIXES)
-    }
+    """The variables that change how ranks run; no other is told."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_HEEDED)}

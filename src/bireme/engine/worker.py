@@ -18,15 +18,22 @@ from bireme.engine import rank
 from bireme.engine.capture import StepCapture
 from bireme.engine.messages import (
     LANGUAGE_MODEL,
+    BeginProfile,
     Capture,
     Done,
+    EndProfile,
     Execute,
     Load,
     Loaded,
     Masks,
     Output,
+    Profiled,
+    RankUsage,
+    ReadUsage,
 )
 from bireme.engine.model_runner import ModelRunner
+from bireme.engine.rank_memory import reset_peak, usage
+from bireme.engine.rank_profile import RankProfile
 from bireme.engine.slots import CacheShape
 from bireme.errors import EngineError, PeerLost
 from bireme.models.blocks import StageModel
@@ -73,20 +80,29 @@ class Worker(rank.Rank[Commands]):
     def __init__(self, spans: SpanRing, commands: Commands) -> None:
         super().__init__(spans, commands)
         self._runner: ModelRunner | None = None
+        self._profile: RankProfile | None = None
 
     def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
         match command:
             case Load():
                 return self._load(command)
             case Execute(batch):
+                if self._profile is not None:
+                    self._profile.begin_step(batch)
                 output = self._ready().execute(batch)
                 return None if output is None else Output(output)
             case Capture(folder, probes):
                 return self._capture(folder, probes)
+            case ReadUsage():
+                return self._usage()
+            case BeginProfile(kernels):
+                return self._begin_profile(kernels)
+            case EndProfile():
+                return self._end_profile()
         return None  # masks of a step that masked nothing here, or failed
 
     def drop(self, *, is_orderly: bool) -> None:
-        runner, self._runner = self._runner, None
+        runner, self._runner, self._profile = self._runner, None, None
         if runner is not None and is_orderly:
             runner.drain()
 
@@ -141,6 +157,27 @@ class Worker(rank.Rank[Commands]):
             else None
         )
         return Done()
+
+    def _usage(self) -> RankUsage:
+        runner = self._ready()
+        self.finish_spans()
+        caches = runner.caches.values()
+        tensors = [tensor for cache in caches for tensor in (cache.keys, cache.values)]
+        return usage(self._device, runner.model.parameters(), tensors, self.communication_bytes)
+
+    def _begin_profile(self, kernels: str | None) -> Done:
+        runner, comm = self._ready(), self._comm
+        assert comm is not None
+        path = None if kernels is None else Path(kernels.replace("{rank}", str(comm.mesh.rank)))
+        reset_peak(self._device)
+        self._profile = RankProfile(runner.model, self._device, path)
+        return Done()
+
+    def _end_profile(self) -> Profiled:
+        profile, self._profile = self._profile, None
+        if profile is None:
+            raise EngineError("a profile was to end that had not begun")
+        return Profiled(*profile.finish())
 
 
 def _open_source(command: Load, model: StageModel, rank: int) -> TensorSource:

@@ -16,7 +16,15 @@ from typing import NamedTuple
 from bireme.chrome_trace import Recorded
 from bireme.errors import UserError
 from bireme.observe.causes import Causes, Row
-from bireme.observe.timeline import Driver, Key, RankStep, key_of, rank_steps, tracks
+from bireme.observe.timeline import (
+    Driver,
+    Key,
+    RankStep,
+    key_of,
+    rank_steps,
+    sender_index,
+    tracks,
+)
 from bireme.trace import RankSpans, Span, SpanKind
 
 _WORK = (Row.COMPUTE, Row.COLLECTIVE_WAIT, Row.COLLECTIVE_MOVE)
@@ -83,24 +91,24 @@ def make_ledger(
     causes = Causes(tracks(stages, told), stages, told)
     arrivals = _arrivals(ranks, steps)
     found = [
-        _RankPieces(rank, its, window, _sender_steps(rank, ranks, steps), causes, arrivals)
+        _RankPieces(rank, its, window, steps[sender_index(rank, ranks)], causes, arrivals)
         for rank, its in zip(ranks, steps, strict=True)
     ]
     return Ledger(*window, [one.ledger() for one in found])
 
 
 def _window(recorded: Recorded, start_ns: int | None, end_ns: int | None) -> tuple[int, int]:
-    submitted = [it.start_ns for it in recorded.engine if it.kind is SpanKind.SUBMIT]
-    told = min(submitted, default=0)
+    submits = [it.start_ns for it in recorded.engine if it.kind is SpanKind.SUBMIT]
+    told = min(submits, default=None)
     steps = [
         span
         for rank in recorded.ranks
         for span in rank.spans
-        if span.kind is SpanKind.STEP and span.start_ns >= told
+        if span.kind is SpanKind.STEP and (told is None or span.start_ns >= told)
     ]
     if not steps and (start_ns is None or end_ns is None):
         raise UserError("there is no step to account for; run something first")
-    first = told if submitted else min((span.start_ns for span in steps), default=0)
+    first = min((span.start_ns for span in steps), default=0) if told is None else told
     start = first if start_ns is None else start_ns
     end = max(span.end_ns for span in steps) if end_ns is None else end_ns
     if start >= end:
@@ -135,21 +143,6 @@ def _arrivals(ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]) -
                 at = rank.stage, step.key, ordinal
                 found[at] = max(found.get(at, (0, "")), (span.start_ns, rank.name))
     return found
-
-
-def _sender_steps(
-    rank: RankSpans, ranks: Sequence[RankSpans], steps: Sequence[Sequence[RankStep]]
-) -> Sequence[RankStep]:
-    """Of the rank that sends to this one: of the stage before, or of the last one its ids, which the first
-    stage receives. Of stages of unequal width receiver j takes from sender j * tp_src // tp_dst."""
-    widths = Counter(other.stage for other in ranks)
-    stage = (rank.stage - 1) % len(widths)
-    tp_rank = rank.tp_rank * widths[stage] // widths[rank.stage]
-    return next(
-        its
-        for other, its in zip(ranks, steps, strict=True)
-        if (other.stage, other.tp_rank) == (stage, tp_rank)
-    )
 
 
 class _RankPieces:

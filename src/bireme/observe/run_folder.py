@@ -1,83 +1,122 @@
-"""A run on disk: `run.json`, what it was and what was measured, and `trace.json`, every span of it.
-`docs/run-folder.md` says what is in them."""
+"""A run folder: what `bireme profile` writes, and `bireme doctor` and `bireme report` read.
+
+    run.json      what ran, on what, with which settings: RunAbout
+    trace.json    the spans of the measured pass, as a Chrome trace: Recorded
+    ledger.json   where each rank's time went: RunLedger
+    profile.json  what was measured: Profile
+    kernels/      Chrome traces of torch.profiler's, one a rank, where they were asked for
+    nsys.nsys-rep what Nsight Systems saw, where it was asked for
+
+`run.json` is written last: a folder without it is of a run that did not end.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import msgspec
 
-from bireme.chrome_trace import Recorded, chrome_trace
-from bireme.engine.service_messages import Stats
-from bireme.engine.setup import Setup
+from bireme.chrome_trace import Recorded, chrome_trace, read_chrome_trace
 from bireme.errors import UserError
-from bireme.observe.collectives import CollectiveSize
-from bireme.observe.told import ToldLedger
+from bireme.observe.profile_records import Profile
+from bireme.observe.run_records import FORMAT_VERSION, RunAbout, RunLedger
 
-FORMAT = 1
-RUN_NAME, TRACE_NAME = "run.json", "trace.json"
+T = TypeVar("T", bound=msgspec.Struct)
 
-
-class CacheUse(msgspec.Struct, frozen=True):
-    """While the run was measured: the largest share of the KV cache in use, the most requests that waited, and
-    how many gave their blocks back."""
-
-    most_used: float
-    most_waiting: int
-    num_preemptions: int
-
-
-class Run(msgspec.Struct, frozen=True, kw_only=True):
-    """`result` has the keys of `bireme bench throughput --json`; `latency_s` percentiles by measure (`ttft`,
-    `itl`, `e2e`), in seconds; `stats` is what the engine counted since its start."""
-
-    bireme_run: int = FORMAT
-    date: str
-    command: str
-    versions: dict[str, str]
-    setup: Setup
-    result: dict[str, Any]
-    latency_s: dict[str, dict[str, float]]
-    num_running: float
-    cache: CacheUse
-    stats: Stats
-    ledger: ToldLedger
-    collectives: list[CollectiveSize]
+ABOUT, TRACE, LEDGER, PROFILE = "run.json", "trace.json", "ledger.json", "profile.json"
+KERNELS = "kernels"
 
 
 class _Version(msgspec.Struct):
-    bireme_run: int
+    format_version: int
 
 
-def check_run_folder(folder: Path) -> None:
-    """UserError unless a run can be written there: it is not there, is empty, or holds an earlier run."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is no folder; name one for the run")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN_NAME).exists():
-        raise UserError(f"{folder} holds other files; name a new folder, or that of an earlier run")
-    if not folder.absolute().parent.is_dir():
-        raise UserError(f"{folder} cannot be made: {folder.absolute().parent} is no folder")
+@dataclass(frozen=True)
+class RunFolder:
+    """One that is there; its files are read when they are asked for. UserError for what is no run folder,
+    or one of another format version."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is no folder; `bireme profile -o {self.path}` makes one")
+        if not (self.path / ABOUT).is_file():
+            raise UserError(
+                f"{self.path} is no run folder: it has no {ABOUT}; `bireme profile` makes one"
+            )
+        found = self._read(ABOUT, _Version).format_version
+        if found != FORMAT_VERSION:
+            raise UserError(
+                f"{self.path} is a run folder of format {found}, and {FORMAT_VERSION} is read; "
+                "profile again"
+            )
+
+    @cached_property
+    def about(self) -> RunAbout:
+        return self._read(ABOUT, RunAbout)
+
+    @cached_property
+    def ledger(self) -> RunLedger:
+        return self._read(LEDGER, RunLedger)
+
+    @cached_property
+    def profile(self) -> Profile:
+        return self._read(PROFILE, Profile)
+
+    @cached_property
+    def recorded(self) -> Recorded:
+        return read_chrome_trace(self.path / TRACE)
+
+    def kernel_trace(self, rank: int) -> Path | None:
+        """Of one rank; None where none was asked for."""
+        path = kernel_trace_path(self.path, rank)
+        return path if path.is_file() else None
+
+    def _read(self, name: str, kind: type[T]) -> T:
+        path = self.path / name
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=kind)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is damaged: {error}; profile again") from None
 
 
-def write_run(folder: Path, run: Run, recorded: Recorded) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / TRACE_NAME).write_bytes(msgspec.json.encode(chrome_trace(recorded)))
-    (folder / RUN_NAME).write_bytes(msgspec.json.format(msgspec.json.encode(run), indent=1))
+def kernel_trace_path(folder: Path, rank: int | str) -> Path:
+    return folder / KERNELS / f"rank-{rank}.json"
 
 
-def read_run(folder: Path) -> Run:
-    """UserError where there is none, or one of another version."""
-    path = folder / RUN_NAME
-    try:
-        body = path.read_bytes()
-        found = msgspec.json.decode(body, type=_Version).bireme_run
-        if found != FORMAT:
-            raise UserError(f"{path} is of format {found}, and {FORMAT} is read; run it again")
-        return msgspec.json.decode(body, type=Run)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}; bireme profile writes one"
-        ) from None
-    except msgspec.DecodeError as error:
-        raise UserError(f"{path} is no run of ours: {error}") from None
+def prepare_run_folder(path: Path) -> None:
+    """Makes an empty one, in place of an earlier run's. UserError where something else is there."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} cannot be written: it is no folder; name another")
+    if path.is_dir() and not all(_is_ours(file.name) for file in path.iterdir()):
+        raise UserError(f"{path} is there and holds what is of no run; name another, or remove it")
+    path.mkdir(parents=True, exist_ok=True)
+    for file in [path / ABOUT, path / TRACE, path / LEDGER, path / PROFILE]:
+        file.unlink(missing_ok=True)
+    for file in (path / KERNELS).glob("rank-*.json"):
+        file.unlink()
+
+
+def _is_ours(name: str) -> bool:
+    return name in (ABOUT, TRACE, LEDGER, PROFILE, KERNELS) or name.startswith("nsys.")
+
+
+def write_run_folder(
+    path: Path, about: RunAbout, recorded: Recorded, ledger: RunLedger, profile: Profile
+) -> RunFolder:
+    """`path` was prepared."""
+    (path / TRACE).write_bytes(msgspec.json.encode(chrome_trace(recorded)))
+    _write(path / LEDGER, ledger)
+    _write(path / PROFILE, profile)
+    _write(path / ABOUT, about)
+    return RunFolder(path)
+
+
+def _write(path: Path, value: msgspec.Struct) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n")

@@ -10,10 +10,11 @@ Plain data, in nanoseconds of one clock. A step's way through a pipeline of two 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bireme.trace import Span, SpanKind
+from bireme.trace import RankSpans, Span, SpanKind
 
 Key = tuple[int, int]  # incarnation, step_id
 COLLECTIVES = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
@@ -80,6 +81,15 @@ def _list_of(step: RankStep, kind: SpanKind) -> list[Span]:
     if kind in COLLECTIVES:
         return step.collectives
     return step.work if kind in (SpanKind.COMPUTE, SpanKind.SAMPLE) else []
+
+
+def sender_index(rank: RankSpans, ranks: Sequence[RankSpans]) -> int:
+    """Which rank sends to this one: one of the stage before, or of the last one its ids, which the first
+    stage receives. Of stages of unequal width receiver j takes from sender j * tp_src // tp_dst."""
+    widths = Counter(other.stage for other in ranks)
+    stage = (rank.stage - 1) % len(widths)
+    place = stage, rank.tp_rank * widths[stage] // widths[rank.stage]
+    return next(i for i, other in enumerate(ranks) if (other.stage, other.tp_rank) == place)
 
 
 class StageSteps:

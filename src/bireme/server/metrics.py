@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from prometheus_client.core import Metric
 
 from bireme.engine.service_messages import Stats
-from bireme.outputs import Delta
+from bireme.outputs import Delta, TokenGaps
 from bireme.server.engine_families import engine_families
 from bireme.server.finished import FinishedRequest
 from bireme.server.metrics_base import REQUEST_S, Metrics
@@ -86,22 +86,20 @@ class ServerMetrics(Metrics[Stats]):
 class RequestWatch:
     """One request on its way: what its deltas say of time and tokens."""
 
-    __slots__ = ("_arrival_s", "_last_s", "_metrics", "_num_prompt_tokens")
+    __slots__ = ("_arrival_s", "_gaps", "_metrics", "_num_prompt_tokens")
 
     def __init__(self, metrics: ServerMetrics, num_prompt_tokens: int, arrival_s: float) -> None:
         self._metrics, self._num_prompt_tokens = metrics, num_prompt_tokens
-        self._arrival_s = arrival_s
-        self._last_s: dict[int, float] = {}  # by choice
+        self._arrival_s, self._gaps = arrival_s, TokenGaps()
 
     def note_tokens(self, delta: Delta) -> None:
         """Of every delta, in their order; those without tokens say nothing."""
         if not delta.token_ids:
             return
-        metrics, now_s = self._metrics, delta.time_s
+        metrics, is_first = self._metrics, not self._gaps.has_begun
         metrics.generation_tokens.inc(len(delta.token_ids))
-        if (before_s := self._last_s.get(delta.choice)) is not None:
-            metrics.between_tokens_s.observe(now_s - before_s)
-        elif not self._last_s:
-            metrics.first_token_s.observe(now_s - self._arrival_s)
+        if (gap_s := self._gaps.note(delta)) is not None:
+            metrics.between_tokens_s.observe(gap_s)
+        elif is_first:
+            metrics.first_token_s.observe(delta.time_s - self._arrival_s)
             metrics.prompt_tokens.inc(self._num_prompt_tokens)
-        self._last_s[delta.choice] = now_s

@@ -20,11 +20,6 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def num_cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0))
-
-
 def load_average() -> float:
     """Of the last minute."""
     return os.getloadavg()[0]

@@ -25,6 +25,7 @@ from bireme.cluster.topology import (
 )
 from bireme.config import Transport
 from bireme.engine.pool import WorkerPool
+from bireme.engine.setup import num_cores
 from bireme.errors import ConfigError
 from bireme.planning.probe import hardware
 from bireme.planning.probe.devices import Advance, measure_devices
@@ -48,7 +49,7 @@ def probe(
     node = Node(
         name=platform.node() or "localhost",
         cpu=hardware.cpu_model(),
-        num_cores=hardware.num_cores(),
+        num_cores=num_cores(),
         memory_bytes=hardware.memory_bytes(),
         empty_step=steps,
         devices=made,
@@ -58,7 +59,7 @@ def probe(
     return Cluster(
         measured=Measurement(
             date=datetime.now(UTC).replace(microsecond=0),
-            versions=_versions(devices),
+            versions=versions_of(devices),
             elapsed_s=round(time.monotonic() - start, 1),
             load_average=load,
             is_quick=plan.is_quick,
@@ -85,7 +86,8 @@ def _link(between: Sequence[str], transport: str, curve: Curve) -> Link:
     )
 
 
-def _versions(devices: Sequence[str]) -> dict[str, str]:
+def versions_of(devices: Sequence[str]) -> dict[str, str]:
+    """Of what runs on these devices."""
     versions = {
         "bireme": __version__,
         "python": platform.python_version(),
