@@ -12,6 +12,7 @@ import pytest
 from piped import US, Piped
 
 from bireme.chrome_trace import Recorded, chrome_trace, read_chrome_trace
+from bireme.cli.options import is_trace
 from bireme.errors import UserError
 from bireme.observe.ledger import make_ledger
 from bireme.trace import RankSpans, Span, SpanKind
@@ -91,6 +92,11 @@ def shifted(recorded: Recorded) -> Recorded:
     return Recorded(
         [replace(rank, spans=moved(rank.spans)) for rank in recorded.ranks], moved(recorded.engine)
     )
+
+
+def test_a_trace_of_ours_may_be_written_anew() -> None:
+    assert is_trace(chrome_trace(Recorded([], [])).keys())
+    assert not is_trace({"traceEvents", "displayTimeUnit"})
 
 
 @pytest.mark.parametrize(

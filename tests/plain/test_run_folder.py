@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from runs import recorded_run
 
 from bireme.errors import UserError
 from bireme.observe.ledger import make_ledger
+from bireme.observe.profile_records import Profile
 from bireme.observe.run_folder import RunFolder, prepare_run_folder, write_run_folder
-from bireme.observe.told import told_of_trace
+from bireme.observe.run_records import RunAbout, RunLedger
+from bireme.observe.told import ToldLedger, told_of_trace
+
+DOCS = Path(__file__).parents[2] / "docs" / "run-folder.md"
 
 
 def written(folder: Path) -> RunFolder:
@@ -84,3 +92,21 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "profile.json").unlink()
     with pytest.raises(UserError, match=r"profile\.json cannot be read"):
         RunFolder(tmp_path).profile  # noqa: B018
+
+
+def field_names(kind: Any) -> Iterator[str]:
+    """Of a struct and of those in it; what is told elsewhere is left out."""
+    for field in msgspec.structs.fields(kind):
+        yield field.name
+        inner = msgspec.inspect.type_info(field.type)
+        for one in (inner, getattr(inner, "item_type", None), *getattr(inner, "types", ())):
+            if isinstance(one, msgspec.inspect.StructType) and one.cls is not ToldLedger:
+                yield from field_names(one.cls)
+
+
+@pytest.mark.parametrize("kind", [RunAbout, RunLedger, Profile])
+def test_every_field_is_in_the_docs(kind: Any) -> None:
+    told = set(re.findall(r"`(\w+)`", DOCS.read_text(encoding="utf-8")))
+    names = set(field_names(kind))
+    assert len(names) > 5
+    assert names <= told, names - told
