@@ -106,7 +106,8 @@ def run(command: list[str], folder: Path) -> str:
         timeout=180,
         check=False,
     )
-    assert done.returncode in (0, 2), done.stderr
+    allowed = (0, 1) if "bireme doctor" in command[-1] else (0, 2)  # 1: it found something
+    assert done.returncode in allowed, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
 
