@@ -68,7 +68,7 @@ def test_shared_memory_is_counted_by_its_name() -> None:
     assert usage(CPU, [], [], 0).communication_bytes == 0
 
 
-STATS = RankStats(0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, RankBytes(100, 400, 70))
+STATS = RankStats(0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, RankBytes(100, 400, 70))
 AT_REST = RankUsage(900, 800, 50, 0, 5, 90, 30, 40, 20, None, None, None)
 
 
