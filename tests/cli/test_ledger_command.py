@@ -32,6 +32,7 @@ def test_a_run_and_its_trace_are_accounted_for(
     [
         ("/nowhere.json", "/nowhere.json cannot be read: No such file or directory"),
         (__file__, "is no trace of bireme's"),
+        (str(Path(__file__).parent), "is no run folder: it has no run.json"),
         ("127.0.0.1:1", "did you mean http://127.0.0.1:1"),
         ("http://127.0.0.1:1", "nothing answers at http://127.0.0.1:1: connection refused"),
         ("HTTP://127.0.0.1:1/v1", "connection refused"),

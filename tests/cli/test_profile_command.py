@@ -76,6 +76,8 @@ def test_its_ledger_is_what_the_ledger_command_says(
     capfd.readouterr()
     assert run(["ledger", str(profiled.path / "trace.json"), "--json"]) == 0
     told = json.loads(capfd.readouterr().out)
+    assert run(["ledger", str(profiled.path), "--json"]) == 0  # of the folder
+    assert json.loads(capfd.readouterr().out) == told
     ledger = profiled.ledger
     assert told["seconds"] == ledger.told.seconds == profiled.profile.seconds
     for rank, exact, other in zip(told["ranks"], ledger.ranks, ledger.told.ranks, strict=True):

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from bireme.bench.rank_memory import rank_memory
+from bireme.bench.memory_kinds import rank_memory
 from bireme.engine.messages import RankUsage
 from bireme.engine.rank_memory import reset_peak, resident_bytes, usage
 from bireme.engine.rank_stats import RankBytes, RankStats

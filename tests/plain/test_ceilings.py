@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,12 @@ def test_what_is_not_in_the_file_is_told() -> None:
 
 
 def test_another_transport_is_no_ceiling() -> None:
-    assert of_gpus("cuda:0", "cuda:1", transport="gloo").all_reduce_bytes_per_s([0, 1], 8) is None
+    found = of_gpus("cuda:0", "cuda:1", transport="gloo")
+    assert found.all_reduce_bytes_per_s([0, 1], 8) is None
+    assert found.send_bytes_per_s(0, 1, 8) == pytest.approx(8 / (1e-6 + 8e-9))  # that of any
+    groups_alone = replace(gpus(), links=())
+    told = ceilings_of(PATH, layout("cuda:0"), settings_of("gloo"), "box", groups_alone).notes
+    assert "through nccl, these went through gloo" in told[0]
 
 
 def of_cpus(num_threads: int) -> Ceilings:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
+from bireme.bench.memory_kinds import memory_of_ranks
 from bireme.bench.passes import Looked, Measured, Passes, ProfilePlan
-from bireme.bench.rank_memory import memory_of_ranks
 from bireme.bench.run_facts import (
     layout_of,
     run_hardware,

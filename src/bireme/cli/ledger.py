@@ -1,4 +1,5 @@
-"""Show where each rank's time went: of a trace (--trace of another command), or of a running server.
+"""Show where each rank's time went: of a trace (--trace of another command), of the run folder of `bireme
+profile`, or of a running server.
 
 Every instant of a rank is in one row. docs/metrics.md says what each is, and why a rank idles.
 """
@@ -28,7 +29,10 @@ LABEL_WIDTH = len("rank 999 ")
 
 
 def run(
-    source: Annotated[str, typer.Argument(metavar="TRACE.json|URL", help="A trace, or a server.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="TRACE.json|RUN|URL", help="A trace, a run folder, or a server."),
+    ],
     *,
     seconds: options.PastSeconds = 5.0,
     api_key: options.ApiKey = None,
@@ -36,6 +40,7 @@ def run(
 ) -> None:
     from rich.console import Console
 
+    from bireme.observe.run_folder import RunFolder
     from bireme.observe.told import told_of_trace
 
     num_columns = max(20, Console().width - LABEL_WIDTH)
@@ -44,7 +49,8 @@ def run(
         told = _of_server(source, seconds, api_key, num_columns)
     else:
         options.check_no_address(source)
-        told = told_of_trace(Path(source), num_columns)
+        path = Path(source)
+        told = told_of_trace(RunFolder(path).trace if path.is_dir() else path, num_columns)
     if as_json:
         typer.echo(told.as_json().decode())
     else:

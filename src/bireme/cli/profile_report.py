@@ -17,7 +17,7 @@ from bireme.observe.profile_records import (
     RankRate,
     Spread,
 )
-from bireme.observe.run_folder import TRACE, RunFolder
+from bireme.observe.run_folder import RunFolder
 from bireme.observe.run_records import RunAbout
 from bireme.observe.told import NUM_COLUMNS, told_of_trace
 
@@ -32,7 +32,7 @@ def print_profile(run: RunFolder) -> None:
         to.print(line)
     to.print()
     width = min(NUM_COLUMNS, max(20, to.width - ledger.LABEL_WIDTH))
-    ledger.show(told_of_trace(run.path / TRACE, width), to)
+    ledger.show(told_of_trace(run.trace, width), to)
     shown = _shown_ranks(about)
     for table in (
         _collectives(found.collectives),

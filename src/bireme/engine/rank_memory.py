@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bireme.engine.messages import RankUsage
@@ -82,12 +83,11 @@ def resident_bytes(tensor: torch.Tensor) -> int:
     start = torch.ops.mkldnn.data_ptr(tensor) if tensor.is_mkldnn else tensor.data_ptr()
     first = start - start % mmap.PAGESIZE
     num_pages = -(-(start + num_bytes - first) // mmap.PAGESIZE)
-    pages = (ctypes.c_ubyte * num_pages)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mincore(ctypes.c_void_p(first), ctypes.c_size_t(num_pages * mmap.PAGESIZE), pages):
+    pages = np.zeros(num_pages, np.uint8)
+    address, length = ctypes.c_void_p(first), ctypes.c_size_t(num_pages * mmap.PAGESIZE)
+    if ctypes.CDLL(None).mincore(address, length, ctypes.c_void_p(pages.ctypes.data)):
         return num_bytes
-    num_there = sum(page & 1 for page in pages)
-    return min(num_bytes, num_there * mmap.PAGESIZE)
+    return min(num_bytes, int((pages & 1).sum(dtype=np.int64)) * mmap.PAGESIZE)
 
 
 def _fields(path: Path) -> dict[str, int]:

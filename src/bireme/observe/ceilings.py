@@ -101,6 +101,14 @@ def ceilings_of(
     if told := _shares(devices, settings):
         notes.append(f"{path} {told}")
         devices = [None] * len(devices)
+    transports = {group.transport for group in cluster.groups}
+    transports |= {link.transport for link in cluster.links}
+    if transports and not transports & {"", settings.transport}:
+        found = ", ".join(sorted(transports))
+        notes.append(
+            f"{path} is of sums and messages through {found}, these went through {settings.transport}: "
+            "no ceilings of them"
+        )
     measured = cluster.measured
     return Ceilings(
         ClusterUsed(

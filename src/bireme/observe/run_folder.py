@@ -69,7 +69,12 @@ class RunFolder:
 
     @cached_property
     def recorded(self) -> Recorded:
-        return read_chrome_trace(self.path / TRACE)
+        return read_chrome_trace(self.trace)
+
+    @property
+    def trace(self) -> Path:
+        """The file."""
+        return self.path / TRACE
 
     def kernel_trace(self, rank: int) -> Path | None:
         """Of one rank; None where none was asked for."""

@@ -77,6 +77,9 @@ def rank_operations(
     edges = head_edges(config.num_heads, config.num_kv_heads, width)
     moe, head = config.moe, vocabulary_width(config.vocab_size, width) * config.embedding_dim
     params = [param for param in rank.params if _is_multiplied(param, config)]
+    if config.embedding_dim != config.hidden_size:  # projected before the head
+        head += config.embedding_dim * config.hidden_size
+        params = [it for it in params if it.shape != (config.embedding_dim, config.hidden_size)]
     return RankOperations(
         matrix_elements=sum(prod(param.shape) for param in params if len(param.shape) == 2),
         expert_elements=sum(prod(param.shape) for param in params if len(param.shape) == 3),
