@@ -33,7 +33,7 @@ async def reading() -> AsyncIterator[LedgerReader]:
         engine.write(SpanKind.WAIT, first_ns, last_ns)
         engine.begin(SpanKind.WAIT)
         reader = LedgerReader()
-        reader.begin([RingPlace("rank 0", 0, 0, rank.path)], engine.path)
+        reader.begin([RingPlace("rank 0", 0, 0, "cpu", rank.path)], engine.path)
         try:
             yield reader
         finally:

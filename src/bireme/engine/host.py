@@ -174,7 +174,7 @@ class EngineHost:
         """Where other processes find what the ranks write."""
         widths = self.plan.config.parallel.widths
         return [
-            RingPlace(name, mesh.stage, mesh.tp_rank, path)
+            RingPlace(name, mesh.stage, mesh.tp_rank, self.plan.devices[rank], path)
             for rank, (name, path) in enumerate(self.executor.ring_paths().items())
             for mesh in [Mesh(widths, rank)]
         ]

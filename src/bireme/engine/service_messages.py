@@ -55,11 +55,12 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class RingPlace(msgspec.Struct, frozen=True):
-    """A rank, and where its span ring can be opened while the engine runs."""
+    """A rank, its device, and where its span ring can be opened while the engine runs."""
 
     name: str
     stage: int
     tp_rank: int
+    device: str
     path: str
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from bireme.chrome_trace import Recorded
+from bireme.observe.gantt import Gantt
 from bireme.observe.ledger import make_ledger
 from bireme.observe.told import NUM_COLUMNS, ToldLedger
 from bireme.trace import RankSpans, Span, SpanKind, SpanRing
@@ -30,13 +31,15 @@ class AskedRank(msgspec.Struct, frozen=True):
 
 class Asked(msgspec.Struct, frozen=True):
     """Of the last `seconds`; `engine_fd` is the ring of the engine itself. Where it runs no more, they are
-    the last before its last span ended."""
+    the last before its last span ended. `gantt_steps`: the last of them as bars, in `gantt_columns`."""
 
     ranks: list[AskedRank]
     engine_fd: int
     seconds: float
     num_columns: int = NUM_COLUMNS
     is_running: bool = True
+    gantt_steps: int = 0
+    gantt_columns: int = 0
 
 
 class Recorder:
@@ -72,7 +75,10 @@ class Recorder:
                 end_ns = min(end_ns, spans[-1].end_ns if spans else since_ns)
         end_ns = max(end_ns, since_ns + 1)
         ledger = make_ledger(recorded, min(start_ns, end_ns - 1), end_ns)
-        return ToldLedger.of(ledger, (now_ns - end_ns) / 1e9, asked.num_columns)
+        gantt = None
+        if asked.gantt_steps:
+            gantt = Gantt.of(ledger, asked.gantt_columns, asked.gantt_steps)
+        return ToldLedger.of(ledger, (now_ns - end_ns) / 1e9, asked.num_columns, gantt)
 
     def _ring(self, fd: int) -> SpanRing:
         if fd not in self._rings:

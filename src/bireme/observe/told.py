@@ -8,6 +8,7 @@ import msgspec
 
 from bireme.chrome_trace import read_chrome_trace
 from bireme.observe.causes import Row
+from bireme.observe.gantt import Gantt
 from bireme.observe.grid import grid
 from bireme.observe.ledger import Ledger, make_ledger
 
@@ -28,15 +29,23 @@ class ToldRank(msgspec.Struct, frozen=True):
     line: str
 
 
-class ToldLedger(msgspec.Struct, frozen=True):
-    """`seconds` of wall time, up to `until_s` seconds before it was asked for."""
+class ToldLedger(msgspec.Struct, frozen=True, omit_defaults=True):
+    """`seconds` of wall time, up to `until_s` seconds before it was asked for; the last steps as bars for
+    who asked for them."""
 
     seconds: float
     until_s: float
     ranks: list[ToldRank]
+    gantt: Gantt | None = None
 
     @classmethod
-    def of(cls, ledger: Ledger, until_s: float = 0.0, num_columns: int = NUM_COLUMNS) -> ToldLedger:
+    def of(
+        cls,
+        ledger: Ledger,
+        until_s: float = 0.0,
+        num_columns: int = NUM_COLUMNS,
+        gantt: Gantt | None = None,
+    ) -> ToldLedger:
         lines = grid(ledger, num_columns)
         return cls(
             seconds=(ledger.end_ns - ledger.start_ns) / 1e9,
@@ -53,6 +62,7 @@ class ToldLedger(msgspec.Struct, frozen=True):
                 )
                 for rank in ledger.ranks
             ],
+            gantt=gantt,
         )
 
     def as_json(self) -> bytes:

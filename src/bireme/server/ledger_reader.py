@@ -30,21 +30,21 @@ class LedgerReader:
     def __init__(self) -> None:
         self._lock, self._num_callers = asyncio.Lock(), 0
         self._process: Process | None = None
-        self._ranks: list[AskedRank] = []
+        self.ranks: list[AskedRank] = []
         self._engine_fd = -1
 
     def begin(self, rings: Sequence[RingPlace], engine_ring: str) -> None:
         """Opens the rings, while the engine is there to ask for them."""
         if engine_ring:
             self._engine_fd = os.open(engine_ring, os.O_RDWR)
-            self._ranks = [
+            self.ranks = [
                 AskedRank(ring.name, ring.stage, ring.tp_rank, os.open(ring.path, os.O_RDWR))
                 for ring in rings
             ]
 
     @property
     def is_there(self) -> bool:
-        return bool(self._ranks)
+        return bool(self.ranks)
 
     async def last(
         self, seconds: float, num_columns: int = NUM_COLUMNS, *, is_running: bool = True
@@ -69,9 +69,15 @@ class LedgerReader:
         num_columns: int = NUM_COLUMNS,
         *,
         is_running: bool = True,
+        gantt_steps: int = 0,
+        gantt_columns: int = 0,
     ) -> ToldLedger:
-        """The same, however many wait; EngineError where its turn does not come within `turn_s`."""
-        asked = Asked(self._ranks, self._engine_fd, seconds, num_columns, is_running)
+        """The same, however many wait; EngineError where its turn does not come within `turn_s`. With
+        `gantt_steps` the last of them as bars."""
+        asked = Asked(
+            self.ranks, self._engine_fd, seconds, num_columns, is_running, gantt_steps,
+            gantt_columns,
+        )  # fmt: skip
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await self._in_turn(msgspec.json.encode(asked), turn_s)
@@ -110,7 +116,7 @@ class LedgerReader:
             sys.executable, "-P", "-m", "bireme.observe.recorder",
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=[self._engine_fd, *(rank.fd for rank in self._ranks)],
+            pass_fds=[self._engine_fd, *(rank.fd for rank in self.ranks)],
             start_new_session=True,
             limit=_MOST_BYTES,
             env={**os.environ, "PYTHONPATH": root + (os.pathsep + path if path else "")},
@@ -118,10 +124,10 @@ class LedgerReader:
 
     async def aclose(self) -> None:
         await self._end()
-        for fd in (self._engine_fd, *(rank.fd for rank in self._ranks)):
+        for fd in (self._engine_fd, *(rank.fd for rank in self.ranks)):
             if fd >= 0:
                 os.close(fd)
-        self._ranks, self._engine_fd = [], -1
+        self.ranks, self._engine_fd = [], -1
 
     async def _end(self) -> None:
         process, self._process = self._process, None

@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Generic, TypeVar
 
+import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from bireme.observe.told import ToldLedger
 from bireme.server.engine_families import ledger_families
@@ -28,6 +30,22 @@ REQUEST_S = (  # vLLM's from 0.3 on: to wait for less is what is usual
 )  # fmt: skip
 
 S = TypeVar("S")
+
+
+class ToldHistogram(msgspec.Struct, frozen=True):
+    """`counts` of what was at most each bound, and of all at the end; `sum` of it."""
+
+    bounds: list[float]
+    counts: list[float]
+    sum: float
+
+
+class Counts(msgspec.Struct, frozen=True):
+    """What the server counts itself, by the names of `/metrics` without a prefix: counters that have no
+    labels of their own, and histograms."""
+
+    counters: dict[str, float]
+    histograms: dict[str, ToldHistogram]
 
 
 class Metrics(ABC, Generic[S]):
@@ -72,6 +90,18 @@ class Metrics(ABC, Generic[S]):
             **self.labels, method=method, handler=handler, status=str(status)
         ).inc()
 
+    def counts(self) -> Counts:
+        """At this moment, the same numbers that `render` shows."""
+        counters: dict[str, float] = {}
+        histograms: dict[str, ToldHistogram] = {}
+        for family in self._own.collect():
+            values = [it for it in family.samples if not it.name.endswith("_created")]
+            if family.type == "histogram":
+                histograms[family.name] = _told(values)
+            elif values and values[0].labels.keys() == self.labels.keys():
+                counters[values[0].name] = values[0].value
+        return Counts(counters, histograms)
+
     def render(self, stats: S | None, ledger: ToldLedger | None = None) -> tuple[bytes, str]:
         """Everything, and its content type; `stats` None: the engine is not ready."""
         self._stats, self._ledger = stats, ledger
@@ -82,6 +112,13 @@ class Metrics(ABC, Generic[S]):
         if self._ledger is not None:
             yield from ledger_families(self._ledger, self.labels)
         yield from self._own.collect()
+
+
+def _told(samples: Sequence[Sample]) -> ToldHistogram:
+    buckets = [it for it in samples if "le" in it.labels]
+    (total,) = (it.value for it in samples if it.name.endswith("_sum"))
+    bounds = [float(it.labels["le"]) for it in buckets[:-1]]
+    return ToldHistogram(bounds, [it.value for it in buckets], total)
 
 
 class _Prefixed(Collector):

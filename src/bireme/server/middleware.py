@@ -14,9 +14,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bireme.server.errors import ApiError, Dialect, bug, shutting_down
 from bireme.server.exchange import Exchange
+from bireme.server.page.routes import PAGE_PATHS
 from bireme.server.service import Service
 
-OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready")  # without a key
+OPEN_PATHS = ("/health", "/v2/health/live", "/v2/health/ready", *PAGE_PATHS)  # without a key
 _WATCHED = (*OPEN_PATHS, "/ping", "/metrics", "/load")  # asked for every few seconds
 _WHILE_DRAINING = (*_WATCHED, "/version")
 _LONGEST_ID = 256

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from bireme.server.protocol.chat import ChatCompletionChunk
-from bireme.server.protocol.common import ErrorResponse
+from bireme.server.protocol.common import ErrorResponse, Moment
 from bireme.server.protocol.completions import Completion
 from bireme.server.protocol.responses import Event
 
@@ -28,7 +28,13 @@ _TOLD = {
 }
 _HEADERS = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}
 _REFERENCE = "#/components/schemas/{model}"
-_APART = (ErrorResponse, ChatCompletionChunk, Completion, Event)  # models that no route names
+_APART = (
+    ErrorResponse,
+    ChatCompletionChunk,
+    Completion,
+    Event,
+    Moment,
+)  # models that no route names
 
 
 def answers(model: type[Any], *statuses: int) -> Responses:
@@ -74,6 +80,12 @@ def streamed(found: Responses, piece: type[Any], *, is_named: bool = False) -> R
         event["properties"]["data"] = {"anyOf": [{"type": "string", "const": "[DONE]"}, data]}
     found[200]["content"] = {"text/event-stream": {"schema": event}}
     return found
+
+
+def events(piece: type[Any], *statuses: int) -> Responses:
+    """A stream alone, of one kind of named event."""
+    found: Responses = {200: {}}
+    return streamed(found | errors(*statuses), piece, is_named=True)
 
 
 def _reference(model: type[Any]) -> dict[str, str]:

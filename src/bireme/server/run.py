@@ -114,6 +114,7 @@ class FrontEnd:
         try:
             ready = await asyncio.shield(engine.ready)
         except Exception as error:
+            self._serving.live.close()
             self._server.should_exit = True
             self._log.show(f"bireme: {error}")
             return

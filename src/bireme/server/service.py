@@ -7,13 +7,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Protocol
 
 from bireme.errors import EngineError
 from bireme.server.config import ServerConfig
 from bireme.server.errors import OPENAI, ApiError, Dialect
 from bireme.server.ledger_reader import LedgerReader
+from bireme.server.live import Live
 from bireme.server.log import Log
+from bireme.server.look import look
 from bireme.server.metrics_base import Metrics
 
 _LEDGER_S = 1.0
@@ -69,10 +72,12 @@ class Service(ABC):
         self._num_body_bytes = 0
         self._receiving: set[asyncio.Timeout] = set()
         self.ledger = LedgerReader()
+        self.live = Live(partial(look, self))
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
     async def aclose(self) -> None:
+        self.live.close()
         await self.ledger.aclose()
         await self.engine.aclose()
 
@@ -128,6 +133,7 @@ class Service(ABC):
     def drain(self) -> None:
         """From here on no request begins, and none that has yet to arrive goes on."""
         self.is_draining = True
+        self.live.close()
         now = asyncio.get_running_loop().time()
         for timeout in list(self._receiving):
             timeout.reschedule(now)
@@ -155,6 +161,22 @@ class Service(ABC):
         if not ready.done():
             return None
         return ready.exception() or self.engine.callers.error
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether it goes on with conversations, as far as is known."""
+        return False
+
+    def health(self) -> dict[str, str]:
+        """What it is at, as `/health` tells it."""
+        if self.is_draining:
+            return {"status": "shutting down"}
+        if (error := self.broken) is not None:
+            kind = "broken" if isinstance(error, EngineError) else "not started"
+            return {"status": kind, "error": str(error)}
+        if not self.engine.ready.done():
+            return {"status": "loading", "doing": self.engine.doing}
+        return {"status": "ready"}
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under; none stands for the first."""

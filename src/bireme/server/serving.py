@@ -62,6 +62,14 @@ class Serving(Service):
         self.check_ready()
         return self.client.inputs
 
+    @property
+    def can_chat(self) -> bool:
+        return (
+            self.is_ready
+            and self.inputs.has_tokenizer
+            and self.inputs.tokenizer.chat_template is not None
+        )
+
     def check_fits(self, num_requests: int) -> None:
         """RequestError for more than the engine ever takes; ApiError 503 while it cannot be asked."""
         self.check_ready()

@@ -12,18 +12,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from bireme import __version__
-from bireme.errors import EngineError
 from bireme.observe.told import NUM_COLUMNS
 from bireme.server import openapi
 from bireme.server.errors import ApiError, Handlers
+from bireme.server.live import Viewing
 from bireme.server.middleware import Gate
-from bireme.server.openapi import ANY, answers
-from bireme.server.protocol.common import Health, Ledger, Load, RunSetup, Version
+from bireme.server.openapi import ANY, answers, events
+from bireme.server.page.routes import page_routes
+from bireme.server.protocol.common import Health, Ledger, Load, Moment, RunSetup, Version
 from bireme.server.service import Service
 
 
 def guarded(app: FastAPI, service: Service, routers: Sequence[APIRouter]) -> ASGIApp:
-    """The application with these routes, behind its gate."""
+    """The application with these routes and the page at `/`, behind its gate."""
+    routers = [*routers, page_routes(has_keys=bool(service.config.api_keys))]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes]
@@ -97,6 +99,12 @@ def state_routes(service: Service) -> APIRouter:
         told = await service.ledger.last(seconds, columns, is_running=service.broken is None)
         return Response(told.as_json(), media_type="application/json")
 
+    @router.get("/debug/live", response_class=Viewing, responses=events(Moment, 429, 503))
+    async def live() -> Response:
+        """What the page at / shows, about once a second, until the server shuts down: who waits, what the
+        engine counts, and the ledger of the last second with its last steps."""
+        return Viewing(service.live)
+
     return router
 
 
@@ -105,11 +113,5 @@ def as_response(model: Any) -> Response:
 
 
 def _health(service: Service) -> Response:
-    if service.is_draining:
-        return JSONResponse({"status": "shutting down"}, 503)
-    if (error := service.broken) is not None:
-        kind = "broken" if isinstance(error, EngineError) else "not started"
-        return JSONResponse({"status": kind, "error": str(error)}, 503)
-    if not service.engine.ready.done():
-        return JSONResponse({"status": "loading", "doing": service.engine.doing}, 503)
-    return JSONResponse({"status": "ready"})
+    told = service.health()
+    return JSONResponse(told, 200 if told["status"] == "ready" else 503)

@@ -41,6 +41,7 @@ class LivePipeline:
         self, world: World, model: VisionModel, plan: PipelinePlan, settings: RankSettings
     ) -> None:
         self._world, self._steps = world, StepsInFlight(settings.step_timeout_s)
+        self._devices = settings.devices
         self._next_step, self._was_awaited = 1, False
         num_stages = len(plan.stages)
         self.max_in_flight, self._micro_batch = num_stages + 1, plan.work.micro_batch
@@ -152,9 +153,9 @@ class LivePipeline:
     def ring_places(self) -> list[RingPlace]:
         """Where other processes find what the ranks write."""
         return [
-            RingPlace(name, stage, 0, rank.spans.path)
-            for stage, (name, rank) in enumerate(
-                zip(self._world.names, self._world.ranks, strict=True)
+            RingPlace(name, stage, 0, device, rank.spans.path)
+            for stage, (name, device, rank) in enumerate(
+                zip(self._world.names, self._devices, self._world.ranks, strict=True)
             )
         ]
 

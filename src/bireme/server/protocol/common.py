@@ -304,6 +304,69 @@ class Ledger(Sent):
     ranks: list[LedgerRank]
 
 
+class LedgerBars(Sent):
+    """A rank's last steps: bars of [start us, end us, row of the ledger, step or null]."""
+
+    name: str
+    stage: int
+    bars: list[tuple[int, int, str, int | None]]
+
+
+class LedgerGantt(Sent):
+    seconds: float
+    ranks: list[LedgerBars]
+
+
+class LiveLedger(Ledger):
+    gantt: LedgerGantt | None
+
+
+class LiveRank(Sent):
+    name: str
+    stage: int
+    tp_rank: int
+    device: str
+
+
+class LiveServer(Sent):
+    """What is served, where; `can_chat`: /v1/chat/completions answers."""
+
+    version: str
+    models: list[str]
+    can_chat: bool
+    ranks: list[LiveRank]
+    told: list[str]
+
+
+class LiveHistogram(Sent):
+    """How many were at most each bound, and all; their sum."""
+
+    bounds: list[float]
+    counts: list[float]
+    sum: float
+
+
+class LiveCounts(Sent):
+    """Named as in /metrics, without its prefix."""
+
+    counters: dict[str, float]
+    histograms: dict[str, LiveHistogram]
+
+
+class Moment(Sent):
+    """`time_s` since 1970; `failed_rank` where one broke; `stats` are the engine's counts, null while it
+    does not answer, as the ledger is."""
+
+    time_s: float
+    health: Health
+    failed_rank: str
+    server: LiveServer
+    num_active: int
+    stats: dict[str, Any] | None
+    ledger: LiveLedger | None
+    counts: LiveCounts
+
+
 class Load(Sent):
     """As vLLM names it."""
 

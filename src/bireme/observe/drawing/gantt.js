@@ -1,0 +1,187 @@
+// What each rank did when: a line a rank, compute coloured by step, bubbles hatched by cause. Takes
+//   {seconds, ranks: [{name, stage, bars: [[start_us, end_us, row, step or null], ...]}]}
+// whose bars lie in [0, seconds), in their order, without overlap. Zoom: buttons, keys, the wheel, dragging.
+
+import { durationText, html, setText, shortName, svg } from "./elements.js";
+import { legend, ROWS, rowLook } from "./rows.js";
+
+const NUM_STEP_COLOURS = 6;
+const LINE_PX = 24;
+const BAR_PX = 19;
+const INSET_PX = 6; // of what is in a step and no compute
+const AXIS_PX = 20;
+const ROW_LABELS = new Map(ROWS.map((row) => [row.name, row.label]));
+
+// About `num` round numbers in [from, to].
+function roundTicks(from, to, num) {
+  const rough = (to - from) / num;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((it) => it * power >= rough);
+  const found = [];
+  for (let at = Math.ceil(from / step) * step; at <= to; at += step) found.push(at);
+  return found;
+}
+
+// Of sorted bars, the first that ends behind a time.
+function firstBehind(bars, time) {
+  let [low, high] = [0, bars.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (bars[middle][1] <= time) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
+
+export class GanttView {
+  constructor(place, name = "Last steps") {
+    this.data = null;
+    this.view = [0, 1]; // what is shown of the window, as shares of it
+    const button = (label, text, act) => {
+      const made = html("button", { type: "button", "aria-label": label, title: label }, text);
+      made.addEventListener("click", act);
+      return made;
+    };
+    this.bar = html(
+      "div",
+      { class: "tools", role: "group", "aria-label": "Zoom" },
+      button("Earlier", "←", () => this.move(-0.25)),
+      button("Later", "→", () => this.move(0.25)),
+      button("Zoom in", "+", () => this.zoom(0.5)),
+      button("Zoom out", "−", () => this.zoom(2)),
+      button("Show all", "All", () => this.look(0, 1)),
+    );
+    this.label = name;
+    this.picture = svg("svg", { class: "gantt", width: "100%", tabindex: 0, role: "img", "aria-label": name });
+    this.told = html("p", { class: "note readout" });
+    this.key = html("div");
+    place.replaceChildren(this.picture, this.told, this.key);
+    this.listen();
+  }
+
+  // Their home is the caller's: beside a heading, or under the picture.
+  get tools() {
+    return this.bar;
+  }
+
+  listen() {
+    const keys = { ArrowLeft: () => this.move(-0.25), ArrowRight: () => this.move(0.25), "+": () => this.zoom(0.5), "=": () => this.zoom(0.5), "-": () => this.zoom(2), 0: () => this.look(0, 1), Home: () => this.look(0, 1) };
+    this.picture.addEventListener("keydown", (event) => {
+      const act = event.ctrlKey || event.metaKey || event.altKey ? undefined : keys[event.key];
+      if (!act) return;
+      event.preventDefault();
+      act();
+    });
+    // Without focus the wheel is the page's, to scroll with.
+    const wheel = (event) => {
+      if (!event.ctrlKey && document.activeElement !== this.picture) return;
+      event.preventDefault();
+      this.zoom(event.deltaY > 0 ? 1.25 : 0.8, this.shareAt(event));
+    };
+    this.picture.addEventListener("wheel", wheel, { passive: false });
+    this.picture.addEventListener("pointermove", (event) => this.onMove(event));
+    this.picture.addEventListener("pointerleave", () => this.summarise());
+    new ResizeObserver(() => this.render()).observe(this.picture);
+  }
+
+  // The time under a pointer, as a share of the window.
+  shareAt(event) {
+    const place = this.picture.getBoundingClientRect();
+    const [from, to] = this.view;
+    const inside = (event.clientX - place.left - this.left) / Math.max(1, place.width - this.left);
+    return from + Math.min(1, Math.max(0, inside)) * (to - from);
+  }
+
+  onMove(event) {
+    if (!this.data) return;
+    if (event.buttons & 1) {
+      const [from, to] = this.view;
+      const width = Math.max(1, this.picture.clientWidth - this.left);
+      this.move(-event.movementX / width, to - from);
+    }
+    const place = this.picture.getBoundingClientRect();
+    const rank = this.data.ranks[Math.floor((event.clientY - place.top) / LINE_PX)];
+    const time = this.shareAt(event) * this.data.seconds * 1e6;
+    const found = rank?.bars[firstBehind(rank.bars, time)];
+    if (!found || found[0] > time) return this.summarise();
+    const [start, end, row, step] = found;
+    const what = step === null ? ROW_LABELS.get(row) : `${ROW_LABELS.get(row)}, step ${step}`;
+    setText(this.told, `${rank.name}: ${what}, ${durationText((end - start) / 1e6)} from ${durationText(start / 1e6)} on`);
+  }
+
+  zoom(factor, about = (this.view[0] + this.view[1]) / 2) {
+    const [from, to] = this.view;
+    const width = Math.min(1, Math.max(1e-4, (to - from) * factor));
+    const start = about - ((about - from) / (to - from)) * width;
+    this.look(start, start + width);
+  }
+
+  move(share) {
+    const width = this.view[1] - this.view[0];
+    this.look(this.view[0] + share * width, this.view[1] + share * width);
+  }
+
+  look(from, to) {
+    const width = Math.min(1, to - from);
+    const start = Math.min(1 - width, Math.max(0, from));
+    this.view = [start, start + width];
+    this.render();
+  }
+
+  draw(data) {
+    this.data = data;
+    this.rows = new Set(data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[2])));
+    this.key.replaceChildren(legend(this.rows, { isByStep: true }));
+    this.render();
+    this.summarise();
+  }
+
+  summarise() {
+    if (!this.data) return;
+    const steps = new Set(this.data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[3])));
+    steps.delete(null);
+    const text = `${steps.size} steps of ${this.data.ranks.length} ranks in ${durationText(this.data.seconds)}`;
+    setText(this.told, text);
+    this.picture.setAttribute("aria-label", `${this.label}: ${text}. Plus and minus zoom, arrows move.`);
+  }
+
+  render() {
+    const width = this.picture.clientWidth;
+    if (!this.data || !width) return;
+    const { ranks, seconds } = this.data;
+    this.left = width < 500 ? 22 : 54;
+    const [from, to] = this.view.map((share) => share * seconds * 1e6);
+    const scale = (width - this.left) / (to - from); // pixels a microsecond
+    const height = ranks.length * LINE_PX + AXIS_PX;
+    this.picture.setAttribute("height", height);
+    const inside = svg("svg", { x: this.left, width: width - this.left, height });
+    const labels = ranks.map((rank, index) =>
+      svg("text", { class: "rank-name", x: 0, y: index * LINE_PX + 14 }, this.left < 50 ? String(index) : shortName(rank.name)),
+    );
+    for (const at of roundTicks(from, to, Math.max(2, (width - this.left) / 110))) {
+      const x = (at - from) * scale;
+      inside.append(
+        svg("line", { class: "tick", x1: x, x2: x, y1: 0, y2: height - AXIS_PX + 4 }),
+        x < width - this.left - 48 ? svg("text", { class: "axis", x: x + 3, y: height - 5 }, durationText(at / 1e6)) : "",
+      );
+    }
+    ranks.forEach((rank, index) => this.renderRank(inside, rank, index * LINE_PX, from, to, scale));
+    this.picture.replaceChildren(...labels, inside);
+  }
+
+  renderRank(inside, rank, y, from, to, scale) {
+    const bars = rank.bars;
+    for (let index = firstBehind(bars, from); index < bars.length && bars[index][0] < to; index += 1) {
+      const [start, end, row, step] = bars[index];
+      const x = (start - from) * scale;
+      const width = Math.max(0.5, (end - start) * scale);
+      if (step === null) inside.append(svg("rect", { x, y, width, height: BAR_PX, ...rowLook(row) }));
+      else inside.append(svg("rect", { x, y, width, height: BAR_PX, class: `step-${step % NUM_STEP_COLOURS}${row === "compute" ? "" : " beside"}` }));
+      if (step !== null && row !== "compute") inside.append(svg("rect", { x, y: y + INSET_PX, width, height: BAR_PX - 2 * INSET_PX, ...rowLook(row) }));
+      const label = String(step);
+      if (row === "compute" && width > 7 * label.length + 6) {
+        inside.append(svg("text", { class: "step-name", x: Math.max(x, 0) + 4, y: y + 13.5 }, label));
+      }
+    }
+  }
+}

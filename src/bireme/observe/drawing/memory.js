@@ -1,0 +1,57 @@
+// What each rank holds, as a stacked bar of bytes by kind, and as a table. Takes
+//   [{name, bytes: {weights, kv, activations, communication, other}}]; a kind that is not there is not drawn.
+
+import { bytesText, html, shortName, svg, tableOf } from "./elements.js";
+
+const MEMORY_KINDS = [
+  ["weights", "weights"],
+  ["kv", "KV cache"],
+  ["activations", "activations (largest step, as planned)"],
+  ["communication", "communication"],
+  ["other", "other"],
+];
+
+function totalBytes(rank) {
+  return Object.values(rank.bytes).reduce((sum, bytes) => sum + bytes, 0);
+}
+
+function memoryBar(rank, most) {
+  let at = 0;
+  const parts = [];
+  for (const [kind, label] of MEMORY_KINDS) {
+    const bytes = rank.bytes[kind] ?? 0;
+    const place = { x: `${(100 * at) / most}%`, width: `${(100 * bytes) / most}%`, height: "100%" };
+    parts.push(svg("rect", { ...place, class: `memory-${kind}` }, svg("title", {}, `${label} ${bytesText(bytes)}`)));
+    at += bytes;
+  }
+  return svg("svg", { class: "ledger-bar", width: "100%", height: 16, "aria-hidden": "true" }, ...parts);
+}
+
+function memoryLegend(kinds) {
+  const entry = ([kind, label]) =>
+    html("li", {}, svg("svg", { width: 14, height: 10, "aria-hidden": "true" }, svg("rect", { width: 14, height: 10, class: `memory-${kind}` })), label);
+  return html("ul", { class: "legend" }, ...kinds.map(entry));
+}
+
+export class MemoryView {
+  constructor(place) {
+    this.bars = html("div", { class: "ledger-bars" });
+    this.key = html("div");
+    this.table = html("div", { class: "scrolled", tabindex: 0, role: "region", "aria-label": "Memory as a table" });
+    place.replaceChildren(this.bars, this.key, html("details", {}, html("summary", {}, "As a table"), this.table));
+  }
+
+  draw(ranks) {
+    const most = Math.max(1, ...ranks.map(totalBytes));
+    const kinds = MEMORY_KINDS.filter(([kind]) => ranks.some((rank) => rank.bytes[kind] > 0));
+    const lines = ranks.flatMap((rank) => [
+      html("span", { class: "rank-name" }, shortName(rank.name)),
+      memoryBar(rank, most),
+      html("span", { class: "figure" }, bytesText(totalBytes(rank))),
+    ]);
+    this.bars.replaceChildren(...lines);
+    this.key.replaceChildren(memoryLegend(kinds));
+    const rows = ranks.map((rank) => [rank.name, ...kinds.map(([kind]) => bytesText(rank.bytes[kind] ?? 0)), bytesText(totalBytes(rank))]);
+    this.table.replaceChildren(tableOf("Bytes that each rank holds", ["rank", ...kinds.map(([, label]) => label), "in all"], rows));
+  }
+}

@@ -1,0 +1,99 @@
+// A conversation with the model, streamed from /v1/chat/completions.
+
+import { html, setText } from "./elements.js";
+import { errorOf, eventsOf } from "./sse.js";
+
+const at = (id) => document.getElementById(id);
+
+export class Chat {
+  constructor(headers) {
+    this.headers = headers;
+    this.messages = [];
+    this.running = null;
+    at("chat-form").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.send();
+    });
+    at("chat-text").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      at("chat-form").requestSubmit();
+    });
+    at("chat-stop").addEventListener("click", () => this.running?.abort());
+    at("chat-clear").addEventListener("click", () => this.clear());
+  }
+
+  clear() {
+    this.running?.abort();
+    this.messages = [];
+    at("chat-log").replaceChildren();
+    setText(at("chat-error"), "");
+    at("chat-text").focus();
+  }
+
+  show(role) {
+    const element = html("p", { class: role });
+    at("chat-log").append(element);
+    return element;
+  }
+
+  async send() {
+    const content = at("chat-text").value.trim();
+    if (!content || this.running) return;
+    const messages = this.messages;
+    messages.push({ role: "user", content });
+    setText(this.show("user"), content);
+    at("chat-text").value = "";
+    setText(at("chat-error"), "");
+    this.running = new AbortController();
+    this.setBusy(true);
+    const answer = { role: "assistant", content: "" };
+    try {
+      await this.stream(messages, answer, this.show("assistant"));
+    } catch (error) {
+      if (error.name !== "AbortError") setText(at("chat-error"), error instanceof TypeError ? "The connection broke." : error.message);
+    }
+    if (answer.content) messages.push(answer);
+    else {
+      messages.pop(); // to be asked again
+      if (this.messages === messages) at("chat-log").lastChild?.remove();
+    }
+    this.running = null;
+    this.setBusy(false);
+  }
+
+  setBusy(isBusy) {
+    at("chat-log").setAttribute("aria-busy", String(isBusy)); // what is whole is read out, not each piece
+    at("chat-stop").hidden = !isBusy;
+    at("chat-send").disabled = isBusy;
+  }
+
+  async model(signal) {
+    const response = await fetch("v1/models", { headers: this.headers(), signal });
+    if (!response.ok) throw new Error(await errorOf(response));
+    return (await response.json()).data[0].id;
+  }
+
+  async stream(messages, answer, element) {
+    const { signal } = this.running;
+    const body = JSON.stringify({ model: await this.model(signal), messages, stream: true });
+    const headers = { ...this.headers(), "Content-Type": "application/json" };
+    const response = await fetch("v1/chat/completions", { method: "POST", headers, body, signal });
+    if (!response.ok) throw new Error(await errorOf(response));
+    for await (const data of eventsOf(response)) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw new Error(event.error.message);
+      this.add(answer, element, event.choices[0]?.delta.content ?? "");
+    }
+    throw new Error("The answer broke off.");
+  }
+
+  add(answer, element, text) {
+    const log = at("chat-log");
+    const isAtEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 24;
+    answer.content += text;
+    element.textContent = answer.content;
+    if (isAtEnd) log.scrollTop = log.scrollHeight;
+  }
+}

@@ -1,0 +1,100 @@
+// All that is drawn of a moment. What a server does not have (a vision model's KV cache) is left out.
+
+import { TimeChart } from "./charts.js";
+import { durationText, html, numberText, setText, shareText } from "./elements.js";
+import { GanttView } from "./gantt.js";
+import { History } from "./history.js";
+import { LedgerView } from "./ledger.js";
+import { MemoryView } from "./memory.js";
+import { RanksView } from "./ranks.js";
+
+const at = (id) => document.getElementById(id);
+const PERCENTILES = ["p50", "p90", "p99"];
+const LATENCY = { least: 1e-3 };
+
+// Title, lines, names in the history, how a value is written, options.
+const CHARTS = [
+  ["Tokens a second", ["generated", "prompt"], ["generated", "prompt"], numberText],
+  ["Images a second", ["images"], ["images"], numberText],
+  ["Requests", ["running", "waiting"], ["running", "waiting"], numberText],
+  ["KV cache in use", ["blocks"], ["cache"], shareText, { most: 1 }],
+  ["Time to first token (TTFT), last 60 s", PERCENTILES, ["ttft50", "ttft90", "ttft99"], durationText, LATENCY],
+  ["Between tokens (ITL), last 60 s", PERCENTILES, ["itl50", "itl90", "itl99"], durationText, LATENCY],
+  ["End to end, last 60 s", PERCENTILES, ["e2e50", "e2e90", "e2e99"], durationText, LATENCY],
+];
+const FIGURES = [
+  ["tokens/s", "generated", numberText],
+  ["images/s", "images", numberText],
+  ["running", "running", numberText],
+  ["waiting", "waiting", numberText],
+  ["KV cache", "cache", shareText],
+  ["TTFT p50", "ttft50", durationText],
+  ["TTFT p99", "ttft99", durationText],
+  ["ITL p50", "itl50", durationText],
+  ["ITL p99", "itl99", durationText],
+];
+
+// The names that this server has anything of.
+function namesOf(moment) {
+  const { counts, stats } = moment;
+  const found = new Set(["running", "waiting", "e2e50"]);
+  if ("generation_tokens_total" in counts.counters) for (const name of ["generated", "cache", "ttft50", "ttft99", "itl50", "itl99"]) found.add(name);
+  if (stats && "num_images_total" in stats) found.add("images");
+  return found;
+}
+
+export class Views {
+  constructor() {
+    this.clear();
+  }
+
+  // As if nothing had been shown.
+  clear() {
+    this.history = new History();
+    for (const id of ["figures", "ranks", "ledger", "gantt", "gantt-tools", "charts", "memory"]) at(id).replaceChildren();
+    this.ranks = new RanksView(at("ranks"));
+    this.ledger = new LedgerView(at("ledger"));
+    this.gantt = new GanttView(at("gantt"));
+    at("gantt-tools").replaceChildren(this.gantt.tools);
+    this.memory = new MemoryView(at("memory"));
+    this.known = "";
+  }
+
+  draw(moment) {
+    this.history.add(moment);
+    const names = namesOf(moment);
+    const known = [...names].join();
+    if (known !== this.known) this.build(names);
+    this.known = known;
+    const now = this.history.points.at(-1).values;
+    for (const [element, name, show] of this.figures) setText(element, now[name] === null ? "–" : show(now[name]));
+    for (const [chart, lines] of this.charts) chart.draw(this.history.series(lines));
+    this.ranks.draw(moment, this.history);
+    if (moment.ledger) {
+      this.ledger.draw(moment.ledger);
+      this.gantt.draw(moment.ledger.gantt);
+    }
+    if (moment.stats?.ranks.length) this.memory.draw(moment.stats.ranks.map((rank, index) => memoryOf(moment.server.ranks[index].name, rank)));
+  }
+
+  build(names) {
+    this.figures = [];
+    const tiles = FIGURES.filter(([, name]) => names.has(name)).map(([label, name, show]) => {
+      const value = html("dd", {}, "–");
+      this.figures.push([value, name, show]);
+      return html("dl", {}, html("dt", {}, label), value);
+    });
+    at("figures").replaceChildren(...tiles);
+    this.charts = [];
+    const places = CHARTS.filter(([, , [name]]) => names.has(name)).map(([title, labels, lines, show, options]) => {
+      const place = html("div");
+      this.charts.push([new TimeChart(place, title, labels, show, options), lines]);
+      return place;
+    });
+    at("charts").replaceChildren(...places);
+  }
+}
+
+function memoryOf(name, { memory }) {
+  return { name, bytes: { weights: memory.weight_bytes, kv: memory.cache_bytes, activations: memory.step_bytes } };
+}
