@@ -17,10 +17,10 @@ from bireme.bench.passes import ProfilePlan
 from bireme.bench.profiling import profile
 from bireme.bench.workload import Workload
 from bireme.cli import run as cli
-from bireme.doctor.from_run import read_evidence
+from bireme.doctor.from_run import evidence_of
 from bireme.doctor.rules import examine
 from bireme.engine.pool import WorkerPool
-from bireme.observe.run_folder import prepare_run_folder
+from bireme.observe.run_folder import RunFolder, prepare_run_folder
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def found(
     workload = Workload(num_prompts=batch, input_len=16, output_len=output_len)
     with LLM("demo", pool=pool, **settings) as llm:
         profile(llm, plan_of(workload, folder))
-    return [finding.rule for finding in examine(read_evidence(folder))]
+    return [finding.rule for finding in examine(evidence_of(RunFolder(folder)))]
 
 
 def plan_of(workload: Workload, folder: Path) -> ProfilePlan:

@@ -22,6 +22,7 @@ from bireme.cli import (
     pipeline,
     probe,
     profile,
+    report,
     serve,
     shard,
     verify,
@@ -73,6 +74,7 @@ for module in (
     ledger,
     profile,
     doctor,
+    report,
     probe,
 ):
     app.command(module.NAME, help=module.__doc__, short_help=module.SHORT)(module.run)

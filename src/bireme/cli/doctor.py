@@ -51,7 +51,7 @@ def run(
 
 def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
     from bireme.doctor.evidence import Evidence
-    from bireme.observe.run_folder import ABOUT
+    from bireme.observe.run_folder import ABOUT, RunFolder
 
     if options.is_url(source):
         options.check_seconds(seconds)
@@ -61,9 +61,9 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
     options.check_no_address(source)
     folder = Path(source)
     if (folder / ABOUT).exists():
-        from bireme.doctor.from_run import read_evidence
+        from bireme.doctor.from_run import evidence_of
 
-        return read_evidence(folder)
+        return evidence_of(RunFolder(folder))
     from bireme.cli.progress import bytes_bar
     from bireme.doctor.files import check_artifact, damage, departures, num_bytes
 

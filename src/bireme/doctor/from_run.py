@@ -13,14 +13,13 @@ from bireme.observe.run_folder import RunFolder
 from bireme.observe.run_records import RunRank
 
 
-def read_evidence(path: Path) -> Evidence:
-    """With the artifact that it ran, where it is still there. UserError where there is no run."""
-    run = RunFolder(path)
+def evidence_of(run: RunFolder) -> Evidence:
+    """With the artifact that it ran, where it is still there. UserError where the folder is damaged."""
     about, profile = run.about, run.profile
     threads, files = about.settings.num_threads, _artifact(about.model.folder)
     ranks = zip(about.layout.ranks, profile.memory, strict=True)
     return Evidence(
-        source=str(path),
+        source=str(run.path),
         ranks=[_facts(rank, memory, threads) for rank, memory in ranks],
         ledger=run.ledger.told,
         num_cores=about.hardware.num_cores,

@@ -6,6 +6,7 @@ import { durationText, html, setText, shortName, svg } from "./elements.js";
 import { legend, ROWS, rowLook } from "./rows.js";
 
 const NUM_STEP_COLOURS = 6;
+const LEAST_PX = 0.75; // of a bar
 const LINE_PX = 24;
 const BAR_PX = 19;
 const INSET_PX = 6; // of what is in a step and no compute
@@ -31,6 +32,25 @@ function firstBehind(bars, time) {
     else high = middle;
   }
   return low;
+}
+
+// Of bars that are shorter than `least`, behind one another, one as long as that: the longest of them.
+function* drawable(bars, from, to, least) {
+  let short = null;
+  for (let index = firstBehind(bars, from); index < bars.length && bars[index][0] < to; index += 1) {
+    const bar = bars[index];
+    if (short && (bar[1] - bar[0] >= least || bar[0] >= short.start + least)) {
+      yield [short.start, short.end, ...short.look];
+      short = null;
+    }
+    if (bar[1] - bar[0] >= least) yield bar;
+    else if (!short) short = { start: bar[0], end: bar[1], length: bar[1] - bar[0], look: bar.slice(2) };
+    else {
+      short.end = bar[1];
+      if (bar[1] - bar[0] > short.length) [short.length, short.look] = [bar[1] - bar[0], bar.slice(2)];
+    }
+  }
+  if (short) yield [short.start, short.end, ...short.look];
 }
 
 export class GanttView {
@@ -170,9 +190,7 @@ export class GanttView {
   }
 
   renderRank(inside, rank, y, from, to, scale) {
-    const bars = rank.bars;
-    for (let index = firstBehind(bars, from); index < bars.length && bars[index][0] < to; index += 1) {
-      const [start, end, row, step] = bars[index];
+    for (const [start, end, row, step] of drawable(rank.bars, from, to, LEAST_PX / scale)) {
       const x = (start - from) * scale;
       const width = Math.max(0.5, (end - start) * scale);
       if (step === null) inside.append(svg("rect", { x, y, width, height: BAR_PX, ...rowLook(row) }));

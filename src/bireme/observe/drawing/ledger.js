@@ -55,7 +55,7 @@ export class LedgerView {
     this.bars.replaceChildren(...lines);
     this.key.replaceChildren(legend(shownRows(ledger)));
     const age = ledger.until_s >= 2 ? `, up to ${Math.round(ledger.until_s)} s ago` : "";
-    setText(this.note, `Of the last ${ledger.seconds.toFixed(2)} s${age}; the figures are compute. ${lateText(ledger)}`);
+    setText(this.note, `Of ${ledger.seconds.toFixed(2)} s${age}; the figures are compute. ${lateText(ledger)}`);
     this.table.replaceChildren(ledgerTable(ledger));
   }
 }

@@ -6,7 +6,7 @@ import { bytesText, html, shortName, svg, tableOf } from "./elements.js";
 const MEMORY_KINDS = [
   ["weights", "weights"],
   ["kv", "KV cache"],
-  ["activations", "activations (largest step, as planned)"],
+  ["activations", "activations"],
   ["communication", "communication"],
   ["other", "other"],
 ];
