@@ -131,7 +131,7 @@ class _Event(msgspec.Struct):
 
 
 class _Version(msgspec.Struct):
-    bireme_trace: int = 1
+    bireme_trace: int | None = None
 
 
 class _File(msgspec.Struct):
@@ -156,14 +156,32 @@ def read_chrome_trace(path: Path) -> Recorded:
     except (ValueError, LookupError):
         raise UserError(f"{path} is no trace of bireme's; --trace writes one") from None
     if recorded is None:
+        version = "without a format, of an earlier version or another program's"
         raise UserError(
-            f"{path} is a trace of format {found}, and {_FORMAT} is read; record it again with --trace"
+            f"{path} is a trace {version if found is None else f'of format {found}'}, and {_FORMAT} is read; "
+            "record it again with --trace"
         )
+    if problem := _lack(recorded):
+        raise UserError(f"{path} is no whole trace: {problem}; record it again with --trace")
+    return recorded
+
+
+def _lack(recorded: Recorded) -> str | None:
+    """What was taken from a trace, or added to it, as far as that can be seen."""
     stages = sorted({rank.stage for rank in recorded.ranks})
     if stages != list(range(len(stages))):
-        told = ", ".join(map(str, stages))
-        raise UserError(f"{path} is no whole trace: of its stages 0 to {stages[-1]} it has {told}")
-    return recorded
+        return f"of its stages 0 to {stages[-1]} it has {', '.join(map(str, stages))}"
+    for stage in stages:
+        ranks = sorted(rank.tp_rank for rank in recorded.ranks if rank.stage == stage)
+        if ranks != list(range(len(ranks))):
+            return f"of stage {stage}'s ranks it has {', '.join(map(str, ranks))}"
+    for rank in recorded.ranks:
+        steps = [(it.start_ns, it.end_ns) for it in rank.spans if it.kind is SpanKind.STEP]
+        if len(set(steps)) < len(steps):
+            return f"{rank.name} has a step twice"
+        if any(span.end_ns < span.start_ns for span in rank.spans):
+            return f"a span of {rank.name} ends before it begins"
+    return None
 
 
 def _recorded(events: Sequence[_Event]) -> Recorded:

@@ -95,6 +95,10 @@ def test_images_are_not_made_in_a_size_that_the_checkpoint_does_not_ask_for(
         ([*NETWORK, "--runs", "0"], "runs=0 must be at least 1"),
         (["pipeline", "--config", "resnet-18", "--image-size", "0"], "image_size=0 must be at least 1"),
         (["pipeline", "vision.networks:Dense", "--image-size", "8"], r"makes [3, 8, 8] of an image"),
+        (["pipeline", "vision.networks:broken"], "broken cannot be made: ValueError: out of order"),
+        (["pipeline", "vision.networks:Residual"], "Residual cannot be made: TypeError: "),
+        (["pipeline", "resnet-19"], "resnet-19 is no folder; did you mean resnet-18"),
+        ([*NETWORK, "--split", "stem"], "split point stem is where the model begins; "),
         (["pipeline"], "give either MODEL or --config NAME"),
         (["pipeline", "--config", "resnet-51"], "the closest is resnet-50"),
         (["pipeline", "--config", "vit-b16", "--image-size", "100"], "must be a multiple of vit-b16's patch"),
@@ -137,3 +141,13 @@ def test_wrong_logits_are_noticed(
     arguments = ["pipeline", "wrong:Wrong", *NETWORK[2:], "--batch", "4", "--micro-batches", "2"]
     assert run([*arguments, "--runs", "1"]) == 1
     assert f"at 2 micro-batches {says}" in capsys.readouterr().err
+
+
+def test_a_module_that_mixes_images_is_told_from_wrong_stages(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["pipeline", "vision.networks:Mixing", *NETWORK[2:], "--batch", "4", "--runs", "2"]
+    assert run([*arguments, "--micro-batches", "1,2"]) == 1
+    captured = capsys.readouterr()
+    assert "depends on the others of its batch" in captured.err
+    assert "images/s ±" in captured.out

@@ -108,7 +108,8 @@ def test_a_trace_of_ours_may_be_written_anew() -> None:
         ('{"traceEvents": [{}], "otherData": {"bireme_trace": 2}}', "no trace of bireme"),
         (TRACK % '"1"', "no trace of bireme"),
         (TRACK % "1", "of its stages 0 to 1 it has 1"),
-        ('{"traceEvents": []}', "format 1, and 2 is read"),
+        ('{"traceEvents": []}', "without a format, of an earlier version or another program's"),
+        ('{"traceEvents": [], "otherData": {"bireme_trace": 1}}', "of format 1, and 2 is read"),
         ('{"traceEvents": [], "otherData": {"bireme_trace": 9}}', "format 9, and 2 is read"),
     ],
 )
@@ -117,3 +118,25 @@ def test_another_file_is_refused(text: str, told: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(UserError, match=told):
         read_chrome_trace(path)
+
+
+def of_step(start_ns: int, end_ns: int) -> Span:
+    return Span(SpanKind.STEP, start_ns, end_ns, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "told"),
+    [
+        ([RankSpans("rank 1", 0, 1, [])], "of stage 0's ranks it has 1"),
+        (
+            [RankSpans("rank 0", 0, 0, [of_step(0, 9000), of_step(0, 9000)])],
+            "rank 0 has a step twice",
+        ),
+        ([RankSpans("rank 0", 0, 0, [of_step(9000, 0)])], "a span of rank 0 ends before it begins"),
+    ],
+)
+def test_what_was_taken_away_or_added_is_noticed(
+    ranks: list[RankSpans], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"no whole trace: {told}"):
+        read_chrome_trace(written(Recorded(ranks, []), tmp_path))

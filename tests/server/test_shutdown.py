@@ -151,6 +151,7 @@ def test_a_killed_part_ends_streams_with_an_error_that_names_it(victim: str) -> 
         health = server.ask("GET", "/health")
         assert (health.status, health.json["status"]) == (503, "broken")
         assert named in health.json["error"]
+        server.wait_for(rf"the engine broke; requests are refused error=.*{named}")
         refused = server.ask("POST", COMPLETIONS, {"prompt": "x"})
         assert (refused.status, refused.error["code"]) == (503, "engine_error")
         assert server.metric("engine_ready") == 0

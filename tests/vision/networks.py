@@ -97,6 +97,10 @@ class Flat(nn.Sequential):
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 
 
+def broken() -> nn.Module:
+    raise ValueError("out of order")
+
+
 class Mixing(Network):
     """What it makes of an image depends on the others of its batch."""
 

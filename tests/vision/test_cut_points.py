@@ -105,7 +105,8 @@ def test_points_have_short_names_and_unknown_ones_get_the_nearest(
         found.block_at("layer3.0")
     inside = "resnet.encoder.stages.2.layers.0.layer.1"
     with pytest.raises(
-        ConfigError, match=r"only one activation may be alive there, .*; the nearest"
+        ConfigError,
+        match=r"more than one activation is alive there, or a BatchNorm or ReLU begins; the nearest",
     ):
         found.block_at(inside)
     with pytest.raises(ConfigError, match=r"layers\.1 names 4 points"):

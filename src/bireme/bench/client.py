@@ -57,8 +57,12 @@ class Target:
         return self.endpoint.endswith("/chat/completions")
 
     def url(self, path: str) -> str:
-        """`base_url` may end with /v1, as other clients want it."""
-        return self.base_url.rstrip("/").removesuffix("/v1") + "/" + path.lstrip("/")
+        """`base_url` may end with /v1 or /v2, as other clients want it and servers print it."""
+        return (
+            self.base_url.rstrip("/").removesuffix("/v1").removesuffix("/v2")
+            + "/"
+            + path.lstrip("/")
+        )
 
     def body(self, model: str, query: Query) -> bytes:
         """Of the request that asks for it, encoded."""

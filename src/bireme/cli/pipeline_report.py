@@ -116,7 +116,8 @@ class Report:
     def _rate(self, trial: Trial) -> str:
         if trial.passed is None:
             return f"does not fit: {format_bytes(trial.memory_bytes)}"
-        return f"{trial.images_per_s:.1f} images/s"
+        spread = f" ±{trial.spread / 2:.0%}" if len(trial.runs_s) > 1 else ""
+        return f"{trial.images_per_s:.1f} images/s{spread}"
 
     def _conclusions(self, alone: Sweep, staged: Sweep) -> list[str]:
         limit, num_stages = format_bytes(self.limit_bytes), len(self.ranks.devices)
@@ -127,7 +128,7 @@ class Report:
             does = f", fits {num_stages}" if best else ""
             lines.append(f"does not fit one device of {limit} (needs {least}){does}")
         else:
-            lines.append(f"one device at its best: {_at(one)}")
+            lines.append(f"speed-up is over one device at its best: {_at(one)}")
         if best is None:
             return [*lines, f"no number of micro-batches fits {num_stages} devices of {limit}"]
         beside = f", {_speed_up(best, one)} one device" if one else ""
@@ -205,6 +206,7 @@ class Report:
         if trial.passed is not None:
             found |= {
                 "elapsed_s": trial.passed.elapsed_s,
+                "runs_s": trial.runs_s,
                 "images_per_s": trial.images_per_s,
                 "bubbles": trial.passed.bubbles,
                 "predicted_bubbles": trial.passed.predicted_bubbles,
@@ -216,6 +218,13 @@ class Report:
 def check_same(alone: Sweep, staged: Sweep, allowed: float) -> None:
     """EngineError where logits are no numbers, or the stages' are not those of one device, whatever the
     micro-batches; `allowed` is a share of the largest logit."""
+    for _, difference, largest in _differences(alone, alone):
+        if difference > allowed * largest:
+            raise EngineError(
+                f"one device's logits differ by {difference:.1e} between numbers of micro-batches, "
+                f"{allowed * largest:.1e} is allowed: what the module makes of an image depends on the others "
+                "of its batch, which no pipeline keeps together"
+            )
     for trial, difference, largest in _differences(alone, staged):
         at = f"at {trial.num_micro_batches} micro-batches"
         if not math.isfinite(difference) or not math.isfinite(largest):

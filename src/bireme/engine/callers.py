@@ -91,6 +91,7 @@ class Callers:
         self._names: Counter[str] = Counter()  # as callers gave them, of the same requests
         self._num_tokens = 0  # of their prompts
         self._error: Exception | None = EngineError("the engine does not run yet")
+        self.on_failure: Callable[[Exception], None] = lambda _: None
 
     def begin(
         self,
@@ -272,6 +273,7 @@ class Callers:
         self._listeners.clear()
         self._names.clear()
         self._num_tokens = 0
+        self.on_failure(error)
 
 
 def _check_most(num: int, what: str, most: int) -> None:

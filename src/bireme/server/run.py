@@ -118,8 +118,13 @@ class FrontEnd:
             self._server.should_exit = True
             self._log.show(f"bireme: {error}")
             return
+        engine.callers.on_failure = self._on_failure
         self._serving.ledger.begin(ready.rings, ready.engine_ring)
         self._log.show(*ready.told, *self._how_to_ask())
+
+    def _on_failure(self, error: Exception) -> None:
+        if self._ending is None:
+            self._log.say("the engine broke; requests are refused", error=str(error))
 
     def _how_to_ask(self) -> list[str]:
         config, (host, port) = self.config, self._sock.getsockname()[:2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
@@ -32,7 +32,11 @@ class Callers(Protocol):
         """Why it takes nothing; None while it does."""
         ...
 
-    def fail(self, error: Exception) -> None: ...
+    on_failure: Callable[[Exception], None]
+
+    def fail(self, error: Exception) -> None:
+        """And calls `on_failure`."""
+        ...
 
 
 class Client(Protocol):

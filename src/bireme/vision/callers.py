@@ -20,6 +20,7 @@ class ImageCallers:
         self._num_images = 0
         self._answers: dict[ImageRequest, asyncio.Future[None]] = {}
         self.error: Exception | None = EngineError("the engine does not run yet")
+        self.on_failure: Callable[[Exception], None] = lambda _: None
 
     def begin(self) -> None:
         """From here on the engine runs."""
@@ -69,3 +70,4 @@ class ImageCallers:
             if not answer.done():
                 answer.set_exception(error)
         self._answers.clear()
+        self.on_failure(error)

@@ -50,8 +50,14 @@ class VisionModel(msgspec.Struct, frozen=True):
 
     def build(self, device: str = "meta") -> nn.Module:
         """To classify; ConfigError where it cannot be made."""
-        with torch.device(device):
-            module = self._make()
+        try:
+            with torch.device(device):
+                module = self._make()
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever foreign code raises
+            what = f"{type(error).__name__}: {str(error).strip() or 'without a word'}"
+            raise ConfigError(f"{self.name} cannot be made: {what.splitlines()[0]}") from error
         if not isinstance(module, nn.Module):
             raise ConfigError(f"{self.name} makes a {type(module).__name__}, not an nn.Module")
         return module.to(device=device, dtype=self.torch_dtype).eval()
@@ -129,9 +135,11 @@ def _kind(name: str | None) -> Any:
         return "folder"
     library, colon, _ = name.partition(":")
     if not colon:
+        near = get_close_matches(name, huggingface.SHAPES, n=1)
+        hint = f"did you mean {near[0]}; or give" if near else "give"
         raise ConfigError(
-            f"{name} is no folder; give a folder, a name like resnet-50, torchvision:NAME, timm:NAME "
-            "or module:factory"
+            f"{name} is no folder; {hint} a folder, a name like resnet-50, torchvision:NAME, timm:NAME or "
+            "module:factory"
         )
     return library if library in ("torchvision", "timm") else "factory"
 

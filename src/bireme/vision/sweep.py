@@ -21,12 +21,18 @@ from bireme.vision.tracing import Traced
 
 @dataclass(frozen=True)
 class Trial:
-    """One number of micro-batches: what its largest rank needs, and the median of its runs; None
-    where it does not fit."""
+    """One number of micro-batches: what its largest rank needs, and the median of its runs, None where it
+    does not fit; seconds of each run."""
 
     num_micro_batches: int
     memory_bytes: int
     passed: Passed | None
+    runs_s: tuple[float, ...] = ()
+
+    @property
+    def spread(self) -> float:
+        """From the fastest run to the slowest, as a share of the median."""
+        return (max(self.runs_s) - min(self.runs_s)) / self.passed.elapsed_s if self.passed else 0.0
 
     @property
     def images_per_s(self) -> float:
@@ -100,7 +106,7 @@ class Sweeper:
         """`done` is called after each trial, `keep` gets the spans, of ranks that failed, too."""
         needs = {count: self._memory_bytes(plan, count) for count in self.counts}
         fitting = [count for count, need in needs.items() if need <= self.limit_bytes]
-        passed: dict[int, Passed] = {}
+        passed: dict[int, tuple[Passed, tuple[float, ...]]] = {}
         recorded = Recorded((), ())
         if fitting:
             largest = micro_batch_sizes(len(self.images), min(fitting))[0]
@@ -117,7 +123,8 @@ class Sweeper:
                     keep(recorded)
         for _ in range(len(needs) - len(fitting)):
             done()
-        trials = [Trial(count, need, passed.get(count)) for count, need in needs.items()]
+        nothing = (None, ())
+        trials = [Trial(count, need, *passed.get(count, nothing)) for count, need in needs.items()]
         return Sweep(tuple(trials), recorded)
 
     def _memory_bytes(self, plan: PipelinePlan, num_micro_batches: int) -> int:
@@ -126,11 +133,15 @@ class Sweeper:
         stages = dataclasses.replace(plan, work=work).stages
         return max(stage.memory_bytes for stage in stages)
 
-    def _try(self, pipeline: VisionPipeline, num_micro_batches: int) -> Passed:
+    def _try(
+        self, pipeline: VisionPipeline, num_micro_batches: int
+    ) -> tuple[Passed, tuple[float, ...]]:
+        """The median, and the seconds of each run."""
         pipeline.run(num_micro_batches)
         runs = [
             pipeline.run(num_micro_batches, num_batches=self.num_batches)
             for _ in range(self.num_runs)
         ]
         middle = statistics.median_low(run.elapsed_s for run in runs)
-        return next(run for run in runs if run.elapsed_s == middle)
+        median = next(run for run in runs if run.elapsed_s == middle)
+        return median, tuple(run.elapsed_s for run in runs)

@@ -89,11 +89,17 @@ class Traced:
         if len(found) == 1:
             return found[0]
         legal = [block.shape.name for block in self.blocks[1:]]
-        problem = "is no point to cut at" if not found else f"names {len(found)} points"
-        raise ConfigError(
-            f"split point {name} {problem}: only one activation may be alive there, and no BatchNorm or "
-            f"ReLU begin; {_nearest(name, legal)}"
-        )
+        first = self.blocks[0].shape
+        if found:
+            problem = f"names {len(found)} points"
+        elif any(f".{known}".endswith(f".{name}") for known in first.aliases) or name == first.name:
+            problem = "is where the model begins"
+        else:
+            problem = (
+                "is no point to cut at: it names no block, or more than one activation is alive there, or a "
+                "BatchNorm or ReLU begins"
+            )
+        raise ConfigError(f"split point {name} {problem}; {_nearest(name, legal)}")
 
 
 def _nearest(name: str, legal: Sequence[str]) -> str:
