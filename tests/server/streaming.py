@@ -24,10 +24,12 @@ LONG: dict[str, Any] = {
 class Streaming:
     """A long stream that is read in a thread of its own, from its first token on."""
 
-    def __init__(self, server: Served, **settings: Any) -> None:
+    def __init__(self, server: Served, *, api_key: str = "", **settings: Any) -> None:
         self._connection = http.client.HTTPConnection(server.host, server.port, timeout=DEADLINE_S)
         body = json.dumps({**LONG, **settings})
-        self._connection.request("POST", COMPLETIONS, body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
+        headers |= {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._connection.request("POST", COMPLETIONS, body, headers)
         self._response = self._connection.getresponse()
         assert self._response.status == 200
         self._text = b""

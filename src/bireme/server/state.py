@@ -99,7 +99,12 @@ def state_routes(service: Service) -> APIRouter:
         told = await service.ledger.last(seconds, columns, is_running=service.broken is None)
         return Response(told.as_json(), media_type="application/json")
 
-    @router.get("/debug/live", response_class=Viewing, responses=events(Moment, 429, 503))
+    @router.get(
+        "/debug/live",
+        status_code=200,
+        response_class=Viewing,
+        responses=events(Moment, 429, 503),
+    )
     async def live() -> Response:
         """What the page at / shows, about once a second, until the server shuts down: who waits, what the
         engine counts, and the ledger of the last second with its last steps."""

@@ -37,7 +37,7 @@ function onMoment(moment) {
 
 function askForKey(error = "") {
   sessionStorage.removeItem(KEY);
-  at("main").hidden = at("pause").hidden = at("forget").hidden = true;
+  at("live").hidden = at("pause").hidden = at("forget").hidden = true;
   for (const id of ["model", "layout", "health"]) setText(at(id), "");
   views?.clear();
   at("key-form").hidden = false;
@@ -47,7 +47,7 @@ function askForKey(error = "") {
 
 function follow() {
   at("key-form").hidden = true;
-  at("main").hidden = false;
+  at("live").hidden = false;
   at("forget").hidden = !hasKeys;
   tellHealth("waiting", "connecting");
   views ??= new Views();
