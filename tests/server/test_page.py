@@ -133,7 +133,7 @@ def test_it_draws_what_the_server_does(opened: Watched, keyed: Served) -> None:
         assert gantt.locator(look).count() > 4, look
     check_zoom(page)
     expect(page.locator("#figures dd").first).to_have_text(re.compile(r"^[1-9]"))
-    table = page.get_by_role("region", name="Ledger as a table")
+    table = page.get_by_role("group", name="Ledger as a table")
     page.locator("#ledger summary").click()
     expect(table.get_by_role("row")).to_have_count(5)
     for chart in ("Tokens a second", "Requests", "KV cache in use", "Time to first token"):

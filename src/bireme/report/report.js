@@ -7,14 +7,11 @@ import { MemoryView } from "./memory.js";
 import { hatches } from "./rows.js";
 import { SizesView } from "./sizes.js";
 
-let count = 0;
-
-// A titled part of the page, and the place in it.
+// A titled part of a run, and the place in it.
 function card(title, ...tools) {
-  const id = `part-${(count += 1)}`;
   const place = html("div");
-  const heading = html("h2", { id }, title);
-  return [html("section", { class: "card", "aria-labelledby": id }, tools.length ? html("div", { class: "head" }, heading, ...tools) : heading, place), place];
+  const heading = html("h2", {}, title);
+  return [html("div", { class: "card" }, tools.length ? html("div", { class: "head" }, heading, ...tools) : heading, place), place];
 }
 
 function drawn(title, View, data) {
@@ -44,14 +41,14 @@ function gantt(data) {
 }
 
 function scrolled(label, table) {
-  return html("div", { class: "scrolled", tabindex: 0, role: "region", "aria-label": label }, table);
+  return html("div", { class: "scrolled", tabindex: 0, role: "group", "aria-label": label }, table);
 }
 
 function latencies(spreads) {
   const [part, place] = card("Latencies");
   const names = ["mean", "p50", "p90", "p99"];
   const rows = Object.entries(spreads).map(([what, spread]) => [what, ...names.map((name) => (name in spread ? durationText(spread[name]) : "–"))]);
-  place.append(scrolled("Latencies", tableOf("Of all requests, in the measured pass", ["", ...names], rows)));
+  place.append(scrolled("Latencies", tableOf("Of all requests, in the measured pass", ["from arrival", ...names], rows)));
   return part;
 }
 

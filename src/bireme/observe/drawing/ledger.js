@@ -41,7 +41,7 @@ export class LedgerView {
     this.bars = html("div", { class: "ledger-bars" });
     this.key = html("div");
     this.note = html("p", { class: "note" });
-    this.table = html("div", { class: "scrolled", tabindex: 0, role: "region", "aria-label": "Ledger as a table" });
+    this.table = html("div", { class: "scrolled", tabindex: 0, role: "group", "aria-label": "Ledger as a table" });
     this.details = html("details", {}, html("summary", {}, "As a table"), this.table);
     place.replaceChildren(this.bars, this.key, this.note, this.details);
   }

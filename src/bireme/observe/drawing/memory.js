@@ -37,7 +37,7 @@ export class MemoryView {
   constructor(place) {
     this.bars = html("div", { class: "ledger-bars" });
     this.key = html("div");
-    this.table = html("div", { class: "scrolled", tabindex: 0, role: "region", "aria-label": "Memory as a table" });
+    this.table = html("div", { class: "scrolled", tabindex: 0, role: "group", "aria-label": "Memory as a table" });
     place.replaceChildren(this.bars, this.key, html("details", {}, html("summary", {}, "As a table"), this.table));
   }
 

@@ -30,7 +30,7 @@ export class SizesView {
   constructor(place) {
     this.bars = html("div", { class: "ledger-bars" });
     this.note = html("p", { class: "note" });
-    this.table = html("div", { class: "scrolled", tabindex: 0, role: "region", "aria-label": "Collectives as a table" });
+    this.table = html("div", { class: "scrolled", tabindex: 0, role: "group", "aria-label": "Collectives as a table" });
     place.replaceChildren(this.bars, this.note, html("details", {}, html("summary", {}, "As a table"), this.table));
   }
 

@@ -1,0 +1,76 @@
+"""Reports in headless Chromium, as files without a network: they draw, zoom, and can be used by everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+from test_page import CHROMIUM, PHONE, WIDE, Watched, browser, check_accessible, check_fits
+
+from bireme.cli import run as command
+
+__all__ = ["browser"]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to draw pages with")
+
+SMALL = ["--batch", "8", "--input-len", "16", "--output-len", "24"]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run with tensor parallelism, and of it and one with uneven stages side by side."""
+    folder = tmp_path_factory.mktemp("reports")
+    runs = {"even": ["-tp", "2"], "uneven": ["--layers-per-stage", "7,1"]}
+    for name, layout in runs.items():
+        assert command(["profile", "demo", *layout, *SMALL, "-o", str(folder / name)]) == 0
+    for out, shown in (("one.html", ["even"]), ("two.html", list(runs))):
+        named = [str(folder / name) for name in shown]
+        assert command(["report", *named, "-o", str(folder / out)]) == 0
+    return folder
+
+
+@pytest.fixture(params=[("light", WIDE), ("dark", WIDE), ("light", PHONE)], ids=str)
+def page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
+    scheme, (width, height) = request.param
+    context = browser.new_context(
+        viewport={"width": width, "height": height}, color_scheme=scheme, offline=True
+    )
+    watched = Watched(context.new_page())
+    yield watched.page
+    context.close()
+    assert watched.errors == []
+    assert {url.partition(":")[0] for url in watched.urls} <= {"file", "data"}
+
+
+def test_it_draws_and_fits_and_can_be_read_by_everybody(page: Page, reports: Path) -> None:
+    page.goto((reports / "two.html").as_uri())
+    articles = page.get_by_role("article")
+    expect(articles).to_have_count(2)
+    for article in articles.all():
+        expect(article.locator("svg.gantt rect").first).to_be_attached()
+        for title in (
+            "What the doctor finds",
+            "Where the time went",
+            "Latencies",
+            "Memory",
+            "Layout",
+        ):
+            expect(article.get_by_role("heading", name=title)).to_be_visible()
+    expect(articles.nth(0).get_by_role("heading", name="Collectives by size")).to_be_visible()
+    expect(articles.nth(1).get_by_text("stage 0 holds up the others")).to_be_visible()
+    check_fits(page)
+    check_accessible(page)
+
+
+def test_one_can_look_closer(page: Page, reports: Path) -> None:
+    page.goto((reports / "one.html").as_uri())
+    picture = page.locator("svg.gantt")
+    expect(picture.locator("rect").first).to_be_attached()
+    before = picture.locator("text.axis").all_inner_texts()
+    picture.press("+")
+    picture.press("+")
+    assert picture.locator("text.axis").all_inner_texts() != before
+    page.get_by_role("button", name="Show all").click()
+    assert picture.locator("text.axis").all_inner_texts() == before
