@@ -1,4 +1,4 @@
-"""One server of the demo model that tests share; those that change or end one start their own."""
+"""Servers of the demo model that tests share; those that change or end one start their own."""
 
 from __future__ import annotations
 
@@ -24,4 +24,11 @@ def hermes_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Served]:
     with serving("--dtype", "float32", "--receive-timeout", "2") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def piped() -> Iterator[Served]:
+    """Of two stages."""
+    with serving("--dtype", "float32", "-pp", "2") as running:
         yield running

@@ -6,6 +6,8 @@ import http.client
 import json
 import socket
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from served import DEADLINE_S, Served
@@ -56,6 +58,30 @@ class Streaming:
         assert (done, end) == (b"data: [DONE]", b"")
         told = [json.loads(event.removeprefix(b"data: ")) for event in events]
         return [id_ for one in told for id_ in one["choices"][0]["token_ids"]]
+
+
+@contextmanager
+def watching(server: Served) -> Iterator[Callable[[], Any]]:
+    """Reads the next moment of /debug/live; EOFError where there is none."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=DEADLINE_S)
+    connection.request("GET", "/debug/live")
+    response = connection.getresponse()
+    assert response.status == 200, response.read()
+    assert response.headers["content-type"].startswith("text/event-stream")
+
+    def following() -> Any:
+        if not (line := response.readline()):
+            raise EOFError
+        assert line == b"event: moment\n"
+        data = response.readline().removeprefix(b"data: ")
+        assert response.readline() == b"\n"
+        return json.loads(data)
+
+    try:
+        yield following
+    finally:
+        response.close()
+        connection.close()
 
 
 def connect(server: Served) -> socket.socket:

@@ -654,3 +654,20 @@ def test_a_switch_that_turns_off_has_one_name_in_a_file(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert "'no-log-requests', which is no option" in done.stderr
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_no_inline_script(server: Served) -> None:
+    page = server.ask("GET", "/")
+    assert page.status == 200
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=", page.text)
+    sources = re.findall(r'(?:src|href)="([^#"]+)"', page.text)
+    assert len(sources) == 6
+    for source in sources:
+        found = server.ask("GET", f"/{source}")
+        assert found.status == 200, source
+        assert found.headers["x-content-type-options"] == "nosniff"
+    assert server.ask("GET", "/page/index.html").status == 404
+    assert server.ask("GET", "/page/../live.py").status == 404

@@ -21,6 +21,7 @@ import torch
 import tritonclient.http as triton
 from PIL import Image
 from served import DEADLINE_S, Answer, Served, children, serving
+from streaming import watching
 from test_shutdown import check_all_ended, command, until
 
 from bireme.cli import run as bireme
@@ -65,6 +66,17 @@ def expected(images: Pixels) -> torch.Tensor:
 def given(images: Pixels, *, binary: bool = True) -> list[triton.InferInput]:
     tensor = triton.InferInput("images", list(images.shape), "FP32")
     return [tensor.set_data_from_numpy(images, binary_data=binary)]
+
+
+def test_its_page_shows_images(server: Served) -> None:
+    assert server.ask("GET", "/").headers["content-type"].startswith("text/html")
+    with watching(server) as following:
+        moment = following()
+    assert not moment["server"]["can_chat"]
+    assert [rank["stage"] for rank in moment["server"]["ranks"]] == [0, 1]
+    assert {"num_running", "num_waiting", "num_images_total"} <= set(moment["stats"])
+    assert len(moment["ledger"]["gantt"]["ranks"]) == 2
+    assert "e2e_request_latency_seconds" in moment["counts"]["histograms"]
 
 
 def test_tritons_client_finds_what_there_is(client: triton.InferenceServerClient) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import re
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
 from served import DEADLINE_S, Served, serving
-from streaming import Streaming
+from streaming import Streaming, watching
 from test_shutdown import until
 
 from bireme.errors import CapacityError
@@ -117,36 +116,6 @@ def test_a_bug_ends_the_streams_with_it() -> None:
 
 
 # --- of a server -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def piped() -> Iterator[Served]:
-    with serving("--dtype", "float32", "-pp", "2") as server:
-        yield server
-
-
-@contextmanager
-def watching(server: Served) -> Iterator[Callable[[], Any]]:
-    """Reads the next moment."""
-    connection = http.client.HTTPConnection(server.host, server.port, timeout=DEADLINE_S)
-    connection.request("GET", "/debug/live")
-    response = connection.getresponse()
-    assert response.status == 200, response.read()
-    assert response.headers["content-type"].startswith("text/event-stream")
-
-    def following() -> Any:
-        if not (line := response.readline()):
-            raise EOFError
-        assert line == b"event: moment\n"
-        data = response.readline().removeprefix(b"data: ")
-        assert response.readline() == b"\n"
-        return json.loads(data)
-
-    try:
-        yield following
-    finally:
-        response.close()
-        connection.close()
 
 
 def test_a_moment_is_as_openapi_says_and_its_bars_are_of_the_last_steps(piped: Served) -> None:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from served import Served, serving
@@ -16,12 +15,6 @@ from streaming import Streaming
 
 from bireme.cli import run as command
 from bireme.observe.causes import Row
-
-
-@pytest.fixture(scope="module")
-def piped() -> Iterator[Served]:
-    with serving("--dtype", "float32", "-pp", "2") as server:
-        yield server
 
 
 def test_the_last_seconds_are_accounted_for(piped: Served) -> None:

@@ -136,7 +136,12 @@ def test_it_draws_what_the_server_does(opened: Watched, keyed: Served) -> None:
     table = page.get_by_role("group", name="Ledger as a table")
     page.locator("#ledger summary").click()
     expect(table.get_by_role("row")).to_have_count(5)
-    for chart in ("Tokens a second", "Requests", "KV cache in use", "Time to first token"):
+    for chart in (
+        "Tokens a second",
+        "Running and waiting",
+        "KV cache in use",
+        "Time to first token",
+    ):
         expect(page.get_by_role("img", name=re.compile(f"^{chart}.*: now"))).to_be_visible()
     assert page.locator(".chart canvas").count() == 6
     for scheme in ("light", "dark"):

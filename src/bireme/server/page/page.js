@@ -28,7 +28,7 @@ function onMoment(moment) {
   tellHealth(status === "ready" ? "ready" : error ? "bad" : "waiting", [status, doing ?? error].filter(Boolean).join(": "));
   const { models, can_chat: canChat, told, version } = moment.server;
   setText(at("model"), models.join(", "));
-  setText(at("layout"), (told[0] ?? "").replace(/^[^:]*: /, ""));
+  setText(at("layout"), (told[0] ?? "").replace(/^.*?: /, ""));
   at("layout").title = `Bireme ${version}`;
   at("chat").hidden = !canChat;
   at("pause").hidden = false;

@@ -16,7 +16,7 @@ const LATENCY = { least: 1e-3 };
 const CHARTS = [
   ["Tokens a second", ["generated", "prompt"], ["generated", "prompt"], numberText],
   ["Images a second", ["images"], ["images"], numberText],
-  ["Requests", ["running", "waiting"], ["running", "waiting"], numberText],
+  ["Running and waiting", ["running", "waiting"], ["running", "waiting"], numberText],
   ["KV cache in use", ["blocks"], ["cache"], shareText, { most: 1 }],
   ["Time to first token (TTFT), last 60 s", PERCENTILES, ["ttft50", "ttft90", "ttft99"], durationText, LATENCY],
   ["Between tokens (ITL), last 60 s", PERCENTILES, ["itl50", "itl90", "itl99"], durationText, LATENCY],
