@@ -25,7 +25,8 @@ def run(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="RUN|URL|ARTIFACT", help="Of bireme profile, a server, or a sharded checkpoint."
+            metavar="RUN|URL|ARTIFACT|FILE.sqlite",
+            help="Of bireme profile, a server, a sharded checkpoint, or an export of Nsight Systems.",
         ),
     ],
     *,
@@ -64,6 +65,10 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
         from bireme.doctor.from_run import evidence_of
 
         return evidence_of(RunFolder(folder))
+    if folder.suffix == ".sqlite":
+        from bireme.doctor.from_nsys import read_nsys
+
+        return read_nsys(folder)
     from bireme.cli.progress import bytes_bar
     from bireme.doctor.files import check_artifact, damage, departures, num_bytes
 
