@@ -56,6 +56,9 @@ class Recorder:
         since_ns = last_ns - int(asked.seconds * 1e9)
         rings = [self._ring(rank.fd) for rank in asked.ranks]
         read_ns = since_ns - _BEFORE_NS
+        are_amid = [
+            ring.now().kind is not None for ring in rings
+        ]  # a step; asked before they are read
         found = [ring.read(read_ns) for ring in rings]
         told = engine.read(read_ns)
         if asked.is_running:
@@ -69,10 +72,10 @@ class Recorder:
         )
         start_ns = max(since_ns, min((span.start_ns for span in told), default=0))
         end_ns = last_ns
-        for ring, spans in zip(rings, found, strict=True):
+        for ring, spans, is_amid in zip(rings, found, are_amid, strict=True):
             start_ns = max(start_ns, _first_ns(ring, spans))
-            if ring.now().kind is not None:  # amid a step
-                end_ns = min(end_ns, spans[-1].end_ns if spans else since_ns)
+            if is_amid:
+                end_ns = min(end_ns, _last_step_ns(spans, since_ns))
         end_ns = max(end_ns, since_ns + 1)
         ledger = make_ledger(recorded, min(start_ns, end_ns - 1), end_ns)
         gantt = None
@@ -90,6 +93,11 @@ def _first_ns(ring: SpanRing, spans: Sequence[Span]) -> int:
     """From when on a ring knows all: it may have been overwritten."""
     is_full = len(spans) >= ring.capacity - 1
     return spans[0].end_ns if is_full else 0
+
+
+def _last_step_ns(spans: Sequence[Span], default_ns: int) -> int:
+    """When the last whole step ended: what lies behind it is of one that goes on."""
+    return next((it.end_ns for it in reversed(spans) if it.kind is SpanKind.STEP), default_ns)
 
 
 def _last_ns(ring: SpanRing, now_ns: int) -> int:
