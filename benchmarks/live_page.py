@@ -70,10 +70,13 @@ def used_s(server: int) -> dict[str, float]:
 
 @contextmanager
 def again_and_again(work: Callable[[], object], every_s: float = 0.0) -> Iterator[None]:
+    """On a schedule, as the producer of the page is."""
     is_over = threading.Event()
 
     def run() -> None:
-        while not is_over.wait(every_s):
+        due_s = time.monotonic()
+        while not is_over.wait(max(0.0, due_s - time.monotonic())):
+            due_s = time.monotonic() + every_s
             work()
 
     thread = threading.Thread(target=run)

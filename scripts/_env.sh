@@ -73,7 +73,7 @@ announce() {
     esac
   fi
   case $extra in
-    test) others_mb=$((others_mb + 23)) ;;
+    test) others_mb=$((others_mb + 77)) ;;
     check) others_mb=$((others_mb + 31)) ;;
   esac
   echo "Installing what ${0##*/} needs into .venv; pip downloads, less what it has already," \

@@ -6,14 +6,14 @@ bars a column and one more, however much happened; all others begin and end wher
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 import msgspec
 
 from bireme.observe.causes import Row
 from bireme.observe.ledger import Ledger, Piece, RankLedger
+from bireme.observe.timeline import Key
 
 _start = attrgetter("start_ns")
 
@@ -59,7 +59,7 @@ class Gantt(msgspec.Struct, frozen=True):
 
 def _start_of_last(rank: RankLedger, num_steps: int, least_ns: int) -> int:
     """When the first of the last steps began; `least_ns` where there was none."""
-    starts: dict[tuple[int, int], int] = {}
+    starts: dict[Key, int] = {}
     for piece in reversed(rank.pieces):
         if piece.key is None:
             continue
@@ -98,16 +98,19 @@ def _add(found: list[Bar], pieces: Sequence[Piece], start_ns: int) -> None:
     begin_us = max(0, pieces[0].start_ns - start_ns) // 1000
     end_us = (pieces[-1].end_ns - start_ns) // 1000
     last = found[-1] if found else None
+    if begin_us == end_us:
+        return
     if last is not None and (last.row, last.step, last.end_us) == (row, step, begin_us):
         found[-1] = Bar(last.start_us, end_us, row, step)
     else:
         found.append(Bar(begin_us, end_us, row, step))
 
 
-def _most(pieces: Iterable[Piece]) -> tuple[Row, int | None]:
+def _most(pieces: Sequence[Piece]) -> tuple[Row, int | None]:
     """What took most of the time."""
-    times: Counter[tuple[Row, int | None]] = Counter()
+    times: dict[tuple[Row, Key | None], int] = {}
     for piece in pieces:
-        step = None if piece.key is None else piece.key[1]
-        times[piece.row, step] += piece.end_ns - piece.start_ns
-    return max(times, key=times.__getitem__)
+        of = piece.row, piece.key
+        times[of] = times.get(of, 0) + piece.end_ns - piece.start_ns
+    row, key = max(times, key=times.__getitem__) if len(times) > 1 else of
+    return row, None if key is None else key[1]

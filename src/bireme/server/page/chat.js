@@ -1,7 +1,7 @@
 // A conversation with the model, streamed from /v1/chat/completions.
 
 import { html, setText } from "./elements.js";
-import { errorOf, eventsOf } from "./sse.js";
+import { ask, eventsOf, Failed, refusalOf } from "./sse.js";
 
 const at = (id) => document.getElementById(id);
 
@@ -51,12 +51,19 @@ export class Chat {
     try {
       await this.stream(messages, answer, this.show("assistant"));
     } catch (error) {
-      if (error.name !== "AbortError") setText(at("chat-error"), error instanceof TypeError ? "The connection broke." : error.message);
+      if (error instanceof Failed) setText(at("chat-error"), error.message);
+      else if (error.name !== "AbortError") throw error;
+    } finally {
+      this.end(messages, answer);
     }
+  }
+
+  // A question without an answer is taken back, so that it can be asked again.
+  end(messages, answer) {
     if (answer.content) messages.push(answer);
     else {
-      messages.pop(); // to be asked again
-      if (this.messages === messages) at("chat-log").lastChild?.remove();
+      messages.pop();
+      if (this.messages === messages) at("chat-log").lastChild.remove();
     }
     this.running = null;
     this.setBusy(false);
@@ -69,8 +76,8 @@ export class Chat {
   }
 
   async model(signal) {
-    const response = await fetch("v1/models", { headers: this.headers(), signal });
-    if (!response.ok) throw new Error(await errorOf(response));
+    const response = await ask("v1/models", { headers: this.headers(), signal });
+    if (!response.ok) throw await refusalOf(response);
     return (await response.json()).data[0].id;
   }
 
@@ -78,15 +85,15 @@ export class Chat {
     const { signal } = this.running;
     const body = JSON.stringify({ model: await this.model(signal), messages, stream: true });
     const headers = { ...this.headers(), "Content-Type": "application/json" };
-    const response = await fetch("v1/chat/completions", { method: "POST", headers, body, signal });
-    if (!response.ok) throw new Error(await errorOf(response));
+    const response = await ask("v1/chat/completions", { method: "POST", headers, body, signal });
+    if (!response.ok) throw await refusalOf(response);
     for await (const data of eventsOf(response)) {
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw new Error(event.error.message);
+      if (event.error) throw new Failed(event.error.message);
       this.add(answer, element, event.choices[0]?.delta.content ?? "");
     }
-    throw new Error("The answer broke off.");
+    throw new Failed("the answer broke off");
   }
 
   add(answer, element, text) {

@@ -1,7 +1,7 @@
 // Follows /debug/live: begins again by itself, later and later while nothing answers, and rests while the page
 // is hidden, so that the server does no work for nobody.
 
-import { errorOf, eventsOf } from "./sse.js";
+import { ask, eventsOf, Failed, refusalOf } from "./sse.js";
 
 const FIRST_WAIT_MS = 500;
 const LONGEST_WAIT_MS = 8000;
@@ -34,7 +34,11 @@ export class Feed {
         continue;
       }
       this.numMoments = 0;
-      const lost = await this.follow().catch((error) => (error instanceof TypeError || error.name === "AbortError" ? "no connection" : Promise.reject(error)));
+      const lost = await this.follow().catch((error) => {
+        if (error instanceof Failed) return error.message;
+        if (error.name === "AbortError") return "no answer";
+        throw error;
+      });
       if (this.isOver) return;
       if (this.numMoments) wait = FIRST_WAIT_MS;
       if (!document.hidden) this.onLost(lost);
@@ -53,24 +57,32 @@ export class Feed {
     });
   }
 
+  // A fault in what draws is reported, and the next moment is drawn all the same.
+  tell(moment) {
+    try {
+      this.onMoment(moment);
+    } catch (error) {
+      reportError(error);
+    }
+  }
+
   // Until the stream ends; why it did.
   async follow() {
     this.attempt = new AbortController();
     let silence = setTimeout(() => this.attempt.abort(), SILENCE_MS);
     try {
-      const response = await fetch("debug/live", { headers: this.headers, signal: this.attempt.signal, cache: "no-store" });
+      const response = await ask("debug/live", { headers: this.headers, signal: this.attempt.signal, cache: "no-store" });
       if (response.status === 401) {
         this.close();
         this.onRefused();
         return "";
       }
-      if (!response.ok) return await errorOf(response);
+      if (!response.ok) throw await refusalOf(response);
       for await (const data of eventsOf(response)) {
         clearTimeout(silence);
         silence = setTimeout(() => this.attempt.abort(), SILENCE_MS);
         this.numMoments += 1;
-        const moment = JSON.parse(data);
-        this.onMoment(moment);
+        this.tell(JSON.parse(data));
       }
       return "the server ended the connection";
     } finally {
