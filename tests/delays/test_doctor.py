@@ -132,7 +132,7 @@ def test_damage_of_the_artifact_that_ran_is_named_first(
     path.write_bytes(content)
     capsys.readouterr()
     assert cli(["doctor", str(tmp_path / "run"), "--json"]) == 1
-    first, second = json.loads(capsys.readouterr().out)
+    first, second = json.loads(capsys.readouterr().out)["findings"]
     assert (first["rule"], second["rule"]) == ("damaged-files", "late-rank")
     assert "rank-00001-of-00002.safetensors is corrupt" in first["figure"]
 

@@ -38,8 +38,8 @@ def evidence(layout: str, *shares: Mapping[Row, float], **more: object) -> Evide
         told(rank.name, rank.stage, it) for rank, it in zip(ranks, shares or ({}, {}), strict=True)
     ]
     given_: dict[str, object] = {
-        "ledger": ToldLedger(1.0, 0.0, own), "num_cores": 2, "num_running": 8.0,
-        "cache": CacheFacts(most_used=0.5, num_preemptions=0, most_waiting=0),
+        "ledger": ToldLedger(1.0, 0.0, own), "num_cores": 2, "num_running": 1.0,
+        "cache": CacheFacts.of([(0.5, 0), (0.97, 0), (0.5, 3)], 0, None),
     }  # fmt: skip
     return Evidence(source="x", ranks=ranks, **(given_ | more))  # type: ignore[arg-type]
 
@@ -67,10 +67,10 @@ FAULTS = {
     "few-requests": evidence("pp", {Row.TOKEN_DEPENDENCY: 0.5}, {Row.TOKEN_DEPENDENCY: 0.5}),
     "slow-host": evidence("pp", {Row.HOST: 0.5}, {Row.HOST: 0.5}),
     "late-rank": with_late(),
-    "slow-link": evidence("tp", {Row.COLLECTIVE_MOVE: 0.5}, {Row.COLLECTIVE_MOVE: 0.5}),
+    "slow-link": evidence("tp", {Row.COLLECTIVE_MOVE: 0.6}, {Row.COLLECTIVE_MOVE: 0.6}),
     "slow-hand-over": evidence("pp", {Row.TRANSFER: 0.5}, {Row.TRANSFER: 0.4}),
     "paging": with_rank(major_faults=5000),
-    "small-cache": evidence("pp", cache=CacheFacts(most_used=1, num_preemptions=3, most_waiting=2)),
+    "small-cache": evidence("pp", cache=CacheFacts.of([(1.0, 2)], 0, 3.5)),
     "too-many-threads": with_rank(num_threads=2),
     "nccl-settings": with_rank(device="cuda:0"),
 }
@@ -99,7 +99,7 @@ def test_shares_are_of_the_time_in_which_there_was_work() -> None:
 
 
 def test_what_costs_most_comes_first_and_what_cannot_be_trusted_before_it() -> None:
-    rows = {Row.HOST: 0.4, Row.TOKEN_DEPENDENCY: 0.45}
+    rows = {Row.HOST: 0.42, Row.TOKEN_DEPENDENCY: 0.45}
     found = examine(evidence("pp", rows, rows, damage=["x"]))
     assert [finding.rule for finding in found] == ["damaged-files", "few-requests", "slow-host"]
 

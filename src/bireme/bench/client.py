@@ -52,6 +52,11 @@ class Target:
         if not self.request_timeout_s > 0:
             raise RequestError(f"request_timeout={self.request_timeout_s} must be above 0 s")
 
+    @classmethod
+    def of(cls, url: str, api_key: str | None) -> Target:
+        """A server that is not asked for answers."""
+        return cls(base_url=url, headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+
     @property
     def is_chat(self) -> bool:
         return self.endpoint.endswith("/chat/completions")
@@ -243,6 +248,5 @@ async def _read(response: aiohttp.ClientResponse, most: int) -> bytes:
 
 async def fetch(url: str, api_key: str | None, *paths: str) -> list[bytes]:
     """The bodies that a server answers GET of the paths with; RequestError where it does not."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    async with Client(Target(base_url=url, headers=headers)) as client:
+    async with Client(Target.of(url, api_key)) as client:
         return [await client.fetch(path) for path in paths]

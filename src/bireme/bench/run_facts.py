@@ -54,7 +54,7 @@ def run_model(host: EngineHost, layout: ModelLayout) -> RunModel:
     plan = host.plan
     return RunModel(
         name=host.model.name,
-        folder=str(plan.folder) if plan.folder else None,
+        folder=str(plan.folder.absolute()) if plan.folder else None,
         dtype=plan.dtype,
         num_parameters=sum(math.prod(source.shape) for source in layout.sources.values()),
         config=plan.model,

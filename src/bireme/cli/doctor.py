@@ -16,6 +16,7 @@ from bireme.cli import options
 if TYPE_CHECKING:
     from bireme.doctor.evidence import Evidence
     from bireme.doctor.finding import Finding
+    from bireme.observe.run_folder import RunFolder
 
 NAME = "doctor"
 SHORT = "Say what is wrong, why, and what to do."
@@ -30,7 +31,9 @@ def run(
         ),
     ],
     *,
-    seconds: options.PastSeconds = 30.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", help="Of a server: how long to watch it.")
+    ] = 5.0,
     api_key: options.ApiKey = None,
     as_json: options.JsonOutput = False,
 ) -> int:
@@ -41,7 +44,10 @@ def run(
     found = _evidence(source, seconds, api_key)
     findings = examine(found)
     if as_json:
-        typer.echo(msgspec.json.encode(findings))
+        told = [msgspec.to_builtins(finding) | {"page": finding.page} for finding in findings]
+        typer.echo(
+            msgspec.json.encode({"source": found.source, "rules": list(RULES), "findings": told})
+        )
     else:
         for number, finding in enumerate(findings, 1):
             _print(number, finding)
@@ -62,9 +68,7 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
     options.check_no_address(source)
     folder = Path(source)
     if (folder / ABOUT).exists():
-        from bireme.doctor.from_run import evidence_of
-
-        return evidence_of(RunFolder(folder))
+        return _of_run(RunFolder(folder))
     if folder.suffix == ".sqlite":
         from bireme.doctor.from_nsys import read_nsys
 
@@ -76,6 +80,18 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
     with bytes_bar("checking", num_bytes(folder), quiet=False) as advance:
         found = damage(folder, advance)
     return Evidence(source=source, ranks=(), damage=found, departures=departures(folder))
+
+
+def _of_run(run: RunFolder) -> Evidence:
+    from bireme.cli.progress import bytes_bar
+    from bireme.doctor.files import num_bytes
+    from bireme.doctor.from_run import artifact_of, evidence_of
+
+    files = artifact_of(run)
+    if files is None:
+        return evidence_of(run)
+    with bytes_bar("checking", num_bytes(files), quiet=False) as advance:
+        return evidence_of(run, progress=advance)
 
 
 def _print(number: int, finding: Finding) -> None:

@@ -10,11 +10,12 @@ from statistics import mean
 from bireme.observe.causes import Row
 from bireme.observe.told import ToldLedger, ToldRank
 
+_FULL = 0.95  # of the cache's blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """`memory` is bytes by kind; `major_faults` (pages read from disk) and `preempted` (by another thread
-    that wanted its core) are counted while the run was measured."""
+    """`memory` is bytes by kind; `major_faults` are pages that were read from disk while it was watched."""
 
     name: str
     stage: int
@@ -22,7 +23,6 @@ class RankFacts:
     num_threads: int | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
     major_faults: int | None = None
-    preempted: int | None = None
 
     @property
     def is_cpu(self) -> bool:
@@ -32,19 +32,38 @@ class RankFacts:
 @dataclass(frozen=True, kw_only=True)
 class CacheFacts:
     """The KV cache: the largest share of it in use, requests that gave their blocks back, how many waited at
-    most, and how many requests of the longest length it holds."""
+    most, the share of moments in which some waited and it was full, and how many requests of the longest length
+    it holds."""
 
     most_used: float
     num_preemptions: int
     most_waiting: int
+    short_share: float
     num_requests: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        moments: Sequence[tuple[float, int]],
+        num_preemptions: int,
+        num_requests: float | None,
+    ) -> CacheFacts:
+        """Of moments in which so much of it was in use and so many waited."""
+        short = [used > _FULL and waiting > 0 for used, waiting in moments]
+        return cls(
+            most_used=max((used for used, _ in moments), default=0.0),
+            num_preemptions=num_preemptions,
+            most_waiting=max((waiting for _, waiting in moments), default=0),
+            short_share=sum(short) / max(1, len(short)),
+            num_requests=num_requests,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """Of one run. `num_running` requests (micro-batches of a vision pipeline) were in flight on average;
-    `damage` is what is
-    wrong with the files, `departures` are where certificates say that the model is another, a line each."""
+    """Of one run, or of a time in which a server was watched. `num_running` requests (micro-batches of a vision
+    pipeline) were in flight on average. `damage` is what is wrong with the files, `departures` are where
+    certificates say that the model is another, a line each."""
 
     source: str
     ranks: Sequence[RankFacts]

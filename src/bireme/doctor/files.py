@@ -30,11 +30,12 @@ def num_bytes(folder: Path) -> int:
 
 
 def damage(folder: Path, progress: Callable[[int], None] = lambda _: None) -> list[str]:
-    """A line for each file or tensor of the artifact that is not what it was."""
+    """A line for each file or tensor of the artifact that is not what it was, or certificate that is none."""
     try:
-        return Artifact(folder).check(progress)
+        found = Artifact(folder).check(progress)
     except CheckpointError as error:
-        return [str(error)]
+        found = [str(error)]
+    return [*found, *(str(it) for it in _certificates(folder) if isinstance(it, CheckpointError))]
 
 
 def departures(folder: Path) -> list[str]:
@@ -43,15 +44,14 @@ def departures(folder: Path) -> list[str]:
         f"at {found.layout} it differs from {found.reference} by {found.relative_difference:.1e} of the "
         f"logits' spread, {found.tolerance:.1e} is allowed"
         + (f": {found.departure}" if found.departure else "")
-        for found in _failed(folder)
+        for found in _certificates(folder)
+        if isinstance(found, Certificate) and not found.is_same
     ]
 
 
-def _failed(folder: Path) -> Iterator[Certificate]:
+def _certificates(folder: Path) -> Iterator[Certificate | CheckpointError]:
     for path in sorted(folder.glob("certificate-*.json")):
         try:
-            found = msgspec.json.decode(path.read_bytes(), type=Certificate)
+            yield msgspec.json.decode(path.read_bytes(), type=Certificate)
         except msgspec.DecodeError as error:
-            raise CheckpointError(f"{path} is no certificate of ours: {error}") from None
-        if not found.is_same:
-            yield found
+            yield CheckpointError(f"{path} is no certificate of ours: {error}")

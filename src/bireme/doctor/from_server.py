@@ -1,20 +1,23 @@
-"""The evidence of a running server: its setup, the ledger of its last seconds, and its metrics."""
+"""The evidence of a running server, which is watched: its setup, its metrics, and the ledger of that time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping, Sequence
+from statistics import mean
 from typing import Any
 
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from bireme.bench.client import fetch
+from bireme.bench.client import Client, Target
 from bireme.doctor.evidence import CacheFacts, Evidence, RankFacts
 from bireme.engine.setup import Setup
 from bireme.errors import RequestError
 from bireme.observe.told import ToldLedger
 
+_EVERY_S = 0.5
 _PREFIX = "bireme:"
 _RUNNING, _WAITING, _USED = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
 _PREEMPTED, _FAULTS, _MEMORY = (
@@ -26,68 +29,95 @@ _PREEMPTED, _FAULTS, _MEMORY = (
 Sample = tuple[str, Mapping[str, str], float]  # a metric's name without its prefix, labels, value
 
 
+Samples = Sequence[Sample]
+
+
 def ask_server(url: str, api_key: str | None, seconds: float) -> Evidence:
-    """RequestError where it does not answer, or is no server of ours."""
-    paths = ("/debug/setup", f"/debug/ledger?seconds={seconds:g}&columns=1", "/metrics")
-    setup, ledger, metrics = asyncio.run(fetch(url, api_key, *paths))
+    """Watches it for so long. RequestError where it does not answer, or is no server of ours."""
     try:
-        return evidence_of(
-            url,
-            msgspec.json.decode(setup, type=Setup),
-            msgspec.json.decode(ledger, type=ToldLedger),
-            list(_samples(metrics.decode())),
-        )
+        return asyncio.run(_watch(url, api_key, seconds))
     except (msgspec.DecodeError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(f"{url} is no server of this version: {error}") from None
 
 
-def evidence_of(source: str, setup: Setup, ledger: ToldLedger, samples: list[Sample]) -> Evidence:
-    values = {name: value for name, _, value in samples}
-    faults = {labels["rank"]: value for name, labels, value in samples if name == _FAULTS}
-    memory: dict[str, dict[str, int]] = {}
-    for name, labels, value in samples:
-        if name == _MEMORY:
-            memory.setdefault(labels["rank"], {})[labels["kind"]] = int(value)
+async def _watch(url: str, api_key: str | None, seconds: float) -> Evidence:
+    async with Client(Target.of(url, api_key)) as client:
+        setup = msgspec.json.decode(await client.fetch("/debug/setup"), type=Setup)
+        end_s, moments = time.monotonic() + seconds, [await _samples(client)]
+        while (left_s := end_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(_EVERY_S, left_s))
+            moments.append(await _samples(client))
+        ledger = await client.fetch(f"/debug/ledger?seconds={seconds:g}&columns=1")
+    return evidence_of(url, setup, msgspec.json.decode(ledger, type=ToldLedger), moments)
+
+
+def evidence_of(
+    source: str, setup: Setup, ledger: ToldLedger, moments: Sequence[Samples]
+) -> Evidence:
+    """`moments` are the metrics' samples from first to last: counters are told by how much they grew."""
     ranks = [
         RankFacts(
             name=rank.name,
             stage=rank.stage,
             device=rank.device,
             num_threads=rank.num_threads,
-            memory=memory.get(str(index), {}),
-            major_faults=_whole(faults.get(str(index))),
+            memory=_memory(moments[-1], str(index)),
+            major_faults=_grown(moments, _FAULTS, rank=str(index)),
         )
         for index, rank in enumerate(setup.ranks)
     ]
+    running = [_value(moment, _RUNNING) for moment in moments]
+    known = [value for value in running if value is not None]
     return Evidence(
         source=source,
         ranks=ranks,
         ledger=ledger,
         num_cores=setup.num_cores,
-        cache=_cache(values, setup),
-        num_running=values.get(_RUNNING),
+        cache=_cache(moments, setup),
+        num_running=mean(known) if known else None,
         environment=setup.environment,
     )
 
 
-def _cache(values: Mapping[str, float], setup: Setup) -> CacheFacts | None:
+def _cache(moments: Sequence[Samples], setup: Setup) -> CacheFacts | None:
     """None of a vision model, which keeps none."""
-    if _USED not in values:
+    pairs = [(_value(moment, _USED), _value(moment, _WAITING)) for moment in moments]
+    found = [
+        (used, int(waiting)) for used, waiting in pairs if used is not None and waiting is not None
+    ]
+    if not found:
         return None
-    return CacheFacts(
-        most_used=values[_USED],
-        num_preemptions=int(values.get(_PREEMPTED, 0)),
-        most_waiting=int(values.get(_WAITING, 0)),
-        num_requests=setup.num_requests,
-    )
+    return CacheFacts.of(found, _grown(moments, _PREEMPTED) or 0, setup.num_requests)
 
 
-def _samples(text: str) -> Iterator[Sample]:
-    for family in text_string_to_metric_families(text):
-        sample: Any
-        for sample in family.samples:
-            yield sample.name.removeprefix(_PREFIX), sample.labels, sample.value
+def _value(samples: Samples, wanted: str, **labels: str) -> float | None:
+    """Of the first sample that has these labels; None where there is none."""
+    for name, found, value in samples:
+        if name == wanted and labels.items() <= found.items():
+            return value
+    return None
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
+def _grown(moments: Sequence[Samples], wanted: str, **labels: str) -> int | None:
+    first, last = (_value(moments[at], wanted, **labels) for at in (0, -1))
+    return None if first is None or last is None else int(last - first)
+
+
+def _memory(samples: Samples, rank: str) -> dict[str, int]:
+    return {
+        labels["kind"]: int(value)
+        for name, labels, value in samples
+        if name == _MEMORY and labels["rank"] == rank
+    }
+
+
+async def _samples(client: Client) -> list[Sample]:
+    text = (await client.fetch("/metrics")).decode()
+    families: Any = text_string_to_metric_families(text)
+    return [
+        (sample.name.removeprefix(_PREFIX), sample.labels, sample.value)
+        for family in families
+        for sample in family.samples
+    ]

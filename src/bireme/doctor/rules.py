@@ -16,12 +16,12 @@ Rule = Callable[[Evidence], Iterator[Finding]]
 
 _WORK = (Row.COMPUTE, Row.COLLECTIVE_MOVE, Row.COLLECTIVE_WAIT)
 _COST = 0.1  # of the time: what costs less is not worth a change
-_SLOW_HOST = 0.3
-_SLOW_LINK = 0.3
+_SLOW_HOST = 0.4
+_SLOW_LINK = 0.5
 _UNEVEN_WORK = 0.25  # of a step's time, which would be saved if all stages had as much to do
-_UNEVEN = 1.25  # bytes of the fullest rank, over the mean
+_UNEVEN = 1.5  # bytes of the fullest rank, over the mean
 _MANY_FAULTS = 100  # pages read from disk while steps ran
-_FULL = 0.95
+_SHORT = 0.05  # of the time
 
 
 def damaged_files(found: Evidence) -> Iterator[Finding]:
@@ -47,6 +47,8 @@ def wrong_model(found: Evidence) -> Iterator[Finding]:
 
 
 def uneven_memory(found: Evidence) -> Iterator[Finding]:
+    if len(set(found.widths)) > 1:
+        return  # a narrow stage holds more of each layer
     weights = [rank.memory.get("weights", 0) for rank in found.ranks]
     most, even = max(weights, default=0), mean(weights or [0])
     if most > _UNEVEN * even:
@@ -88,7 +90,8 @@ def slow_stage(found: Evidence) -> Iterator[Finding]:
 def few_requests(found: Evidence) -> Iterator[Finding]:
     """Too little is in flight for the stages."""
     share = found.share(Row.TOKEN_DEPENDENCY, Row.FILL_DRAIN)
-    if found.num_stages > 1 and share > 2 * _COST:
+    is_enough = found.num_running is not None and found.num_running > found.num_stages
+    if found.num_stages > 1 and share > 2 * _COST and not is_enough:
         running = "" if found.num_running is None else f"{found.num_running:.1f} in flight; "
         yield Finding(
             rule="few-requests",
@@ -105,7 +108,7 @@ def slow_host(found: Evidence) -> Iterator[Finding]:
         yield Finding(
             rule="slow-host",
             title="ranks wait for the host",
-            figure=f"{share:.0%} of the time: the engine, or what takes its tokens, is slower than the steps",
+            figure=f"{share:.0%} of the time: for the engine, for what takes its tokens, or for their own processes",
             remedy="send larger batches; see what else uses the cores of the engine's process",
             share=share,
         )
@@ -115,27 +118,22 @@ def late_rank(found: Evidence) -> Iterator[Finding]:
     """One rank of a tensor group that the others wait for, and that waits for none."""
     if found.ledger is None:
         return
-    waited: dict[str, float] = {}
-    for rank in found.ledger.ranks:
-        for name, share in rank.late.items():
-            waited[name] = max(waited.get(name, 0.0), share)
-    waits = {rank.name: sum(rank.late.values()) for rank in found.ledger.ranks}
-    if not waited:
-        return
-    name = max(waited, key=lambda it: waited[it] - waits.get(it, 0.0))
-    if waited[name] - waits.get(name, 0.0) > _COST:
+    name, waited, waits = _latest(found.ledger.ranks)
+    if waited - waits > _COST and waited > 2 * waits:
         yield Finding(
             rule="late-rank",
             title=f"{name} comes late to its group's collectives",
-            figure=f"others wait {waited[name]:.0%} of the time for it, it waits {waits.get(name, 0.0):.0%} "
-            "of the time for them",
+            figure=f"others wait {waited:.0%} of the time for it, it waits {waits:.0%} of the time for them",
             remedy="see what else runs on its device and cores, and whether its clock is throttled",
-            share=waited[name],
+            share=waited,
         )
 
 
 def slow_link(found: Evidence) -> Iterator[Finding]:
-    share, widths = found.share(Row.COLLECTIVE_MOVE), found.widths
+    widths, mutual = found.widths, 0.0
+    if found.ledger is not None and found.ledger.ranks:
+        mutual = min(busy_share(rank, Row.COLLECTIVE_WAIT) for rank in found.ledger.ranks)
+    share = found.share(Row.COLLECTIVE_MOVE) + mutual
     if max(widths, default=1) > 1 and share > _SLOW_LINK:
         is_even = len(set(widths)) == 1 and widths[0] % 2 == 0
         instead = (
@@ -144,7 +142,7 @@ def slow_link(found: Evidence) -> Iterator[Finding]:
         yield Finding(
             rule="slow-link",
             title="collectives take more than they save",
-            figure=f"{share:.0%} of the time goes into moving bytes of sums and gathers",
+            figure=f"{share:.0%} of the time goes into sums and gathers: their bytes, and waits for one another",
             remedy=f"use {instead}: stages hand over once where layers sum twice each",
             share=share,
         )
@@ -179,8 +177,7 @@ def small_cache(found: Evidence) -> Iterator[Finding]:
     cache = found.cache
     if cache is None:
         return
-    is_full = cache.most_used > _FULL and cache.most_waiting > 0
-    if cache.num_preemptions or is_full:
+    if cache.num_preemptions or cache.short_share > _SHORT:
         holds = (
             ""
             if cache.num_requests is None
@@ -192,7 +189,7 @@ def small_cache(found: Evidence) -> Iterator[Finding]:
             figure=f"{cache.num_preemptions} preemptions, {cache.most_used:.0%} in use, "
             f"{cache.most_waiting} waiting{holds}",
             remedy="give ranks more memory (--memory-limit), use more of them, or a lower --max-model-len",
-            share=0.5,
+            share=max(cache.short_share, 0.3),
         )
 
 
@@ -235,6 +232,20 @@ def examine(found: Evidence) -> list[Finding]:
     """The one that costs most first; of equals, in the order of `RULES`."""
     findings = [finding for rule in RULES.values() for finding in rule(found)]
     return sorted(findings, key=lambda finding: -finding.share)
+
+
+def _latest(ranks: list[ToldRank]) -> tuple[str, float, float]:
+    """The rank that others wait for most beyond what it waits for them: its name, and both shares of the time in
+    which there was work."""
+    waited: dict[str, float] = {rank.name: 0.0 for rank in ranks}
+    waits = dict(waited)
+    for rank in ranks:
+        busy = max(1e-9, 1.0 - rank.shares[Row.STARVED])
+        waits[rank.name] = sum(rank.late.values()) / busy
+        for name, share in rank.late.items():
+            waited[name] = max(waited.get(name, 0.0), share / busy)
+    name = max(waited, key=lambda it: waited[it] - waits.get(it, 0.0), default="")
+    return name, waited.get(name, 0.0), waits.get(name, 0.0)
 
 
 def _by_stage(ranks: list[ToldRank]) -> dict[int, list[ToldRank]]:

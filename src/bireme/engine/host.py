@@ -139,7 +139,7 @@ class EngineHost:
         plan = self.plan
         return Setup(
             model=self.model.name,
-            folder=str(self.model.folder),
+            folder=str(self.model.folder.absolute()),
             dtype=plan.dtype,
             transport=plan.config.transport,
             ranks=[

@@ -167,6 +167,8 @@ class _RankPieces:
         wall = self._end - self._start
         pieces = [piece for piece in map(self._clipped, self._all()) if piece is not None]
         overlapped_ns = _overlapped_ns(pieces, _beside(self._steps))
+        if self._sampled is not None:
+            self._late = _scaled(self._late, pieces)
         return RankLedger(
             self._rank.name, self._rank.stage, wall, pieces, self._late, overlapped_ns,
             self._sampled is not None,
@@ -270,6 +272,13 @@ class _RankPieces:
         if start < end:
             for begin, stop, row in self._causes.pieces(start, end, awaited, is_own=is_own):
                 yield Piece(begin, stop, row)
+
+
+def _scaled(late: Counter[str], pieces: Sequence[Piece]) -> Counter[str]:
+    """What was waited for each rank in marked steps, as much of all that was waited."""
+    waits = (it.end_ns - it.start_ns for it in pieces if it.row is Row.COLLECTIVE_WAIT)
+    factor = sum(waits) / max(1, late.total())
+    return Counter({name: round(ns * factor) for name, ns in late.items()})
 
 
 def _beside(steps: Sequence[RankStep]) -> list[tuple[int, int]]:

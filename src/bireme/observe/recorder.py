@@ -50,16 +50,23 @@ class Recorder:
 
     def told(self, asked: Asked) -> ToldLedger:
         """Up to the last moment of which all ranks' spans tell: a step's come when it has ended."""
-        now_ns = time.monotonic_ns()
+        now_ns, length_ns = time.monotonic_ns(), int(asked.seconds * 1e9)
         engine = self._ring(asked.engine_fd)
         last_ns = now_ns if asked.is_running else _last_ns(engine, now_ns)
-        since_ns = last_ns - int(asked.seconds * 1e9)
         rings = [self._ring(rank.fd) for rank in asked.ranks]
-        read_ns = since_ns - _BEFORE_NS
         are_amid = [
             ring.now().kind is not None for ring in rings
         ]  # a step; asked before they are read
+        read_ns = last_ns - length_ns - _BEFORE_NS
         found = [ring.read(read_ns) for ring in rings]
+        end_ns = last_ns
+        for ring, spans, is_amid in zip(rings, found, are_amid, strict=True):
+            if is_amid:
+                end_ns = min(end_ns, _last_step_ns(ring, spans, last_ns))
+        since_ns = end_ns - length_ns
+        if since_ns < read_ns:  # a step is as long as the window
+            read_ns = since_ns - _BEFORE_NS
+            found = [ring.read(read_ns) for ring in rings]
         told = engine.read(read_ns)
         if asked.is_running:
             told = _with_open(engine, told, now_ns)
@@ -71,12 +78,8 @@ class Recorder:
             told,
         )
         start_ns = max(since_ns, min((span.start_ns for span in told), default=0))
-        end_ns = last_ns
-        for ring, spans, is_amid in zip(rings, found, are_amid, strict=True):
+        for ring, spans in zip(rings, found, strict=True):
             start_ns = max(start_ns, _first_ns(ring, spans))
-            if is_amid:
-                end_ns = min(end_ns, _last_step_ns(spans, since_ns))
-        end_ns = max(end_ns, since_ns + 1)
         ledger = make_ledger(recorded, min(start_ns, end_ns - 1), end_ns)
         gantt = None
         if asked.gantt_steps:
@@ -95,9 +98,13 @@ def _first_ns(ring: SpanRing, spans: Sequence[Span]) -> int:
     return spans[0].end_ns if is_full else 0
 
 
-def _last_step_ns(spans: Sequence[Span], default_ns: int) -> int:
-    """When the last whole step ended: what lies behind it is of one that goes on."""
-    return next((it.end_ns for it in reversed(spans) if it.kind is SpanKind.STEP), default_ns)
+def _last_step_ns(ring: SpanRing, spans: Sequence[Span], default_ns: int) -> int:
+    """When the last whole step ended, before what was read if need be: what lies behind is of one that goes on."""
+    for found in (spans, ring.read()):
+        for span in reversed(found):
+            if span.kind is SpanKind.STEP:
+                return span.end_ns
+    return default_ns
 
 
 def _last_ns(ring: SpanRing, now_ns: int) -> int:

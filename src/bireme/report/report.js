@@ -28,6 +28,7 @@ function findings(found) {
   const [part, place] = card("What the doctor finds");
   const item = (it) => html("li", {}, html("b", {}, `${it.title} (${it.rule})`), html("p", {}, it.figure), html("p", {}, it.remedy));
   place.append(found.length ? html("ol", { class: "findings" }, ...found.map(item)) : html("p", { class: "healthy" }, "Nothing."));
+  place.append(html("p", { class: "note" }, "Of the run alone: bireme doctor reads the checkpoint's files too."));
   return part;
 }
 
