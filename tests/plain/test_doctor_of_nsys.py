@@ -16,6 +16,7 @@ from bireme.observe.causes import Row
 
 Kernel = tuple[int, int, int, str]  # device, start, end, name
 GEMM, NCCL = "nvjet_tst_128x64", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"
+SEND = "ncclDevKernel_SendRecv"
 
 
 def export(path: Path, kernels: Sequence[Kernel]) -> Path:
@@ -55,7 +56,8 @@ def test_an_instant_counts_once(tmp_path: Path) -> None:
     [
         ([(0, 0, 90, GEMM), (0, 92, 100, NCCL)], []),
         ([(0, 0, 30, GEMM), (0, 90, 100, GEMM)], ["slow-host"]),
-        ([(dev, at, at + 90, name) for dev in (0, 1) for at, name in ((0, GEMM), (90, NCCL))], ["slow-link"]),
+        ([(0, 0, 40, GEMM), (0, 40, 100, NCCL), (1, 0, 40, GEMM), (1, 40, 100, NCCL)], ["slow-link"]),
+        ([(0, 0, 40, GEMM), (0, 40, 100, SEND), (1, 0, 40, GEMM), (1, 40, 100, SEND)], ["slow-hand-over"]),
     ],
 )  # fmt: skip
 def test_its_faults_are_found(tmp_path: Path, kernels: list[Kernel], rules: list[str]) -> None:

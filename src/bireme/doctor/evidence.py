@@ -68,6 +68,7 @@ class Evidence:
     source: str
     ranks: Sequence[RankFacts]
     ledger: ToldLedger | None = None
+    is_layout_known: bool = True
     num_cores: int | None = None
     cache: CacheFacts | None = None
     num_running: float | None = None

@@ -1,13 +1,14 @@
 """The evidence of an export of Nsight Systems (`nsys export --type sqlite`): what each GPU was at.
 
-NCCL's kernels are collectives, all others work; where no kernel ran, the GPU waited for its host. Tables:
+NCCL's kernels are collectives (a send or receive is a transfer), all others work; where no kernel ran, the GPU
+waited for its host. Tables:
 https://docs.nvidia.com/nsight-systems/2021.5/nsys-exporter/exported_data.html
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -21,37 +22,39 @@ _KERNELS = """
     FROM CUPTI_ACTIVITY_KIND_KERNEL AS kernel JOIN StringIds AS name ON name.id = kernel.shortName
     ORDER BY kernel.start
 """
-_COLLECTIVE = "nccl"  # how its kernels' names begin
+_ROWS = (Row.COMPUTE, Row.COLLECTIVE_MOVE, Row.TRANSFER)
 
 Interval = tuple[int, int]  # nanoseconds
 
 
 def read_nsys(path: Path) -> Evidence:
     """UserError where the file is no such export, or holds no kernel."""
-    work: dict[tuple[int, int], list[Interval]] = {}
-    collectives: dict[tuple[int, int], list[Interval]] = {}
+    kernels: dict[Row, dict[tuple[int, int], list[Interval]]] = {row: {} for row in _ROWS}
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
             for process, device, start, end, name in database.execute(_KERNELS):
-                kernels = collectives if name.lower().startswith(_COLLECTIVE) else work
-                kernels.setdefault((process, device), []).append((start, end))
+                kernels[_row(name)].setdefault((process, device), []).append((start, end))
     except sqlite3.Error as error:
         raise UserError(
             f"{path} is no export of Nsight Systems with kernels: {error}; "
             "make it by nsys export --type sqlite"
         ) from None
-    every = [*work.values(), *collectives.values()]
+    every = [it for of_row in kernels.values() for it in of_row.values()]
     if not every:
         raise UserError(f"{path} holds no kernel; trace CUDA: nsys profile -t cuda,nvtx")
     window = min(it[0][0] for it in every), max(end for it in every for _, end in it)
-    places = sorted({*work, *collectives})
+    places = sorted({place for of_row in kernels.values() for place in of_row})
     ranks = [
-        _told(f"device {device}, process {process}", work.get(place, ()), collectives.get(place, ()), window)
+        _told(
+            f"device {place[1]}, process {place[0]}",
+            {row: of_row.get(place, ()) for row, of_row in kernels.items()},
+            window,
+        )
         for place in places
-        for process, device in [place]
-    ]  # fmt: skip
+    ]
     return Evidence(
         source=str(path),
+        is_layout_known=False,
         ranks=[
             RankFacts(name=told.name, stage=0, device=f"cuda:{device}")
             for told, (_, device) in zip(ranks, places, strict=True)
@@ -60,16 +63,24 @@ def read_nsys(path: Path) -> Evidence:
     )
 
 
-def _told(
-    name: str, work: Sequence[Interval], collectives: Sequence[Interval], window: Interval
-) -> ToldRank:
-    """An instant counts once: work before collectives, these before waiting."""
-    wall_ns, work_ns = window[1] - window[0], _union_ns(work)
-    busy_ns = _union_ns(sorted([*work, *collectives]))
+def _row(name: str) -> Row:
+    """By how NCCL names its kernels: a send or receive is between stages."""
+    if not name.lower().startswith("nccl"):
+        return Row.COMPUTE
+    return Row.TRANSFER if "SendRecv" in name else Row.COLLECTIVE_MOVE
+
+
+def _told(name: str, kernels: Mapping[Row, Sequence[Interval]], window: Interval) -> ToldRank:
+    """An instant counts once: work before collectives, these before messages, these before waiting."""
+    wall_ns, known_ns = window[1] - window[0], 0
     shares = dict.fromkeys((row.value for row in Row), 0.0)
-    shares[Row.COMPUTE] = work_ns / wall_ns
-    shares[Row.COLLECTIVE_MOVE] = (busy_ns - work_ns) / wall_ns
-    shares[Row.HOST] = 1 - busy_ns / wall_ns
+    until: list[Interval] = []
+    for row in _ROWS:
+        until = sorted([*until, *kernels[row]])
+        all_ns = _union_ns(until)
+        shares[row] = (all_ns - known_ns) / wall_ns
+        known_ns = all_ns
+    shares[Row.HOST] = 1 - known_ns / wall_ns
     return ToldRank(name, 0, shares, {}, 0.0, False, "")
 
 

@@ -135,7 +135,7 @@ def slow_link(found: Evidence) -> Iterator[Finding]:
         mutual = min(busy_share(rank, Row.COLLECTIVE_WAIT) for rank in found.ledger.ranks)
     share = found.share(Row.COLLECTIVE_MOVE) + mutual
     if max(widths, default=1) > 1 and share > _SLOW_LINK:
-        is_even = len(set(widths)) == 1 and widths[0] % 2 == 0
+        is_even = len(set(widths)) == 1 and widths[0] % 2 == 0 and found.is_layout_known
         instead = (
             f"-tp {widths[0] // 2} -pp {2 * len(widths)}" if is_even else "less tensor parallelism"
         )
