@@ -59,6 +59,15 @@ def test_what_is_shorter_than_a_column_shows_as_what_took_most_of_it() -> None:
     ]
 
 
+def test_many_short_pieces_change_within_a_column() -> None:
+    rows = [Row.COMPUTE] * 50 + [Row.TRANSFER] * 50
+    ledger = of_pieces(*((10 * it, 10 * it + 10, row, 1) for it, row in enumerate(rows)))
+    assert bars(ledger, 10) == [
+        Bar(0, 500, Row.COMPUTE, 1),
+        Bar(500, 1000, Row.TRANSFER, 1),
+    ]
+
+
 def test_neighbours_that_look_alike_are_one() -> None:
     ledger = of_pieces(
         (0, 400, Row.COMPUTE, 1), (400, 800, Row.COMPUTE, 1), (800, 1000, Row.HOST, 1)

@@ -663,6 +663,8 @@ def test_the_page_needs_nothing_from_elsewhere_and_no_inline_script(server: Serv
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=", page.text)
+    ids = re.findall(r'\sid="([^"]+)"', page.text)
+    assert len(ids) == len(set(ids)) > 10
     sources = re.findall(r'(?:src|href)="([^#"]+)"', page.text)
     assert len(sources) == 6
     for source in sources:

@@ -193,17 +193,37 @@ def test_the_chat_answers_stops_and_shows_errors(opened: Watched) -> None:
     message.press("Enter")
     expect(answers.first).to_contain_text("Remove any common leading whitespace")
     expect(log).to_have_attribute("aria-busy", "false")
+    page.route("**/v1/chat/completions", lambda _: None)  # goes nowhere, so that it can be stopped
     message.fill("And what <b>else</b>?")
     message.press("Enter")
     expect(log.locator(".user").last).to_have_text("And what <b>else</b>?")
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
+    expect(message).to_have_value("And what <b>else</b>?")  # to be asked again
+    expect(log.locator("p")).to_have_count(2)
+    page.unroute("**/v1/chat/completions")
     page.get_by_role("button", name="New").click()
     expect(log.locator("p")).to_have_count(0)
     message.fill("too long " * 1000)
     message.press("Enter")
     expect(page.locator("#chat-error")).to_contain_text("the context holds")
     assert opened.refused == {(400, "/v1/chat/completions")}
+
+
+@pytest.mark.parametrize(
+    ("share", "counts", "expected"),
+    [
+        (0.5, [0, 10, 10, 10], 1.5),  # in the middle of (1, 2]
+        (0.5, [4, 8, 8, 8], 1.0),
+        (0.9, [0, 0, 0, 5], 4.0),  # beyond the last bound
+        (0.99, [0, 0, 0, 0], None),
+    ],
+)
+def test_quantiles_are_those_of_prometheus(
+    opened: Watched, share: float, counts: list[int], expected: float | None
+) -> None:
+    ask = "async (it) => (await import('/page/history.js')).quantileOf(...it)"
+    assert opened.page.evaluate(ask, [share, [1, 2, 4], counts]) == expected
 
 
 def test_it_goes_on_when_the_server_comes_back(browser: Browser) -> None:

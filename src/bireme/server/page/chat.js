@@ -60,10 +60,12 @@ export class Chat {
 
   // A question without an answer is taken back, so that it can be asked again.
   end(messages, answer) {
+    const isShown = this.messages === messages; // or a new conversation has begun
     if (answer.content) messages.push(answer);
-    else {
-      messages.pop();
-      if (this.messages === messages) at("chat-log").lastChild.remove();
+    else if (isShown) {
+      const { content } = messages.pop();
+      for (const element of [...at("chat-log").children].slice(-2)) element.remove();
+      at("chat-text").value ||= content;
     }
     this.running = null;
     this.setBusy(false);

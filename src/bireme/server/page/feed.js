@@ -4,7 +4,7 @@
 import { ask, eventsOf, Failed, refusalOf } from "./sse.js";
 
 const FIRST_WAIT_MS = 500;
-const LONGEST_WAIT_MS = 8000;
+const LONGEST_WAIT_MS = 5000;
 const SILENCE_MS = 30000; // then the connection is given up
 
 export class Feed {
