@@ -158,7 +158,7 @@ def test_it_is_kept_whatever_is_sent(
             "--header", f"Authorization: {BEARER['Authorization']}", *options, "--seed", "1",
             "--request-timeout", "30", "--generation-database", "none", "--no-color",
             "--suppress-health-check", "all", "--warnings", "off",
-            "--exclude-path", "/debug/live",  # goes on for ever; test_live.py has its events
+            "--exclude-path", "/debug/live",  # goes on for ever; test_live_stream.py has its events
             "--exclude-checks", "positive_data_acceptance",  # what fields are together may not fit
         ],
         capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
