@@ -20,6 +20,7 @@ from bireme.errors import (
     EngineError,
     RequestError,
 )
+from bireme.trace import SpanKind
 
 PROMPTS = ["The with statement is", "Return a list of", "class collections.OrderedDict", "If the"]
 LAYOUTS = [
@@ -364,3 +365,15 @@ def test_a_callers_error_amid_a_stream_is_the_only_one_that_is_shown(enter: str)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.stderr.count("Traceback") == 1
     assert done.stderr.endswith("LookupError: the caller's own\n")
+
+
+def test_what_is_recorded_is_of_this_model_alone(pool: WorkerPool) -> None:
+    """Its ranks were another's before, and wrote the same rings."""
+    params = SamplingParams(temperature=0, max_tokens=3)
+    for layout in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
+        with LLM("demo", pool=pool, **layout) as llm:
+            llm.generate([[5, 6, 7]], params)
+            recorded = llm.recorded()
+    kinds = {span.kind for rank in recorded.ranks for span in rank.spans}
+    assert SpanKind.SEND in kinds
+    assert SpanKind.ALL_REDUCE not in kinds

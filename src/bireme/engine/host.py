@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -82,6 +83,7 @@ class EngineHost:
         self._executor: WorkerExecutor | None = None
         self._engine: Engine | None = None
         self._spans: SpanRing | None = None  # the engine's own
+        self._begun_ns = 0
         self.inputs = InputProcessor(served_model(self.model, self.plan))
 
     def start(self) -> Engine:
@@ -89,6 +91,7 @@ class EngineHost:
         if self._executor is not None and self._executor.is_broken:
             raise EngineError("a rank of this model failed before; close it and make a new LLM")
         if self._engine is None:
+            self._begun_ns = time.monotonic_ns()
             self._executor = WorkerExecutor(self.plan, self._pool)
             limits = scheduler_limits(self.model.config, self.config)
             self._spans = SpanRing.create()
@@ -196,12 +199,13 @@ class EngineHost:
         Path(path).write_bytes(msgspec.json.encode(chrome_trace(self.recorded())))
 
     def recorded(self) -> Recorded:
-        """The newest spans of all, to be written down or accounted for."""
+        """The newest spans of all since the ranks were this model's, to be written down or accounted for."""
         widths = self.plan.config.parallel.widths
         ranks = []
         for rank, (name, spans) in enumerate(self.spans().items()):
             mesh = Mesh(widths, rank)
-            ranks.append(RankSpans(name, mesh.stage, mesh.tp_rank, spans))
+            own = [span for span in spans if span.start_ns >= self._begun_ns]
+            ranks.append(RankSpans(name, mesh.stage, mesh.tp_rank, own))
         told = self.engine_spans()
         if self._engine is not None and not self._engine.has_unfinished:
             told.append(Span.empty_since(told))
