@@ -46,7 +46,9 @@ def _versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit, with '+' where files of it were changed."""
+    """The commit, with '+' where files of it were changed; BIREME_COMMIT names that of a copy without git."""
+    if given := os.environ.get("BIREME_COMMIT"):
+        return given
     here = Path(__file__).parent
     try:
         git = ["git", "-C", str(here)]
