@@ -12,27 +12,19 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import record
 import torch
-
-from bireme.observe.told import told_of_trace
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--name", required=True)
     arguments, passed_on = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        command = [
-            sys.executable, "-P", "-m", "bireme", "pipeline", "--config", "resnet-152",
-            *passed_on, "--json", "--trace", str(trace),
-        ]  # fmt: skip
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        ledger = told_of_trace(trace)
+    command = [
+        sys.executable, "-P", "-m", "bireme", "pipeline", "--config", "resnet-152", *passed_on, "--json",
+    ]  # fmt: skip
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
     for one, staged in zip(found["one_device"], found["pipeline"], strict=True):
         print(
@@ -40,19 +32,16 @@ def main() -> None:
             f"{staged['images_per_s']:9.1f} on two; bubble {100 * mean(staged['bubbles']):.1f} %, "
             f"of the schedule {100 * mean(staged['predicted_bubbles']):.1f} %"
         )
+        for rank, shares in staged["ledger"].items():
+            print(
+                "   ", rank, {row: round(100 * share, 1) for row, share in shares.items() if share}
+            )
     print(f"speed-up {found['speed_up']:.3f}, largest difference {found['largest_difference']:.1e}")
-    for rank in ledger.ranks:
-        print(rank.name, {row: round(100 * share, 1) for row, share in rank.shares.items()})
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     record.write(
         f"resnet-152-{arguments.name}",
         ["bireme", "torch"],
-        {
-            "gpus": gpus,
-            **found,
-            "ledger": {rank.name: rank.shares for rank in ledger.ranks},
-            "sent_beside_work": {rank.name: rank.overlapped for rank in ledger.ranks},
-        },
+        {"gpus": gpus, **found},
     )
 
 

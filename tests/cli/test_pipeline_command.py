@@ -47,6 +47,38 @@ def test_the_plan_comes_first_and_then_the_sweep(
     assert "token dependency" not in told.partition("rank 0 ")[0].partition("0-9")[0]
 
 
+def test_a_plan_alone_names_every_block_that_a_stage_can_begin_with(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [*NETWORK, "--batch", "6", "--micro-batches", "3", "--plan-only"]
+    assert run(command) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^ *blocks\.3 +[\d.]+ ms .* 1 *$", shown, re.MULTILINE), shown
+    assert "(p-1)/(m+p-1)" not in shown
+    assert run([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = [block["name"] for block in found["blocks"]]
+    assert run([*NETWORK, "--batch", "6", "--split", names[1], "--plan-only", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"][1]["first"] == 1
+    assert "pipeline" not in found
+
+
+def test_the_ledger_is_of_the_best_trial_and_of_nothing_around_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = [*NETWORK, "--batch", "6", "--micro-batches", "1,3", "--runs", "1"]
+    assert run([*command, "--ledger", "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    best = f"where the time went, with {found['best_micro_batches']} micro-batch"
+    assert best in shown.err
+    assert "fill drain" in shown.err
+    for trial in found["pipeline"]:
+        for bubble, shares in zip(trial["bubbles"], trial["ledger"].values(), strict=True):
+            assert shares["compute"] == pytest.approx(1 - bubble, abs=1e-3)
+            assert sum(shares.values()) == pytest.approx(1)
+
+
 def test_images_of_a_folder_get_their_most_likely_classes_as_json(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bireme.cli import options
+from bireme.cli.notes import note_if_busy
 from bireme.cli.progress import count_bar
 from bireme.config import EngineConfig, ParallelConfig, parse_ints
 from bireme.errors import RequestError
@@ -132,6 +133,13 @@ def run(
     device: options.Device = "auto",
     devices: options.Devices = None,
     memory_limit: options.MemoryLimit = None,
+    plan_only: Annotated[
+        bool,
+        typer.Option(
+            "--plan-only", help="Measure the blocks, print them and the plan, and run nothing."
+        ),
+    ] = False,
+    ledger: options.ShowLedger = False,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -143,19 +151,21 @@ def run(
     points = [] if split is None else split.split(",")
     num_stages = options.num_stages(pp, points, default=2)
     for name, value in (
-        ("runs", runs), ("top", top), ("threads", threads or 1), ("batches", batches)
+        ("runs", runs), ("top", top), ("threads", 1 if threads is None else threads), ("batches", batches)
     ):  # fmt: skip
         options.check_at_least(name, value, 1)
+    note_if_busy()
     settings = EngineConfig(
         parallel=ParallelConfig.of(1, num_stages),
         **options.engine_config(devices=devices, memory_limit=memory_limit, device=device),
     )
     if trace is not None:
         options.check_writable(trace, "trace of ours", options.is_trace)
-    from bireme.cli.pipeline_report import Report, check_same, write_trace
+    from bireme.cli.pipeline_report import Report, show_ledger, write_trace
     from bireme.engine.joining import threads_per_rank
     from bireme.engine.pool import WorkerPool
     from bireme.engine.prepare import device_memory, resolve_devices
+    from bireme.vision.agreement import check_same
     from bireme.vision.messages import VISION
     from bireme.vision.model import find_model
     from bireme.vision.pipeline import RankSettings, measure_blocks, micro_batch_sizes
@@ -188,6 +198,9 @@ def run(
     with WorkerPool(VISION) as pool:
         costs = measure_blocks(found, blocks, pool, ranks, timed)
         plan = make_plan(costs, num_stages, work, limit_bytes, starts)
+        if plan_only:
+            report.print_blocks(plan, timed, as_json)
+            return
         if not as_json:
             report.print_plan(plan, timed)
         sweeper = Sweeper(
@@ -206,6 +219,8 @@ def run(
         report.print_json(plan, alone, staged)
     else:
         report.print_sweep(plan, alone, staged)
+    if ledger:
+        show_ledger(staged)
     check_same(alone, staged, report.allowed)
 
 

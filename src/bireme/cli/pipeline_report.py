@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bireme.chrome_trace import Recorded, chrome_trace
+from bireme.cli.ledger import LABEL_WIDTH, show
 from bireme.cli.tables import console, table
 from bireme.config import format_bytes
-from bireme.errors import EngineError
+from bireme.observe.ledger import make_ledger
+from bireme.observe.told import NUM_COLUMNS, ToldLedger
 from bireme.parallel.pipeline import forward_schedule, grid
+from bireme.vision.agreement import allowed_difference, differences
 from bireme.vision.model import VisionModel
-from bireme.vision.pipeline import RankSettings
+from bireme.vision.pipeline import Passed, RankSettings
 from bireme.vision.plan import PipelinePlan
 from bireme.vision.sweep import Sweep, Trial, textbook_bubble
 
@@ -82,6 +86,25 @@ class Report:
         if shown is not None:
             out.print(grid(forward_schedule(len(plan.stages), shown)) + "\n", highlight=False)
 
+    def print_blocks(self, plan: PipelinePlan, timed_micro_batch: int, as_json: bool) -> None:
+        """Every block that a stage can begin with, and what it costs."""
+        if as_json:
+            print(json.dumps(self._facts(plan), indent=1))
+            return
+        rows = table("block", "compute", "transfer", "weights", "hands over", "stage")
+        stages = [stage.stage for stage in plan.stages for _ in range(stage.first, stage.last)]
+        for cost, stage in zip(plan.costs, stages, strict=True):
+            rows.add_row(
+                cost.name,
+                f"{cost.compute_s * 1e3:.2f} ms",
+                f"{cost.transfer_s * 1e3:.2f} ms",
+                format_bytes(cost.parameter_bytes),
+                format_bytes(cost.out_bytes * plan.work.micro_batch),
+                str(stage),
+            )
+        console().print(rows)
+        self.print_plan(plan, timed_micro_batch)
+
     def _images(self, batch: int) -> str:
         side = self.model.image_size
         row = f", {self.num_batches} batches in a row" if self.num_batches > 1 else ""
@@ -134,7 +157,7 @@ class Report:
         beside = f", {_speed_up(best, one)} one device" if one else ""
         lines.append(f"best: {_at(best)}{beside}")
         if one is not None:
-            _, difference, largest = max(_differences(alone, staged), key=lambda it: it[1])
+            _, difference, largest = max(differences(alone, staged), key=lambda it: it[1])
             lines.append(
                 f"largest difference to one device: {difference:.1e}, of logits up to {largest:.1e} "
                 f"({self.allowed * largest:.1e} is allowed)"
@@ -169,35 +192,39 @@ class Report:
 
     def print_json(self, plan: PipelinePlan, alone: Sweep, staged: Sweep) -> None:
         one, best = alone.best, staged.best
-        print(
-            json.dumps(
-                {
-                    "model": self.model.name,
-                    "dtype": self.model.dtype,
-                    "image_size": self.model.image_size,
-                    "batch": plan.work.batch,
-                    "batches": self.num_batches,
-                    "is_captured": self.ranks.is_captured,
-                    "devices": self.ranks.devices,
-                    "num_threads": self.ranks.num_threads,
-                    "memory_limit_bytes": self.limit_bytes,
-                    "plan": [asdict(stage) for stage in plan.stages],
-                    "one_device": [self._trial(1, trial) for trial in alone.trials],
-                    "pipeline": [self._trial(len(plan.stages), trial) for trial in staged.trials],
-                    "best_micro_batches": best.num_micro_batches if best else None,
-                    "speed_up": best.images_per_s / one.images_per_s if best and one else None,
-                    "largest_difference": _largest_difference(alone, staged),
-                    "allowed_difference": self.allowed,
-                    "top": {
-                        name: [{"label": label, "share": share} for label, share in found]
-                        for name, found in self._top(staged)
-                    },
-                },
-                indent=1,
-            )
-        )
+        found = self._facts(plan) | {
+            "one_device": [self._trial(alone, trial) for trial in alone.trials],
+            "pipeline": [self._trial(staged, trial) for trial in staged.trials],
+            "best_micro_batches": best.num_micro_batches if best else None,
+            "speed_up": best.images_per_s / one.images_per_s if best and one else None,
+            "largest_difference": max(
+                (it for _, it, _ in differences(alone, staged)), default=None
+            ),
+            "allowed_difference": self.allowed,
+            "top": {
+                name: [{"label": label, "share": share} for label, share in classes]
+                for name, classes in self._top(staged)
+            },
+        }
+        print(json.dumps(found, indent=1))
 
-    def _trial(self, num_stages: int, trial: Trial) -> dict[str, Any]:
+    def _facts(self, plan: PipelinePlan) -> dict[str, Any]:
+        """Before anything ran."""
+        return {
+            "model": self.model.name,
+            "dtype": self.model.dtype,
+            "image_size": self.model.image_size,
+            "batch": plan.work.batch,
+            "batches": self.num_batches,
+            "is_captured": self.ranks.is_captured,
+            "devices": self.ranks.devices,
+            "num_threads": self.ranks.num_threads,
+            "memory_limit_bytes": self.limit_bytes,
+            "blocks": [asdict(cost) for cost in plan.costs],
+            "plan": [asdict(stage) for stage in plan.stages],
+        }
+
+    def _trial(self, sweep: Sweep, trial: Trial) -> dict[str, Any]:
         found: dict[str, Any] = {
             "micro_batches": trial.num_micro_batches,
             "memory_bytes": trial.memory_bytes,
@@ -210,37 +237,22 @@ class Report:
                 "images_per_s": trial.images_per_s,
                 "bubbles": trial.passed.bubbles,
                 "predicted_bubbles": trial.passed.predicted_bubbles,
-                "textbook_bubble": self._textbook(num_stages, trial),
+                "textbook_bubble": self._textbook(len(sweep.recorded.ranks), trial),
+                "ledger": {rank.name: rank.shares for rank in _told(sweep, trial.passed).ranks},
             }
         return found
 
 
-def check_same(alone: Sweep, staged: Sweep, allowed: float) -> None:
-    """EngineError where logits are no numbers, or the stages' are not those of one device, whatever the
-    micro-batches; `allowed` is a share of the largest logit."""
-    for _, difference, largest in _differences(alone, alone):
-        if difference > allowed * largest:
-            raise EngineError(
-                f"one device's logits differ by {difference:.1e} between numbers of micro-batches, "
-                f"{allowed * largest:.1e} is allowed: what the module makes of an image depends on the others "
-                "of its batch, which no pipeline keeps together"
-            )
-    for trial, difference, largest in _differences(alone, staged):
-        at = f"at {trial.num_micro_batches} micro-batches"
-        if not math.isfinite(difference) or not math.isfinite(largest):
-            raise EngineError(f"{at} logits are not finite; give weights that fit the dtype")
-        if difference > allowed * largest:
-            raise EngineError(
-                f"{at} the stages differ from one device by {difference:.1e}, of logits up to "
-                f"{largest:.1e}; {allowed * largest:.1e} is allowed"
-            )
+def show_ledger(staged: Sweep) -> None:
+    """Where the time of the best trial's median run went."""
+    if staged.best is not None and staged.best.passed is not None:
+        out = Console(stderr=True, highlight=False)
+        out.print(f"\nwhere the time went, with {_at(staged.best)}")
+        show(_told(staged, staged.best.passed, max(20, out.width - LABEL_WIDTH)), out)
 
 
-def allowed_difference(dtype: str, device: str) -> float:
-    """A share of the largest logit; GPUs compute float32 convolutions in TF32."""
-    if dtype != "float32":
-        return 3e-2
-    return 1e-5 if device.startswith("cpu") else 1e-3
+def _told(sweep: Sweep, passed: Passed, num_columns: int = NUM_COLUMNS) -> ToldLedger:
+    return ToldLedger.of(make_ledger(sweep.recorded, *passed.window_ns), num_columns=num_columns)
 
 
 def _speed_up(trial: Trial, reference: Trial | None) -> str:
@@ -251,19 +263,3 @@ def _speed_up(trial: Trial, reference: Trial | None) -> str:
 
 def _share(bubbles: Sequence[float]) -> str:
     return f"{_mean(bubbles):.1%}"
-
-
-def _differences(alone: Sweep, staged: Sweep) -> list[tuple[Trial, float, float]]:
-    """Of each trial that ran to one device at its best: the largest of any logit, and the largest logit."""
-    if alone.best is None or alone.best.passed is None:
-        return []
-    expected = alone.best.passed.logits
-    return [
-        (trial, float((expected - trial.passed.logits).abs().max()), float(expected.abs().max()))
-        for trial in staged.trials
-        if trial.passed is not None
-    ]
-
-
-def _largest_difference(alone: Sweep, staged: Sweep) -> float | None:
-    return max((difference for _, difference, _ in _differences(alone, staged)), default=None)

@@ -9,13 +9,13 @@ to do. Figures are medians; the file keeps the tenth and ninetieth percentile be
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from bireme.cli import options
+from bireme.cli.notes import note, note_if_busy
 from bireme.cli.probe_report import print_report
 from bireme.cli.progress import count_bar
 from bireme.config import EngineConfig, ParallelConfig, format_bytes
@@ -59,19 +59,15 @@ def run(
     from bireme.cluster.file import write_cluster
     from bireme.engine.prepare import resolve_devices
     from bireme.engine.setup import num_cores
-    from bireme.planning.probe import hardware
     from bireme.planning.probe.plan import plan_for
     from bireme.planning.probe.probe import probe
 
     config = _config(ranks, device=device, devices=devices, transport=transport)
     chosen = resolve_devices(config)
     _check_memory(config, chosen)
-    if (load := hardware.load_average()) > (cores := num_cores()):
-        _note(
-            f"the machine is busy (load average {load:.1f} on {cores} cores): figures will be low"
-        )
-    if chosen[0] == "cpu" and len(chosen) > cores:
-        _note(f"{len(chosen)} ranks share {cores} cores: figures are of ranks that take turns")
+    note_if_busy()
+    if chosen[0] == "cpu" and len(chosen) > (cores := num_cores()):
+        note(f"{len(chosen)} ranks share {cores} cores: figures are of ranks that take turns")
     plan = plan_for(chosen[0].partition(":")[0], is_quick=quick)
     with count_bar("measuring", plan.num_points(len(chosen))) as advance:
         cluster = probe(chosen, plan, lambda num_points: advance(num_points, 0), config.transport)
@@ -95,10 +91,6 @@ def _check_memory(config: EngineConfig, devices: tuple[str, ...]) -> None:
             f"{len(devices)} ranks do not fit: a rank's process takes about "
             f"{format_bytes(_PROCESS_BYTES)}; use --ranks {most} at most"
         )
-
-
-def _note(text: str) -> None:
-    print(f"bireme: {text}", file=sys.stderr)
 
 
 def _check_out(out: Path, force: bool) -> None:

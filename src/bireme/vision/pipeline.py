@@ -66,6 +66,12 @@ class Passed:
         return float(max(ends) - min(starts))
 
     @property
+    def window_ns(self) -> tuple[int, int]:
+        """From the first forward's start to the last one's end, of the monotonic clock."""
+        starts, ends = zip(*self.times.values(), strict=True)
+        return round(min(starts) * 1e9), round(max(ends) * 1e9)
+
+    @property
     def images_per_s(self) -> float:
         return len(self.logits) / self.elapsed_s
 
