@@ -22,6 +22,7 @@ from bireme.vision.naming import is_vision_model
         "timm:vit_tiny.augreg",
         "my.nets:make",
         "nets:A",
+        "resnet-999",  # misspelt: the error offers those that there are
     ],
 )
 def test_what_means_a_vision_model(name: str) -> None:
@@ -29,7 +30,18 @@ def test_what_means_a_vision_model(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [DEMO, "gpt2", "org/resnet-50", "localhost:8000", "http://a:b", "a:b/c", "/nowhere", ""]
+    "name",
+    [
+        DEMO,
+        "gpt2",
+        "bert",
+        "org/resnet-50",
+        "localhost:8000",
+        "http://a:b",
+        "a:b/c",
+        "/nowhere",
+        "",
+    ],
 )
 def test_what_means_none(name: str) -> None:
     assert not is_vision_model(name)
