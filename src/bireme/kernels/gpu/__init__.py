@@ -1,0 +1,1 @@
+"""Triton kernels. Imported only where `bireme.kernels.choice` says that they run."""

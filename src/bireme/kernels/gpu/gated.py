@@ -1,0 +1,28 @@
+"""The activation of a gated MLP: silu(gate) * up. Shapes: T tokens, F columns."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _silu_mul(h, out, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < F
+    gate = tl.load(h + row * 2 * F + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h + row * 2 * F + F + at, mask=inside, other=0.0)
+    gate = (gate / (1.0 + tl.exp(-gate))).to(up.dtype)
+    tl.store(out + row * F + at, gate * up, mask=inside)
+
+
+def silu_mul(h: torch.Tensor) -> torch.Tensor:
+    """[T, 2 F], gate before up -> [T, F]"""
+    columns = h.shape[1] // 2
+    out = h.new_empty(len(h), columns)
+    _silu_mul[(len(h), triton.cdiv(columns, _BLOCK))](h, out, columns, BLOCK=_BLOCK)
+    return out

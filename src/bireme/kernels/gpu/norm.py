@@ -1,0 +1,61 @@
+"""RMSNorm of rows, with the residual's addition before it. Shapes: T tokens, D elements."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(
+    x, delta, weight, total, out, eps, offset,
+    D: tl.constexpr, SIZE: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, SIZE)
+    inside = at < D
+    value = tl.load(x + row * D + at, mask=inside, other=0.0)
+    if HAS_DELTA:
+        value = value + tl.load(delta + row * D + at, mask=inside, other=0.0)
+        tl.store(total + row * D + at, value, mask=inside)
+    y = value.to(tl.float32)
+    y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
+    scale = tl.load(weight + at, mask=inside, other=0.0)
+    dtype = out.dtype.element_ty
+    normed = y.to(dtype) * scale  # rounded before it is scaled, as models were trained
+    if HAS_OFFSET:
+        normed = (y * (scale.to(tl.float32) + offset)).to(dtype)
+    tl.store(out + row * D + at, normed, mask=inside)
+
+
+def _num_warps(size: int) -> int:
+    return max(1, min(16, size // 256))
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> torch.Tensor:
+    """[..., D] -> [..., D]"""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    size = triton.next_power_of_2(x.shape[-1])
+    _kernel[(x.numel() // x.shape[-1],)](
+        x, x, weight, x, out, eps, offset,
+        D=x.shape[-1], SIZE=size, HAS_DELTA=False, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
+    )  # fmt: skip
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta [T, D], and its norm."""
+    x, delta = x.contiguous(), delta.contiguous()
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    size = triton.next_power_of_2(x.shape[-1])
+    _kernel[(len(x),)](
+        x, delta, weight, total, out, eps, offset,
+        D=x.shape[-1], SIZE=size, HAS_DELTA=True, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
+    )  # fmt: skip
+    return total, out

@@ -1,0 +1,88 @@
+"""From projected rows to attention: norms of heads, rotary embedding, and the write to the cache.
+
+Shapes: T tokens, H query heads, K KV heads, D head size, R rotated elements.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _kernel(
+    qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, row_stride, num_written,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = tl.arange(0, SIZE)
+    inside = at < D
+    row = qkv + token * row_stride + head * D
+    x = tl.load(row + at, mask=inside, other=0.0)
+    dtype = x.dtype
+    is_rotated = head < H + K
+    if is_rotated:
+        scale = 1.0
+        if HAS_NORM:
+            y = x.to(tl.float32)
+            scale = tl.rsqrt(tl.sum(y * y, 0) / D + eps)
+            weight = q_weight
+            if head >= H:
+                weight = k_weight
+            x = (y * scale).to(dtype) * tl.load(weight + at, mask=inside, other=0.0)
+        if HALF > 0:
+            # each element's partner lies half of the rotated ones before or behind it
+            is_first = at < HALF
+            partner = tl.where(is_first, at + HALF, at - HALF)
+            in_pair = at < 2 * HALF
+            other = tl.load(row + partner, mask=in_pair, other=0.0)
+            if HAS_NORM:
+                weights = q_weight
+                if head >= H:
+                    weights = k_weight
+                factor = tl.load(weights + partner, mask=in_pair, other=0.0)
+                other = (other.to(tl.float32) * scale).to(dtype) * factor
+            angle = tl.where(is_first, at, at - HALF)
+            c = tl.load(cos + token * HALF + angle, mask=in_pair, other=1.0).to(tl.float32)
+            s = tl.load(sin + token * HALF + angle, mask=in_pair, other=0.0).to(tl.float32)
+            s = tl.where(is_first, -s, s)
+            x = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(dtype)
+    if head < H:
+        tl.store(out + (token * H + head) * D + at, x, mask=inside)
+    elif token < num_written:
+        place = tl.load(places + token)
+        if head < H + K:
+            tl.store(keys + (place * K + head - H) * D + at, x, mask=inside)
+        else:
+            tl.store(values + (place * K + head - H - K) * D + at, x, mask=inside)
+
+
+def rope_and_write(
+    qkv: torch.Tensor,
+    num_heads: int,
+    rotation: tuple[torch.Tensor, torch.Tensor] | None,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None,
+    places: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+) -> torch.Tensor:
+    """Rotates queries and keys of qkv [T, (H + 2 K) * D], writes keys and values to `places` [T] of the
+    cache [N, K, D] -> queries [T, H, D].
+
+    `rotation` is cos and sin [T, R / 2]; `norms` the weights [D] of the heads' RMSNorms, and eps. Rows beyond
+    `places` are not written.
+    """
+    num_kv, head_dim = keys.shape[1:]
+    half = 0 if rotation is None else rotation[0].shape[1]
+    cos, sin = rotation if rotation is not None else (qkv, qkv)
+    q_weight, k_weight, eps = norms if norms is not None else (qkv, qkv, 0.0)
+    out = qkv.new_empty(len(qkv), num_heads, head_dim)
+    _kernel[(len(qkv), num_heads + 2 * num_kv)](
+        qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, qkv.stride(0),
+        len(places),
+        H=num_heads, K=num_kv, D=head_dim, SIZE=triton.next_power_of_2(head_dim), HALF=half,
+        HAS_NORM=norms is not None, num_warps=1,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,146 @@
+"""Triton kernels against torch, in float32; on random inputs, with outputs that hold NaN before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bireme.kernels import functional
+from bireme.kernels.attention import attention, attention_bias
+from bireme.kernels.gpu.decode_attention import decode_attention, num_splits
+from bireme.kernels.gpu.gated import silu_mul
+from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
+from bireme.kernels.gpu.prefill_attention import Tiles, prefill_attention
+from bireme.kernels.gpu.rope_and_write import rope_and_write
+
+
+def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> bool:
+    """Relative to the whole; NaN is near nothing."""
+    return bool((found.double() - expected.double()).norm() <= tolerance * expected.double().norm())
+
+
+@pytest.mark.parametrize("size", [64, 80, 1000])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norms(size: int, offset: float, device: torch.device) -> None:
+    x, delta = torch.randn(2, 7, size, device=device).unbind(0)
+    weight = torch.randn(size, device=device)
+    assert near(rms_norm(x, weight, 1e-5, offset), functional.rms_norm(x, weight, 1e-5, offset))
+    total, normed = add_rms_norm(x, delta, weight, 1e-5, offset)
+    assert torch.equal(total, x + delta)
+    assert near(normed, functional.rms_norm(x + delta, weight, 1e-5, offset))
+
+
+@pytest.mark.parametrize("columns", [3, 1024, 1100])
+def test_gated_activation(columns: int, device: torch.device) -> None:
+    h = torch.randn(5, 2 * columns, device=device)
+    gate, up = h.chunk(2, dim=-1)
+    assert near(silu_mul(h), functional.ACTIVATIONS["silu"](gate) * up)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize(("head_dim", "half"), [(16, 8), (24, 6), (20, 0)])
+def test_rope_and_write(has_norm: bool, head_dim: int, half: int, device: torch.device) -> None:
+    num_tokens, num_heads, num_kv, num_written = 6, 3, 2, 5
+    qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv) * head_dim, device=device)
+    angles = torch.randn(num_tokens, half, device=device)
+    rotation = (angles.cos(), angles.sin()) if half else None
+    weights = torch.randn(2, head_dim, device=device).unbind(0)
+    places = torch.randperm(40, device=device)[:num_written]
+    keys, values = torch.full((2, 40, num_kv, head_dim), torch.nan, device=device).unbind(0)
+    found = rope_and_write(
+        qkv, num_heads, rotation, (*weights, 1e-6) if has_norm else None, places, keys, values
+    )
+    q, k, v = qkv.unflatten(1, (-1, head_dim)).split([num_heads, num_kv, num_kv], dim=1)
+    if has_norm:
+        q, k = (functional.rms_norm(x, w, 1e-6) for x, w in zip((q, k), weights, strict=True))
+    if rotation is not None:
+        q, k = (functional.apply_rope(x, *rotation) for x in (q, k))
+    assert near(found, q)
+    assert near(keys[places], k[:num_written])
+    assert near(values[places], v[:num_written])
+    assert int(keys.isnan().all(dim=(1, 2)).sum()) == 40 - num_written
+
+
+def _paged(lengths: list[int], block_size: int, num_kv: int, head_dim: int, device: torch.device):  # type: ignore[no-untyped-def]
+    """A cache whose blocks lie in any order, what no sequence holds being NaN, and its table."""
+    counts = [-(-length // block_size) for length in lengths]
+    blocks = torch.randperm(sum(counts) + 3)
+    table = torch.zeros(len(lengths) + 1, max(counts) + 2, dtype=torch.int32)
+    keys, values = torch.full((2, len(blocks) * block_size, num_kv, head_dim), torch.nan).unbind(0)
+    places = []
+    for slot, (length, own) in enumerate(zip(lengths, blocks.split([*counts, 3]), strict=False)):
+        table[slot, : len(own)] = own
+        at = (own[:, None] * block_size + torch.arange(block_size)).flatten()[:length]
+        keys[at], values[at] = torch.randn(2, length, num_kv, head_dim)
+        places.append(at)
+    return keys.to(device), values.to(device), table.to(device), places
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "has_slopes"),
+    [
+        (None, None, False),
+        (20, None, False),
+        (None, 5.0, False),
+        (None, None, True),
+        (7, 3.0, True),
+    ],
+)
+@pytest.mark.parametrize("head_map", [[0, 1], [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
+def test_decode_attention(
+    head_map: list[int],
+    window: int | None,
+    cap: float | None,
+    has_slopes: bool,
+    device: torch.device,
+) -> None:
+    lengths, block_size, head_dim = [1, 70, 33, 200], 8, 24
+    num_kv = head_map[-1] + 1
+    keys, values, table, places = _paged(lengths, block_size, num_kv, head_dim, device)
+    order = [2, 0, 3, 1]
+    q = torch.randn(len(order), len(head_map), head_dim, device=device)
+    slopes = torch.rand(len(head_map), device=device) if has_slopes else None
+    starts = [head_map.index(kv) for kv in range(num_kv)] + [len(head_map)]
+    found = decode_attention(
+        q, keys, values, table, block_size,
+        torch.tensor(order, device=device),
+        torch.tensor([lengths[slot] - 1 for slot in order], device=device),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        max(map(head_map.count, head_map)), 0.3, window, cap, slopes,
+    )  # fmt: skip
+    for row, slot in enumerate(order):
+        k, v = (x[places[slot]][:, head_map].transpose(0, 1)[None] for x in (keys, values))
+        at = torch.tensor([[lengths[slot] - 1]], device=device)
+        bias = attention_bias(at, (0, lengths[slot]), window, slopes, q.dtype)
+        expected = attention(q[row][None, :, None], k, v, bias, 0.3, cap)
+        assert near(found[row], expected[0, :, 0], 3e-6), (row, slot)
+
+
+def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
+    assert [num_splits(*of) for of in ((1, 32), (1, 1), (64, 32), (8, 8))] == [16, 16, 1, 8]
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "has_slopes"),
+    [(None, None, False), (20, None, False), (None, 5.0, False), (7, 3.0, True)],
+)
+def test_prefill_attention(
+    window: int | None, cap: float | None, has_slopes: bool, device: torch.device
+) -> None:
+    head_map, block_size, head_dim = [0, 1, 1, 1, 2], 8, 24
+    lengths, counts = [150, 70, 33, 1], [140, 1, 33, 1]  # contexts, and how much of them is new
+    keys, values, table, places = _paged(lengths, block_size, 3, head_dim, device)
+    q = torch.randn(sum(counts), len(head_map), head_dim, device=device)
+    slopes = torch.rand(len(head_map), device=device) if has_slopes else None
+    starts = [length - count for length, count in zip(lengths, counts, strict=True)]
+    slots = torch.arange(4, device=device).repeat_interleave(torch.tensor(counts, device=device))
+    found = prefill_attention(
+        q, keys, values, table, block_size, slots, Tiles.of(starts, counts, device),
+        torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes,
+    )  # fmt: skip
+    for slot, (rows, new) in enumerate(zip(found.split(counts), q.split(counts), strict=True)):
+        k, v = (x[places[slot]][:, head_map].transpose(0, 1)[None] for x in (keys, values))
+        at = torch.arange(starts[slot], lengths[slot], device=device)[None]
+        bias = attention_bias(at, (0, lengths[slot]), window, slopes, q.dtype)
+        expected = attention(new.transpose(0, 1)[None], k, v, bias, 0.3, cap)
+        assert near(rows, expected[0].transpose(0, 1), 3e-6), slot
