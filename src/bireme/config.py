@@ -144,7 +144,7 @@ _LEAST = {
     "max_num_waiting": 1,
     "max_num_waiting_tokens": 0,
 }
-_FLAGS = ("enable_prefix_caching", "deterministic")
+_FLAGS = ("enable_prefix_caching", "deterministic", "enforce_eager")
 _MOST = {"gpu_memory_utilization": 1.0, "step_timeout_s": 1e6, "start_timeout_s": 1e6}
 
 
@@ -158,6 +158,7 @@ class EngineConfig:
     `max_num_waiting` bounds the queue, beside the `max_num_seqs` that run, and
     `max_num_waiting_tokens` what its prompts hold. `deterministic` gives a request the same logits,
     bit by bit, whatever else runs and however its tokens were split over steps.
+    `enforce_eager`: launch each kernel, without CUDA graphs.
     `transport` auto is shared memory between the CPUs of a host, else torch.distributed.
     `devices` maps rank i to CUDA device devices[i]; None means rank i on device i.
     """
@@ -180,6 +181,7 @@ class EngineConfig:
     max_num_waiting: int = 8192
     max_num_waiting_tokens: int = 4 * 1024 * 1024
     deterministic: bool = False
+    enforce_eager: bool = False
     step_timeout_s: float = 300.0
     start_timeout_s: float = 900.0
 

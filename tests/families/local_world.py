@@ -151,7 +151,8 @@ class LocalExecutor:
 
     def _execute(self, runner: ModelRunner, batch: ScheduledBatch) -> StepOutput | None:
         try:
-            return runner.execute(batch)
+            answer = runner.execute(batch)
+            return None if answer is None else answer.output()
         except BaseException:
             for barrier in self._barriers:
                 barrier.abort()

@@ -19,9 +19,21 @@ _MIX = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # Wellons' lowbias32
 _BLOCK_ELEMENTS = 1 << 20
 
 
+def key_of(seed: int, name: str) -> int:
+    """64 bits, of which a parameter's values are a function."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode())
+
+
+def scale_of(source: Source) -> tuple[float, float]:
+    """By what uniform numbers are multiplied, and what is added."""
+    if len(source.shape) > 1:
+        return float(np.float32(math.sqrt(3 / source.shape[-1]))), 0.0
+    return float(np.float32(0.1)), float(source.name.endswith("weight"))
+
+
 def uniform(seed: int, name: str, index: np.ndarray) -> np.ndarray:
     """float32 in [-1, 1) from a hash of each global index (uint64)."""
-    key = xxhash.xxh3_64_intdigest(f"{seed}/{name}".encode())
+    key = key_of(seed, name)
     x = (index & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ np.uint32(key & 0xFFFFFFFF)
     x += (index >> np.uint64(32)).astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32(key >> 32)
     for multiplier, shift in ((_MIX[0], 16), (_MIX[1], 15)):
@@ -35,7 +47,7 @@ class DummySource:
     """A source that holds every tensor of a layout, of float32 values that hash functions give."""
 
     def __init__(self, sources: Mapping[str, Source], seed: int) -> None:
-        self._seed = seed
+        self.seed = seed
         self.tensors = {
             name: TensorInfo("F32", source.view.file_shape(source.shape), 0, 0)
             for name, source in sources.items()
@@ -60,8 +72,5 @@ class DummySource:
         """Nothing is held."""
 
     def _values(self, source: Source, index: np.ndarray) -> np.ndarray:
-        noise = uniform(self._seed, source.name, index)
-        if len(source.shape) > 1:
-            return noise * np.float32(math.sqrt(3 / source.shape[-1]))
-        is_norm = source.name.endswith("weight")
-        return noise * np.float32(0.1) + np.float32(1 if is_norm else 0)
+        factor, centre = scale_of(source)
+        return uniform(self.seed, source.name, index) * np.float32(factor) + np.float32(centre)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from bireme.checkpoint.drawn import draw
+from bireme.checkpoint.dummy import DummySource
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.reader import TensorSource, bits_dtype
 from bireme.config import DTYPE_BYTES
@@ -59,7 +61,9 @@ def read_box(target: torch.Tensor, there: Source, box: Box, source: TensorSource
             f"{there.name} has the dtype {file_dtype}; weights are {', '.join(_FROM_FILE)}"
         )
     dtype = _FROM_FILE[file_dtype]
-    if target.dtype == dtype and target.device.type == "cpu":
+    if target.is_cuda and type(source) is DummySource:
+        draw(source.seed, there, box, target)
+    elif target.dtype == dtype and target.device.type == "cpu":
         source.read(there, box, target.view(_BITS[dtype.itemsize]).numpy())
     else:
         bits = np.empty(box_shape(box), dtype=bits_dtype(file_dtype))

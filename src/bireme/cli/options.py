@@ -102,6 +102,12 @@ Deterministic = Annotated[
         help="The same logits bit by bit, whatever else runs; slower.",
     ),
 ]
+EnforceEager = Annotated[
+    bool,
+    typer.Option(
+        "--enforce-eager", help="On GPUs: launch each kernel, without CUDA graphs; slower."
+    ),
+]
 GpuMemoryUtilization = Annotated[
     float,
     typer.Option(
@@ -157,6 +163,7 @@ class EngineOptions:
     max_num_batched_tokens: MaxNumBatchedTokens = None
     prefix_caching: PrefixCaching = True
     deterministic: Deterministic = False
+    enforce_eager: EnforceEager = False
 
     def keywords(self) -> dict[str, Any]:
         """Of `LLM`."""
@@ -173,6 +180,7 @@ class EngineOptions:
                 max_num_batched_tokens=self.max_num_batched_tokens,
                 enable_prefix_caching=self.prefix_caching,
                 deterministic=self.deterministic,
+                enforce_eager=self.enforce_eager,
             ),
         }
 

@@ -11,16 +11,20 @@ from collections import deque
 import torch
 
 from bireme.engine.capture import StepCapture
+from bireme.engine.graphs import DecodeGraphs
+from bireme.engine.sampling.answer import Answer
 from bireme.engine.sampling.sampler import MaskSource, Sampler
 from bireme.engine.sampling.shard import Shard
 from bireme.engine.slots import CacheShape, Slots, Workspace
 from bireme.engine.tiles import SIZES, TiledModel, tile_model
+from bireme.kernels.choice import has_kernels
+from bireme.kernels.device_spans import DeviceSpans
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.models.attention import PagedAttention
-from bireme.models.blocks import StageModel
+from bireme.models.blocks import MoE, StageModel
 from bireme.parallel.collectives import Communicator
-from bireme.request import ScheduledBatch, StepOutput
+from bireme.request import ScheduledBatch
 from bireme.trace import SpanKind, SpanWriter
 
 
@@ -64,7 +68,7 @@ class ModelRunner:
             dtype,
             device,
         )
-        self._last_ids = torch.zeros(cache.num_slots, dtype=torch.int64, device=device)
+        self._last_ids = torch.zeros(cache.num_slots + 1, dtype=torch.int64, device=device)
         self._expected_ids: deque[tuple[tuple[int, int], list[int]]] = deque()
         mesh = comm.mesh
         self._sampler: Sampler | None = None
@@ -74,7 +78,10 @@ class ModelRunner:
                 self._logits, shard, masks, cache.num_slots, workspace_bytes, device
             )
         self._tiled: TiledModel | None = None
+        self._graphs: DecodeGraphs | None = None
+        self._num_slots = cache.num_slots
         self.capture: StepCapture | None = None
+        self.is_watched = False  # by hooks, which see nothing of what a graph replays
 
     @property
     def cache_bytes(self) -> int:
@@ -85,29 +92,70 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def execute(self, batch: ScheduledBatch) -> StepOutput | None:
+    def execute(self, batch: ScheduledBatch) -> Answer | None:
         """Runs one step; the answering rank returns what was sampled, the others None."""
         self.spans.set_step(batch.step_id, batch.incarnation)
         with self.spans.span(SpanKind.STEP):
             return self._execute(batch)
 
-    def _execute(self, batch: ScheduledBatch) -> StepOutput | None:
+    def _execute(self, batch: ScheduledBatch) -> Answer | None:
         mesh, header = self.comm.mesh, (batch.incarnation, batch.step_id)
         self._slots.apply(batch)
-        step = self._slots.context(batch.pieces) if self._tiled is None else None
-        x = self._input(batch, header)
-        with self.spans.span(SpanKind.COMPUTE):
-            x = self.model(x, step) if self._tiled is None else self._tiled(x, batch.pieces)
+        graphs = self._graphs_for(batch)
+        x = self._forward(batch, header) if graphs is None else self._replay(graphs, batch, header)
         if not mesh.is_last_stage:
             self.comm.hidden_sender.send(header, x)
         output = None
         if self._sampler is not None:
-            output = self._sample(self._sampler, batch, x)
+            output = self._sample(self._sampler, batch, x, graphs)
         if mesh.is_first_stage and not mesh.is_last_stage and batch.sampling_slots:
             self._expected_ids.append((header, batch.sampling_slots))
         if self.capture is not None:
             self.capture.finish_step(batch)
         return output
+
+    def _forward(self, batch: ScheduledBatch, header: tuple[int, int]) -> torch.Tensor:
+        """The stage's layers, kernel by kernel -> [T, D]."""
+        if self._tiled is not None:
+            x = self._input(batch, header)
+            with self.spans.span(SpanKind.COMPUTE):
+                return self._tiled(x, batch.pieces)
+        step = self._slots.context(batch.pieces, is_probed=self.capture is not None)
+        x = self._input(batch, header)
+        with self.spans.span(SpanKind.COMPUTE):
+            made: torch.Tensor = self.model(x, step)
+        return made
+
+    def _replay(
+        self, graphs: DecodeGraphs, batch: ScheduledBatch, header: tuple[int, int]
+    ) -> torch.Tensor:
+        """The same as a graph."""
+        hidden = None
+        if self.comm.hidden_receiver is None:
+            self._await_ids(batch)
+        else:
+            hidden = self._input(batch, header)
+        with self.spans.span(SpanKind.COMPUTE):
+            x = graphs.run(batch, hidden)
+        # what is on its way to the next stage must outlast the next replay
+        return x if self.comm.mesh.is_last_stage else x.clone()
+
+    def _graphs_for(self, batch: ScheduledBatch) -> DecodeGraphs | None:
+        graphs, is_seen = self._graphs, self.capture is not None or self.is_watched
+        return None if graphs is None or is_seen or not graphs.take(batch) else graphs
+
+    @torch.inference_mode()
+    def capture_graphs(self) -> None:
+        """Before the first step, by all ranks of a tensor group together; of a model that is not tiled, and
+        whose layers wait for no result on the host."""
+        has_experts = any(isinstance(module, MoE) for module in self.model.modules())
+        if has_experts and self.dtype != torch.bfloat16:
+            return
+        if isinstance(self.spans, DeviceSpans) and has_kernels(self.device):
+            self._graphs = DecodeGraphs(
+                self.model, self._slots, self._sampler, self._last_ids,
+                (self.config.hidden_size, self.dtype), self.spans, self._num_slots,
+            )  # fmt: skip
 
     def make_deterministic(self) -> None:
         """From here on a token's result does not depend on what else runs; before the first step, and
@@ -141,9 +189,7 @@ class ModelRunner:
         if receiver is not None:
             shape = (batch.num_tokens, self.config.hidden_size)
             return receiver.receive(header, shape, self.dtype, self.device)
-        needed = {piece.slot for piece in batch.pieces if piece.token_ids is None}
-        # the sender holds pp_size + 1 messages before it waits: one place stays free
-        self._receive_ids(min(self._num_without(needed), self.comm.mesh.pp_size))
+        needed = self._await_ids(batch)
         given = [id_ for piece in batch.pieces for id_ in (piece.token_ids or [0])]
         ids = torch.tensor(given, dtype=torch.int64).to(self.device, non_blocking=True)
         if needed:
@@ -155,6 +201,13 @@ class ModelRunner:
             rows, slots = torch.tensor(at, dtype=torch.int64).to(self.device).unbind(1)
             ids[rows] = self._last_ids[slots]
         return ids
+
+    def _await_ids(self, batch: ScheduledBatch) -> set[int]:
+        """The slots whose last ids the batch begins with; they are there."""
+        needed = {piece.slot for piece in batch.pieces if piece.token_ids is None}
+        # the sender holds pp_size + 1 messages before it waits: one place stays free
+        self._receive_ids(min(self._num_without(needed), self.comm.mesh.pp_size))
+        return needed
 
     def _num_without(self, needed: set[int]) -> int:
         """How many of the newest messages under way hold no id of the slots `needed`."""
@@ -177,8 +230,12 @@ class ModelRunner:
     # --- output --------------------------------------------------------------------------------
 
     def _sample(
-        self, sampler: Sampler, batch: ScheduledBatch, x: torch.Tensor
-    ) -> StepOutput | None:
+        self,
+        sampler: Sampler,
+        batch: ScheduledBatch,
+        x: torch.Tensor,
+        graphs: DecodeGraphs | None,
+    ) -> Answer | None:
         """Gives each piece that asks for it its next id, on every rank of the stage."""
         if self.capture is not None:
             assert self.model.head is not None
@@ -187,7 +244,10 @@ class ModelRunner:
         with self.spans.span(SpanKind.SAMPLE):
             sampler.set_up(batch.setups)
             if batch.sampling_slots:
-                chosen = sampler.choose(batch, x)
-                self._last_ids.index_copy_(0, chosen.slots, chosen.ids)
+                if graphs is not None and sampler.is_plain(batch):
+                    chosen = graphs.choose(batch)
+                else:
+                    chosen = sampler.choose(batch, x)
+                    self._last_ids.index_copy_(0, chosen.slots, chosen.ids)
                 self.comm.sampled_sender.send(batch.header, chosen.ids)
-            return sampler.output(batch, x, chosen, answers=self.comm.mesh.answers)
+            return sampler.answer(batch, x, chosen, answers=self.comm.mesh.answers)

@@ -19,6 +19,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
@@ -52,12 +53,14 @@ class Commands:
         self._read: queue.SimpleQueue[msgspec.Struct] = queue.SimpleQueue()
         self._decode = program.commands.decode
         self._steps: StepSource | None = None
-        self._look: Callable[[], bool] = lambda: False
+        self._look: Callable[[], float | None] = lambda: None
         self.put = self._read.put  # what came over the socket
 
-    def follow(self, steps: StepSource | None, look: Callable[[], bool] = lambda: False) -> None:
+    def follow(
+        self, steps: StepSource | None, look: Callable[[], float | None] = lambda: None
+    ) -> None:
         """From here on commands come over `steps`; None: over the socket. `look` is called while none
-        comes, as long as it returns True."""
+        comes: it says in how many seconds again, or None."""
         if self._steps is not None:
             self._steps.close()
         self._steps, self._look = steps, look
@@ -67,7 +70,7 @@ class Commands:
             return self._read.get()
         body = None
         while body is None:
-            body = self._steps.receive(_LOOK_S if self._look() else None)
+            body = self._steps.receive(self._look())
         command: msgspec.Struct = self._decode(body)
         return command
 
@@ -78,8 +81,10 @@ C = TypeVar("C", bound=Commands)
 class Rank(ABC, Generic[C]):
     """State of one rank between commands: what it talks through while it is in a world."""
 
-    def __init__(self, spans: SpanRing, commands: C) -> None:
-        self._ring, self._commands = spans, commands
+    def __init__(
+        self, spans: SpanRing, commands: C, answer: Callable[[msgspec.Struct], None]
+    ) -> None:
+        self._ring, self._commands, self._answer = spans, commands, answer
         self._spans: SpanWriter = spans
         self._comm: Communicator | None = None
         self._device = torch.device("cpu")
@@ -121,15 +126,16 @@ class Rank(ABC, Generic[C]):
             command.peer_bytes,
         )
         self.communication_bytes = max(0, free_bytes - _free_bytes(self._device))
-        self._commands.follow(open_source(command.steps, command.rank), self._collect_spans)
+        self._commands.follow(open_source(command.steps, command.rank), self.look)
         return Done()
 
-    def _collect_spans(self) -> bool:
-        """Those of a device are written once it has passed them; True while there are any."""
+    def look(self) -> float | None:
+        """Sees to what the device has done meanwhile: spans are written once it has passed them. In how many
+        seconds to look again; None where nothing is awaited."""
         if not isinstance(self._spans, DeviceSpans):
-            return False
+            return None
         self._spans.collect()
-        return self._spans.is_pending
+        return _LOOK_S if self._spans.is_pending else None
 
     def finish_spans(self) -> None:
         """Waits until all are written."""
@@ -209,7 +215,7 @@ def serve(program: Program, rank_type: type[Rank[C]], commands: C) -> None:
     """Executes commands until the driver closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     sock = socket.socket(fileno=int(sys.argv[1]))
-    rank = rank_type(SpanRing(int(sys.argv[2])), commands)
+    rank = rank_type(SpanRing(int(sys.argv[2])), commands, partial(_answer, sock))
     threading.Thread(target=_read_commands, args=(sock, program, commands), daemon=True).start()
     while True:
         try:

@@ -11,18 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bireme.engine.device_tables import DeviceTables
+from bireme.kernels.choice import has_kernels
 from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
-from bireme.models.attention import PagedAttention, SequenceGroup, StepContext, Tile
+from bireme.models.attention import PagedAttention, PagedStep, SequenceGroup, StepContext, Tile
 from bireme.models.rope import depends_on_length, inverse_frequencies
 from bireme.parallel.layout import CacheKind, StepWork
 from bireme.request import SamplingSetup, ScheduledBatch, ScheduledPiece, SlotSetup
+
+if TYPE_CHECKING:
+    from bireme.kernels.gpu.prefill_attention import Tiles
 
 
 @dataclass(frozen=True)
@@ -107,10 +113,15 @@ class Slots:
             window: np.zeros((shape.num_slots, max_blocks), dtype=np.int64) for window in windows
         }
         self._table_sizes = [0] * shape.num_slots
+        self._on_device: DeviceTables | None = None
+        if has_kernels(device):
+            self._on_device = DeviceTables(
+                shape.kinds, windows, shape.num_slots, max_blocks, device
+            )
         self._has_own_frequencies = rope is not None and depends_on_length(rope)
         self._frequencies: torch.Tensor | None = None
         if rope is not None:
-            rows = shape.num_slots if self._has_own_frequencies else 1
+            rows = shape.num_slots + 1 if self._has_own_frequencies else 1  # padding has one too
             frequencies = inverse_frequencies(rope, shape.max_model_len)
             self._frequencies = frequencies.repeat(rows, 1).to(device)
 
@@ -124,17 +135,22 @@ class Slots:
         """Gives slot 0 the first blocks of the cache, which no request has yet."""
         self._set_up(SlotSetup(0, num_tokens, SamplingSetup(seed=0)))
         blocks = list(range(1, 1 - (-num_tokens // self._shape.block_size)))
-        self._extend(0, [blocks] * len(self._shape.kinds))
+        self._extend([(0, [blocks] * len(self._shape.kinds))])
 
     def apply(self, batch: ScheduledBatch) -> None:
         """Takes new requests in, and the blocks that the batch's pieces got."""
         for setup in batch.setups:
             self._set_up(setup)
-        for piece in batch.pieces:
-            if piece.new_blocks:
-                self._extend(piece.slot, piece.new_blocks)
+        self._extend([(it.slot, it.new_blocks) for it in batch.pieces if it.new_blocks])
 
-    def _extend(self, slot: int, new_blocks: list[list[int]]) -> None:
+    def _extend(self, new: Sequence[tuple[int, list[list[int]]]]) -> None:
+        if self._on_device is not None:
+            sized = [(slot, self._table_sizes[slot], blocks) for slot, blocks in new]
+            self._on_device.extend(sized)
+        for slot, blocks in new:
+            self._extend_one(slot, blocks)
+
+    def _extend_one(self, slot: int, new_blocks: list[list[int]]) -> None:
         size, added = self._table_sizes[slot], len(new_blocks[0])
         for kind, blocks in zip(self._shape.kinds, new_blocks, strict=True):
             if kind.window in self._tables:  # other stages may have layers of other kinds
@@ -149,11 +165,16 @@ class Slots:
 
     # --- a step's context ----------------------------------------------------------------------
 
-    def context(self, pieces: list[ScheduledPiece]) -> StepContext:
+    def context(self, pieces: list[ScheduledPiece], *, is_probed: bool = False) -> StepContext:
+        """`is_probed`: somebody wants to see what every module makes."""
         slots = np.repeat([piece.slot for piece in pieces], [piece.num_tokens for piece in pieces])
         positions = np.concatenate(
             [np.arange(piece.start, piece.start + piece.num_tokens) for piece in pieces]
         )
+        if self._on_device is not None:
+            packed = torch.from_numpy(np.stack((slots, positions))).pin_memory()
+            given = packed.to(self._device, non_blocking=True)
+            return self.paged(given[0], given[1], self._tiles(pieces), is_probed=is_probed)
         on_device = torch.from_numpy(positions).to(self._device)
         cos, sin = self._rotation(slots, on_device)
         return StepContext(
@@ -163,6 +184,45 @@ class Slots:
             caches=self._caches,
             cos=cos,
             sin=sin,
+        )
+
+    def _tiles(self, pieces: list[ScheduledPiece]) -> Tiles | None:
+        """None where each sequence has one new token."""
+        if all(piece.num_tokens == 1 for piece in pieces):
+            return None
+        from bireme.kernels.gpu.prefill_attention import Tiles
+
+        starts, counts = zip(*((piece.start, piece.num_tokens) for piece in pieces), strict=True)
+        return Tiles.of(starts, counts, self._device)
+
+    @property
+    def padding_slot(self) -> int:
+        """Of rows that are no request's: what they write is read by nobody."""
+        return self._shape.num_slots
+
+    def paged(
+        self,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        tiles: Tiles | None,
+        *,
+        is_probed: bool = False,
+    ) -> StepContext:
+        """Of rows at `positions` [T] of `slots` [T]; on the device alone, so that it can be captured."""
+        assert self._on_device is not None
+        size, tables = self._shape.block_size, self._on_device.of
+        blocks, offsets = positions // size, positions % size
+        cos, sin = self._rotation(slots, positions)
+        return StepContext(
+            positions=positions,
+            places={
+                window: table[slots, blocks] * size + offsets for window, table in tables.items()
+            },
+            groups=[],
+            caches=self._caches,
+            cos=cos,
+            sin=sin,
+            paged=PagedStep(slots, tables, size, tiles, is_probed),
         )
 
     def tile(
@@ -222,7 +282,7 @@ class Slots:
         return found
 
     def _rotation(
-        self, slots: NDArray[np.int64], positions: torch.Tensor
+        self, slots: NDArray[np.int64] | torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self._frequencies is None or self._rope is None:
             return None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -34,14 +35,17 @@ from bireme.engine.messages import (
 from bireme.engine.model_runner import ModelRunner
 from bireme.engine.rank_memory import reset_peak, usage
 from bireme.engine.rank_profile import RankProfile
+from bireme.engine.sampling.answer import Answer
 from bireme.engine.slots import CacheShape
 from bireme.errors import EngineError, PeerLost
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
 from bireme.parallel.layers import materialise, named_layouts, pack_weights
 from bireme.parallel.pipeline import stage_specs
-from bireme.request import StepHeader, StepMasks
+from bireme.request import ScheduledBatch, StepHeader, StepMasks
 from bireme.trace import SpanKind, SpanRing
+
+_ANSWER_LOOK_S = 2e-5  # what a step's ids may lie there at most
 
 
 class Commands(rank.Commands):
@@ -77,20 +81,22 @@ class Commands(rank.Commands):
 class Worker(rank.Rank[Commands]):
     """A stage of a model, or a rank's part of it."""
 
-    def __init__(self, spans: SpanRing, commands: Commands) -> None:
-        super().__init__(spans, commands)
+    def __init__(
+        self, spans: SpanRing, commands: Commands, answer: Callable[[msgspec.Struct], None]
+    ) -> None:
+        super().__init__(spans, commands, answer)
+        self._answers: deque[Answer] = deque()  # of steps whose ids the device has yet to choose
         self._runner: ModelRunner | None = None
         self._profile: RankProfile | None = None
 
     def handle(self, command: msgspec.Struct) -> msgspec.Struct | None:
+        if isinstance(command, Execute):
+            self._execute(command.batch)
+            return None
+        self._finish_answers()
         match command:
             case Load():
                 return self._load(command)
-            case Execute(batch):
-                if self._profile is not None:
-                    self._profile.begin_step(batch)
-                output = self._ready().execute(batch)
-                return None if output is None else Output(output)
             case Capture(folder, probes):
                 return self._capture(folder, probes)
             case ReadUsage():
@@ -101,8 +107,36 @@ class Worker(rank.Rank[Commands]):
                 return self._end_profile()
         return None  # masks of a step that masked nothing here, or failed
 
+    def _execute(self, batch: ScheduledBatch) -> None:
+        """Its answer goes out once the device has it; the next step can begin before that."""
+        if self._profile is not None:
+            self._profile.begin_step(batch)
+        answer = self._ready().execute(batch)
+        if answer is not None:
+            self._answers.append(answer)
+        self._answer_what_is_there()
+
+    def look(self) -> float | None:
+        self._answer_what_is_there()
+        seconds = super().look()
+        return _ANSWER_LOOK_S if self._answers else seconds
+
+    def _answer_what_is_there(self) -> None:
+        while self._answers and self._answers[0].is_there:
+            self._answer(Output(self._answers.popleft().output()))
+
+    def _finish_answers(self) -> None:
+        while self._answers:
+            self._answer(Output(self._answers.popleft().output()))
+
+    def _await_masks(self, header: StepHeader, timeout_s: float) -> StepMasks:
+        """The engine makes them of what the steps before have chosen."""
+        self._finish_answers()
+        return self._commands.await_masks(header, timeout_s)
+
     def drop(self, *, is_orderly: bool) -> None:
         runner, self._runner, self._profile = self._runner, None, None
+        self._answers.clear()
         if runner is not None and is_orderly:
             runner.drain()
 
@@ -131,10 +165,12 @@ class Worker(rank.Rank[Commands]):
         )
         self._runner = ModelRunner(
             command.model, model, self._comm, cache, config.workspace_bytes, self._device, dtype,
-            self._spans, lambda header: self._commands.await_masks(header, config.step_timeout_s),
+            self._spans, lambda header: self._await_masks(header, config.step_timeout_s),
         )  # fmt: skip
         if config.deterministic:
             self._runner.make_deterministic()
+        elif not config.enforce_eager:
+            self._runner.capture_graphs()
         read = source.stats if isinstance(source, Artifact) else None
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(
@@ -170,6 +206,7 @@ class Worker(rank.Rank[Commands]):
         assert comm is not None
         path = None if kernels is None else Path(kernels.replace("{rank}", str(comm.mesh.rank)))
         reset_peak(self._device)
+        runner.is_watched = True
         self._profile = RankProfile(runner.model, self._device, path)
         return Done()
 
@@ -177,6 +214,7 @@ class Worker(rank.Rank[Commands]):
         profile, self._profile = self._profile, None
         if profile is None:
             raise EngineError("a profile was to end that had not begun")
+        self._ready().is_watched = False
         return Profiled(*profile.finish())
 
 

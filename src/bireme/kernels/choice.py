@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from functools import cache
 
 import torch
-
-_INTERPRETED = "TRITON_INTERPRET"  # Triton's own variable: kernels run on a CPU, for tests
 
 
 @cache
@@ -16,6 +13,6 @@ def _is_triton_there() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def runs_on_gpu(x: torch.Tensor) -> bool:
-    """True where the Triton version is to run for a tensor."""
-    return (x.is_cuda or os.environ.get(_INTERPRETED) == "1") and _is_triton_there()
+def has_kernels(device: torch.device) -> bool:
+    """True where the Triton versions run: on CUDA devices, where Triton is installed."""
+    return device.type == "cuda" and _is_triton_there()

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -60,7 +60,7 @@ class DeviceClock:
 
 @dataclass(slots=True)
 class _Marked:
-    """A span that the device has yet to pass."""
+    """A span that the device has yet to pass. Events of a graph are passed again at its next replay."""
 
     kind: SpanKind
     outer: int
@@ -69,6 +69,17 @@ class _Marked:
     incarnation: int
     start: torch.cuda.Event
     end: torch.cuda.Event
+    is_of_graph: bool = False
+
+
+@dataclass
+class CapturedSpans:
+    """The collectives inside a CUDA graph, in their order; with events around each where it is one of those
+    that are replayed to be looked at."""
+
+    is_marked: bool
+    counts: list[tuple[SpanKind, int]] = field(default_factory=list)
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
 
 class DeviceSpans:
@@ -81,6 +92,7 @@ class DeviceSpans:
         self._aside: deque[_Marked] = deque()  # of other streams, which are over in another order
         self._free: list[torch.cuda.Event] = []
         self._num_steps = 0
+        self._captured: CapturedSpans | None = None
 
     def set_step(self, step_id: int, incarnation: int) -> None:
         self.collect()
@@ -90,9 +102,39 @@ class DeviceSpans:
     def span(
         self, kind: SpanKind, num_bytes: int = 0, step_id: int | None = None
     ) -> AbstractContextManager[None]:
-        if kind in _SAMPLED and self._num_steps % SAMPLED_EVERY != 1:
+        if self._captured is not None:
+            return _within_graph(self._captured, kind, num_bytes)
+        if kind in _SAMPLED and not self.is_sampled_step:
             return self._counted(kind, num_bytes)
         return _DeviceSpan(self, kind, num_bytes, step_id, is_aside=False)
+
+    @property
+    def is_sampled_step(self) -> bool:
+        """Whether this step's collectives are marked, and not only counted."""
+        return self._num_steps % SAMPLED_EVERY == 1
+
+    @contextmanager
+    def capturing(self, *, is_marked: bool) -> Iterator[CapturedSpans]:
+        """What runs within is captured in a CUDA graph: its spans are told by `replayed`."""
+        self._captured = CapturedSpans(is_marked)
+        try:
+            yield self._captured
+        finally:
+            self._captured = None
+
+    def replayed(self, captured: CapturedSpans) -> None:
+        """Of a graph that was launched just now."""
+        step_id, incarnation = self._ring.step
+        if not captured.is_marked:
+            for kind, num_bytes in captured.counts:
+                self._ring.count(kind, num_bytes)
+            return
+        for (kind, num_bytes), (start, end) in zip(captured.counts, captured.events, strict=True):
+            outer = self._ring.begin(kind)
+            self._ring.end(outer)
+            self._pending.append(
+                _Marked(kind, outer, num_bytes, step_id, incarnation, start, end, is_of_graph=True)
+            )
 
     def aside(self, kind: SpanKind, num_bytes: int) -> _DeviceSpan:
         return _DeviceSpan(self, kind, num_bytes, None, is_aside=True)
@@ -160,7 +202,24 @@ class DeviceSpans:
             one.num_bytes, one.step_id, one.incarnation,
             weight=SAMPLED_EVERY if one.kind in _SAMPLED else 1,
         )  # fmt: skip
-        self._free += one.start, one.end
+        if not one.is_of_graph:
+            self._free += one.start, one.end
+
+
+@contextmanager
+def _within_graph(captured: CapturedSpans, kind: SpanKind, num_bytes: int) -> Iterator[None]:
+    if kind not in _SAMPLED:
+        yield
+        return
+    captured.counts.append((kind, num_bytes))
+    if not captured.is_marked:
+        yield
+        return
+    start, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
+    captured.events.append((start, end))
+    start.record()
+    yield
+    end.record()
 
 
 class _DeviceSpan:

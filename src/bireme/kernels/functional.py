@@ -11,6 +11,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from bireme.kernels.choice import has_kernels
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "relu": F.relu,
@@ -23,11 +25,44 @@ def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> torch.Tensor:
     """x / rms(x) * (weight + offset) over the last dim, in float32 inside."""
+    if has_kernels(x.device):
+        from bireme.kernels.gpu import norm
+
+        return norm.rms_norm(x, weight, eps, offset)
+    return rms_norm_reference(x, weight, eps, offset)
+
+
+def add_rms_norm(
+    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + delta [T, D], and its norm."""
+    if has_kernels(x.device):
+        from bireme.kernels.gpu import norm
+
+        return norm.add_rms_norm(x, delta, weight, eps, offset)
+    total = x + delta
+    return total, rms_norm_reference(total, weight, eps, offset)
+
+
+def rms_norm_reference(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+) -> torch.Tensor:
+    """`rms_norm` in torch."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     if offset:
         return (y * (weight.float() + offset)).to(x.dtype)
     return weight * y.to(x.dtype)
+
+
+def gated(h: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """activation(gate) * up of h [T, 2 F], gate before up -> [T, F]"""
+    if activation is F.silu and has_kernels(h.device):
+        from bireme.kernels.gpu.gated import silu_mul
+
+        return silu_mul(h)
+    gate, up = h.chunk(2, dim=-1)
+    return activation(gate) * up
 
 
 def softcap(x: torch.Tensor, cap: float) -> torch.Tensor:

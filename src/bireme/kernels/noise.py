@@ -13,7 +13,7 @@ _GOLDEN = 0x9E3779B9 - 2**32
 _SIGN = -(2**31)
 
 
-def _mix_(x: torch.Tensor) -> torch.Tensor:
+def mix_(x: torch.Tensor) -> torch.Tensor:
     """A bijective hash of 32-bit words (lowbias32 of Wellons' hash-prospector), in place."""
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     x *= 0x7FEB352D
@@ -33,9 +33,9 @@ def gumbel_noise(
 ) -> torch.Tensor:
     """float64 [S, V] for rows of (seed, choice, position), each int64 [S], and ids int64 [V]."""
     low, high = _words(seeds)
-    low = _mix_(low ^ _mix_(_words(positions)[0]))
-    high = _mix_(high ^ _mix_(_words(choices)[0] + _GOLDEN))
-    x = _mix_(ids.to(torch.int32) ^ low.unsqueeze(1))
-    x = _mix_(x.add_(high.unsqueeze(1)))
+    low = mix_(low ^ mix_(_words(positions)[0]))
+    high = mix_(high ^ mix_(_words(choices)[0] + _GOLDEN))
+    x = mix_(ids.to(torch.int32) ^ low.unsqueeze(1))
+    x = mix_(x.add_(high.unsqueeze(1)))
     unsigned = x.bitwise_xor_(_SIGN).double().add_(2.0**31)
     return unsigned.add_(0.5).mul_(2.0**-32).log_().neg_().log_().neg_()

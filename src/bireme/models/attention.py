@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from bireme.model_config import ModelConfig
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
 from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
 from bireme.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from bireme.kernels.gpu.prefill_attention import Tiles
 
 
 @dataclass
@@ -82,10 +86,23 @@ class Tile:
 
 
 @dataclass
+class PagedStep:
+    """What the kernels of a GPU read the cache by: slots [T], and int32 [slots, blocks] by the layers' window.
+    `tiles` are the runs of new tokens; None where every row is the one new token of its sequence.
+    `is_probed`: somebody wants to see what every module makes."""
+
+    slots: torch.Tensor
+    tables: dict[int | None, torch.Tensor]
+    block_size: int
+    tiles: Tiles | None
+    is_probed: bool = False
+
+
+@dataclass
 class StepContext:
     """What every layer of a stage must know of a step: positions [T], places [T] of the new keys in
     the layers of each window, cos and sin [T, rotary_dim / 2], and the cache of each of the stage's
-    layers."""
+    layers. `groups`, a `tile` or, on a GPU, `paged` say who attends to what."""
 
     positions: torch.Tensor
     places: dict[int | None, torch.Tensor]
@@ -94,6 +111,7 @@ class StepContext:
     cos: torch.Tensor | None = None
     sin: torch.Tensor | None = None
     tile: Tile | None = None
+    paged: PagedStep | None = None
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
@@ -126,6 +144,8 @@ class PagedAttention(nn.Module):
         self.has_alibi = has_alibi
         self._head_index: torch.Tensor | None = None
         self._slopes: torch.Tensor | None = None
+        self._head_map: torch.Tensor | None = None
+        self._head_starts: torch.Tensor | None = None
 
     @property
     def kv_spec(self) -> KVSpec:
@@ -148,8 +168,12 @@ class PagedAttention(nn.Module):
 
     def place_on(self, device: torch.device) -> None:
         """Puts the constants of this rank's heads on the device, once."""
+        head_map = torch.tensor(self.cut.head_map)
         if self._is_copied:
-            self._head_index = torch.tensor(self.cut.head_map, device=device)
+            self._head_index = head_map.to(device)
+        kv_heads = torch.arange(self.cut.num_local_kv_heads + 1)
+        self._head_map = head_map.int().to(device)
+        self._head_starts = torch.searchsorted(head_map, kv_heads).int().to(device)
         if self.has_alibi:
             slopes = alibi_slopes(self.num_heads)[slice(*self.cut.queries)]
             self._slopes = slopes.to(device)
@@ -170,6 +194,26 @@ class PagedAttention(nn.Module):
         for group in step.groups:
             attended = self._attend(q[group.rows].transpose(1, 2), group, cache)
             out[group.rows] = attended.transpose(1, 2)
+        return out.flatten(1)
+
+    def attend_paged(
+        self, q: torch.Tensor, positions: torch.Tensor, step: PagedStep, cache: PagedCache
+    ) -> torch.Tensor:
+        """[T, H, D] -> [T, H * D], of tokens whose keys and values are written."""
+        from bireme.kernels.gpu.decode_attention import decode_attention
+        from bireme.kernels.gpu.prefill_attention import prefill_attention
+
+        assert self._head_starts is not None
+        assert self._head_map is not None
+        paged = cache.keys, cache.values, step.tables[self.window], step.block_size
+        scoring = self.scale, self.window, self.cap, self._slopes
+        if step.tiles is not None:
+            out = prefill_attention(q, *paged, step.slots, step.tiles, self._head_map, *scoring)
+        else:
+            most = max(map(self.cut.head_map.count, set(self.cut.head_map)))
+            out = decode_attention(
+                q, *paged, step.slots, positions, self._head_starts, most, *scoring
+            )
         return out.flatten(1)
 
     def _attend(self, q: torch.Tensor, group: SequenceGroup, cache: PagedCache) -> torch.Tensor:
@@ -204,6 +248,15 @@ class PagedAttention(nn.Module):
             yield first, keys, values
 
 
+class HeadNorm(Protocol):
+    """An RMSNorm of each head's elements."""
+
+    weight: nn.Parameter
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
 class Attention(nn.Module):
     """Projections around `PagedAttention`; `names` are the tensors of q, k, v, or one fused."""
 
@@ -218,8 +271,8 @@ class Attention(nn.Module):
         view: View = IDENTITY,
         out_view: View = IDENTITY,
         has_alibi: bool = False,
-        q_norm: nn.Module | None = None,
-        k_norm: nn.Module | None = None,
+        q_norm: HeadNorm | None = None,
+        k_norm: HeadNorm | None = None,
     ) -> None:
         super().__init__()
         edges = head_edges(config.num_heads, config.num_kv_heads, mesh.tp_size)
@@ -254,10 +307,43 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]"""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        rows, paged = self.qkv(x), step.paged
+        attended = (
+            self._attend(rows, step) if paged is None else self._attend_paged(rows, step, paged)
+        )
+        out: torch.Tensor = self.out(attended)
+        return out
+
+    def _attend(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
+        if self.q_norm is not None:
+            rows = self._normed(rows)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(rows))
         if step.cos is not None and step.sin is not None:
             q, k = apply_rope(q, step.cos, step.sin), apply_rope(k, step.cos, step.sin)
-        out: torch.Tensor = self.out(self.paged(q, k, v, step))
-        return out
+        attended: torch.Tensor = self.paged(q, k, v, step)
+        return attended
+
+    def _normed(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same rows with their heads normed."""
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(rows))
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1).flatten(1)
+
+    def _attend_paged(
+        self, rows: torch.Tensor, step: StepContext, paged: PagedStep
+    ) -> torch.Tensor:
+        from bireme.kernels.gpu.rope_and_write import rope_and_write
+
+        layer = self.paged
+        cache, norms = step.caches[layer.layer], None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            if paged.is_probed:
+                rows, norms = self._normed(rows), None
+        rotation = (step.cos, step.sin) if step.cos is not None and step.sin is not None else None
+        q = rope_and_write(
+            rows, layer.cut.num_local_heads, rotation, norms, step.places[layer.window],
+            cache.keys, cache.values,
+        )  # fmt: skip
+        return layer.attend_paged(q, step.positions, paged, cache)

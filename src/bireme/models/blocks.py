@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bireme.kernels.functional import ACTIVATIONS, grouped_linear, rms_norm
+from bireme.kernels.functional import ACTIVATIONS, add_rms_norm, gated, grouped_linear, rms_norm
 from bireme.model_config import ModelConfig
 from bireme.models.attention import StepContext
 from bireme.parallel import layout
@@ -39,6 +39,13 @@ class RMSNorm(ReplicatedParameter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
+
+    def after(self, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + delta, and its norm."""
+        if self._forward_hooks:  # that want to see it made
+            total = x + delta
+            return total, self(total)
+        return add_rms_norm(x, delta, self.weight, self.eps, self.offset)
 
 
 class LayerNorm(ParallelModule):
@@ -97,11 +104,7 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.up(x)
-        if self.is_gated:
-            gate, up = h.chunk(2, dim=-1)
-            h = self.activation(gate) * up
-        else:
-            h = self.activation(h)
+        h = gated(h, self.activation) if self.is_gated else self.activation(h)
         out: torch.Tensor = self.down(h)
         return out
 
@@ -163,8 +166,8 @@ class MoE(ParallelModule):
         experts = torch.arange(self.moe.num_experts, device=x.device)
         ends = torch.searchsorted(ids.flatten()[order], experts, right=True)  # [E]
         rows = x[order // self.moe.num_experts_per_tok]
-        gate, up = grouped_linear(rows, self.gate_up, ends).chunk(2, dim=-1)
-        rows = grouped_linear(self.activation(gate) * up, self.down, ends)
+        rows = gated(grouped_linear(rows, self.gate_up, ends), self.activation)
+        rows = grouped_linear(rows, self.down, ends)
         unsorted = torch.empty_like(rows).index_copy_(0, order, rows).unflatten(0, ids.shape)
         return torch.einsum("tkd,tk->td", unsorted, weights)
 
@@ -184,12 +187,10 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x: torch.Tensor = self.tokens(ids)
+        if self.scale is None:
+            return x
         # the scale is rounded to the activations' type first, as the models were trained
-        return (
-            x
-            if self.scale is None
-            else x * torch.tensor(self.scale, dtype=x.dtype, device=x.device)
-        )
+        return x * torch.tensor(self.scale, dtype=x.dtype).item()
 
 
 class Head(nn.Module):

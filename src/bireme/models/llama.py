@@ -62,8 +62,9 @@ class PreNormLayer(Layer):
         self.mlp = feed_forward
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), step)
-        out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), step)
+        x, normed = self.post_attention_layernorm.after(x, attended)
+        out: torch.Tensor = x + self.mlp(normed)
         return out
 
 

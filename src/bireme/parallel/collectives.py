@@ -52,7 +52,10 @@ class DistGroup:
         x = x.contiguous()
         out = x.new_empty((self._size, *x.shape))
         with self._spans.span(SpanKind.ALL_GATHER, out.numel() * x.element_size()), _peers():
-            dist.all_gather(list(out.unbind(0)), x, group=self._group)
+            if x.is_cuda:
+                dist.all_gather_into_tensor(out, x, group=self._group)
+            else:
+                dist.all_gather(list(out.unbind(0)), x, group=self._group)
         return out
 
 

@@ -146,9 +146,9 @@ class QKVParallelLinear(ColumnParallelLinear):
             )
         ]
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        """[T, D] -> q [T, local heads * head_dim], k and v [T, local KV heads * head_dim]."""
-        parts: tuple[torch.Tensor, ...] = super().forward(x).split(self.sizes, dim=-1)
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What `forward` made -> q [T, local heads * head_dim], k and v [T, local KV heads * head_dim]."""
+        parts: tuple[torch.Tensor, ...] = rows.split(self.sizes, dim=-1)
         return parts
 
 

@@ -52,7 +52,7 @@ class MadeUpWeights(DummySource):
         super().read(source, box, out)
 
     def _values(self, source: Source, index: np.ndarray) -> np.ndarray:
-        noise = uniform(self._seed, source.name, index)
+        noise = uniform(self.seed, source.name, index)
         if len(source.shape) > 1:
             variance = (2 if len(source.shape) > 2 else 1) / math.prod(source.shape[1:])
             return noise * np.float32(math.sqrt(3 * variance))

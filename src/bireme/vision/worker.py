@@ -44,8 +44,13 @@ class _Row(nn.Module):
 class VisionRank(rank.Rank[rank.Commands]):
     """Keeps the last model's trace: one rank measures, runs alone, and then as a stage."""
 
-    def __init__(self, spans: SpanRing, commands: rank.Commands) -> None:
-        super().__init__(spans, commands)
+    def __init__(
+        self,
+        spans: SpanRing,
+        commands: rank.Commands,
+        answer: Callable[[msgspec.Struct], None],
+    ) -> None:
+        super().__init__(spans, commands, answer)
         self._stage: Stage | None = None
         self._is_live = False
         self._traced: tuple[VisionModel, nn.Module, Traced] | None = None

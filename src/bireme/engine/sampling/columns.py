@@ -46,6 +46,9 @@ class SlotColumns:
         self._whole[slots] = whole.to(self._device)
         self._real[slots] = real.to(self._device, torch.float32)
 
+    def are_greedy(self, slots: Sequence[int]) -> bool:
+        return all(self._setups[slot][0] is _Kind.GREEDY for slot in slots)
+
     def groups(
         self, slots: Sequence[int], on_device: torch.Tensor, positions: torch.Tensor
     ) -> list[RowGroup]:

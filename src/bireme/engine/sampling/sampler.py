@@ -15,7 +15,8 @@ from itertools import accumulate
 import torch
 
 from bireme.engine.sampling.adjusting import Adjustments, apply_masks
-from bireme.engine.sampling.choosing import choose
+from bireme.engine.sampling.answer import Answer
+from bireme.engine.sampling.choosing import RowGroup, choose
 from bireme.engine.sampling.columns import SlotColumns
 from bireme.engine.sampling.logprobs import in_tiles, to_host
 from bireme.engine.sampling.prompts import PromptPart, prompt_parts, told_prompts
@@ -86,23 +87,42 @@ class Sampler:
         self._adjustments.append(slots, positions, ids)
         return Chosen(on_device[0], ids, logits)
 
-    def output(
+    def is_plain(self, batch: ScheduledBatch) -> bool:
+        """True where every piece asks for the likeliest id of the model's own logits, and for nothing else."""
+        if not all(piece.samples and not piece.needs_mask for piece in batch.pieces):
+            return False
+        slots = [piece.slot for piece in batch.pieces]
+        positions = [piece.start + piece.num_tokens for piece in batch.pieces]
+        return (
+            self._columns.are_greedy(slots)
+            and not self._asking(slots)
+            and not self._adjustments.touch(slots, positions)
+        )
+
+    def likeliest(self, slots: torch.Tensor, x: torch.Tensor) -> Chosen:
+        """Of rows [S, D] whose slots are `slots` [S] and ask for nothing else; on the device alone."""
+        logits = self._logits(x).float()
+        ids = choose(logits, self._shard, [RowGroup(slice(None), None)], self._workspace_bytes)
+        return Chosen(slots, ids, logits)
+
+    def answer(
         self, batch: ScheduledBatch, x: torch.Tensor, chosen: Chosen | None, *, answers: bool
-    ) -> StepOutput | None:
+    ) -> Answer | None:
         """What the rank that answers tells the engine; all others work on it too, and return None."""
         logprobs = self._logprobs(batch.sampling_slots, chosen) if chosen is not None else None
         prompts = prompt_parts(batch.pieces, self._setups)
         prompt_logprobs = self._prompt_logprobs(prompts, x) if prompts else None
         if not answers:
             return None
-        return StepOutput(
+        told = StepOutput(
             batch.incarnation,
             batch.step_id,
             batch.sampling_slots,
-            [[id_] for id_ in chosen.ids.tolist()] if chosen is not None else [],
+            [],
             self._told(batch.sampling_slots, logprobs) if logprobs is not None else [],
             told_prompts(prompts, prompt_logprobs) if prompt_logprobs is not None else [],
         )
+        return Answer.of(told, chosen.ids if chosen is not None else None)
 
     # --- before the choice ---------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ maxima and sums (flash attention). Shapes: T tokens, H query heads, K KV heads, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,7 +85,7 @@ class Tiles:
     on_device: torch.Tensor
 
     @classmethod
-    def of(cls, starts: list[int], counts: list[int], device: torch.device) -> Tiles:
+    def of(cls, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tiles:
         """Of runs of `counts` tokens in the step's order, that begin at positions `starts`. The last tiles of a
         run come first: they have most to do."""
         found, row = [], 0

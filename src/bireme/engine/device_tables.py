@@ -1,0 +1,48 @@
+"""Block tables of the slots on a GPU, kept up to date by difference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from bireme.parallel.layout import CacheKind
+
+Added = tuple[
+    int, int, Sequence[Sequence[int]]
+]  # slot, number of blocks that it had, new ones by kind
+
+
+class DeviceTables:
+    """`of[window]`: int32 [slots + 1, blocks]; the last row is of no request, and shows the null block."""
+
+    def __init__(
+        self,
+        kinds: Sequence[CacheKind],
+        windows: set[int | None],
+        num_slots: int,
+        max_blocks: int,
+        device: torch.device,
+    ) -> None:
+        self._kinds, self._device = kinds, device
+        self.of = {
+            window: torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
+            for window in windows
+        }
+
+    def extend(self, added: Sequence[Added]) -> None:
+        """In one copy to the device, without a host synchronisation."""
+        at = [
+            (slot, size + index) for slot, size, blocks in added for index in range(len(blocks[0]))
+        ]
+        if not at:
+            return
+        new = [
+            [id_ for _, _, blocks in added for id_ in blocks[kind]]
+            for kind in range(len(self._kinds))
+        ]
+        packed = torch.tensor([*zip(*at, strict=True), *new]).pin_memory()
+        rows, columns, *by_kind = packed.to(self._device, non_blocking=True).unbind(0)
+        for kind, blocks in zip(self._kinds, by_kind, strict=True):
+            if kind.window in self.of:  # other stages may have layers of other kinds
+                self.of[kind.window][rows, columns] = blocks.int()

@@ -1,0 +1,59 @@
+"""CUDA graphs give what the same kernels give when they are launched one by one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bireme import LLM, SamplingParams
+from bireme.engine.pool import WorkerPool
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA devices"),
+]
+LENGTHS = [(3, 40), (50, 7), (17, 25), (1, 33), (80, 2)]  # of prompts, and of their answers
+Answers = list[tuple[list[int], list[float]]]
+
+
+def answers(
+    model: Path | str, pool: WorkerPool, *, has_logprobs: bool, **settings: object
+) -> Answers:
+    """Ids, and their log-probabilities where they are asked for, of requests that run together."""
+    prompts = [[5 + index % 40 for index in range(size)] for size, _ in LENGTHS]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=count, ignore_eos=True, logprobs=0 if has_logprobs else None
+        )
+        for _, count in LENGTHS
+    ]
+    with LLM(str(model), pool=pool, device="cuda", dtype="float32", **settings) as llm:
+        outputs = [one for output in llm.generate(prompts, params) for one in output.outputs]
+    return [
+        (one.token_ids, [place[id_].logprob for place, id_ in zip(one.logprobs or [], one.token_ids, strict=False)])
+        for one in outputs
+    ]  # fmt: skip
+
+
+def compare(model: Path | str, pool: WorkerPool, **layout: object) -> None:
+    told = answers(model, pool, has_logprobs=True, **layout)
+    launched = answers(model, pool, has_logprobs=True, enforce_eager=True, **layout)
+    for (ids, logprobs), (other_ids, others) in zip(told, launched, strict=True):
+        assert ids == other_ids
+        assert logprobs == pytest.approx(others, abs=2e-4)
+    quiet = answers(model, pool, has_logprobs=False, **layout)  # chosen in a graph too
+    assert [ids for ids, _ in quiet] == [ids for ids, _ in told]
+
+
+@pytest.mark.parametrize("widths", [(1,), (2,), (1, 1)])
+def test_every_layout(widths: tuple[int, ...], pool: WorkerPool, pair: tuple[int, int]) -> None:
+    compare(
+        "demo", pool, tensor_parallel_size=widths[0], pipeline_parallel_size=len(widths),
+        devices=pair[: sum(widths)],
+    )  # fmt: skip
+
+
+def test_every_family(case: Path, pool: WorkerPool) -> None:
+    compare(case, pool)
