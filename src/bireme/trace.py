@@ -324,6 +324,16 @@ class SpanRing:
             for begin, end, num_bytes, step, kind, incarnation in whole
         ]
 
+    def last_end_ns(self, kind: SpanKind) -> int | None:
+        """When the newest span of a kind ended; None where the ring holds none."""
+        count, (behind_ns,) = self._written[0], _CLOCK.unpack_from(self._map, _CLOCK_AT)
+        for index in range(count - 1, max(-1, count - self.capacity), -1):
+            at = _RECORDS_AT + index % self.capacity * _RECORD.size
+            _, end_ns, _, _, found, _ = _RECORD.unpack_from(self._map, at)
+            if found == kind:
+                return int(end_ns + behind_ns)
+        return None
+
     def _records(self, start: int, stop: int) -> list[tuple[int, ...]]:
         """[start, stop) of those ever written; copied at once, in two parts where the ring begins anew."""
         if start == stop:

@@ -49,6 +49,7 @@ def test_it_ends_where_the_last_whole_step_did() -> None:
     st.integers(0, 1),
     st.lists(st.integers(1, 500), min_size=7, max_size=7),
     st.integers(1, 40),
+    st.integers(0, 20_000),
 )
 def test_of_the_last_steps_it_tells_what_a_ledger_of_everything_does(
     num_stages: int,
@@ -57,14 +58,18 @@ def test_of_the_last_steps_it_tells_what_a_ledger_of_everything_does(
     lookahead: int,
     times: list[int],
     most_steps: int,
+    hangs_us: int,
 ) -> None:
-    """Of the same window: what it reads before that is enough to tell why a rank idled."""
+    """Of the same window: what it reads before that is enough to tell why a rank idled. Also where all hang
+    in a step at the end."""
     piped = Piped(
         num_stages, num_steps, min(num_groups, num_stages),
         lambda stage, step: times[(stage * 3 + step) % 7] * US, 50 * US, 20 * US, lookahead,
         700 * US, frozenset({num_steps // 2} - {0}),
     ).run()  # fmt: skip
-    engine_spans = moved(piped.driver)
+    done_ns = max(span.end_ns for span in piped.driver)
+    hang = Span(SpanKind.WAIT, done_ns, done_ns + hangs_us * US, 0, num_steps, 0)
+    engine_spans = moved([*piped.driver, hang])
     recorded = Recorded(
         [RankSpans(f"rank {at}", at, 0, moved(spans)) for at, spans in enumerate(piped.stages)],
         engine_spans,
@@ -77,11 +82,16 @@ def test_of_the_last_steps_it_tells_what_a_ledger_of_everything_does(
             for rank, ring in zip(recorded.ranks, rings, strict=True)
         ]
         asked = Asked(ranks, engine.fd, 10.0, is_running=False, most_steps=most_steps)
+        for ring in rings if hangs_us else ():
+            ring.begin(SpanKind.STEP)
         told = Recorder().told(asked)
-    end_ns = max(span.end_ns for span in engine_spans)
+    end_ns = engine_spans[-1].end_ns
+    if hangs_us:
+        end_ns = min(max(span.end_ns for span in rank.spans) for rank in recorded.ranks)
     submits = [span.start_ns for span in engine_spans if span.kind is SpanKind.SUBMIT]
+    submits = [start_ns for start_ns in submits if start_ns < end_ns]
     start_ns = end_ns - round(told.seconds * 1e9)
-    assert start_ns == (submits[-most_steps] if num_steps > most_steps else recorded.start_ns)
+    assert start_ns == (submits[-most_steps] if len(submits) > most_steps else recorded.start_ns)
     expected = ToldLedger.of(make_ledger(recorded, start_ns, end_ns))
     assert told.ranks == expected.ranks
 
