@@ -34,9 +34,11 @@ class LiveRank(msgspec.Struct, frozen=True):
 
 
 class LiveServer(msgspec.Struct, frozen=True):
-    """What is served and where; no ranks before they have started."""
+    """What is served and where; no ranks before they have started. `created` as in `/v1/models`: a server that
+    began anew has another, and counts anew."""
 
     version: str
+    created: int
     models: list[str]
     can_chat: bool
     ranks: list[LiveRank]
@@ -97,6 +99,7 @@ def _server(service: Service) -> LiveServer:
     is_known = ready.done() and not ready.exception()
     return LiveServer(
         version=__version__,
+        created=service.created,
         models=list(service.model_names),
         can_chat=service.can_chat,
         ranks=[
