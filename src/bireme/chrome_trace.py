@@ -34,7 +34,7 @@ class Recorded:
     def since(self, start_ns: int) -> Recorded:
         """What began then or later; what the engine was in the middle of, from then on."""
         engine = [
-            replace(span, start_ns=max(span.start_ns, start_ns))
+            msgspec.structs.replace(span, start_ns=max(span.start_ns, start_ns))
             for span in self.engine
             if span.end_ns > start_ns
         ]

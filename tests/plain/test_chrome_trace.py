@@ -85,7 +85,9 @@ def shifted(recorded: Recorded) -> Recorded:
 
     def moved(spans: Sequence[Span]) -> list[Span]:
         return [
-            replace(it, start_ns=it.start_ns - first_ns, end_ns=it.end_ns - first_ns)
+            msgspec.structs.replace(
+                it, start_ns=it.start_ns - first_ns, end_ns=it.end_ns - first_ns
+            )
             for it in spans
         ]
 

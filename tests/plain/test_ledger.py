@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -59,6 +60,35 @@ def test_rows_add_up_to_the_wall_time(
             edges = [time for piece in in_order for time in (piece.start_ns, piece.end_ns)]
             assert edges == sorted(edges)  # an instant counts once
             assert (edges[0], edges[-1]) == (ledger.start_ns, ledger.end_ns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(0, 2),
+    st.lists(st.integers(1, 500), min_size=7, max_size=7),
+    st.lists(st.floats(0, 1, exclude_min=True, exclude_max=True), min_size=1, max_size=5),
+)
+def test_ledgers_of_pieces_add_up_to_that_of_the_whole(
+    num_stages: int,
+    num_steps: int,
+    num_groups: int,
+    lookahead: int,
+    times: list[int],
+    cuts: list[float],
+) -> None:
+    piped = Piped(
+        num_stages, num_steps, num_groups, lambda stage, step: times[(stage * 3 + step) % 7] * US,
+        50 * US, 20 * US, lookahead, 700 * US, frozenset({num_steps // 2} - {0}),
+    ).run()  # fmt: skip
+    whole = piped.ledger()
+    edges = sorted({0, whole.end_ns, *(1 + int(cut * (whole.end_ns - 2)) for cut in cuts)})
+    pieces = [make_ledger(piped.recorded, *window) for window in pairwise(edges)]
+    for index, rank in enumerate(whole.ranks):
+        for row in Row:
+            assert sum(piece.ranks[index].ns[row] for piece in pieces) == rank.ns[row]
 
 
 def check_grows(base: Piped, planted: Piped, row: str, delay_ns: int, *, ranks: set[int]) -> None:

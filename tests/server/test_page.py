@@ -226,6 +226,38 @@ def test_quantiles_are_those_of_prometheus(
     assert opened.page.evaluate(ask, [share, [1, 2, 4], counts]) == expected
 
 
+def test_a_rank_that_nobody_asked_for_long_is_not_stuck(opened: Watched) -> None:
+    """Not until it has made no step for a while since it was asked."""
+    ask = """async () => {
+      const { RanksView } = await import('/page/ranks.js');
+      const place = document.createElement('div');
+      const view = new RanksView(place);
+      const at = (time_s, num_running, num_steps_total) => {
+        const ranks = [{ name: 'rank 0', stage: 0, tp_rank: 0, device: 'cpu' }];
+        const stats = { num_running, ranks: [{ num_steps_total, stage: 0 }] };
+        view.draw({ time_s, failed_rank: '', server: { ranks }, stats, ledger: null }, { rate: () => null });
+        return place.querySelector('.rank').dataset.is;
+      };
+      return [at(0, 0, 5), at(600, 0, 5), at(601, 1, 5), at(604, 1, 5), at(605, 1, 6), at(606, 0, 6)];
+    }"""
+    found = opened.page.evaluate(ask)
+    assert found == ["idle", "idle", "working", "stuck", "working", "idle"]
+
+
+def test_a_server_that_began_anew_counts_anew(opened: Watched) -> None:
+    ask = """async () => {
+      const { History } = await import('/page/history.js');
+      const history = new History();
+      const at = (time_s, created, tokens) => {
+        const counters = { generation_tokens_total: tokens };
+        history.add({ time_s, server: { created }, stats: null, counts: { counters, histograms: {} } });
+        return history.points.at(-1).values.generated;
+      };
+      return [at(0, 7, 100), at(1, 7, 110), at(2, 9, 500), at(3, 9, 530)];
+    }"""
+    assert opened.page.evaluate(ask) == [None, 10, None, 30]
+
+
 def test_it_goes_on_when_the_server_comes_back(browser: Browser) -> None:
     with serving("--dtype", "float32") as server:
         page = browser.new_page()

@@ -23,11 +23,13 @@ LEGEND = (
 
 
 def grid(ledger: Ledger, num_columns: int) -> dict[str, str]:
-    """By rank; each column shows what took most of its time."""
+    """By rank; each column shows what took most of its time. Empty lines for who needs none."""
     return {rank.name: _line(rank, ledger, num_columns) for rank in ledger.ranks}
 
 
 def _line(rank: RankLedger, ledger: Ledger, num_columns: int) -> str:
+    if not num_columns:
+        return ""
     cells: list[dict[str, float]] = [{} for _ in range(num_columns)]
     width = (ledger.end_ns - ledger.start_ns) / num_columns
     for piece in rank.pieces:

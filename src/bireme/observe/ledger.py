@@ -300,7 +300,7 @@ def _beside(steps: Sequence[RankStep]) -> list[tuple[int, int]]:
 def _overlapped_ns(pieces: Sequence[Piece], sends: Sequence[tuple[int, int]]) -> int:
     """Of sends, what lies in work."""
     found = 0
-    for piece in pieces:
+    for piece in pieces if sends else ():
         if piece.row in _WORK:
             first = bisect_right(sends, piece.start_ns, key=lambda send: send[1])
             last = bisect_left(sends, piece.end_ns, key=lambda send: send[0])

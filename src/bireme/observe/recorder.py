@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import msgspec
@@ -30,14 +31,16 @@ class AskedRank(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """Of the last `seconds`; `engine_fd` is the ring of the engine itself. Where it runs no more, they are
-    the last before its last span ended. `gantt_steps`: the last of them as bars, in `gantt_columns`."""
+    """Of the last `seconds`, or of the last `most_steps` where there were more; `engine_fd` is the ring of
+    the engine itself. Where it runs no more, they are the last before its last span ended. `gantt_steps`:
+    the last of them as bars, in `gantt_columns`."""
 
     ranks: list[AskedRank]
     engine_fd: int
     seconds: float
     num_columns: int = NUM_COLUMNS
     is_running: bool = True
+    most_steps: int | None = None
     gantt_steps: int = 0
     gantt_columns: int = 0
 
@@ -50,24 +53,14 @@ class Recorder:
 
     def told(self, asked: Asked) -> ToldLedger:
         """Up to the last moment of which all ranks' spans tell: a step's come when it has ended."""
-        now_ns, length_ns = time.monotonic_ns(), int(asked.seconds * 1e9)
-        engine = self._ring(asked.engine_fd)
+        now_ns = time.monotonic_ns()
+        engine, rings = self._ring(asked.engine_fd), [self._ring(rank.fd) for rank in asked.ranks]
         last_ns = now_ns if asked.is_running else _last_ns(engine, now_ns)
-        rings = [self._ring(rank.fd) for rank in asked.ranks]
-        are_amid = [
-            ring.now().kind is not None for ring in rings
-        ]  # a step; asked before they are read
-        read_ns = last_ns - length_ns - _BEFORE_NS
-        found = [ring.read(read_ns) for ring in rings]
-        end_ns = last_ns
-        for ring, spans, is_amid in zip(rings, found, are_amid, strict=True):
-            if is_amid:
-                end_ns = min(end_ns, _last_step_ns(ring, spans, last_ns))
+        end_ns = min((_known_ns(ring, last_ns) for ring in rings), default=last_ns)
+        length_ns, before_ns = _lengths(asked, engine, end_ns)
         since_ns = end_ns - length_ns
-        if since_ns < read_ns:  # a step is as long as the window
-            read_ns = since_ns - _BEFORE_NS
-            found = [ring.read(read_ns) for ring in rings]
-        told = engine.read(read_ns)
+        found = [ring.read(since_ns - before_ns) for ring in rings]
+        told = engine.read(since_ns - before_ns)
         if asked.is_running:
             told = _with_open(engine, told, now_ns)
         recorded = Recorded(
@@ -92,19 +85,33 @@ class Recorder:
         return self._rings[fd]
 
 
+def _known_ns(ring: SpanRing, last_ns: int) -> int:
+    """Until when all of a rank is told: the spans in a step that goes on mean nothing yet."""
+    if ring.now().kind is None:
+        return last_ns
+    step_ns = ring.last_end_ns(SpanKind.STEP)
+    return last_ns if step_ns is None else min(last_ns, step_ns)
+
+
+def _lengths(asked: Asked, engine: SpanRing, end_ns: int) -> tuple[int, int]:
+    """Of the window, and of what is read before it: what the steps in it wait for are others in flight, of
+    which there are at most one more than stages, and what those wait for."""
+    length_ns = round(asked.seconds * 1e9)
+    told = engine.read(end_ns - length_ns - _BEFORE_NS)
+    submits = [it.start_ns for it in told if it.kind is SpanKind.SUBMIT and it.start_ns < end_ns]
+    if asked.most_steps is not None and len(submits) > asked.most_steps:
+        length_ns = min(length_ns, end_ns - submits[-asked.most_steps])
+    num_stages = max(rank.stage for rank in asked.ranks) + 1
+    before = bisect_left(submits, end_ns - length_ns) - 2 * (num_stages + 1)
+    if before < 0:
+        return length_ns, _BEFORE_NS
+    return length_ns, min(_BEFORE_NS, end_ns - length_ns - submits[before])
+
+
 def _first_ns(ring: SpanRing, spans: Sequence[Span]) -> int:
     """From when on a ring knows all: it may have been overwritten."""
     is_full = len(spans) >= ring.capacity - 1
     return spans[0].end_ns if is_full else 0
-
-
-def _last_step_ns(ring: SpanRing, spans: Sequence[Span], default_ns: int) -> int:
-    """When the last whole step ended, before what was read if need be: what lies behind is of one that goes on."""
-    for found in (spans, ring.read()):
-        for span in reversed(found):
-            if span.kind is SpanKind.STEP:
-                return span.end_ns
-    return default_ns
 
 
 def _last_ns(ring: SpanRing, now_ns: int) -> int:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 _LEDGER_S = 1.0
 _TURN_S = 1.0
-_NUM_STEPS = 12
-_NUM_COLUMNS = 1  # of the lines for terminals, which nobody reads here
+_MOST_STEPS = 16  # of the ledger: each costs, and a fast server makes hundreds a second
+_GANTT_STEPS = 12
+_NO_LINES = 0  # for terminals, which nobody reads here
 _MOST_BARS = 4096  # of all ranks
 _COLUMNS = 300  # of a rank, where these allow it
 
@@ -33,9 +34,11 @@ class LiveRank(msgspec.Struct, frozen=True):
 
 
 class LiveServer(msgspec.Struct, frozen=True):
-    """What is served and where; no ranks before they have started."""
+    """What is served and where; no ranks before they have started. `created` as in `/v1/models`: a server that
+    began anew has another, and counts anew."""
 
     version: str
+    created: int
     models: list[str]
     can_chat: bool
     ranks: list[LiveRank]
@@ -83,9 +86,10 @@ async def _ledger(service: Service) -> ToldLedger:
     return await service.ledger.soon(
         _LEDGER_S,
         _TURN_S,
-        _NUM_COLUMNS,
+        _NO_LINES,
         is_running=service.broken is None,
-        gantt_steps=_NUM_STEPS,
+        most_steps=_MOST_STEPS,
+        gantt_steps=_GANTT_STEPS,
         gantt_columns=max(1, min(_COLUMNS, _MOST_BARS // (2 * num_ranks))),
     )
 
@@ -95,6 +99,7 @@ def _server(service: Service) -> LiveServer:
     is_known = ready.done() and not ready.exception()
     return LiveServer(
         version=__version__,
+        created=service.created,
         models=list(service.model_names),
         can_chat=service.can_chat,
         ranks=[

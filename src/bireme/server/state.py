@@ -107,7 +107,7 @@ def state_routes(service: Service) -> APIRouter:
     )
     async def live() -> Response:
         """What the page at / shows, about once a second, until the server shuts down: who waits, what the
-        engine counts, and the ledger of the last second with its last steps."""
+        engine counts, and the ledger of the last steps, of at most a second."""
         return Viewing(service.live)
 
     return router

@@ -72,6 +72,7 @@ export class GanttView {
       button("Show all", "All", () => this.look(0, 1)),
     );
     this.label = name;
+    this.summary = "";
     this.picture = svg("svg", { class: "gantt", width: "100%", tabindex: 0, role: "img", "aria-label": name });
     this.told = html("p", { class: "note readout" });
     this.key = html("div");
@@ -151,18 +152,18 @@ export class GanttView {
   draw(data) {
     this.data = data;
     this.rows = new Set(data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[2])));
+    const steps = new Set(data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[3])));
+    steps.delete(null);
+    this.summary = `${steps.size} steps of ${data.ranks.length} ranks in ${durationText(data.seconds)}`;
+    this.picture.setAttribute("aria-label", `${this.label}: ${this.summary}. Plus and minus zoom, arrows move.`);
     this.key.replaceChildren(legend(this.rows, { isByStep: true }));
     this.render();
     this.summarise();
   }
 
+  // Where a pointer is over no bar; called as often as it moves.
   summarise() {
-    if (!this.data) return;
-    const steps = new Set(this.data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[3])));
-    steps.delete(null);
-    const text = `${steps.size} steps of ${this.data.ranks.length} ranks in ${durationText(this.data.seconds)}`;
-    setText(this.told, text);
-    this.picture.setAttribute("aria-label", `${this.label}: ${text}. Plus and minus zoom, arrows move.`);
+    setText(this.told, this.summary);
   }
 
   render() {

@@ -29,8 +29,7 @@ export class History {
   // A server that began anew counts anew.
   add(moment) {
     const last = this.moments.at(-1);
-    const counts = (it) => it?.counts.histograms.e2e_request_latency_seconds?.counts.at(-1) ?? 0;
-    if (last && counts(moment) < counts(last)) this.moments = [];
+    if (last && moment.server.created !== last.server.created) this.moments = [];
     if (this.points.length && moment.time_s - this.points.at(-1).time > GAP_S) this.points.push({ time: moment.time_s - 1, values: {} });
     this.moments.push(moment);
     while (this.moments.length > 2 && moment.time_s - this.moments[1].time_s >= QUANTILE_S) this.moments.shift();

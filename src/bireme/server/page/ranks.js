@@ -13,26 +13,27 @@ class RankBox {
     const name = html("p", {}, html("b", {}, shortName(rank.name)), html("span", { class: "state" }, `tp ${rank.tp_rank} · ${rank.device}`));
     this.element = html("li", { class: "rank" }, name, this.bar, html("p", {}, this.state));
     this.steps = null;
-    this.changed = null;
+    this.changed = null; // when it last made a step, or nobody asked
   }
 
   draw(moment, stats, shares) {
-    if (this.steps !== (stats?.num_steps_total ?? null)) this.changed = moment.time_s;
+    const isAsked = moment.stats?.num_running > 0;
+    if (!isAsked || this.steps !== (stats?.num_steps_total ?? null)) this.changed = moment.time_s;
     const rate = stats && this.steps !== null ? (stats.num_steps_total - this.steps) / (moment.time_s - this.time) : 0;
     [this.steps, this.time] = [stats?.num_steps_total ?? null, moment.time_s];
-    const still = moment.time_s - this.changed;
-    const [is, text] = this.told(moment, stats, rate, still);
+    const [is, text] = this.told(moment, stats, rate, isAsked);
     this.element.dataset.is = is;
     setText(this.state, text);
     if (shares) this.bar.replaceChildren(ledgerBar(shares, 8));
   }
 
-  told(moment, stats, rate, still) {
+  told(moment, stats, rate, isAsked) {
     if (moment.failed_rank === this.rank.name) return ["failed", "failed"];
     if (!stats) return ["gone", "not answering"];
     if (rate > 0) return ["working", `${numberText(rate)} steps/s`];
-    if (moment.stats.num_running && still > STUCK_S) return ["stuck", `no step for ${Math.round(still)} s`];
-    return moment.stats.num_running ? ["working", "in a step"] : ["idle", "idle"];
+    const still = moment.time_s - this.changed;
+    if (still > STUCK_S) return ["stuck", `no step for ${Math.round(still)} s`];
+    return isAsked ? ["working", "in a step"] : ["idle", "idle"];
   }
 }
 

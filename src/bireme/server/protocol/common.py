@@ -329,9 +329,11 @@ class LiveRank(Sent):
 
 
 class LiveServer(Sent):
-    """What is served, where; `can_chat`: /v1/chat/completions answers."""
+    """What is served, where; `created`: when the server began, in seconds since 1970; `can_chat`:
+    /v1/chat/completions answers."""
 
     version: str
+    created: int
     models: list[str]
     can_chat: bool
     ranks: list[LiveRank]
