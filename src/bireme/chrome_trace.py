@@ -14,7 +14,7 @@ import msgspec
 from bireme.errors import UserError
 from bireme.trace import RankSpans, Span, SpanKind
 
-_FORMAT = 2
+_FORMAT = 3
 _ENGINE = "engine"
 
 
@@ -153,7 +153,7 @@ def read_chrome_trace(path: Path) -> Recorded:
             recorded = _recorded(msgspec.json.decode(body, type=_Events).traceEvents)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, OverflowError):
         raise UserError(f"{path} is no trace of bireme's; --trace writes one") from None
     if recorded is None:
         version = "without a format, of an earlier version or another program's"

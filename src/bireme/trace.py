@@ -26,14 +26,14 @@ _HEADER = struct.Struct("<8sIIQ")  # magic, record size, capacity, records ever 
 _NOW = struct.Struct("<III4x")  # step id, spans begun in it, innermost open kind (0: none)
 _RECORD = struct.Struct("<QQQIHH")  # start ns, end ns, bytes, step id, kind, incarnation
 _pack_now, _pack_record = _NOW.pack_into, _RECORD.pack_into
-_MAGIC = b"BIREME05"
+_MAGIC = b"BIREME06"
 _COUNT_AT = struct.calcsize("<8sII")
 DEFAULT_CAPACITY = 1 << 16
 
 
 class SpanKind(IntEnum):
-    """What a span measures; nested kinds lie inside a STEP. The last three are the driver's: a step is
-    told to the ranks, the oldest is waited for, there is no request."""
+    """What a span measures; nested kinds lie inside a STEP. The last four are the driver's: a step is
+    told to the ranks, the oldest is waited for, there is no request, it is at work between those."""
 
     STEP = 1
     COMPUTE = 2
@@ -46,6 +46,7 @@ class SpanKind(IntEnum):
     SUBMIT = 9
     WAIT = 10
     EMPTY = 11
+    WORK = 12
 
 
 _NUM_KINDS = max(SpanKind) + 1  # 0: what is around the outermost span

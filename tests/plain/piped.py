@@ -72,6 +72,7 @@ class Piped:
         if before >= 0 and self._now < self._sampled[before]:
             self._tell(self.driver, SpanKind.WAIT, self._now, self._sampled[before], step)
             self._now = self._sampled[before]
+        self._tell(self.driver, SpanKind.WORK, self._now, self._now + self.host_ns, step)
         self._now += self.host_ns
         self._tell(self.driver, SpanKind.SUBMIT, self._now, self._now + US, step)
         self._now += US

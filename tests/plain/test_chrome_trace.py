@@ -19,7 +19,7 @@ from bireme.trace import RankSpans, Span, SpanKind
 
 TRACK = (
     '{"traceEvents": [{"ph": "M", "name": "thread_name", "tid": 0, "args": {"name": "rank", "stage": %s}}],'
-    ' "otherData": {"bireme_trace": 2}}'
+    ' "otherData": {"bireme_trace": 3}}'
 )
 
 
@@ -107,12 +107,12 @@ def test_a_trace_of_ours_may_be_written_anew() -> None:
         ("", "no trace of bireme"),
         ("[]", "no trace of bireme"),
         ("{}", "no trace of bireme"),
-        ('{"traceEvents": [{}], "otherData": {"bireme_trace": 2}}', "no trace of bireme"),
+        ('{"traceEvents": [{}], "otherData": {"bireme_trace": 3}}', "no trace of bireme"),
         (TRACK % '"1"', "no trace of bireme"),
         (TRACK % "1", "of its stages 0 to 1 it has 1"),
         ('{"traceEvents": []}', "without a format, of an earlier version or another program's"),
-        ('{"traceEvents": [], "otherData": {"bireme_trace": 1}}', "of format 1, and 2 is read"),
-        ('{"traceEvents": [], "otherData": {"bireme_trace": 9}}', "format 9, and 2 is read"),
+        ('{"traceEvents": [], "otherData": {"bireme_trace": 1}}', "of format 1, and 3 is read"),
+        ('{"traceEvents": [], "otherData": {"bireme_trace": 9}}', "format 9, and 3 is read"),
     ],
 )
 def test_another_file_is_refused(text: str, told: str, tmp_path: Path) -> None:

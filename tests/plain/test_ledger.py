@@ -342,3 +342,60 @@ def test_spans_that_are_gone_are_told_as_unattributed() -> None:
     first, second = make_ledger(Recorded(ranks, piped.driver), 0, 10**6).ranks
     assert second.ns[Row.UNATTRIBUTED] > 0
     assert first.ns[Row.COMPUTE] > 0
+
+
+@pytest.mark.parametrize("lost", [SpanKind.COMPUTE, SpanKind.WAIT, SpanKind.WORK])
+def test_no_other_row_takes_what_a_lost_kind_of_span_would_tell(lost: SpanKind) -> None:
+    piped = Piped(2, 40, 2, lambda stage, step: (100, 300)[stage] * US, host_ns=200 * US).run()
+    whole = piped.recorded
+    ranks = [
+        RankSpans(rank.name, rank.stage, rank.tp_rank, [it for it in rank.spans if it.kind is not lost])
+        for rank in whole.ranks
+    ]  # fmt: skip
+    left = Recorded(ranks, [span for span in whole.engine if span.kind is not lost])
+    window = 0, max(span.end_ns for span in whole.ranks[-1].spans)
+    for before, after in zip(
+        make_ledger(whole, *window).ranks, make_ledger(left, *window).ranks, strict=True
+    ):
+        assert before.ns[Row.UNATTRIBUTED] == 0
+        assert after.ns[Row.UNATTRIBUTED] > 0 or after.ns == before.ns
+        assert after.ns[Row.HOST] <= before.ns[Row.HOST]
+    assert any(rank.ns[Row.UNATTRIBUTED] for rank in make_ledger(left, *window).ranks)
+
+
+def test_ranks_may_begin_before_the_driver_is_back_from_telling_them() -> None:
+    """Stage 0 works for 90 us, while the driver is still telling: stage 1 waits for it, and for no host."""
+    first = [
+        Span(SpanKind.STEP, US, 91 * US, 0, 0, 0),
+        Span(SpanKind.COMPUTE, US, 91 * US, 0, 0, 0),
+    ]
+    second = [
+        Span(SpanKind.STEP, US, 100 * US, 0, 0, 0),
+        Span(SpanKind.RECV, US, 91 * US, 0, 0, 0),
+        Span(SpanKind.COMPUTE, 91 * US, 100 * US, 0, 0, 0),
+    ]
+    ranks = [RankSpans("rank 0", 0, 0, first), RankSpans("rank 1", 1, 0, second)]
+    told = [
+        Span(SpanKind.SUBMIT, 0, 95 * US, 0, 0, 0),
+        Span(SpanKind.WAIT, 95 * US, 100 * US, 0, 0, 0),
+    ]
+    ledger = make_ledger(Recorded(ranks, told), 0, 100 * US)
+    assert ledger.ranks[1].ns[Row.FILL_DRAIN] == 90 * US
+    assert ledger.ranks[1].ns[Row.HOST] == US
+
+
+def test_what_overlaps_counts_once() -> None:
+    """A sum that begins while ids are still received, and a send beside both."""
+    spans = [
+        Span(SpanKind.STEP, 0, 100 * US, 0, 0, 0),
+        Span(SpanKind.RECV, 0, 30 * US, 0, 0, 0),
+        Span(SpanKind.COMPUTE, 20 * US, 90 * US, 0, 0, 0),
+        Span(SpanKind.ALL_REDUCE, 25 * US, 40 * US, 0, 0, 0),
+        Span(SpanKind.SEND, 10 * US, 95 * US, 0, 0, 0),
+    ]
+    told = [Span(SpanKind.SUBMIT, -US, 0, 0, 0, 0), Span(SpanKind.WAIT, 0, 100 * US, 0, 0, 0)]
+    (rank,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], told), 0, 100 * US).ranks
+    assert rank.ns[Row.UNATTRIBUTED] == 0
+    assert rank.ns[Row.COMPUTE] == 55 * US
+    assert rank.ns[Row.COLLECTIVE_MOVE] == 15 * US
+    assert sum(rank.ns.values()) == 100 * US

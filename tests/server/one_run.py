@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,12 +140,14 @@ def ledger_of(server: Served, seconds: float) -> ToldLedger:
 
 def rings_of(server: Served) -> list[SpanRing]:
     """The engine's, then the ranks', that a server keeps open; while nobody asks it for anything."""
-    places = sorted(Path(f"/proc/{server.pid}/fd").iterdir(), key=lambda place: int(place.name))
-    return [
-        SpanRing(os.open(place, os.O_RDWR))
-        for place in places
-        if "bireme-spans" in os.readlink(place)
-    ]
+    rings = []
+    for place in sorted(
+        Path(f"/proc/{server.pid}/fd").iterdir(), key=lambda place: int(place.name)
+    ):
+        with suppress(FileNotFoundError):  # of a connection that ended meanwhile
+            if "bireme-spans" in os.readlink(place):
+                rings.append(SpanRing(os.open(place, os.O_RDWR)))
+    return rings
 
 
 def recorded_of(rings: list[SpanRing], ranks: list[dict[str, Any]]) -> Recorded:

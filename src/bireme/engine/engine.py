@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
+from bireme.engine.driver_spans import DriverSpans
 from bireme.engine.interrupt import deferred_interrupts
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.scheduler import Scheduler
@@ -80,9 +81,8 @@ class Engine:
         spans: SpanRing | None = None,
     ) -> None:
         self.scheduler, self.clock, self._executor = scheduler, clock, executor
-        self._spans = spans
+        self._spans = None if spans is None else DriverSpans(spans)
         self.watcher: Callable[[ScheduledBatch], None] | None = None  # is told of every step
-        self._settled_ns = time.monotonic_ns()  # since when `run` has had no request
         self._matchers: dict[str, Matcher] = {}
         self._masked: deque[_Masked] = deque()
 
@@ -150,10 +150,7 @@ class Engine:
         """What the ledger asks of the engine itself: when it told of a step, waited, had no request."""
         if self._spans is None:
             return nullcontext()
-        if header is not None:
-            incarnation, step_id = header
-            self._spans.set_step(step_id, incarnation)
-        return self._spans.span(kind)
+        return self._spans.span(kind, header)
 
     def run(self, requests: Iterable[tuple[Request, Matcher | None]]) -> Iterator[TokenEvent]:
         """Yields tokens as they come, until all requests have ended; no more wait than may.
@@ -163,7 +160,7 @@ class Engine:
         """
         left = iter(requests)
         if self._spans is not None:
-            self._spans.write(SpanKind.EMPTY, self._settled_ns, time.monotonic_ns())
+            self._spans.was_empty()
         try:
             self._feed(left)
             while self.has_unfinished:
@@ -201,7 +198,8 @@ class Engine:
                 output = self._executor.collect()
             self.scheduler.update(output)
         self.scheduler.check_integrity()
-        self._settled_ns = time.monotonic_ns()
+        if self._spans is not None:
+            self._spans.was_at_work()
 
     def _expired(self) -> list[RequestState]:
         return self.scheduler.take_expired(self.clock())

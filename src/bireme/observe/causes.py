@@ -89,12 +89,10 @@ class Causes:
 
     def _before_submission(self, time_ns: int, track: Track | None) -> Row:
         driver = self._driver
-        if not driver.is_told(time_ns):
-            return Row.UNATTRIBUTED
         if driver.is_empty(time_ns):
             return Row.STARVED
         if not driver.waits(time_ns):
-            return Row.HOST
+            return Row.HOST if driver.works(time_ns) else Row.UNATTRIBUTED
         empty_ns = driver.next_empty_ns(time_ns)
         in_flight = self._in_flight(time_ns)
         if not in_flight:

@@ -206,21 +206,27 @@ class _RankPieces:
         yield from self._idle(at, self._end, self._causes.next_after(last))
 
     def _step(self, step: RankStep) -> Iterator[Piece]:
-        for span in step.receives:
-            yield from self._receive(step, span)
+        """Work before collectives would count them twice: they are inside it, and cut out of it."""
+        collectives = sorted((span.start_ns, span.end_ns) for span in step.collectives)
         for ordinal, span in enumerate(step.collectives):
             yield from self._collective(step, ordinal, span)
-        sends = list(step.inner_sends)
-        for start, end in sends:
-            yield from self._send(step, start, end)
-        others = ((span.start_ns, span.end_ns) for span in (*step.receives, *step.collectives))
-        inner = sorted([*sends, *others])
-        work = sorted((span.start_ns, span.end_ns) for span in step.work)
-        for outer in work:
-            for start, end in _without(outer, inner):
+        busy = list(collectives)
+        for span in step.work:
+            busy.append((span.start_ns, span.end_ns))
+            for start, end in _without(busy[-1], collectives):
                 yield from self._work(step, start, end)
-        for start, end in _without((step.start_ns, step.end_ns), sorted([*inner, *work])):
-            yield Piece(start, end, Row.HOST, step.key)
+        busy.sort()
+        receives = [piece for span in step.receives for piece in self._receive(step, span)]
+        yield from _pieces_without(receives, busy)
+        busy = sorted([*busy, *((span.start_ns, span.end_ns) for span in step.receives)])
+        sends = [piece for sent in step.inner_sends for piece in self._send(step, *sent)]
+        yield from _pieces_without(sends, busy)
+        # between its parts the process itself is at work; without any work its spans are gone
+        row = Row.HOST if step.work else Row.UNATTRIBUTED
+        for start, end in _without(
+            (step.start_ns, step.end_ns), sorted([*busy, *step.inner_sends])
+        ):
+            yield Piece(start, end, row, step.key)
 
     def _receive(self, step: RankStep, span: Span) -> Iterator[Piece]:
         """Idle until the sender sends. The first stage receives ids, of an earlier step."""
@@ -307,6 +313,13 @@ def _overlapped_ns(pieces: Sequence[Piece], sends: Sequence[tuple[int, int]]) ->
             for start, end in sends[first:last]:
                 found += min(end, piece.end_ns) - max(start, piece.start_ns)
     return found
+
+
+def _pieces_without(pieces: Sequence[Piece], holes: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+    """What sorted holes leave of pieces."""
+    for piece in pieces:
+        for start, end in _without((piece.start_ns, piece.end_ns), holes):
+            yield piece._replace(start_ns=start, end_ns=end)
 
 
 def _without(outer: tuple[int, int], holes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:

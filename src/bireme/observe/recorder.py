@@ -123,7 +123,7 @@ def _with_open(ring: SpanRing, spans: list[Span], now_ns: int) -> list[Span]:
     """And with what the engine is in the middle of, which it began when the last span ended or later."""
     kind = ring.now().kind
     if kind not in (SpanKind.WAIT, SpanKind.EMPTY):
-        return spans
+        kind = SpanKind.WORK
     start_ns = max((span.end_ns for span in spans), default=0)
     return [*spans, Span(kind, start_ns, now_ns, 0, 0, 0)]
 

@@ -114,13 +114,13 @@ class Driver:
         self.submitted = {key_of(span): span for span in spans if span.kind is SpanKind.SUBMIT}
         self._waits = _Intervals(span for span in spans if span.kind is SpanKind.WAIT)
         self._empty = _Intervals(span for span in spans if span.kind is SpanKind.EMPTY)
-        self._begin_ns = min((span.start_ns for span in spans), default=0)
-        self._end_ns = max((span.end_ns for span in spans), default=0)
+        self._works = _Intervals(
+            span for span in spans if span.kind in (SpanKind.WORK, SpanKind.SUBMIT)
+        )
         self.changes_ns = sorted({time for span in spans for time in (span.start_ns, span.end_ns)})
 
-    def is_told(self, time_ns: int) -> bool:
-        """Whether it wrote down what it was at: where it neither waits nor is empty, it works."""
-        return self._begin_ns <= time_ns < self._end_ns
+    def works(self, time_ns: int) -> bool:
+        return self._works.holds(time_ns)
 
     def waits(self, time_ns: int) -> bool:
         return self._waits.holds(time_ns)
@@ -189,6 +189,12 @@ def tracks(stages: Sequence[Sequence[RankStep]], driver: Driver) -> dict[Key, Tr
         empty_ns = driver.last_empty_ns(span.start_ns)
         is_first = last_ns is None or (empty_ns is not None and empty_ns >= last_ns)
         parts = tuple(of_stage.get(key) for of_stage in by_stage)
-        found[key] = Track(key, span.end_ns, parts, is_first)
+        found[key] = Track(key, _told_ns(span, parts), parts, is_first)
         last_ns = span.start_ns
     return found
+
+
+def _told_ns(submit: Span, parts: Iterable[RankStep | None]) -> int:
+    """From when on ranks know of a step: they may begin it before the driver is back from telling them."""
+    begun = (part.start_ns for part in parts if part is not None)
+    return max(submit.start_ns, min((submit.end_ns, *begun)))

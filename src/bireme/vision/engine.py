@@ -8,6 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
+from bireme.engine.driver_spans import DriverSpans
 from bireme.engine.inbox import Inbox
 from bireme.errors import EngineError
 from bireme.trace import SpanKind, SpanRing
@@ -52,7 +53,7 @@ class ImageEngine:
         inbox: Inbox[Command],
         outbox: Outbox,
     ) -> None:
-        self.pipeline, self.queue, self._spans = pipeline, queue, spans
+        self.pipeline, self.queue, self._spans = pipeline, queue, DriverSpans(spans)
         self._inbox, self._outbox = inbox, outbox
         self._in_flight: deque[list[Share[ImageRequest]]] = deque()
         self.num_images_running = self.num_images_total = self.num_micro_batches_total = 0
@@ -85,8 +86,7 @@ class ImageEngine:
             shares = self.queue.take(now_s)
             if not shares:
                 return
-            self._spans.set_step(pipeline.next_step, 0)
-            with self._spans.span(SpanKind.SUBMIT):
+            with self._spans.span(SpanKind.SUBMIT, (0, pipeline.next_step)):
                 pipeline.submit([it.request.images[it.first : it.stop] for it in shares])
             self._in_flight.append(shares)
             for share in shares:
