@@ -44,6 +44,14 @@ class Recorded:
         ]
         return Recorded(ranks, engine)
 
+    def until(self, end_ns: int) -> Recorded:
+        """What began before."""
+        ranks = [
+            replace(rank, spans=[span for span in rank.spans if span.start_ns < end_ns])
+            for rank in self.ranks
+        ]
+        return Recorded(ranks, [span for span in self.engine if span.start_ns < end_ns])
+
 
 def chrome_trace(recorded: Recorded) -> dict[str, Any]:
     """As `traceEvents`; `otherData` says which format this is."""

@@ -11,6 +11,7 @@ from bireme.config import EngineConfig
 from bireme.observe.ledger import make_ledger
 from bireme.observe.profile_records import Latency, Profile, Throughput
 from bireme.observe.run_records import (
+    RequestWorkload,
     RunAbout,
     RunHardware,
     RunLayout,
@@ -18,7 +19,6 @@ from bireme.observe.run_records import (
     RunModel,
     RunRank,
     RunSettings,
-    RunWorkload,
 )
 
 
@@ -43,7 +43,7 @@ def about_of(recorded: Recorded) -> RunAbout:
         ),
         model=RunModel(name="made-up", folder=None, dtype="float32", num_parameters=10),
         layout=RunLayout(widths=widths, layers_per_stage=(1,) * num_stages, ranks=ranks),
-        workload=RunWorkload(batch=2, input_len=3, output_len=4),
+        workload=RequestWorkload(batch=2, input_len=3, output_len=4),
         settings=RunSettings(
             num_threads=1, transport="shared memory", environment={}, max_model_len=64,
             num_cache_tokens=128, engine=EngineConfig(),

@@ -13,6 +13,7 @@ from runs import recorded_run
 
 from bireme.errors import UserError
 from bireme.observe.ledger import make_ledger
+from bireme.observe.pipeline_records import RunPlan
 from bireme.observe.profile_records import Profile
 from bireme.observe.run_folder import RunFolder, prepare_run_folder, write_run_folder
 from bireme.observe.run_records import RunAbout, RunLedger
@@ -70,7 +71,7 @@ def test_what_is_no_run_folder_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{"format_version": 2}', "of format 2, and 1 is read"),
+        ('{"format_version": 1}', "of format 1, and 2 is read"),
         ("{}", r"run\.json is damaged: .*format_version"),
         ("[", r"run\.json is damaged"),
         (b"\xff", r"run\.json is damaged"),
@@ -104,7 +105,7 @@ def field_names(kind: Any) -> Iterator[str]:
                 yield from field_names(one.cls)
 
 
-@pytest.mark.parametrize("kind", [RunAbout, RunLedger, Profile])
+@pytest.mark.parametrize("kind", [RunAbout, RunLedger, Profile, RunPlan])
 def test_every_field_is_in_the_docs(kind: Any) -> None:
     told = set(re.findall(r"`(\w+)`", DOCS.read_text(encoding="utf-8")))
     names = set(field_names(kind))

@@ -36,3 +36,13 @@ def test_where_a_ring_was_overwritten_all_begin_later() -> None:
     assert found.start_ns >= known_ns
     for rank in make_ledger(found).ranks:
         assert sum(rank.ns.values()) == rank.wall_ns
+
+
+def test_a_part_begins_and_ends_where_it_is_told() -> None:
+    recorded = Piped(2, 20, 2).run().recorded
+    starts = [span.start_ns for span in recorded.ranks[0].spans]
+    first, last = starts[len(starts) // 4], starts[len(starts) // 2]
+    part = recorded.since(first).until(last)
+    for rank, whole in zip(part.ranks, recorded.ranks, strict=True):
+        assert rank.spans == [span for span in whole.spans if first <= span.start_ns < last]
+    assert all(span.start_ns < last and span.end_ns > first for span in part.engine)

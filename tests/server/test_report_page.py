@@ -31,6 +31,20 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def pipeline_report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a vision pipeline."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    sweep = ["--batch", "8", "--micro-batches", "4", "--runs", "1", "-o", str(folder / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(Path(__file__).parent.parent)  # ranks find `vision.networks` here
+        network = ["vision.networks:Network", "--image-size", "8", "--device", "cpu"]
+        assert command(["pipeline", *network, *sweep]) == 0
+    out = folder / "report.html"
+    assert command(["report", str(folder / "run"), "-o", str(out)]) == 0
+    return out
+
+
 @pytest.fixture(params=[("light", WIDE), ("dark", WIDE), ("light", PHONE)], ids=str)
 def page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
     scheme, (width, height) = request.param
@@ -60,6 +74,32 @@ def test_it_draws_and_fits_and_can_be_read_by_everybody(page: Page, reports: Pat
             expect(article.get_by_role("heading", name=title)).to_be_visible()
     expect(articles.nth(0).get_by_role("heading", name="Collectives by size")).to_be_visible()
     expect(articles.nth(1).get_by_text("stage 0 holds up the others")).to_be_visible()
+    check_fits(page)
+    check_accessible(page)
+
+
+def test_what_a_plan_predicted_is_below_what_was_measured(
+    page: Page, pipeline_report: Path
+) -> None:
+    page.goto(pipeline_report.as_uri())
+    measured, predicted = page.locator("svg.gantt").all()
+    expect(measured.locator("rect").first).to_be_attached()
+    expect(predicted.locator("rect").first).to_be_attached()
+    expect(page.get_by_role("heading", name="As the plan predicted it: modelled")).to_be_visible()
+    expect(page.get_by_role("rowheader", name="bubble of rank 1")).to_be_visible()
+    expect(page.get_by_role("heading", name="By micro-batches")).to_be_visible()
+    expect(page.get_by_role("heading", name="Latencies")).to_have_count(0)
+
+    def scales() -> list[list[str]]:
+        return [it.locator("text.axis").all_text_contents() for it in (measured, predicted)]
+
+    assert scales()[0] == scales()[1]
+    before = scales()[0]
+    for picture in (measured, predicted):
+        picture.press("+")
+        assert scales()[0] == scales()[1] != before
+        picture.press("0")
+        assert scales() == [before, before]
     check_fits(page)
     check_accessible(page)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from bireme.engine.llm import LLM
 from bireme.engine.messages import RankUsage
-from bireme.engine.rank_stats import RankStats
+from bireme.engine.rank_stats import RankBytes, RankStats
 from bireme.observe.profile_records import RankMemory
 
 _HOW_CPU = {
@@ -23,6 +25,10 @@ _HOW_CUDA = {
     "communication": "how much less was free on the device after its groups were made and connected",
     "other": "cudaMemGetInfo's used bytes of the device, other processes' among them, less the above",
 }
+_HOW_STAGE = {
+    "weights": "size of the tensors that were loaded; what is resident is of them with BatchNorms folded",
+    "activations": "the most that was held in the trial's runs, less what was held behind them",
+}
 
 
 def memory_of_ranks(
@@ -38,7 +44,22 @@ def rank_memory(
     stats: RankStats, before: RankUsage, after: RankUsage, usage: RankUsage
 ) -> RankMemory:
     """Of one rank."""
-    held = stats.memory
+    return _memory(stats.rank, stats.memory, before, after, usage)
+
+
+def stage_memory(
+    rank: int, weight_bytes: int, planned_step_bytes: int, before: RankUsage, after: RankUsage
+) -> RankMemory:
+    """Of one stage of a vision model, `before` the runs of a trial and behind them."""
+    held = RankBytes(weight_bytes, 0, planned_step_bytes)
+    found = _memory(rank, held, before, after, after)
+    how = {kind: _HOW_STAGE.get(kind, text) for kind, text in found.how.items() if kind != "cache"}
+    return msgspec.structs.replace(found, cache_bytes=None, cache_resident_bytes=None, how=how)
+
+
+def _memory(
+    rank: int, held: RankBytes, before: RankUsage, after: RankUsage, usage: RankUsage
+) -> RankMemory:
     is_cuda = usage.device_used_bytes is not None
     if usage.device_used_bytes is None:
         resident = usage.weight_resident_bytes + usage.cache_resident_bytes
@@ -47,7 +68,7 @@ def rank_memory(
         kinds = held.weight_bytes + held.cache_bytes + (usage.beyond_rest_bytes or 0)
         other = usage.device_used_bytes - kinds - usage.communication_bytes
     return RankMemory(
-        rank=stats.rank,
+        rank=rank,
         weight_bytes=held.weight_bytes,
         cache_bytes=held.cache_bytes,
         activation_bytes=usage.beyond_rest_bytes,

@@ -44,7 +44,7 @@ def profile(llm: LLM, plan: ProfilePlan, done: Callable[[], None] = lambda: None
     start_s, date, load = time.monotonic(), datetime.now(UTC), hardware.load_average()
     layout = layout_of(llm.plan)
     told_layout, settings = run_layout(llm.plan, layout), run_settings(llm.plan)
-    machine = run_hardware(llm.plan, load)
+    machine = run_hardware(llm.plan.devices, load)
     ceilings = None
     if plan.cluster is not None:
         ceilings = ceilings_of(plan.cluster, told_layout, settings, machine.host)

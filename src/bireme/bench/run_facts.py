@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Sequence
 
 import torch
 
@@ -15,12 +16,12 @@ from bireme.engine.joining import threads_per_rank
 from bireme.engine.setup import environment, num_cores
 from bireme.models.registry import model_layout
 from bireme.observe.run_records import (
+    RequestWorkload,
     RunHardware,
     RunLayout,
     RunModel,
     RunRank,
     RunSettings,
-    RunWorkload,
 )
 from bireme.parallel.layout import ModelLayout
 from bireme.planning.probe import hardware
@@ -34,11 +35,10 @@ def layout_of(plan: WorkerPlan) -> ModelLayout:
     return model_layout(plan.model, parallel)
 
 
-def run_hardware(plan: WorkerPlan, load_average: float) -> RunHardware:
+def run_hardware(devices: Sequence[str], load_average: float) -> RunHardware:
     cpu = hardware.cpu_model()
-    devices = {
-        device: cpu if device == "cpu" else torch.cuda.get_device_name(device)
-        for device in plan.devices
+    found = {
+        device: cpu if device == "cpu" else torch.cuda.get_device_name(device) for device in devices
     }
     return RunHardware(
         host=platform.node() or "localhost",
@@ -46,7 +46,7 @@ def run_hardware(plan: WorkerPlan, load_average: float) -> RunHardware:
         num_cores=num_cores(),
         memory_bytes=hardware.memory_bytes(),
         load_average=load_average,
-        devices=devices,
+        devices=found,
     )
 
 
@@ -80,8 +80,8 @@ def run_layout(plan: WorkerPlan, layout: ModelLayout) -> RunLayout:
     )
 
 
-def run_workload(workload: Workload, num_warmup: int) -> RunWorkload:
-    return RunWorkload(
+def run_workload(workload: Workload, num_warmup: int) -> RequestWorkload:
+    return RequestWorkload(
         batch=workload.num_prompts,
         input_len=workload.input_len,
         output_len=workload.output_len,

@@ -27,7 +27,7 @@ def run(
         str,
         typer.Argument(
             metavar="RUN|URL|ARTIFACT|FILE.sqlite",
-            help="Of bireme profile, a server, a sharded checkpoint, or an export of Nsight Systems.",
+            help="Of bireme profile or pipeline -o, a server, a sharded checkpoint, or an export of Nsight Systems.",
         ),
     ],
     *,

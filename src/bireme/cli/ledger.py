@@ -1,5 +1,5 @@
 """Show where each rank's time went: of a trace (--trace of another command), of the run folder of `bireme
-profile`, or of a running server.
+profile` or `bireme pipeline -o`, or of a running server.
 
 Every instant of a rank is in one row. docs/metrics.md says what each is, and why a rank idles.
 """

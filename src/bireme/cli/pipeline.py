@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bireme.cli import options
-from bireme.cli.notes import note_if_busy
+from bireme.cli.notes import note, note_if_busy
 from bireme.cli.progress import count_bar
 from bireme.config import EngineConfig, ParallelConfig, parse_ints
 from bireme.errors import RequestError
@@ -39,6 +39,7 @@ class _Batch:
 
 
 def run(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="What to run; or give --config.")
     ] = None,
@@ -139,6 +140,12 @@ def run(
             "--plan-only", help="Measure the blocks, print them and the plan, and run nothing."
         ),
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="RUN", help="Write the best trial's median run to a run folder."
+        ),
+    ] = None,
     ledger: options.ShowLedger = False,
     trace: Annotated[
         Path | None,
@@ -161,10 +168,12 @@ def run(
     )
     if trace is not None:
         options.check_writable(trace, "trace of ours", options.is_trace)
+    from bireme.bench.pipeline_run import Begun, PipelineRun
     from bireme.cli.pipeline_report import Report, show_ledger, write_trace
     from bireme.engine.joining import threads_per_rank
     from bireme.engine.pool import WorkerPool
     from bireme.engine.prepare import device_memory, resolve_devices
+    from bireme.observe.run_folder import prepare_run_folder
     from bireme.vision.agreement import check_same
     from bireme.vision.messages import VISION
     from bireme.vision.model import find_model
@@ -194,15 +203,18 @@ def run(
     blocks.check_classifies()
     check_num_stages(num_stages, len(blocks.blocks))
     starts = [blocks.block_at(point) for point in points] if points else None
-    report = Report(found, given.names, counts, batches, ranks, limit_bytes, top)
+    report = Report(found, given.names, counts, batches, ranks, limit_bytes, top, timed)
+    begun = Begun()
+    if out is not None and not plan_only:
+        prepare_run_folder(out)
     with WorkerPool(VISION) as pool:
         costs = measure_blocks(found, blocks, pool, ranks, timed)
         plan = make_plan(costs, num_stages, work, limit_bytes, starts)
         if plan_only:
-            report.print_blocks(plan, timed, as_json)
+            report.print_blocks(plan, as_json)
             return
         if not as_json:
-            report.print_plan(plan, timed)
+            report.print_plan(plan)
         sweeper = Sweeper(
             model=found, traced=blocks, images=given.images, counts=counts,
             limit_bytes=limit_bytes, num_batches=batches, num_runs=runs, pool=pool,
@@ -221,6 +233,14 @@ def run(
         report.print_sweep(plan, alone, staged)
     if ledger:
         show_ledger(staged)
+    if out is not None:
+        done = PipelineRun(
+            command=["bireme", *context.obj], begun=begun, model=found,
+            num_parameters=sum(weight.numel() for weight in module.parameters()), images=images,
+            settings=ranks, limit_bytes=limit_bytes, plan=plan, timed_micro_batch=timed,
+            num_batches=batches, num_runs=runs, alone=alone, staged=staged,
+        )  # fmt: skip
+        note(f"{out}: written" if done.write(out) else f"{out} is not written: nothing fits")
     check_same(alone, staged, report.allowed)
 
 

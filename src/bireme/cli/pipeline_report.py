@@ -21,7 +21,8 @@ from bireme.vision.agreement import allowed_difference, differences
 from bireme.vision.model import VisionModel
 from bireme.vision.pipeline import Passed, RankSettings
 from bireme.vision.plan import PipelinePlan
-from bireme.vision.sweep import Sweep, Trial, textbook_bubble
+from bireme.vision.predicted import Prediction
+from bireme.vision.sweep import Sweep, Trial, prediction_of, textbook_bubble
 
 _GRID_COLUMNS = 12  # micro-batches that fit a terminal's width
 
@@ -50,12 +51,13 @@ class Report:
     ranks: RankSettings
     limit_bytes: int
     top: int
+    timed_micro_batch: int  # images at once, of which the plan's costs are
 
     @property
     def allowed(self) -> float:
         return allowed_difference(self.model.dtype, self.ranks.devices[0])
 
-    def print_plan(self, plan: PipelinePlan, timed_micro_batch: int) -> None:
+    def print_plan(self, plan: PipelinePlan) -> None:
         out, work = console(), plan.work
         weights = self.model.weights or "made up"
         num_threads = self.ranks.num_threads
@@ -64,7 +66,7 @@ class Report:
             f"{', '.join(self.ranks.devices)} ({num_threads} thread{'s' * (num_threads > 1)} each), "
             f"{self.model.dtype}, weights {weights}\n"
             f"{self._images(work.batch)}; times are of "
-            f"micro-batches of {timed_micro_batch}, memory of {work.micro_batch}",
+            f"micro-batches of {self.timed_micro_batch}, memory of {work.micro_batch}",
             highlight=False,
         )
         rows = table(
@@ -86,7 +88,7 @@ class Report:
         if shown is not None:
             out.print(grid(forward_schedule(len(plan.stages), shown)) + "\n", highlight=False)
 
-    def print_blocks(self, plan: PipelinePlan, timed_micro_batch: int, as_json: bool) -> None:
+    def print_blocks(self, plan: PipelinePlan, as_json: bool) -> None:
         """Every block that a stage can begin with, and what it costs."""
         if as_json:
             print(json.dumps(self._facts(plan), indent=1))
@@ -103,7 +105,7 @@ class Report:
                 str(stage),
             )
         console().print(rows)
-        self.print_plan(plan, timed_micro_batch)
+        self.print_plan(plan)
 
     def _images(self, batch: int) -> str:
         side = self.model.image_size
@@ -131,7 +133,7 @@ class Report:
                 f"{self._textbook(num_stages, trial):.1%}",
             )
         out.print(rows)
-        for line in self._conclusions(alone, staged):
+        for line in self._conclusions(plan, alone, staged):
             out.print(line, highlight=False)
         for line in self._top_lines(staged):
             out.print(line, highlight=False, markup=False)
@@ -142,7 +144,7 @@ class Report:
         spread = f" ±{trial.spread / 2:.0%}" if len(trial.runs_s) > 1 else ""
         return f"{trial.images_per_s:.1f} images/s{spread}"
 
-    def _conclusions(self, alone: Sweep, staged: Sweep) -> list[str]:
+    def _conclusions(self, plan: PipelinePlan, alone: Sweep, staged: Sweep) -> list[str]:
         limit, num_stages = format_bytes(self.limit_bytes), len(self.ranks.devices)
         one, best = alone.best, staged.best
         lines = []
@@ -156,6 +158,8 @@ class Report:
             return [*lines, f"no number of micro-batches fits {num_stages} devices of {limit}"]
         beside = f", {_speed_up(best, one)} one device" if one else ""
         lines.append(f"best: {_at(best)}{beside}")
+        if best.passed is not None:
+            lines.append(self._beside_the_plan(plan, best, best.passed))
         if one is not None:
             _, difference, largest = max(differences(alone, staged), key=lambda it: it[1])
             lines.append(
@@ -163,6 +167,19 @@ class Report:
                 f"({self.allowed * largest:.1e} is allowed)"
             )
         return lines
+
+    def _predicted(self, plan: PipelinePlan, trial: Trial) -> Prediction:
+        return prediction_of(
+            plan, self.timed_micro_batch, trial.num_micro_batches, self.num_batches
+        )
+
+    def _beside_the_plan(self, plan: PipelinePlan, best: Trial, passed: Passed) -> str:
+        found = self._predicted(plan, best)
+        return (
+            f"predicted from the plan: {found.elapsed_s * 1e3:.1f} ms, bubble {_share(found.bubbles)}; measured: "
+            f"{passed.elapsed_s * 1e3:.1f} ms ({passed.elapsed_s / found.elapsed_s - 1:+.1%}), "
+            f"bubble {_share(passed.bubbles)}"
+        )
 
     def _top_lines(self, staged: Sweep) -> list[str]:
         width = max(map(len, self.names), default=0)
@@ -196,6 +213,7 @@ class Report:
             "one_device": [self._trial(alone, trial) for trial in alone.trials],
             "pipeline": [self._trial(staged, trial) for trial in staged.trials],
             "best_micro_batches": best.num_micro_batches if best else None,
+            "predicted_by_plan": self._prediction_facts(plan, best) if best else None,
             "speed_up": best.images_per_s / one.images_per_s if best and one else None,
             "largest_difference": max(
                 (it for _, it, _ in differences(alone, staged)), default=None
@@ -207,6 +225,10 @@ class Report:
             },
         }
         print(json.dumps(found, indent=1))
+
+    def _prediction_facts(self, plan: PipelinePlan, best: Trial) -> dict[str, Any]:
+        found = self._predicted(plan, best)
+        return {"elapsed_s": found.elapsed_s, "bubbles": found.bubbles}
 
     def _facts(self, plan: PipelinePlan) -> dict[str, Any]:
         """Before anything ran."""

@@ -16,9 +16,10 @@ from bireme.observe.profile_records import (
     RankMemory,
     RankRate,
     Spread,
+    Throughput,
 )
 from bireme.observe.run_folder import RunFolder
-from bireme.observe.run_records import RunAbout
+from bireme.observe.run_records import RequestWorkload, RunAbout
 from bireme.observe.told import NUM_COLUMNS, told_of_trace
 
 _MOST_RANKS = 8  # that are shown each; of more, one a stage
@@ -54,6 +55,9 @@ def print_profile(run: RunFolder) -> None:
 
 def _summary(about: RunAbout, found: Profile) -> Iterator[str]:
     work, speed, latency = about.workload, found.throughput, found.latency
+    assert isinstance(work, RequestWorkload)
+    assert isinstance(speed, Throughput)
+    assert latency is not None
     yield (
         f"{about.model.name}: {ParallelConfig(widths=about.layout.widths)}, {about.model.dtype}; "
         f"{work.batch} requests of {work.input_len} tokens, continued by {work.output_len}"

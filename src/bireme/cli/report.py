@@ -1,4 +1,5 @@
-"""Write what `bireme profile` kept as one HTML file, which opens offline; of two runs, side by side."""
+"""Write what `bireme profile` or `bireme pipeline -o` kept as one HTML file, which opens offline;
+of two runs, side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +17,10 @@ _MOST_RUNS = 4
 
 
 def run(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Of bireme profile.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Of bireme profile, or bireme pipeline -o."),
+    ],
     *,
     out: Annotated[
         Path,

@@ -63,7 +63,7 @@ class CacheFacts:
 class Evidence:
     """Of one run, or of a time in which a server was watched. `num_running` requests (micro-batches of a vision
     pipeline) were in flight on average. `damage` is what is wrong with the files, `departures` are where
-    certificates say that the model is another, a line each."""
+    certificates say that the model is another, a line each; `cut_option` says which stage holds what."""
 
     source: str
     ranks: Sequence[RankFacts]
@@ -73,6 +73,7 @@ class Evidence:
     cache: CacheFacts | None = None
     num_running: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    cut_option: str = "--layers-per-stage"
     damage: Sequence[str] = ()
     departures: Sequence[str] = ()
 

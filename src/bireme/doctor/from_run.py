@@ -10,9 +10,9 @@ from bireme.checkpoint.manifest import is_artifact
 from bireme.doctor.evidence import CacheFacts, Evidence, RankFacts
 from bireme.doctor.files import damage, departures
 from bireme.errors import UserError
-from bireme.observe.profile_records import Profile, RankMemory
+from bireme.observe.profile_records import Profile, RankMemory, Throughput
 from bireme.observe.run_folder import RunFolder
-from bireme.observe.run_records import RunRank
+from bireme.observe.run_records import ImageWorkload, RequestWorkload, RunRank, RunSettings
 
 
 def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None) -> Evidence:
@@ -31,9 +31,10 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
         ranks=[_facts(*pair, threads) for pair in zip(ranks, profile.memory, strict=True)],
         ledger=run.ledger.told,
         num_cores=about.hardware.num_cores,
-        cache=_cache(profile, about.settings.num_cache_tokens / about.settings.max_model_len),
-        num_running=mean([step.num_running for step in profile.steps] or [0]),
+        cache=_cache(profile, about.settings),
+        num_running=_num_running(about.workload, profile),
         environment=about.settings.environment,
+        cut_option="--split" if isinstance(about.workload, ImageWorkload) else "--layers-per-stage",
         damage=() if files is None or progress is None else damage(files, progress),
         departures=() if files is None else departures(files),
     )
@@ -45,17 +46,29 @@ def artifact_of(run: RunFolder) -> Path | None:
     return Path(folder) if folder is not None and is_artifact(Path(folder)) else None
 
 
-def _cache(profile: Profile, num_requests: float) -> CacheFacts:
+def _num_running(workload: RequestWorkload | ImageWorkload, profile: Profile) -> float:
+    """Micro-batches of images are there all at once."""
+    if isinstance(workload, ImageWorkload):
+        return workload.num_micro_batches * workload.num_batches
+    return mean([step.num_running for step in profile.steps] or [0])
+
+
+def _cache(profile: Profile, settings: RunSettings) -> CacheFacts | None:
+    """None of a vision model."""
+    num_tokens, longest = settings.num_cache_tokens, settings.max_model_len
+    if not isinstance(profile.throughput, Throughput) or num_tokens is None or longest is None:
+        return None
     moments = [(step.cache_usage, step.num_waiting) for step in profile.steps]
-    return CacheFacts.of(moments, profile.throughput.num_preemptions, num_requests)
+    return CacheFacts.of(moments, profile.throughput.num_preemptions, num_tokens / longest)
 
 
 def _facts(rank: RunRank, memory: RankMemory, num_threads: int) -> RankFacts:
+    cache = memory.cache_bytes  # without one, weights bound nothing that others hold
     return RankFacts(
         name=rank.name,
         stage=rank.stage,
         device=rank.device,
         num_threads=num_threads,
-        memory={"weights": memory.weight_bytes, "cache": memory.cache_bytes},
+        memory={} if cache is None else {"weights": memory.weight_bytes, "cache": cache},
         major_faults=memory.num_major_faults,
     )

@@ -57,7 +57,7 @@ def uneven_memory(found: Evidence) -> Iterator[Finding]:
             rule="uneven-memory",
             title=f"{fullest} holds more weights than others",
             figure=f"{format_bytes(most)}, where the mean is {format_bytes(int(even))}",
-            remedy="choose --layers-per-stage so that the fullest rank holds less: it bounds the cache of all",
+            remedy=f"choose {found.cut_option} so that the fullest rank holds less: it bounds the cache of all",
             share=0.0,
         )
 
@@ -81,7 +81,7 @@ def slow_stage(found: Evidence) -> Iterator[Finding]:
             title=f"stage {slowest} holds up the others",
             figure=f"it works {works[slowest]:.0%} of the time, the others {rest:.0%} of the time, and wait for it "
             f"{waits:.0%} of the time",
-            remedy="give it fewer layers with --layers-per-stage; where it has no more than others, see what "
+            remedy=f"give it fewer layers with {found.cut_option}; where it has no more than others, see what "
             "else runs on its device",
             share=gain,
         )

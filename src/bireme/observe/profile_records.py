@@ -11,11 +11,13 @@ from typing import Literal
 
 import msgspec
 
+from bireme.observe.pipeline_records import ImageThroughput, PipelineTrial
+
 Spread = dict[str, float]  # seconds: mean, p50, p90, p99; empty where there was nothing to measure
 Phase = Literal["prefill", "decode"]  # steps with tokens of prompts, and steps without
 
 
-class Throughput(msgspec.Struct, frozen=True, kw_only=True):
+class Throughput(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="tokens"):
     """As `bireme bench throughput`, of the measured pass."""
 
     elapsed_s: float
@@ -114,7 +116,8 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of one rank by kind, which add up to `total_bytes`.
 
     `weight_bytes` and `cache_bytes` are what was allocated, as in /metrics, and `*_resident_bytes` what of
-    it is in memory: a CPU's cache takes pages as it fills, and what was paged out is not there.
+    it is in memory: a CPU's cache takes pages as it fills, and what was paged out is not there; a vision
+    model has no cache.
     `activation_bytes` is what steps took at most beyond what is held between them (None: this host does not
     tell), `planned_step_bytes` what the largest may take by the plan. `other_bytes`: all else that the
     process holds. `how`: by kind, how it was measured.
@@ -125,13 +128,13 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     weight_bytes: int
-    cache_bytes: int
+    cache_bytes: int | None
     activation_bytes: int | None
     communication_bytes: int
     other_bytes: int
     planned_step_bytes: int
     weight_resident_bytes: int
-    cache_resident_bytes: int
+    cache_resident_bytes: int | None
     rss_bytes: int
     pss_bytes: int
     shared_bytes: int
@@ -145,7 +148,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     def total_bytes(self) -> int:
         return (
             self.weight_bytes
-            + self.cache_bytes
+            + (self.cache_bytes or 0)
             + (self.activation_bytes or 0)
             + self.communication_bytes
             + self.other_bytes
@@ -207,19 +210,21 @@ class ClusterUsed(msgspec.Struct, frozen=True, kw_only=True):
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """`profile.json`. `seconds` and `num_steps` are what the trace holds, `is_whole` False where the
-    ranks' rings had overwritten the measured pass's beginning. `notes`: what is not as asked, and why."""
+    ranks' rings had overwritten the measured pass's beginning. `notes`: what is not as asked, and why.
+    `latency` is of requests, `trials` are of a vision pipeline."""
 
     seconds: float
     num_steps: int
     is_whole: bool
-    throughput: Throughput
-    latency: Latency
-    collectives: list[CollectiveSize]
+    throughput: Throughput | ImageThroughput
+    latency: Latency | None = None
+    trials: list[PipelineTrial] = []
+    collectives: list[CollectiveSize] = []
     messages: list[MessageSize]
-    layers: list[LayerTime]
+    layers: list[LayerTime] = []
     memory: list[RankMemory]
-    rates: list[RankRate]
-    steps: list[StepSample]
+    rates: list[RankRate] = []
+    steps: list[StepSample] = []
     operators: list[Operator] = []
     cluster: ClusterUsed | None = None
     notes: list[str] = []

@@ -1,9 +1,10 @@
-"""A run folder: what `bireme profile` writes, and `bireme doctor` and `bireme report` read.
+"""A run folder: what `bireme profile` and `bireme pipeline` write, and `bireme doctor` and `bireme report` read.
 
     run.json      what ran, on what, with which settings: RunAbout
     trace.json    the spans of the measured pass, as a Chrome trace: Recorded
     ledger.json   where each rank's time went: RunLedger
     profile.json  what was measured: Profile
+    plan.json     what was predicted, where there was a plan: RunPlan
     kernels/      Chrome traces of torch.profiler's, one a rank, where they were asked for
     nsys.nsys-rep what Nsight Systems saw, where it was asked for
 
@@ -21,13 +22,16 @@ import msgspec
 
 from bireme.chrome_trace import Recorded, chrome_trace, read_chrome_trace
 from bireme.errors import UserError
+from bireme.observe.pipeline_records import RunPlan
 from bireme.observe.profile_records import Profile
 from bireme.observe.run_records import FORMAT_VERSION, RunAbout, RunLedger
 
 T = TypeVar("T", bound=msgspec.Struct)
 
 ABOUT, TRACE, LEDGER, PROFILE = "run.json", "trace.json", "ledger.json", "profile.json"
+PLAN = "plan.json"
 KERNELS = "kernels"
+_FILES = ABOUT, TRACE, LEDGER, PROFILE, PLAN
 
 
 class _Version(msgspec.Struct):
@@ -68,6 +72,11 @@ class RunFolder:
         return self._read(PROFILE, Profile)
 
     @cached_property
+    def plan(self) -> RunPlan | None:
+        """None where nothing was predicted."""
+        return self._read(PLAN, RunPlan) if (self.path / PLAN).is_file() else None
+
+    @cached_property
     def recorded(self) -> Recorded:
         return read_chrome_trace(self.trace)
 
@@ -102,23 +111,30 @@ def prepare_run_folder(path: Path) -> None:
     if path.is_dir() and not all(_is_ours(file.name) for file in path.iterdir()):
         raise UserError(f"{path} is there and holds what is of no run; name another, or remove it")
     path.mkdir(parents=True, exist_ok=True)
-    for file in [path / ABOUT, path / TRACE, path / LEDGER, path / PROFILE]:
-        file.unlink(missing_ok=True)
+    for name in _FILES:
+        (path / name).unlink(missing_ok=True)
     for file in (path / KERNELS).glob("rank-*.json"):
         file.unlink()
 
 
 def _is_ours(name: str) -> bool:
-    return name in (ABOUT, TRACE, LEDGER, PROFILE, KERNELS) or name.startswith("nsys.")
+    return name in (*_FILES, KERNELS) or name.startswith("nsys.")
 
 
 def write_run_folder(
-    path: Path, about: RunAbout, recorded: Recorded, ledger: RunLedger, profile: Profile
+    path: Path,
+    about: RunAbout,
+    recorded: Recorded,
+    ledger: RunLedger,
+    profile: Profile,
+    plan: RunPlan | None = None,
 ) -> RunFolder:
     """`path` was prepared."""
     (path / TRACE).write_bytes(msgspec.json.encode(chrome_trace(recorded)))
     _write(path / LEDGER, ledger)
     _write(path / PROFILE, profile)
+    if plan is not None:
+        _write(path / PLAN, plan)
     _write(path / ABOUT, about)
     return RunFolder(path)
 

@@ -13,7 +13,7 @@ from bireme.observe.causes import Row
 from bireme.observe.ledger import Ledger
 from bireme.observe.told import ToldLedger
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 class RunHardware(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,7 +39,8 @@ class RunModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunRank(msgspec.Struct, frozen=True, kw_only=True):
-    """`name` is that of its track in the trace; it holds layers [`layers[0]`, `layers[1]`)."""
+    """`name` is that of its track in the trace; it holds layers (blocks of a
+    vision model) [`layers[0]`, `layers[1]`)."""
 
     rank: int
     name: str
@@ -61,8 +62,8 @@ class RunLayout(msgspec.Struct, frozen=True, kw_only=True):
         return [rank.name for rank in self.ranks]
 
 
-class RunWorkload(msgspec.Struct, frozen=True, kw_only=True):
-    """`batch` requests that were there from the start, each of `input_len` tokens and continued by
+class RequestWorkload(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="requests"):
+    """Of a language model: `batch` requests that were there from the start, each of `input_len` tokens and continued by
     `output_len`; `num_warmup` such batches ran before, and are in no figure."""
 
     batch: int
@@ -73,17 +74,32 @@ class RunWorkload(msgspec.Struct, frozen=True, kw_only=True):
     num_warmup: int = 0
 
 
+class ImageWorkload(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="images"):
+    """Of a vision pipeline: `batch` images of `image_size` pixels a side, in `num_micro_batches`; in a run
+    `num_batches` such follow one another. `folder` None: made-up images. The run is the median of `num_runs`."""
+
+    batch: int
+    image_size: int
+    num_micro_batches: int
+    num_batches: int = 1
+    num_runs: int = 1
+    folder: str | None = None
+
+
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True):
     """`transport`: what sums and messages went through, 'shared memory', 'gloo' or 'nccl'. `environment`:
-    variables that torch, NCCL, gloo and OpenMP heed, as far as they were set. `engine` None: no language
-    model."""
+    variables that torch, NCCL, gloo and OpenMP heed, as far as they were set. The length, the cache and
+    `engine` are of language models; `is_captured` (on GPUs as CUDA graphs) and `memory_limit_bytes` of each
+    device are of vision pipelines; None where there is none."""
 
     num_threads: int
     transport: str
     environment: dict[str, str]
-    max_model_len: int
-    num_cache_tokens: int
+    max_model_len: int | None = None
+    num_cache_tokens: int | None = None
     engine: EngineConfig | None = None
+    is_captured: bool | None = None
+    memory_limit_bytes: int | None = None
 
 
 class RunAbout(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +113,7 @@ class RunAbout(msgspec.Struct, frozen=True, kw_only=True):
     hardware: RunHardware
     model: RunModel
     layout: RunLayout
-    workload: RunWorkload
+    workload: RequestWorkload | ImageWorkload
     settings: RunSettings
 
 

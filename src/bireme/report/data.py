@@ -10,10 +10,25 @@ from bireme.doctor.from_run import evidence_of
 from bireme.doctor.rules import examine
 from bireme.observe.gantt import Gantt
 from bireme.observe.ledger import make_ledger
-from bireme.observe.profile_records import CollectiveSize, MessageSize, Profile, RankMemory
+from bireme.observe.pipeline_records import ImageThroughput
+from bireme.observe.profile_records import (
+    CollectiveSize,
+    Latency,
+    MessageSize,
+    Profile,
+    RankMemory,
+    Spread,
+)
 from bireme.observe.run_folder import RunFolder
-from bireme.observe.run_records import RunAbout, RunRank
+from bireme.observe.run_records import ImageWorkload, RequestWorkload, RunAbout, RunRank
 from bireme.observe.told import ToldLedger
+from bireme.report.pipelines import (
+    PlanData,
+    image_figures,
+    image_workload,
+    plan_data,
+    trial_rows,
+)
 
 _MOST_BARS = 60_000  # of all ranks; what is shorter is put together, as in a line of a terminal
 
@@ -26,7 +41,8 @@ class RankBytes(msgspec.Struct, frozen=True):
 
 
 class RunData(msgspec.Struct, frozen=True, kw_only=True):
-    """One run, as `report.js` draws it. `facts` and `figures` are (what, value) for people."""
+    """One run, as `report.js` draws it. `facts` and `figures` are (what, value) for people; `parts` is what
+    stages are made of: layers, or blocks of a vision model. No latencies: it had no requests."""
 
     name: str
     title: str
@@ -34,6 +50,7 @@ class RunData(msgspec.Struct, frozen=True, kw_only=True):
     figures: list[tuple[str, str]]
     findings: list[Finding]
     latency_s: dict[str, dict[str, float]]
+    parts: str
     ranks: list[RunRank]
     ledger: ToldLedger
     gantt: Gantt
@@ -41,6 +58,8 @@ class RunData(msgspec.Struct, frozen=True, kw_only=True):
     collectives: list[CollectiveSize]
     messages: list[MessageSize]
     notes: list[str]
+    trials: list[list[str]]
+    plan: PlanData | None
 
 
 def run_data(run: RunFolder) -> RunData:
@@ -53,14 +72,10 @@ def run_data(run: RunFolder) -> RunData:
         name=run.path.name,
         title=f"{about.model.name}: {layout_text(about)}, {about.model.dtype}",
         facts=_facts(about),
-        figures=_figures(profile),
+        figures=_figures(about, profile),
         findings=examine(evidence_of(run)),
-        latency_s={
-            "to the first token": profile.latency.ttft_s,
-            "between tokens": profile.latency.itl_s,
-            "end to end": profile.latency.e2e_s,
-            "in the queue": profile.latency.queue_s,
-        },
+        latency_s={} if profile.latency is None else _latencies(profile.latency),
+        parts=_parts(about),
         ranks=about.layout.ranks,
         ledger=run.ledger.told,
         gantt=Gantt.of(ledger, num_columns),
@@ -68,7 +83,29 @@ def run_data(run: RunFolder) -> RunData:
         collectives=profile.collectives,
         messages=profile.messages,
         notes=profile.notes,
+        trials=trial_rows(profile.trials),
+        plan=_plan(run),
     )
+
+
+def _plan(run: RunFolder) -> PlanData | None:
+    measured = run.profile.throughput
+    if run.plan is None or not isinstance(measured, ImageThroughput):
+        return None
+    return plan_data(run.plan, measured)
+
+
+def _parts(about: RunAbout) -> str:
+    return "blocks" if isinstance(about.workload, ImageWorkload) else "layers"
+
+
+def _latencies(found: Latency) -> dict[str, Spread]:
+    return {
+        "to the first token": found.ttft_s,
+        "between tokens": found.itl_s,
+        "end to end": found.e2e_s,
+        "in the queue": found.queue_s,
+    }
 
 
 def layout_text(about: RunAbout) -> str:
@@ -83,11 +120,8 @@ def _facts(about: RunAbout) -> list[tuple[str, str]]:
     return [
         ("command", " ".join(about.command)),
         ("when", about.date.isoformat(sep=" ")),
-        (
-            "workload",
-            f"{work.batch} requests of {work.input_len} tokens in, {work.output_len} out",
-        ),
-        ("layers a stage", ", ".join(map(str, about.layout.layers_per_stage))),
+        ("workload", _workload(work)),
+        (f"{_parts(about)} a stage", ", ".join(map(str, about.layout.layers_per_stage))),
         (
             "host",
             f"{machine.host}: {machine.cpu}, {machine.num_cores} cores, {format_bytes(machine.memory_bytes)}",
@@ -98,8 +132,16 @@ def _facts(about: RunAbout) -> list[tuple[str, str]]:
     ]
 
 
-def _figures(profile: Profile) -> list[tuple[str, str]]:
-    found = profile.throughput
+def _workload(work: RequestWorkload | ImageWorkload) -> str:
+    if isinstance(work, ImageWorkload):
+        return image_workload(work)
+    return f"{work.batch} requests of {work.input_len} tokens in, {work.output_len} out"
+
+
+def _figures(about: RunAbout, profile: Profile) -> list[tuple[str, str]]:
+    found, work = profile.throughput, about.workload
+    if isinstance(found, ImageThroughput):
+        return image_figures(found, work) if isinstance(work, ImageWorkload) else []
     most_used = max((step.cache_usage for step in profile.steps), default=0.0)
     return [
         ("output", f"{found.output_tokens_per_s:.1f} tokens/s"),
@@ -116,7 +158,7 @@ def _bytes(name: str, memory: RankMemory) -> RankBytes:
         name,
         {
             "weights": memory.weight_bytes,
-            "kv": memory.cache_bytes,
+            "kv": memory.cache_bytes or 0,
             "activations": memory.activation_bytes or 0,
             "communication": memory.communication_bytes,
             "other": memory.other_bytes,

@@ -32,12 +32,33 @@ function findings(found) {
   return part;
 }
 
-function gantt(data) {
-  const place = html("div");
+// Measured, and under it what a plan predicted, if there was one, on the same scale of time.
+function gantt(data, plan) {
+  const [place, below] = [html("div"), html("div")];
   const view = new GanttView(place, "The run");
   const [part, inside] = card("The run, rank by rank", view.tools);
   inside.replaceWith(place);
-  requestAnimationFrame(() => view.draw(data));
+  const seconds = Math.max(data.seconds, plan ? plan.gantt.seconds : 0);
+  requestAnimationFrame(() => view.draw(data, seconds));
+  if (plan) {
+    const predicted = new GanttView(below, "The run as the plan predicted it");
+    view.join(predicted);
+    part.append(html("h3", {}, "As the plan predicted it: modelled"), below, html("p", { class: "note" }, plan.note), compared(plan.rows));
+    requestAnimationFrame(() => predicted.draw(plan.gantt, seconds));
+  }
+  return part;
+}
+
+function compared(rows) {
+  const heads = ["what", "predicted", "measured", "measured is"];
+  return scrolled("Predicted and measured", tableOf("Predicted and measured", heads, rows));
+}
+
+function sweep(trials) {
+  const [part, place] = card("By micro-batches");
+  const heads = ["micro-batches", "one device", "stages", "predicted", "bubble", "of the schedule", "bubble predicted", "of the textbook"];
+  const caption = "Images a second, and the share of time that a rank idles, as the mean of the ranks";
+  place.append(scrolled("Sweep", tableOf(caption, heads, trials)));
   return part;
 }
 
@@ -53,10 +74,10 @@ function latencies(spreads) {
   return part;
 }
 
-function layout(ranks) {
+function layout(ranks, parts) {
   const [part, place] = card("Layout");
   const rows = ranks.map((rank) => [shortName(rank.name), String(rank.stage), String(rank.tp_rank), rank.device, `${rank.layers[0]} to ${rank.layers[1] - 1}`]);
-  place.append(scrolled("Layout", tableOf("Ranks and what they hold", ["rank", "stage", "tp", "device", "layers"], rows)));
+  place.append(scrolled("Layout", tableOf("Ranks and what they hold", ["rank", "stage", "tp", "device", parts], rows)));
   return part;
 }
 
@@ -73,9 +94,10 @@ function draw(run) {
     html("header", {}, html("h1", {}, run.title), html("p", {}, run.name)),
     terms("figures", run.figures),
     findings(run.findings),
-    gantt(run.gantt),
+    gantt(run.gantt, run.plan),
     drawn("Where the time went", LedgerView, run.ledger),
-    html("div", { class: "pair" }, latencies(run.latency_s), layout(run.ranks)),
+    run.trials.length ? sweep(run.trials) : "",
+    html("div", { class: "pair" }, Object.keys(run.latency_s).length ? latencies(run.latency_s) : "", layout(run.ranks, run.parts)),
     run.collectives.length ? drawn("Collectives by size", SizesView, run.collectives) : "",
     drawn("Memory", MemoryView, run.memory),
     about(run.facts, run.notes),

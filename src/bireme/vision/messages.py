@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from bireme.engine.messages import Common, CommonReply, Program
+from bireme.engine.messages import Common, CommonReply, Program, RankUsage, ReadUsage
 from bireme.vision.model import VisionModel
 
 
@@ -66,8 +66,8 @@ class Logits(msgspec.Struct, frozen=True, tag=True):
     values: bytes
 
 
-Command = Common | Measure | Load | Run
-Reply = CommonReply | Measured | Loaded | Logits
+Command = Common | Measure | Load | Run | ReadUsage
+Reply = CommonReply | Measured | Loaded | Logits | RankUsage
 
 VISION = Program(
     "bireme.vision.worker", msgspec.msgpack.Decoder(Command), msgspec.msgpack.Decoder(Reply)

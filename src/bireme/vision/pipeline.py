@@ -17,6 +17,7 @@ from bireme.chrome_trace import Recorded
 from bireme.config import Transport
 from bireme.engine.deadline import Patience, StepCost
 from bireme.engine.joining import WorldPlan, join_world
+from bireme.engine.messages import RankUsage, ReadUsage
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError, RequestError
 from bireme.parallel.counters import create_memory
@@ -53,11 +54,14 @@ class RankSettings:
 @dataclass(frozen=True)
 class Passed:
     """A batch that went through: its logits [N, classes] in float32, and when each action ran
-    (seconds of the monotonic clock)."""
+    (seconds of the monotonic clock). Its micro-batches are the steps from `first_step` on; `told_ns`: when the
+    driver began to tell the ranks."""
 
     logits: torch.Tensor
     schedule: Schedule
     times: dict[Action, tuple[float, float]]
+    first_step: int
+    told_ns: int
 
     @cached_property
     def elapsed_s(self) -> float:
@@ -70,6 +74,10 @@ class Passed:
         """From the first forward's start to the last one's end, of the monotonic clock."""
         starts, ends = zip(*self.times.values(), strict=True)
         return round(min(starts) * 1e9), round(max(ends) * 1e9)
+
+    def part_of(self, recorded: Recorded) -> Recorded:
+        """Of all that was recorded, what this batch was: from when it was told to the last forward's end."""
+        return recorded.since(self.told_ns).until(self.window_ns[1])
 
     @property
     def images_per_s(self) -> float:
@@ -216,7 +224,8 @@ class VisionPipeline:
             raise EngineError("no rank answered a batch with logits")
         logits = torch.frombuffer(bytearray(answer.values), dtype=torch.float32)
         times = self._times(schedule, first_step)
-        return Passed(logits.view(sum(sizes), answer.num_classes), schedule, times)
+        logits = logits.view(sum(sizes), answer.num_classes)
+        return Passed(logits, schedule, times, first_step, start_ns)
 
     def _times(self, schedule: Schedule, first_step: int) -> dict[Action, tuple[float, float]]:
         """Of each action, from the spans that its rank wrote."""
@@ -231,6 +240,12 @@ class VisionPipeline:
                 span = computed[action.micro_batch]
                 times[action] = span.start_ns / 1e9, span.end_ns / 1e9
         return times
+
+    def usage(self) -> tuple[RankUsage, ...]:
+        """What every rank holds between batches, and at most since it was last asked."""
+        self._world.send_all(ReadUsage())
+        replies = self._world.gather(self._settings.step_timeout_s, "saying what it holds")
+        return tuple(reply for reply in replies if isinstance(reply, RankUsage))
 
     def recorded(self) -> Recorded:
         """Every rank's spans since it was told to load, and what the driver did meanwhile."""

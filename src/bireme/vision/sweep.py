@@ -11,23 +11,27 @@ import torch
 
 from bireme.chrome_trace import Recorded
 from bireme.config import format_bytes
+from bireme.engine.messages import RankUsage
 from bireme.engine.pool import WorkerPool
 from bireme.errors import CapacityError
+from bireme.parallel.mesh import Mesh
 from bireme.vision.model import VisionModel
 from bireme.vision.pipeline import Passed, RankSettings, VisionPipeline, micro_batch_sizes
 from bireme.vision.plan import PipelinePlan, Work
+from bireme.vision.predicted import Prediction, predict, stage_costs
 from bireme.vision.tracing import Traced
 
 
 @dataclass(frozen=True)
 class Trial:
     """One number of micro-batches: what its largest rank needs, and the median of its runs, None where it
-    does not fit; seconds of each run."""
+    does not fit; seconds of each run; what each rank held before the first, and behind the last."""
 
     num_micro_batches: int
     memory_bytes: int
     passed: Passed | None
     runs_s: tuple[float, ...] = ()
+    usage: tuple[tuple[RankUsage, ...], tuple[RankUsage, ...]] = ((), ())
 
     @property
     def spread(self) -> float:
@@ -41,10 +45,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All trials of one cut, and what its ranks wrote."""
+    """All trials of one cut, what its ranks wrote, and the bytes of their weights."""
 
     trials: tuple[Trial, ...]
     recorded: Recorded
+    weight_bytes: tuple[int, ...]
 
     @property
     def best(self) -> Trial | None:
@@ -77,6 +82,29 @@ def check_images_fit(model: VisionModel, batch: int, limit_bytes: int) -> None:
         )
 
 
+def with_micro_batches(plan: PipelinePlan, num_micro_batches: int) -> PipelinePlan:
+    """The same cut; what it needs is for the largest of so many."""
+    largest = micro_batch_sizes(plan.work.batch, num_micro_batches)[0]
+    return dataclasses.replace(plan, work=dataclasses.replace(plan.work, micro_batch=largest))
+
+
+def prediction_of(
+    plan: PipelinePlan,
+    timed_micro_batch: int,
+    num_micro_batches: int,
+    num_batches: int,
+    first_step: int = 0,
+) -> Prediction:
+    """Of a trial, from costs that were measured with `timed_micro_batch` images at once."""
+    widths = (1,) * len(plan.stages)
+    return predict(
+        stage_costs(plan, timed_micro_batch),
+        micro_batch_sizes(plan.work.batch, num_micro_batches) * num_batches,
+        [Mesh(widths, rank).name for rank in range(len(widths))],
+        first_step,
+    )
+
+
 def one_device(plan: PipelinePlan) -> PipelinePlan:
     """All blocks in one stage."""
     return dataclasses.replace(plan, blocks_per_stage=(len(plan.costs),))
@@ -106,37 +134,35 @@ class Sweeper:
         """`done` is called after each trial, `keep` gets the spans, of ranks that failed, too."""
         needs = {count: self._memory_bytes(plan, count) for count in self.counts}
         fitting = [count for count, need in needs.items() if need <= self.limit_bytes]
-        passed: dict[int, tuple[Passed, tuple[float, ...]]] = {}
+        trials = {count: Trial(count, need, None) for count, need in needs.items()}
         recorded = Recorded((), ())
+        weight_bytes: tuple[int, ...] = ()
         if fitting:
             largest = micro_batch_sizes(len(self.images), min(fitting))[0]
             with VisionPipeline.open(
                 self.model, self.traced, plan.blocks_per_stage, self.images, self.pool, settings,
                 largest,
             ) as pipeline:  # fmt: skip
+                weight_bytes = tuple(pipeline.weight_bytes)
                 try:
                     for count in fitting:
-                        passed[count] = self._try(pipeline, count)
+                        trials[count] = self._try(pipeline, trials[count])
                         done()
                 finally:
                     recorded = pipeline.recorded()
                     keep(recorded)
         for _ in range(len(needs) - len(fitting)):
             done()
-        nothing = (None, ())
-        trials = [Trial(count, need, *passed.get(count, nothing)) for count, need in needs.items()]
-        return Sweep(tuple(trials), recorded)
+        return Sweep(tuple(trials.values()), recorded, weight_bytes)
 
     def _memory_bytes(self, plan: PipelinePlan, num_micro_batches: int) -> int:
-        largest = micro_batch_sizes(len(self.images), num_micro_batches)[0]
-        work = dataclasses.replace(plan.work, micro_batch=largest)
-        stages = dataclasses.replace(plan, work=work).stages
-        return max(stage.memory_bytes for stage in stages)
+        return max(
+            stage.memory_bytes for stage in with_micro_batches(plan, num_micro_batches).stages
+        )
 
-    def _try(
-        self, pipeline: VisionPipeline, num_micro_batches: int
-    ) -> tuple[Passed, tuple[float, ...]]:
-        """The median, and the seconds of each run."""
+    def _try(self, pipeline: VisionPipeline, trial: Trial) -> Trial:
+        """The same with its runs."""
+        before, num_micro_batches = pipeline.usage(), trial.num_micro_batches
         pipeline.run(num_micro_batches)
         runs = [
             pipeline.run(num_micro_batches, num_batches=self.num_batches)
@@ -144,4 +170,9 @@ class Sweeper:
         ]
         middle = statistics.median_low(run.elapsed_s for run in runs)
         median = next(run for run in runs if run.elapsed_s == middle)
-        return median, tuple(run.elapsed_s for run in runs)
+        return dataclasses.replace(
+            trial,
+            passed=median,
+            runs_s=tuple(run.elapsed_s for run in runs),
+            usage=(before, pipeline.usage()),
+        )

@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 
 from bireme.engine import rank
-from bireme.engine.messages import Done
+from bireme.engine.messages import Done, RankUsage, ReadUsage
+from bireme.engine.rank_memory import reset_peak, usage
 from bireme.errors import EngineError
 from bireme.trace import SpanKind, SpanRing
 from bireme.vision.fusing import fuse
@@ -52,6 +53,7 @@ class VisionRank(rank.Rank[rank.Commands]):
     ) -> None:
         super().__init__(spans, commands, answer)
         self._stage: Stage | None = None
+        self._weights: list[torch.Tensor] = []  # as it runs
         self._is_live = False
         self._traced: tuple[VisionModel, nn.Module, Traced] | None = None
 
@@ -64,10 +66,12 @@ class VisionRank(rank.Rank[rank.Commands]):
                 return self._load(command)
             case Run():
                 return self._run(command)
+            case ReadUsage():
+                return self._usage()
         raise EngineError(f"a rank of a pipeline was told {type(command).__name__}")
 
     def drop(self, *, is_orderly: bool) -> None:
-        stage, self._stage = self._stage, None
+        stage, self._stage, self._weights = self._stage, None, []
         if stage is not None and is_orderly:
             stage.drain()
 
@@ -124,10 +128,18 @@ class VisionRank(rank.Rank[rank.Commands]):
             images = self._images(command) if stage == 0 else None
         forward = make_forward(blocks, self._device, is_captured=command.is_captured)
         given = traced.given_to(first)
+        self._weights = [it for block in blocks for it in (*block.parameters(), *block.buffers())]
         self._is_live = command.is_live
         self._stage = Stage(forward, given, images, self._comm, self._device, self._spans)
         self._spans.set_step(0, 0)  # not begun: what the ring says of an earlier world is over
         return Loaded(weight_bytes)
+
+    def _usage(self) -> RankUsage:
+        """Its peak is since the last time that this was asked, if ever."""
+        self.finish_spans()
+        found = usage(self._device, self._weights, (), self.communication_bytes)
+        reset_peak(self._device)
+        return found
 
     def _images(self, command: Load) -> torch.Tensor:
         shape = command.num_images, *command.model.image_shape

@@ -57,6 +57,7 @@ export class GanttView {
   constructor(place, name = "Last steps") {
     this.data = null;
     this.view = [0, 1]; // what is shown of the window, as shares of it
+    this.together = [this]; // those that show the same part
     const button = (label, text, act) => {
       const made = html("button", { type: "button", "aria-label": label, title: label }, text);
       made.addEventListener("click", act);
@@ -83,6 +84,11 @@ export class GanttView {
   // Their home is the caller's: beside a heading, or under the picture.
   get tools() {
     return this.bar;
+  }
+
+  // Another of the same window shows what this one shows from now on, whichever is moved.
+  join(other) {
+    other.together = this.together = [...this.together, other];
   }
 
   listen() {
@@ -122,7 +128,7 @@ export class GanttView {
     }
     const place = this.picture.getBoundingClientRect();
     const rank = this.data.ranks[Math.floor((event.clientY - place.top) / LINE_PX)];
-    const time = this.shareAt(event) * this.data.seconds * 1e6;
+    const time = this.shareAt(event) * this.seconds * 1e6;
     const found = rank?.bars[firstBehind(rank.bars, time)];
     if (!found || found[0] > time) return this.summarise();
     const [start, end, row, step] = found;
@@ -145,12 +151,16 @@ export class GanttView {
   look(from, to) {
     const width = Math.min(1, to - from);
     const start = Math.min(1 - width, Math.max(0, from));
-    this.view = [start, start + width];
-    this.render();
+    for (const it of this.together) {
+      it.view = [start, start + width];
+      it.render();
+    }
   }
 
-  draw(data) {
+  // `seconds` are those of the picture, where that is to show more than the data.
+  draw(data, seconds = data.seconds) {
     this.data = data;
+    this.seconds = seconds;
     this.rows = new Set(data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[2])));
     const steps = new Set(data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[3])));
     steps.delete(null);
@@ -169,9 +179,9 @@ export class GanttView {
   render() {
     const width = this.picture.clientWidth;
     if (!this.data || !width) return;
-    const { ranks, seconds } = this.data;
+    const { ranks } = this.data;
     this.left = width < 500 ? 22 : 54;
-    const [from, to] = this.view.map((share) => share * seconds * 1e6);
+    const [from, to] = this.view.map((share) => share * this.seconds * 1e6);
     const scale = (width - this.left) / (to - from); // pixels a microsecond
     const height = ranks.length * LINE_PX + AXIS_PX;
     this.picture.setAttribute("height", height);
