@@ -206,26 +206,30 @@ class _RankPieces:
         yield from self._idle(at, self._end, self._causes.next_after(last))
 
     def _step(self, step: RankStep) -> Iterator[Piece]:
-        """Work before collectives would count them twice: they are inside it, and cut out of it."""
-        collectives = sorted((span.start_ns, span.end_ns) for span in step.collectives)
+        """What lies inside work is cut out of it; what only overlaps it is not."""
+        busy = [(span.start_ns, span.end_ns) for span in step.collectives]
         for ordinal, span in enumerate(step.collectives):
             yield from self._collective(step, ordinal, span)
-        busy = list(collectives)
+        receives = [(span.start_ns, span.end_ns) for span in step.receives]
+        sends = list(step.inner_sends)
         for span in step.work:
-            busy.append((span.start_ns, span.end_ns))
-            for start, end in _without(busy[-1], collectives):
+            inside = (
+                it for it in (*receives, *sends)
+                if span.start_ns <= it[0] and it[1] <= span.end_ns
+            )  # fmt: skip
+            rest = list(_without((span.start_ns, span.end_ns), sorted([*busy, *inside])))
+            busy += rest
+            for start, end in rest:
                 yield from self._work(step, start, end)
         busy.sort()
-        receives = [piece for span in step.receives for piece in self._receive(step, span)]
-        yield from _pieces_without(receives, busy)
-        busy = sorted([*busy, *((span.start_ns, span.end_ns) for span in step.receives)])
-        sends = [piece for sent in step.inner_sends for piece in self._send(step, *sent)]
-        yield from _pieces_without(sends, busy)
+        come = [piece for span in step.receives for piece in self._receive(step, span)]
+        yield from _pieces_without(come, busy)
+        busy = sorted([*busy, *receives])
+        gone = [piece for sent in sends for piece in self._send(step, *sent)]
+        yield from _pieces_without(gone, busy)
         # between its parts the process itself is at work; without any work its spans are gone
         row = Row.HOST if step.work else Row.UNATTRIBUTED
-        for start, end in _without(
-            (step.start_ns, step.end_ns), sorted([*busy, *step.inner_sends])
-        ):
+        for start, end in _without((step.start_ns, step.end_ns), sorted([*busy, *sends])):
             yield Piece(start, end, row, step.key)
 
     def _receive(self, step: RankStep, span: Span) -> Iterator[Piece]:
