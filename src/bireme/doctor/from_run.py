@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from statistics import mean
 
 from bireme.checkpoint.manifest import is_artifact
-from bireme.doctor.evidence import CacheFacts, Evidence, RankFacts
+from bireme.doctor.evidence import CacheFacts, Evidence, Measured, Pace, RankFacts
 from bireme.doctor.files import damage, departures
 from bireme.errors import UserError
-from bireme.observe.profile_records import Profile, RankMemory
+from bireme.observe.kernel_trace import kernel_share
+from bireme.observe.profile_records import Profile, RankMemory, RankRate, Spread
 from bireme.observe.run_folder import RunFolder
-from bireme.observe.run_records import RunRank
+from bireme.observe.run_records import RunAbout, RunRank
 
 
 def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None) -> Evidence:
@@ -28,12 +30,20 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
     files = None if progress is None else artifact_of(run)
     return Evidence(
         source=str(run.path),
-        ranks=[_facts(*pair, threads) for pair in zip(ranks, profile.memory, strict=True)],
+        ranks=[_facts(run, *pair, threads) for pair in zip(ranks, profile.memory, strict=True)],
         ledger=run.ledger.told,
         num_cores=about.hardware.num_cores,
         cache=_cache(profile, about.settings.num_cache_tokens / about.settings.max_model_len),
         num_running=mean([step.num_running for step in profile.steps] or [0]),
         environment=about.settings.environment,
+        pace=_pace(profile),
+        collectives=profile.collectives,
+        messages=profile.messages,
+        batch=about.workload.batch,
+        batches=_batches(about, profile),
+        chunk=about.settings.engine.max_num_batched_tokens if about.settings.engine else None,
+        chunks=_chunks(about, profile),
+        apart=_apart(about),
         damage=() if files is None or progress is None else damage(files, progress),
         departures=() if files is None else departures(files),
     )
@@ -50,12 +60,82 @@ def _cache(profile: Profile, num_requests: float) -> CacheFacts:
     return CacheFacts.of(moments, profile.throughput.num_preemptions, num_requests)
 
 
-def _facts(rank: RunRank, memory: RankMemory, num_threads: int) -> RankFacts:
+def _facts(run: RunFolder, rank: RunRank, memory: RankMemory, num_threads: int) -> RankFacts:
+    profile = run.profile
+    rate = next((it for it in profile.rates if (it.rank, it.phase) == (rank.rank, "decode")), None)
+    clocks = next((it for it in profile.clocks if it.rank == rank.rank), None)
+    trace = run.kernel_trace(rank.rank) if rank.device.startswith("cuda") else None
     return RankFacts(
         name=rank.name,
         stage=rank.stage,
         device=rank.device,
         num_threads=num_threads,
-        memory={"weights": memory.weight_bytes, "cache": memory.cache_bytes},
+        memory={
+            "weights": memory.weight_bytes,
+            "cache": memory.cache_bytes,
+            "activations": memory.activation_bytes or 0,
+        },
         major_faults=memory.num_major_faults,
+        decode_used=None if rate is None else _used(rate),
+        kernel_share=None if trace is None else kernel_share(trace),
+        reserved_bytes=memory.reserved_bytes,
+        alloc_retries=memory.num_alloc_retries,
+        slowdowns={} if clocks is None else clocks.slowdowns,
     )
+
+
+def _used(rate: RankRate) -> tuple[float, float] | None:
+    """Shares of the ceilings."""
+    flop, most_flop = rate.flop_per_s, rate.ceiling_flop_per_s
+    moved, most_moved = rate.bytes_per_s, rate.ceiling_bytes_per_s
+    if flop is None or moved is None or most_flop is None or most_moved is None:
+        return None
+    return flop / most_flop, moved / most_moved
+
+
+def _pace(profile: Profile) -> Pace:
+    return Pace(
+        output_tokens_per_s=profile.throughput.output_tokens_per_s,
+        itl_s=profile.latency.itl_s.get("mean", 0.0),
+        num_steps=profile.num_steps,
+        num_output_tokens=profile.throughput.num_output_tokens,
+    )
+
+
+def _batches(about: RunAbout, profile: Profile) -> list[Measured]:
+    """With the run's own, where others were measured beside it."""
+    found = {
+        it.size: Measured(it.size, it.output_tokens_per_s, _gap_s(it.itl_s))
+        for it in profile.batches
+    }
+    if found:
+        own, rate = about.workload.batch, profile.throughput.output_tokens_per_s
+        found.setdefault(own, Measured(own, rate, _gap_s(profile.latency.itl_s)))
+    return [found[size] for size in sorted(found)]
+
+
+def _chunks(about: RunAbout, profile: Profile) -> list[Measured]:
+    found = {
+        it.size: Measured(it.size, it.total_tokens_per_s, _gap_s(it.itl_s)) for it in profile.chunks
+    }
+    if found and about.settings.engine is not None:
+        own, rate = (
+            about.settings.engine.max_num_batched_tokens,
+            profile.throughput.total_tokens_per_s,
+        )
+        found.setdefault(own, Measured(own, rate, _gap_s(profile.latency.itl_s)))
+    return [found[size] for size in sorted(found)]
+
+
+def _gap_s(times: Spread) -> float:
+    return times.get("p50", 0.0)
+
+
+def _apart(about: RunAbout) -> list[tuple[str, str]]:
+    """Ranks of one stage, or of neighbouring ones, on GPUs that cannot reach each other's memory."""
+    pairs = {frozenset(pair) for pair in about.hardware.without_peer_access}
+    return [
+        (one.name, other.name)
+        for one, other in combinations(about.layout.ranks, 2)
+        if abs(one.stage - other.stage) <= 1 and frozenset((one.device, other.device)) in pairs
+    ]
