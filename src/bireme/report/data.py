@@ -10,7 +10,13 @@ from bireme.doctor.from_run import evidence_of
 from bireme.doctor.rules import examine
 from bireme.observe.gantt import Gantt
 from bireme.observe.ledger import make_ledger
-from bireme.observe.profile_records import CollectiveSize, MessageSize, Profile, RankMemory
+from bireme.observe.profile_records import (
+    CollectiveSize,
+    MessageSize,
+    Profile,
+    RankMemory,
+    SizePass,
+)
 from bireme.observe.run_folder import RunFolder
 from bireme.observe.run_records import RunAbout, RunRank
 from bireme.observe.told import ToldLedger
@@ -40,6 +46,8 @@ class RunData(msgspec.Struct, frozen=True, kw_only=True):
     memory: list[RankBytes]
     collectives: list[CollectiveSize]
     messages: list[MessageSize]
+    batches: list[SizePass]
+    chunks: list[SizePass]
     notes: list[str]
 
 
@@ -67,6 +75,8 @@ def run_data(run: RunFolder) -> RunData:
         memory=[_bytes(*pair) for pair in zip(names, profile.memory, strict=True)],
         collectives=profile.collectives,
         messages=profile.messages,
+        batches=profile.batches,
+        chunks=profile.chunks,
         notes=profile.notes,
     )
 

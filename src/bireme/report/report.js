@@ -6,6 +6,7 @@ import { LedgerView } from "./ledger.js";
 import { MemoryView } from "./memory.js";
 import { hatches } from "./rows.js";
 import { SizesView } from "./sizes.js";
+import { ThroughputView } from "./throughput.js";
 
 // A titled part of a run, and the place in it.
 function card(title, ...tools) {
@@ -77,6 +78,8 @@ function draw(run) {
     drawn("Where the time went", LedgerView, run.ledger),
     html("div", { class: "pair" }, latencies(run.latency_s), layout(run.ranks)),
     run.collectives.length ? drawn("Collectives by size", SizesView, run.collectives) : "",
+    run.batches.length ? drawn("Throughput by batch", ThroughputView, run.batches) : "",
+    run.chunks.length ? drawn("Throughput by tokens a step", ThroughputView, run.chunks) : "",
     drawn("Memory", MemoryView, run.memory),
     about(run.facts, run.notes),
   );
