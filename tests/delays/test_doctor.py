@@ -17,6 +17,7 @@ from bireme.bench.passes import ProfilePlan
 from bireme.bench.profiling import profile
 from bireme.bench.workload import Workload
 from bireme.cli import run as cli
+from bireme.doctor.evidence import Evidence
 from bireme.doctor.from_run import evidence_of
 from bireme.doctor.rules import examine
 from bireme.engine.pool import WorkerPool
@@ -29,24 +30,27 @@ SLOW_S = 0.02  # more in each pass
 SLOW_BYTES_PER_S = 20_000_000
 
 
-def found(
-    ranks: Ranks, folder: Path, paces: Sequence[float], *, batch: int = 16, output_len: int = 24,
-    **settings: Any,
-) -> list[str]:  # fmt: skip
+def found(ranks: Ranks, folder: Path, paces: Sequence[float], **settings: Any) -> list[str]:
     """The rules, in their order, of a workload in ranks of these paces."""
+    return [finding.rule for finding in examine(evidence(ranks, folder, paces, **settings))]
+
+
+def evidence(
+    ranks: Ranks, folder: Path, paces: Sequence[float], *, batch: int = 16, input_len: int = 16,
+    output_len: int = 24, plan: dict[str, Any] | None = None, **settings: Any,
+) -> Evidence:  # fmt: skip
     pool, plant = ranks
     plant.set(paces)
-    workload = Workload(num_prompts=batch, input_len=16, output_len=output_len)
+    workload = Workload(num_prompts=batch, input_len=input_len, output_len=output_len)
     with LLM("demo", pool=pool, **settings) as llm:
-        profile(llm, plan_of(workload, folder))
-    return [finding.rule for finding in examine(evidence_of(RunFolder(folder)))]
+        profile(llm, plan_of(workload, folder, **(plan or {})))
+    return evidence_of(RunFolder(folder))
 
 
-def plan_of(workload: Workload, folder: Path) -> ProfilePlan:
+def plan_of(workload: Workload, folder: Path, **more: Any) -> ProfilePlan:
     prepare_run_folder(folder)
-    return ProfilePlan(
-        workload=workload, num_warmup=1, has_kernels=False, cluster=None, folder=folder, command=()
-    )
+    given: dict[str, Any] = {"num_warmup": 1, "has_kernels": False, "cluster": None, "command": ()}
+    return ProfilePlan(workload=workload, folder=folder, **(given | more))
 
 
 TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
@@ -69,6 +73,12 @@ def test_nothing_is_found_in_a_healthy_run(
             "small-cache", [0, 0],
             {**PP, "memory_limit_bytes": 38 << 20, "max_model_len": 512, "max_num_batched_tokens": 256,
              "output_len": 180},
+        ),
+        ("small-batch", [SLOW_S], {"batch": 1, "plan": {"batches": (4, 16)}}),
+        ("large-batch", [SLOW_S], {"max_num_seqs": 2, "plan": {"batches": (1, 2)}}),
+        (
+            "small-chunks", [SLOW_S],
+            {"max_num_batched_tokens": 32, "input_len": 96, "output_len": 4, "plan": {"chunks": (8, 16)}},
         ),
     ],
 )  # fmt: skip

@@ -90,7 +90,10 @@ def gpus(**more: object) -> Evidence:
 
 def batches(own: int, rates: Mapping[int, float], times: Mapping[int, float]) -> dict[str, object]:
     """Arguments of `evidence`."""
-    return {"batch": own, "batches": [Measured(it, rates[it], times[it]) for it in rates]}
+    return {
+        "batch": own,
+        "batches": [Measured(it, rates[it], times[it], 10 * times[it]) for it in rates],
+    }
 
 
 LAUNCHED = gpus(decode_used=(0.01, 0.15))
@@ -103,7 +106,7 @@ FAULTS = {
     "small-batch": evidence("pp", **batches(4, RATES, TIMES)),
     "large-batch": evidence("pp", **batches(64, RATES, TIMES)),
     "small-chunks": evidence(
-        "pp", chunk=512, chunks=[Measured(128, 50.0, 0.1), Measured(512, 90.0, 0.1)]
+        "pp", chunk=512, chunks=[Measured(128, 50.0, 0.1, 1.0), Measured(512, 90.0, 0.1, 1.0)]
     ),
     "throttled-clocks": with_rank(device="cuda:0", slowdowns={"hw_thermal_slowdown": 0.6}),
     "no-peer-access": evidence("pp", apart=[("rank 0", "rank 1")]),
@@ -177,11 +180,15 @@ def test_what_nobody_measured_is_no_fault() -> None:
         gpus(decode_used=(0.4, 0.1)),  # products do
         gpus(),  # nobody measured
         gpus(decode_used=(0.01, 0.15), kernel_share=0.9),  # kernels are slow, not late
-        dataclasses.replace(LAUNCHED, batches=[Measured(1, 10.0, 0.1), Measured(8, 20.0, 0.4)]),
+        dataclasses.replace(
+            LAUNCHED, batches=[Measured(1, 10.0, 0.1, 1.0), Measured(8, 20.0, 0.4, 1.0)]
+        ),
         evidence("tp", collectives=[collective()]),
         evidence("pp", **batches(16, RATES, TIMES)),
         evidence("pp", **batches(1, {1: 10.0, 64: 11.0}, {1: 0.1, 64: 0.1})),
-        evidence("pp", chunk=512, chunks=[Measured(128, 50.0, 0.1), Measured(512, 55.0, 0.1)]),
+        evidence(
+            "pp", chunk=512, chunks=[Measured(128, 50.0, 0.1, 1.0), Measured(512, 55.0, 0.1, 1.0)]
+        ),
         with_rank(device="cuda:0", slowdowns={"hw_slowdown": 0.01}),
         with_rank(device="cuda:0", reserved_bytes=110, memory={"cache": 60, "activations": 40}),
     ],

@@ -71,12 +71,13 @@ class CacheFacts:
 
 @dataclass(frozen=True)
 class Measured:
-    """A pass with batches or chunks of one size: tokens a second (of output, of all), and seconds between an
-    answer's tokens, 0 where it had one."""
+    """A pass with batches or chunks of one size: tokens a second (of output, of all), and median seconds between an
+    answer's tokens and to its last, 0 where nothing tells."""
 
     size: int
     tokens_per_s: float
     itl_s: float
+    e2e_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from bireme.doctor.evidence import CacheFacts, Evidence, Measured, Pace, RankFac
 from bireme.doctor.files import damage, departures
 from bireme.errors import UserError
 from bireme.observe.kernel_trace import kernel_share
-from bireme.observe.profile_records import Profile, RankMemory, RankRate, Spread
+from bireme.observe.profile_records import Latency, Profile, RankMemory, RankRate, SizePass
 from bireme.observe.run_folder import RunFolder
 from bireme.observe.run_records import RunAbout, RunRank
 
@@ -103,32 +103,28 @@ def _pace(profile: Profile) -> Pace:
 
 
 def _batches(about: RunAbout, profile: Profile) -> list[Measured]:
-    """With the run's own, where others were measured beside it."""
-    found = {
-        it.size: Measured(it.size, it.output_tokens_per_s, _gap_s(it.itl_s))
-        for it in profile.batches
-    }
-    if found:
-        own, rate = about.workload.batch, profile.throughput.output_tokens_per_s
-        found.setdefault(own, Measured(own, rate, _gap_s(profile.latency.itl_s)))
-    return [found[size] for size in sorted(found)]
+    rate = profile.throughput.output_tokens_per_s
+    others = {it.size: _measured(it.size, it.output_tokens_per_s, it) for it in profile.batches}
+    return _with_own(_measured(about.workload.batch, rate, profile.latency), others)
 
 
 def _chunks(about: RunAbout, profile: Profile) -> list[Measured]:
-    found = {
-        it.size: Measured(it.size, it.total_tokens_per_s, _gap_s(it.itl_s)) for it in profile.chunks
-    }
-    if found and about.settings.engine is not None:
-        own, rate = (
-            about.settings.engine.max_num_batched_tokens,
-            profile.throughput.total_tokens_per_s,
-        )
-        found.setdefault(own, Measured(own, rate, _gap_s(profile.latency.itl_s)))
+    rate = profile.throughput.total_tokens_per_s
+    others = {it.size: _measured(it.size, it.total_tokens_per_s, it) for it in profile.chunks}
+    if about.settings.engine is None:
+        return []
+    own = about.settings.engine.max_num_batched_tokens
+    return _with_own(_measured(own, rate, profile.latency), others)
+
+
+def _measured(size: int, rate: float, times: SizePass | Latency) -> Measured:
+    return Measured(size, rate, times.itl_s.get("p50", 0.0), times.e2e_s.get("p50", 0.0))
+
+
+def _with_own(own: Measured, others: dict[int, Measured]) -> list[Measured]:
+    """From small to large, the run's own size among them; nothing where no other was measured."""
+    found = {own.size: own} | others if others else {}
     return [found[size] for size in sorted(found)]
-
-
-def _gap_s(times: Spread) -> float:
-    return times.get("p50", 0.0)
 
 
 def _apart(about: RunAbout) -> list[tuple[str, str]]:

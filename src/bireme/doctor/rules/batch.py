@@ -31,14 +31,14 @@ def small_batch(found: Evidence) -> Iterator[Finding]:
 
 def large_batch(found: Evidence) -> Iterator[Finding]:
     own, best = _own_and_best(found.batch, found.batches)
-    if own is None or best is None or own.size < 2 * best.size or not best.itl_s:
+    if own is None or best is None or own.size < 2 * best.size:
         return
-    if own.itl_s > _LATENCY * best.itl_s:
+    if own.e2e_s > _LATENCY * best.e2e_s:
         yield Finding(
             rule="large-batch",
             title=f"batches of {own.size} make answers slow for nothing",
-            figure=f"{own.tokens_per_s:.0f} tokens/s of output at {_ms(own)} a token; batches of {best.size} give "
-            f"{best.tokens_per_s:.0f} at {_ms(best)}",
+            figure=f"{own.tokens_per_s:.0f} tokens/s of output, {own.e2e_s:.2f} s to the last token; batches of "
+            f"{best.size} give {best.tokens_per_s:.0f} and take {best.e2e_s:.2f} s",
             remedy=f"send, or allow by --max-num-seqs, {best.size} requests at once",
             share=0.0,
         )
