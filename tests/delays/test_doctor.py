@@ -19,6 +19,7 @@ from bireme.bench.workload import Workload
 from bireme.cli import run as cli
 from bireme.doctor.evidence import Evidence
 from bireme.doctor.from_run import evidence_of
+from bireme.doctor.instead import halved
 from bireme.doctor.rules import examine
 from bireme.engine.pool import WorkerPool
 from bireme.observe.run_folder import RunFolder, prepare_run_folder
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 Ranks = tuple[WorkerPool, Plant]
 SLOW_S = 0.02  # more in each pass
-SLOW_BYTES_PER_S = 20_000_000
+SLOW_BYTES_PER_S, SLOWEST_BYTES_PER_S = 20_000_000, 2_000_000
 
 
 def found(ranks: Ranks, folder: Path, paces: Sequence[float], **settings: Any) -> list[str]:
@@ -119,6 +120,55 @@ def test_collectives_over_a_slow_link_are_named_first(
     with hosts.holding(plant, 2), hosts.shaped(SLOW_BYTES_PER_S):
         rules = found(language_ranks, tmp_path / "run", [0, 0], transport="distributed", **TP)
     assert rules[0] == "slow-link"
+
+
+SUMS = """format_version = 1
+[[nodes]]
+name = "box"
+devices = [
+    { name = "cpu0", kind = "cpu", memory_bytes = 1000000000 },
+    { name = "cpu1", kind = "cpu", memory_bytes = 1000000000 },
+]
+[[groups]]
+devices = ["box/cpu0", "box/cpu1"]
+transport = "gloo"
+all_reduce = [[1024, 1e-3], [8192, 5e-3], [16777216, 8.4]]
+"""
+
+
+def test_sums_that_nothing_goes_on_beside_are_named_first(
+    language_ranks: Ranks, tmp_path: Path, hosts: Hosts
+) -> None:
+    """Less than half of the time, at a pace that leaves it so; what sums take alone over that link is known."""
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text(SUMS)
+    plant, plan = language_ranks[1], {"cluster": cluster}
+    with hosts.holding(plant, 2), hosts.shaped(SLOWEST_BYTES_PER_S):
+        wide = evidence(
+            language_ranks, tmp_path / "run", [0.09, 0.09], transport="distributed", plan=plan,
+            input_len=2, output_len=16, **TP,
+        )  # fmt: skip
+    first = examine(wide)[0]
+    assert first.rule == "exposed-collectives"
+    assert "all-reduce of 8.0 KiB" in first.figure
+    assert "as quick as the link (0.002 GB/s)" in first.remedy
+    assert "calculated for -tp 1 -pp 2" in first.remedy
+
+
+def test_what_is_calculated_over_a_slow_link_is_what_comes(
+    language_ranks: Ranks, tmp_path: Path, hosts: Hosts
+) -> None:
+    """Half the width, and twice the stages, at the same pace and with twice the requests."""
+    slow: dict[str, Any] = {"transport": "distributed", "output_len": 64}
+    plant, paces = language_ranks[1], [SLOW_S, SLOW_S]
+    with hosts.holding(plant, 2), hosts.shaped(SLOW_BYTES_PER_S):
+        wide = evidence(language_ranks, tmp_path / "tp", paces, **slow, **TP)
+        long = evidence(language_ranks, tmp_path / "pp", paces, batch=32, **slow, **PP)
+    told = halved(wide)
+    assert told is not None
+    assert long.pace is not None
+    assert told.output_tokens_per_s == pytest.approx(long.pace.output_tokens_per_s, rel=0.3)
+    assert told.token_s == pytest.approx(long.pace.itl_s, rel=0.3)
 
 
 @pytest.fixture

@@ -110,8 +110,12 @@ def _quicker(size: CollectiveSize) -> str:
         )
     if alone < _NEAR * most:
         return (
-            f"sums of that size take {alone_us} alone at {alone / 1e9:.2f} GB/s, large ones reach "
-            f"{most / 1e9:.2f}: send larger batches, which sum more at once, or choose an algorithm for small "
+            f"sums of that size take {alone_us} alone at {_rate(alone)}, large ones reach "
+            f"{_rate(most)}: send larger batches, which sum more at once, or choose an algorithm for small "
             "sums (NCCL_PROTO=LL, NCCL_ALGO=Tree)"
         )
-    return f"they are as quick as the link ({most / 1e9:.2f} GB/s): use a faster one, or less tensor parallelism"
+    return f"they are as quick as the link ({_rate(most)}): use a faster one, or less tensor parallelism"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.3g} GB/s"
