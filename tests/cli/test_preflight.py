@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from bireme.cli import run
+from bireme.doctor.preflight.messages import HostFacts
+from bireme.engine.messages import send
 from preflight import Place, begin, check_together, end
 
 HERE, THERE = Place("127.0.0.1"), Place("127.0.0.2")
@@ -96,6 +98,19 @@ def test_strangers_and_namesakes_are_sent_away_and_the_others_checked() -> None:
         second = end(THERE.start("--join", place, "--host-name", "second"))
         assert (second.status, end(listening).status) == (0, 0)
         assert b"no host of this version" in stranger.recv(1000)
+
+
+def test_a_host_that_is_gone_is_named() -> None:
+    listening, place = begin(HERE)
+    host, _, port = place.rpartition(":")
+    facts = HostFacts(
+        name="gone", address=host, interface="lo", port=1, device="cpu", versions={}, artifact=None
+    )
+    with socket.create_connection((host, int(port))) as sock:
+        send(sock, facts)
+    said = end(listening)
+    assert said.status == 1
+    assert said.err.splitlines()[-1].startswith("host gone is gone")
 
 
 def test_three_hosts_are_measured_in_pairs_and_together() -> None:
