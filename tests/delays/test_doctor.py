@@ -76,10 +76,13 @@ def test_nothing_is_found_in_a_healthy_run(
              "output_len": 180},
         ),
         ("small-batch", [SLOW_S], {"batch": 1, "plan": {"batches": (4, 16)}}),
-        ("large-batch", [SLOW_S], {"max_num_seqs": 2, "plan": {"batches": (1, 2)}}),
         (
-            "small-chunks", [SLOW_S],
-            {"max_num_batched_tokens": 32, "input_len": 96, "output_len": 4, "plan": {"chunks": (8, 16)}},
+            "large-batch", [2 * SLOW_S],
+            {"max_num_seqs": 2, "batch": 6, "output_len": 40, "plan": {"batches": (1, 2)}},
+        ),
+        (
+            "small-chunks", [5 * SLOW_S],
+            {"max_num_batched_tokens": 32, "batch": 4, "input_len": 96, "output_len": 4, "plan": {"chunks": (16,)}},
         ),
     ],
 )  # fmt: skip
