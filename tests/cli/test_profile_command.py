@@ -50,7 +50,7 @@ def profiled(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     out = folder / "run"
     arguments = [
         "profile", DEMO, "-tp", "2", "-pp", "2", "--dtype", "float32", *WORKLOAD, "--kernels",
-        "--cluster", str(folder / "cluster.toml"), "-o", str(out),
+        "--batches", "2,1,8", "--chunks", "16,64", "--cluster", str(folder / "cluster.toml"), "-o", str(out),
     ]  # fmt: skip
     assert run(arguments) == 0
     found = RunFolder(out)
@@ -166,12 +166,25 @@ def test_kernels_are_traced_on_every_rank(profiled: RunFolder) -> None:
         assert [it.self_s for it in its] == sorted((it.self_s for it in its), reverse=True)
 
 
+def test_other_sizes_are_measured_from_small_to_large(profiled: RunFolder) -> None:
+    found = profiled.profile
+    assert [one.size for one in found.batches] == [1, 2, 8]
+    assert [one.size for one in found.chunks] == [16, 64]
+    for one in [*found.batches, *found.chunks]:
+        assert one.total_tokens_per_s > one.output_tokens_per_s > 0
+        assert one.itl_s["p50"] <= one.e2e_s["p50"]
+        assert one.ttft_s["p50"] <= one.e2e_s["p50"]
+    assert found.clocks == []  # of GPUs
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--batch", "0"], "num_prompts=0 must be at least 1"),
         (["--output-len", "5000"], "1024"),
         (["--num-warmup", "-1"], "num_warmup=-1 must be at least 0"),
+        (["--batches", "1,0"], "batches 1,0 holds 0; the smallest is 1"),
+        (["--chunks", "4096"], "4096 exceeds max_num_batched_tokens=2048"),
         (["--cluster", "missing.toml"], "missing.toml cannot be read"),
         (["-tp", "99"], "tensor_parallel_size=99 exceeds"),
         (["-o", __file__], "it is no folder"),

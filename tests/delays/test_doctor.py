@@ -17,7 +17,9 @@ from bireme.bench.passes import ProfilePlan
 from bireme.bench.profiling import profile
 from bireme.bench.workload import Workload
 from bireme.cli import run as cli
+from bireme.doctor.evidence import Evidence
 from bireme.doctor.from_run import evidence_of
+from bireme.doctor.instead import halved
 from bireme.doctor.rules import examine
 from bireme.engine.pool import WorkerPool
 from bireme.observe.run_folder import RunFolder, prepare_run_folder
@@ -26,27 +28,30 @@ pytestmark = pytest.mark.slow
 
 Ranks = tuple[WorkerPool, Plant]
 SLOW_S = 0.02  # more in each pass
-SLOW_BYTES_PER_S = 20_000_000
+SLOW_BYTES_PER_S, SLOWEST_BYTES_PER_S = 20_000_000, 2_000_000
 
 
-def found(
-    ranks: Ranks, folder: Path, paces: Sequence[float], *, batch: int = 16, output_len: int = 24,
-    **settings: Any,
-) -> list[str]:  # fmt: skip
+def found(ranks: Ranks, folder: Path, paces: Sequence[float], **settings: Any) -> list[str]:
     """The rules, in their order, of a workload in ranks of these paces."""
+    return [finding.rule for finding in examine(evidence(ranks, folder, paces, **settings))]
+
+
+def evidence(
+    ranks: Ranks, folder: Path, paces: Sequence[float], *, batch: int = 16, input_len: int = 16,
+    output_len: int = 24, plan: dict[str, Any] | None = None, **settings: Any,
+) -> Evidence:  # fmt: skip
     pool, plant = ranks
     plant.set(paces)
-    workload = Workload(num_prompts=batch, input_len=16, output_len=output_len)
+    workload = Workload(num_prompts=batch, input_len=input_len, output_len=output_len)
     with LLM("demo", pool=pool, **settings) as llm:
-        profile(llm, plan_of(workload, folder))
-    return [finding.rule for finding in examine(evidence_of(RunFolder(folder)))]
+        profile(llm, plan_of(workload, folder, **(plan or {})))
+    return evidence_of(RunFolder(folder))
 
 
-def plan_of(workload: Workload, folder: Path) -> ProfilePlan:
+def plan_of(workload: Workload, folder: Path, **more: Any) -> ProfilePlan:
     prepare_run_folder(folder)
-    return ProfilePlan(
-        workload=workload, num_warmup=1, has_kernels=False, cluster=None, folder=folder, command=()
-    )
+    given: dict[str, Any] = {"num_warmup": 1, "has_kernels": False, "cluster": None, "command": ()}
+    return ProfilePlan(workload=workload, folder=folder, **(given | more))
 
 
 TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
@@ -69,6 +74,15 @@ def test_nothing_is_found_in_a_healthy_run(
             "small-cache", [0, 0],
             {**PP, "memory_limit_bytes": 38 << 20, "max_model_len": 512, "max_num_batched_tokens": 256,
              "output_len": 180},
+        ),
+        ("small-batch", [SLOW_S], {"batch": 1, "plan": {"batches": (4, 16)}}),
+        (
+            "large-batch", [2 * SLOW_S],
+            {"max_num_seqs": 2, "batch": 6, "output_len": 40, "plan": {"batches": (1, 2)}},
+        ),
+        (
+            "small-chunks", [5 * SLOW_S],
+            {"max_num_batched_tokens": 32, "batch": 4, "input_len": 96, "output_len": 4, "plan": {"chunks": (16,)}},
         ),
     ],
 )  # fmt: skip
@@ -109,6 +123,55 @@ def test_collectives_over_a_slow_link_are_named_first(
     with hosts.holding(plant, 2), hosts.shaped(SLOW_BYTES_PER_S):
         rules = found(language_ranks, tmp_path / "run", [0, 0], transport="distributed", **TP)
     assert rules[0] == "slow-link"
+
+
+SUMS = """format_version = 1
+[[nodes]]
+name = "box"
+devices = [
+    { name = "cpu0", kind = "cpu", memory_bytes = 1000000000 },
+    { name = "cpu1", kind = "cpu", memory_bytes = 1000000000 },
+]
+[[groups]]
+devices = ["box/cpu0", "box/cpu1"]
+transport = "gloo"
+all_reduce = [[1024, 1e-3], [8192, 5e-3], [16777216, 8.4]]
+"""
+
+
+def test_sums_that_nothing_goes_on_beside_are_named_first(
+    language_ranks: Ranks, tmp_path: Path, hosts: Hosts
+) -> None:
+    """Less than half of the time, at a pace that leaves it so; what sums take alone over that link is known."""
+    cluster = tmp_path / "cluster.toml"
+    cluster.write_text(SUMS)
+    plant, plan = language_ranks[1], {"cluster": cluster}
+    with hosts.holding(plant, 2), hosts.shaped(SLOWEST_BYTES_PER_S):
+        wide = evidence(
+            language_ranks, tmp_path / "run", [0.09, 0.09], transport="distributed", plan=plan,
+            input_len=2, output_len=16, **TP,
+        )  # fmt: skip
+    first = examine(wide)[0]
+    assert first.rule == "exposed-collectives"
+    assert "all-reduce of 8.0 KiB" in first.figure
+    assert "as quick as the link (0.002 GB/s)" in first.remedy
+    assert "calculated for -tp 1 -pp 2" in first.remedy
+
+
+def test_what_is_calculated_over_a_slow_link_is_what_comes(
+    language_ranks: Ranks, tmp_path: Path, hosts: Hosts
+) -> None:
+    """Half the width, and twice the stages, at the same pace and with twice the requests."""
+    slow: dict[str, Any] = {"transport": "distributed", "output_len": 64}
+    plant, paces = language_ranks[1], [SLOW_S, SLOW_S]
+    with hosts.holding(plant, 2), hosts.shaped(SLOW_BYTES_PER_S):
+        wide = evidence(language_ranks, tmp_path / "tp", paces, **slow, **TP)
+        long = evidence(language_ranks, tmp_path / "pp", paces, batch=32, **slow, **PP)
+    told = halved(wide)
+    assert told is not None
+    assert long.pace is not None
+    assert told.output_tokens_per_s == pytest.approx(long.pace.output_tokens_per_s, rel=0.3)
+    assert told.token_s == pytest.approx(long.pace.itl_s, rel=0.3)
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 1. warm-up, in no figure;
 2. the measured pass: spans, steps, latencies, throughput, with nothing in its way;
-3. the same with hooks around layers, and with memory's peak looked at;
-4. if asked for, a short one under torch.profiler.
+3. the same with hooks around layers, and with memory's peak and the GPUs' clocks looked at;
+4. if asked for, a short one under torch.profiler;
+5. if asked for, one of each other size of the batch, and of what a step may hold.
 
 No pass repeats another's prompts, so that no cache answers for it.
 """
@@ -16,24 +17,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bireme.bench.latency import spread
+from bireme.bench.answer_times import Latencies
+from bireme.bench.clocks import Clocks, watched_clocks
+from bireme.bench.size_passes import pass_of_batch, pass_of_chunk
 from bireme.bench.step_log import StepLog, logged
 from bireme.bench.throughput import ThroughputResult, measure_throughput
 from bireme.bench.workload import Workload
 from bireme.chrome_trace import Recorded
 from bireme.engine.llm import LLM
 from bireme.engine.messages import Profiled, RankUsage
-from bireme.observe.profile_records import Latency, RequestTimes
+from bireme.observe.profile_records import Latency, SizePass
 from bireme.observe.run_folder import kernel_trace_path
 from bireme.observe.window import whole_since
-from bireme.outputs import Delta, RequestOutput, TokenGaps
 
 KERNEL_TOKENS = 8  # of an answer in the pass under torch.profiler, whose traces grow by the step
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfilePlan:
-    """What to run, and where to write it; `command` is told in the folder."""
+    """What to run, and where to write it; `command` is told in the folder. `batches` and `chunks` are other
+    sizes to run it with."""
 
     workload: Workload
     num_warmup: int
@@ -41,47 +44,12 @@ class ProfilePlan:
     cluster: Path | None
     folder: Path
     command: Sequence[str]
+    batches: Sequence[int] = ()
+    chunks: Sequence[int] = ()
 
     @property
     def num_passes(self) -> int:
-        return self.num_warmup + 2 + self.has_kernels
-
-
-class _Latencies:
-    """What deltas say of time, as a server counts it."""
-
-    def __init__(self) -> None:
-        self._gaps = TokenGaps()
-        self.gaps_s: list[float] = []
-        self.outputs: list[RequestOutput] = []
-
-    def note(self, delta: Delta) -> None:
-        if (gap_s := self._gaps.note(delta)) is not None:
-            self.gaps_s.append(gap_s)
-        if delta.output is not None:
-            self.outputs.append(delta.output)
-
-    def told(self) -> Latency:
-        requests = [_request_times(output) for output in self.outputs]
-        return Latency(
-            ttft_s=spread([one.ttft_s for one in requests]),
-            itl_s=spread(self.gaps_s),
-            e2e_s=spread([one.e2e_s for one in requests]),
-            queue_s=spread([one.queue_s for one in requests]),
-            requests=requests,
-        )
-
-
-def _request_times(output: RequestOutput) -> RequestTimes:
-    metrics = output.metrics
-    assert metrics is not None, "an engine's output has them"
-    return RequestTimes(
-        num_input_tokens=len(output.prompt_token_ids),
-        num_output_tokens=metrics.num_tokens,
-        queue_s=metrics.queue_s,
-        ttft_s=metrics.ttft_s,
-        e2e_s=metrics.e2e_s,
-    )
+        return self.num_warmup + 2 + self.has_kernels + len(self.batches) + len(self.chunks)
 
 
 @dataclass(frozen=True)
@@ -103,6 +71,9 @@ class Looked:
     layers: list[Profiled]
     usage: list[RankUsage]
     operators: list[Profiled]
+    clocks: Clocks
+    batches: list[SizePass]
+    chunks: list[SizePass]
 
 
 def check_workload(llm: LLM, workload: Workload) -> None:
@@ -130,7 +101,7 @@ class Passes:
             self._done()
 
     def measure(self) -> Measured:
-        llm, latencies = self._llm, _Latencies()
+        llm, latencies = self._llm, Latencies()
         before = llm.executor.usage()
         start_ns = time.monotonic_ns()
         with logged(llm.start()) as log:
@@ -143,7 +114,8 @@ class Passes:
     def look(self) -> Looked:
         llm, executor = self._llm, self._llm.executor
         executor.begin_profile()
-        measure_throughput(llm, self._other())
+        with watched_clocks(llm.plan.devices) as clocks:
+            measure_throughput(llm, self._other())
         layers = executor.end_profile()
         usage = executor.usage()
         self._done()
@@ -151,7 +123,15 @@ class Passes:
         if self._plan.has_kernels:
             operators = self._trace_kernels()
             self._done()
-        return Looked(layers, usage, operators)
+        plan = self._plan
+        batches = [self._sized(pass_of_batch, size) for size in plan.batches]
+        chunks = [self._sized(pass_of_chunk, size) for size in plan.chunks]
+        return Looked(layers, usage, operators, clocks, batches, chunks)
+
+    def _sized(self, of_size: Callable[[LLM, Workload, int], SizePass], size: int) -> SizePass:
+        found = of_size(self._llm, self._other(), size)
+        self._done()
+        return found
 
     def _trace_kernels(self) -> list[Profiled]:
         executor = self._llm.executor

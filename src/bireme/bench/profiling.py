@@ -92,6 +92,9 @@ def _profile(
         rates=rank_rates(ledger, measured.log.batches, operations, dtype, ceilings),
         steps=measured.log.samples(recorded.start_ns),
         operators=_operators(looked.operators),
+        batches=looked.batches,
+        chunks=looked.chunks,
+        clocks=looked.clocks.of_ranks(llm.plan.devices),
         cluster=ceilings.used if ceilings else None,
         notes=_notes(measured, ceilings),
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bireme.bench.clocks import without_peer_access
 from bireme.bench.workload import Workload
 from bireme.config import ParallelConfig
 from bireme.engine.executor import WorkerPlan
@@ -47,6 +48,7 @@ def run_hardware(devices: Sequence[str], load_average: float) -> RunHardware:
         memory_bytes=hardware.memory_bytes(),
         load_average=load_average,
         devices=found,
+        without_peer_access=without_peer_access(devices),
     )
 
 

@@ -2,6 +2,9 @@
 
 In an expert's order: the files, where time goes, collectives, memory, the batch, the machine. What costs
 most comes first. Exit status 1 where something was found.
+
+--preflight checks hosts instead, before anything starts over them: one listens (--listen), the others come
+to it (--join), and each may name its copy of the ARTIFACT.
 """
 
 from __future__ import annotations
@@ -9,9 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 from bireme.cli import options
+from bireme.cli.grouped import flattened
+from bireme.cli.preflight import PreflightOptions, check_hosts, check_none_given, print_hosts
+from bireme.errors import RequestError
 
 if TYPE_CHECKING:
     from bireme.doctor.evidence import Evidence
@@ -22,23 +29,34 @@ NAME = "doctor"
 SHORT = "Say what is wrong, why, and what to do."
 
 
+@flattened
 def run(
     source: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="RUN|URL|ARTIFACT|FILE.sqlite",
             help="Of bireme profile or pipeline -o, a server, a sharded checkpoint, or an export of Nsight Systems.",
         ),
-    ],
+    ] = None,
     *,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", help="Of a server: how long to watch it.")
     ] = 5.0,
     api_key: options.ApiKey = None,
+    hosts: PreflightOptions,
     as_json: options.JsonOutput = False,
 ) -> int:
-    import msgspec
-
+    if hosts.preflight:
+        report = check_hosts(hosts, source)
+        if as_json:
+            typer.echo(msgspec.json.encode(report))
+        else:
+            print_hosts(report)
+            _print_all(f"{len(report.hosts)} hosts", report.findings)
+        return 1 if report.findings else 0
+    check_none_given(hosts)
+    if source is None:
+        raise RequestError("name a RUN, a URL, an ARTIFACT or a FILE.sqlite, or give --preflight")
     from bireme.doctor.rules import examine
 
     found = _evidence(source, seconds, api_key)
@@ -47,11 +65,15 @@ def run(
         told = [msgspec.to_builtins(finding) | {"page": finding.page} for finding in findings]
         typer.echo(msgspec.json.encode({"source": found.source, "findings": told}))
     else:
-        for number, finding in enumerate(findings, 1):
-            _print(number, finding)
-        if not findings:
-            typer.echo(f"{found.source}: nothing found")
+        _print_all(found.source, findings)
     return 1 if findings else 0
+
+
+def _print_all(source: str, findings: list[Finding]) -> None:
+    for number, finding in enumerate(findings, 1):
+        _print(number, finding)
+    if not findings:
+        typer.echo(f"{source}: nothing found")
 
 
 def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:

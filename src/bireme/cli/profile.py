@@ -2,8 +2,8 @@
 where each rank's time went, collectives by size, time by layer, memory by kind, and achieved rates.
 
 Prompts are made-up ids, answers exactly as long as asked for. The figures are of one pass with nothing
-in its way; times by layer, memory's peak and --kernels are of passes after it. docs/run-folder.md says
-what every field is.
+in its way; times by layer, memory's peak, --kernels, --batches and --chunks are of passes after it.
+docs/run-folder.md says what every field is.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from bireme.cli.nsys import OPTION, run_under_nsys
 from bireme.cli.profile_report import print_profile
 from bireme.cli.progress import count_bar
 from bireme.cli.ranks import print_ranks
+from bireme.config import parse_ints
 
 NAME = "profile"
 SHORT = "Run a workload, and write down where its time and memory went."
@@ -55,6 +56,20 @@ def run(
         bool,
         typer.Option("--kernels", help="Then a short pass under torch.profiler: RUN/kernels/."),
     ] = False,
+    batches: Annotated[
+        str | None,
+        typer.Option(
+            "--batches", metavar="1,2,4", help="Then a pass with as many requests at once, each."
+        ),
+    ] = None,
+    chunks: Annotated[
+        str | None,
+        typer.Option(
+            "--chunks",
+            metavar="128,512",
+            help="Then a pass with at most as many tokens a step, each.",
+        ),
+    ] = None,
     under_nsys: Annotated[
         bool, typer.Option(OPTION, help="Run under Nsight Systems: RUN/nsys.nsys-rep.")
     ] = False,
@@ -66,6 +81,7 @@ def run(
 
     workload = Workload(num_prompts=batch, input_len=input_len, output_len=output_len, seed=seed)
     options.check_at_least("num_warmup", num_warmup, 0)
+    sizes = _sizes(batches, "batches"), _sizes(chunks, "chunks")
     if cluster is not None:
         read_cluster(cluster)  # to be told before the work
     keywords = engine.keywords()
@@ -75,10 +91,12 @@ def run(
         run_under_nsys(out, arguments)
     from bireme.bench.passes import ProfilePlan, check_workload
     from bireme.bench.profiling import profile
+    from bireme.bench.size_passes import check_chunks
     from bireme.engine.llm import LLM
 
     llm = LLM(model, **keywords)
     check_workload(llm, workload)
+    check_chunks(sizes[1], llm.config.max_num_batched_tokens)
     prepare_run_folder(out)
     plan = ProfilePlan(
         workload=workload,
@@ -87,6 +105,8 @@ def run(
         cluster=cluster,
         folder=out,
         command=["bireme", *arguments],
+        batches=sizes[0],
+        chunks=sizes[1],
     )
     with llm:
         print_ranks(llm)
@@ -96,3 +116,8 @@ def run(
         typer.echo((out / "profile.json").read_text(), nl=False)
     else:
         print_profile(run_folder)
+
+
+def _sizes(text: str | None, what: str) -> tuple[int, ...]:
+    """From small to large."""
+    return () if text is None else tuple(sorted(set(parse_ints(text, what))))

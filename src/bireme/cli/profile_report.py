@@ -15,11 +15,13 @@ from bireme.observe.profile_records import (
     Profile,
     RankMemory,
     RankRate,
+    SizePass,
     Spread,
     Throughput,
 )
 from bireme.observe.run_folder import RunFolder
 from bireme.observe.run_records import RequestWorkload, RunAbout
+from bireme.observe.sweep import best_size
 from bireme.observe.told import NUM_COLUMNS, told_of_trace
 
 _MOST_RANKS = 8  # that are shown each; of more, one a stage
@@ -41,6 +43,8 @@ def print_profile(run: RunFolder) -> None:
         _memory([one for one in found.memory if one.rank in shown]),
         _rates([one for one in found.rates if one.rank in shown]),
         _operators(found),
+        _sizes("other batches; tokens/s of output, p50 ms", found.batches, is_output=True),
+        _sizes("other chunks; tokens/s in all, p50 ms", found.chunks, is_output=False),
     ):
         if table.row_count:
             to.print()
@@ -184,5 +188,23 @@ def _operators(found: Profile) -> Table:
     for one in [it for it in found.operators if it.rank == slowest][:_MOST_OPERATORS]:
         table.add_row(
             one.name, str(one.count), f"{1000 * one.self_s:.1f}", f"{1000 * one.time_s:.1f}"
+        )
+    return table
+
+
+def _sizes(title: str, found: Sequence[SizePass], *, is_output: bool) -> Table:
+    """With a mark where throughput stops growing."""
+    table = _table(
+        title, "size", "tokens/s", "first\ntoken", "from token\nto token", "last\ntoken", ""
+    )
+    rates = {
+        one.size: one.output_tokens_per_s if is_output else one.total_tokens_per_s for one in found
+    }
+    best = best_size(rates)
+    for one in found:
+        times = (1000 * it.get("p50", 0.0) for it in (one.ttft_s, one.itl_s, one.e2e_s))
+        mark = "throughput stops growing" if one.size == best != found[-1].size else ""
+        table.add_row(
+            str(one.size), f"{rates[one.size]:.0f}", *(f"{time:.1f}" for time in times), mark
         )
     return table

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from statistics import mean
 
 from bireme.observe.causes import Row
+from bireme.observe.profile_records import CollectiveSize, MessageSize
 from bireme.observe.told import ToldLedger, ToldRank
 
 _FULL = 0.95  # of the cache's blocks
@@ -15,7 +16,11 @@ _FULL = 0.95  # of the cache's blocks
 
 @dataclass(frozen=True, kw_only=True)
 class RankFacts:
-    """`memory` is bytes by kind; `major_faults` are pages that were read from disk while it was watched."""
+    """`memory` is bytes by kind; `major_faults` are pages that were read from disk while it was watched.
+    `decode_used`: shares of the probed flop/s and bytes/s that it achieved while decoding. `kernel_share`: of the
+    time outside of collectives in which its GPU ran kernels. `reserved_bytes` are what its GPU's allocator
+    holds, `alloc_retries` how often that was emptied for want of memory. `slowdowns` are shares of the time by
+    what slowed its GPU's clocks down."""
 
     name: str
     stage: int
@@ -23,6 +28,11 @@ class RankFacts:
     num_threads: int | None = None
     memory: Mapping[str, int] = field(default_factory=dict)
     major_faults: int | None = None
+    decode_used: tuple[float, float] | None = None
+    kernel_share: float | None = None
+    reserved_bytes: int | None = None
+    alloc_retries: int | None = None
+    slowdowns: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_cpu(self) -> bool:
@@ -59,11 +69,35 @@ class CacheFacts:
         )
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A pass with batches or chunks of one size: tokens a second (of output, of all), and median seconds between an
+    answer's tokens and to its last, 0 where nothing tells."""
+
+    size: int
+    tokens_per_s: float
+    itl_s: float
+    e2e_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """What came of a run's steps: seconds that an answer's token takes, and tokens of answers a step."""
+
+    output_tokens_per_s: float
+    itl_s: float
+    num_steps: int
+    num_output_tokens: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Of one run, or of a time in which a server was watched. `num_running` requests (micro-batches of a vision
-    pipeline) were in flight on average. `damage` is what is wrong with the files, `departures` are where
-    certificates say that the model is another, a line each; `cut_option` says which stage holds what."""
+    pipeline) were in flight on average. `batch` and `chunk` are the run's own sizes, `batches` and `chunks`
+    passes of other sizes with them, from small to large. `apart` are ranks that pass each other something, and whose
+    GPUs cannot reach each other's memory. `damage` is what is wrong with the files, `departures` are where
+    certificates say that the model is another, a line each; `cut_option` says which stage holds
+    what."""
 
     source: str
     ranks: Sequence[RankFacts]
@@ -74,6 +108,14 @@ class Evidence:
     num_running: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     cut_option: str = "--layers-per-stage"
+    pace: Pace | None = None
+    collectives: Sequence[CollectiveSize] = ()
+    messages: Sequence[MessageSize] = ()
+    batch: int | None = None
+    batches: Sequence[Measured] = ()
+    chunk: int | None = None
+    chunks: Sequence[Measured] = ()
+    apart: Sequence[tuple[str, str]] = ()
     damage: Sequence[str] = ()
     departures: Sequence[str] = ()
 

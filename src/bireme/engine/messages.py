@@ -236,8 +236,8 @@ def send(sock: socket.socket, message: msgspec.Struct) -> None:
 class FrameReader:
     """Frames of a socket, read to the byte: what follows a frame stays readable there."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock, self._part = sock, bytearray()
+    def __init__(self, sock: socket.socket, most_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._sock, self._part, self._most_bytes = sock, bytearray(), most_bytes
         self._num_bytes, self._is_body = _LENGTH.size, False
 
     def read(self) -> bytes | None:
@@ -262,8 +262,8 @@ class FrameReader:
 
     def _begin_body(self) -> None:
         (length,) = _LENGTH.unpack(self._part)
-        if length > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame of {length} bytes exceeds the limit of {MAX_FRAME_BYTES}")
+        if length > self._most_bytes:
+            raise ValueError(f"a frame of {length} bytes exceeds the limit of {self._most_bytes}")
         self._begin(length, is_body=True)
 
     def _begin(self, num_bytes: int, *, is_body: bool) -> None:
@@ -284,8 +284,13 @@ class CommandReader(FrameReader):
 
 
 class ReplyReader(FrameReader):
-    def __init__(self, sock: socket.socket, program: Program = LANGUAGE_MODEL) -> None:
-        super().__init__(sock)
+    def __init__(
+        self,
+        sock: socket.socket,
+        program: Program = LANGUAGE_MODEL,
+        most_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
+        super().__init__(sock, most_bytes)
         self._decoder = program.replies
 
     def next(self) -> msgspec.Struct | None:

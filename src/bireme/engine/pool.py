@@ -24,6 +24,7 @@ import msgspec
 
 import bireme
 from bireme.engine.channel import StepChannel
+from bireme.engine.clocks import Look, quickest
 from bireme.engine.culprit import Standing, find_culprit
 from bireme.engine.deadline import Patience
 from bireme.engine.messages import (
@@ -44,7 +45,6 @@ from bireme.trace import Now, Span, SpanRing
 
 _GRACE_S = 2.0  # for the first cause to arrive once a failure was seen
 _EXIT_S = 5.0
-_CLOCK_LOOKS = 5  # of which the quickest tells most
 
 
 @dataclass
@@ -182,20 +182,17 @@ class World:
         self.close()
 
     def compare_clocks(self, timeout_s: float) -> None:
-        """Has every rank's times read on this process's clock. A rank's clock that is between the asking and
-        the last answer is taken for the same."""
-        looks = [self._look_at_clocks(timeout_s) for _ in range(_CLOCK_LOOKS)]
-        start_ns, end_ns, clocks = min(looks, key=lambda look: look[1] - look[0])
-        for rank, clock_ns in zip(self.ranks, clocks, strict=True):
-            is_same = start_ns <= clock_ns <= end_ns
-            rank.spans.set_clock(0 if is_same else (start_ns + end_ns) // 2 - clock_ns)
+        """Has every rank's times read on this process's clock."""
+        behind_ns = quickest(lambda: self._look_at_clocks(timeout_s)).behind_ns
+        for rank, offset_ns in zip(self.ranks, behind_ns, strict=True):
+            rank.spans.set_clock(offset_ns)
 
-    def _look_at_clocks(self, timeout_s: float) -> tuple[int, int, list[int]]:
+    def _look_at_clocks(self, timeout_s: float) -> Look:
         start_ns = time.monotonic_ns()
         self.send_all(ReadClock())
         replies = self.gather(timeout_s, "reading its clock")
         end_ns = time.monotonic_ns()
-        return start_ns, end_ns, [reply.ns for reply in replies if isinstance(reply, Clock)]
+        return Look(start_ns, end_ns, [it.ns for it in replies if isinstance(it, Clock)])
 
     def spans(self) -> dict[str, list[Span]]:
         """Every rank's spans, by the rank's name."""

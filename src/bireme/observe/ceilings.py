@@ -48,10 +48,16 @@ class Ceilings:
 
     def all_reduce_bytes_per_s(self, ranks: Sequence[int], num_bytes: int) -> float | None:
         """Of a sum over these ranks; where they were not summed over, over as many of their kind."""
+        curve = self._sums(ranks)
+        return num_bytes / seconds_of(curve, num_bytes) if curve else None
+
+    def most_all_reduce_bytes_per_s(self, ranks: Sequence[int]) -> float | None:
+        """Of the size that moves fastest."""
+        return max((point.size_per_s for point in self._sums(ranks)), default=None)
+
+    def _sums(self, ranks: Sequence[int]) -> Curve:
         group = self._group([self.names[rank] for rank in ranks])
-        if group is None or not group.all_reduce:
-            return None
-        return num_bytes / seconds_of(group.all_reduce, num_bytes)
+        return () if group is None else group.all_reduce
 
     def send_bytes_per_s(self, src: int, dst: int, num_bytes: int) -> float | None:
         link = self._link({self.names[src], self.names[dst]})

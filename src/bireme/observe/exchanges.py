@@ -99,9 +99,10 @@ def _told(
         late[name] += sum(come_ns - span.start_ns for span in one.spans.values())
     worst = max(them, key=lambda one: one.skew_ns)
     moved_s = median(max(one.moves_ns) for one in them) / 1e9
-    ceiling = None
+    ceiling = most = None
     if ceilings is not None and kind == "all_reduce":
         ceiling = ceilings.all_reduce_bytes_per_s(ranks, num_bytes)
+        most = ceilings.most_all_reduce_bytes_per_s(ranks)
     return CollectiveSize(
         kind=kind,
         stage=stage,
@@ -121,6 +122,7 @@ def _told(
         late_s={name: ns / 1e9 for name, ns in sorted(late.items()) if ns},
         bytes_per_s=num_bytes / moved_s if moved_s else None,
         ceiling_bytes_per_s=ceiling,
+        ceiling_most_bytes_per_s=most,
     )
 
 

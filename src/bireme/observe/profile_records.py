@@ -79,6 +79,7 @@ class CollectiveSize(msgspec.Struct, frozen=True, kw_only=True):
     late_s: dict[str, float]
     bytes_per_s: float | None = None
     ceiling_bytes_per_s: float | None = None
+    ceiling_most_bytes_per_s: float | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -200,6 +201,29 @@ class Operator(msgspec.Struct, frozen=True, kw_only=True):
     time_s: float
 
 
+class SizePass(msgspec.Struct, frozen=True, kw_only=True):
+    """A pass with `size` requests at once, or at most `size` tokens a step; other prompts, all else alike."""
+
+    size: int
+    output_tokens_per_s: float
+    total_tokens_per_s: float
+    num_preemptions: int
+    ttft_s: Spread
+    itl_s: Spread
+    e2e_s: Spread
+
+
+class RankClocks(msgspec.Struct, frozen=True, kw_only=True):
+    """What nvidia-smi said of a GPU's clocks while the layers were timed: how often it was asked, the slowest
+    and the fastest in MHz, and by reason the share of those times at which they were slowed down."""
+
+    rank: int
+    num_samples: int
+    least_mhz: float
+    most_mhz: float
+    slowdowns: dict[str, float]
+
+
 class ClusterUsed(msgspec.Struct, frozen=True, kw_only=True):
     """Where ceilings come from; `measured` None: described by hand."""
 
@@ -226,5 +250,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True):
     rates: list[RankRate] = []
     steps: list[StepSample] = []
     operators: list[Operator] = []
+    batches: list[SizePass] = []
+    chunks: list[SizePass] = []
+    clocks: list[RankClocks] = []
     cluster: ClusterUsed | None = None
     notes: list[str] = []

@@ -18,7 +18,8 @@ FORMAT_VERSION = 2
 
 class RunHardware(msgspec.Struct, frozen=True, kw_only=True):
     """The host; `num_cores` that the driver might use, `load_average` of the minute before the run, and
-    `devices` by torch's names, with what they are."""
+    `devices` by torch's names, with what they are. `without_peer_access`: pairs of GPUs that cannot reach each
+    other's memory."""
 
     host: str
     cpu: str
@@ -26,6 +27,7 @@ class RunHardware(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     load_average: float
     devices: dict[str, str]
+    without_peer_access: list[tuple[str, str]] = []
 
 
 class RunModel(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from bireme.errors import PeerLost
 from bireme.parallel.links import HEADER_BYTES, LateChecks, Receiver, Sender, Stated, message_head
@@ -184,7 +185,7 @@ class Communicator:
 def join(
     widths: tuple[int, ...],
     rank: int,
-    store_path: Path,
+    meeting: Path | Store,
     device: torch.device,
     timeout_s: float,
     spans: SpanWriter,
@@ -194,8 +195,9 @@ def join(
     """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one. GPUs
     that can write each other's memory pass hidden states of up to `peer_bytes` so.
 
-    Else they meet at the file `store_path`, so that no socket listens beside gloo's own, which
-    GLOO_SOCKET_IFNAME binds; blocks until all have come, PeerLost after `timeout_s`.
+    Else they meet at the file `meeting`, so that no socket listens beside gloo's own, which
+    GLOO_SOCKET_IFNAME binds, or where there is none that all can open, at a store of torch's; blocks until
+    all have come, PeerLost after `timeout_s`.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -204,7 +206,7 @@ def join(
     if sum(widths) == 1:
         return Communicator(Mesh(widths, rank, Alone()), _nobody(spans), None, _nobody(spans), None)
     with _peers():
-        return _over_distributed(widths, rank, store_path, device, timeout_s, spans, peer_bytes)
+        return _over_distributed(widths, rank, meeting, device, timeout_s, spans, peer_bytes)
 
 
 def _nobody(spans: SpanWriter) -> Sender:
@@ -239,14 +241,16 @@ def _over_shared_memory(
 def _over_distributed(
     widths: tuple[int, ...],
     rank: int,
-    store_path: Path,
+    meeting: Path | Store,
     device: torch.device,
     timeout_s: float,
     spans: SpanWriter,
     peer_bytes: int,
 ) -> Communicator:
     world, timeout = sum(widths), timedelta(seconds=timeout_s)
-    store = dist.FileStore(str(store_path), world)  # type: ignore[attr-defined]
+    store = meeting
+    if isinstance(store, Path):
+        store = dist.FileStore(str(store), world)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     tensor = None

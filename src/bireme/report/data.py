@@ -17,6 +17,7 @@ from bireme.observe.profile_records import (
     MessageSize,
     Profile,
     RankMemory,
+    SizePass,
     Spread,
 )
 from bireme.observe.run_folder import RunFolder
@@ -57,6 +58,8 @@ class RunData(msgspec.Struct, frozen=True, kw_only=True):
     memory: list[RankBytes]
     collectives: list[CollectiveSize]
     messages: list[MessageSize]
+    batches: list[SizePass]
+    chunks: list[SizePass]
     notes: list[str]
     trials: list[list[str]]
     plan: PlanData | None
@@ -82,6 +85,8 @@ def run_data(run: RunFolder) -> RunData:
         memory=[_bytes(*pair) for pair in zip(names, profile.memory, strict=True)],
         collectives=profile.collectives,
         messages=profile.messages,
+        batches=profile.batches,
+        chunks=profile.chunks,
         notes=profile.notes,
         trials=trial_rows(profile.trials),
         plan=_plan(run),

@@ -17,7 +17,15 @@ from bireme.observe.run_folder import RunFolder
 from bireme.report.data import RunData, run_data
 
 _HERE, _DRAWING = Path(__file__).parent, Path(drawing.__file__).parent
-_MODULES = ("elements.js", "rows.js", "gantt.js", "ledger.js", "memory.js", "sizes.js")
+_MODULES = (
+    "elements.js",
+    "rows.js",
+    "gantt.js",
+    "ledger.js",
+    "memory.js",
+    "sizes.js",
+    "throughput.js",
+)
 _MARK = b'<meta name="generator" content="bireme report">'
 _IMPORT = re.compile(r'(?<=from )"\./([\w.]+)"')
 

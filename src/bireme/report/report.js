@@ -6,6 +6,7 @@ import { LedgerView } from "./ledger.js";
 import { MemoryView } from "./memory.js";
 import { hatches } from "./rows.js";
 import { SizesView } from "./sizes.js";
+import { ThroughputView } from "./throughput.js";
 
 // A titled part of a run, and the place in it.
 function card(title, ...tools) {
@@ -99,6 +100,8 @@ function draw(run) {
     run.trials.length ? sweep(run.trials) : "",
     html("div", { class: "pair" }, Object.keys(run.latency_s).length ? latencies(run.latency_s) : "", layout(run.ranks, run.parts)),
     run.collectives.length ? drawn("Collectives by size", SizesView, run.collectives) : "",
+    run.batches.length ? drawn("Throughput by batch", ThroughputView, run.batches) : "",
+    run.chunks.length ? drawn("Throughput by tokens a step", ThroughputView, run.chunks) : "",
     drawn("Memory", MemoryView, run.memory),
     about(run.facts, run.notes),
   );

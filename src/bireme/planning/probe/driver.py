@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -70,11 +70,19 @@ def joined(
         world.leave(_ANSWER_S)
 
 
-class ProbedWorld:
+class Asked(Protocol):
+    """Ranks that are all told the same, and each answer."""
+
+    def send_all(self, command: msgspec.Struct, /) -> None: ...
+
+    def gather(self, timeout_s: float, doing: str, /) -> list[msgspec.Struct]: ...
+
+
+class Probed:
     """Ranks that measure, all at once: a rank's figures hold while the others are at work too."""
 
-    def __init__(self, world: World) -> None:
-        self._world = world
+    def __init__(self, ranks: Asked) -> None:
+        self._ranks = ranks
 
     def facts(self) -> list[Facts]:
         return self._ask(Describe(), Facts)
@@ -87,19 +95,6 @@ class ProbedWorld:
         """Of what all do together: each repeat is the mean over the ranks."""
         each = zip(*self._samples(work, budget_s), strict=True)
         return summarise(size, [statistics.fmean(seconds) for seconds in each])
-
-    def empty_step(self, budget_s: float) -> Point:
-        """From the driver through all ranks and back."""
-        pilot = [self._empty_step_s() for _ in range(_WARMUP + _PILOT_REPEATS)]
-        repeats = num_repeats(statistics.median(pilot), budget_s)
-        taken = [self._empty_step_s() for _ in range(repeats)]
-        return summarise(len(self._world.ranks), taken)
-
-    def _empty_step_s(self) -> float:
-        start = time.perf_counter()
-        self._world.send_all(EmptyStep())
-        self._world.step_reply(Patience(_ANSWER_S, _ANSWER_S), 0)
-        return time.perf_counter() - start
 
     def _samples(self, work: Work, budget_s: float) -> list[list[float]]:
         """Seconds of each rank, of batch after batch until the budget is spent: what else the machine
@@ -118,12 +113,33 @@ class ProbedWorld:
         return self._ask(Measure(work, _WARMUP, repeats), Samples)
 
     def _ask(self, question: msgspec.Struct, kind: type[T]) -> list[T]:
-        self._world.send_all(question)
-        replies = self._world.gather(_ANSWER_S, "being measured")
+        self._ranks.send_all(question)
+        replies = self._ranks.gather(_ANSWER_S, "being measured")
         for reply in replies:
             if not isinstance(reply, kind):
                 raise EngineError(f"a rank answered a question with {type(reply).__name__}")
         return [reply for reply in replies if isinstance(reply, kind)]
+
+
+class ProbedWorld(Probed):
+    """The ranks of a world."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._world = world
+
+    def empty_step(self, budget_s: float) -> Point:
+        """From the driver through all ranks and back."""
+        pilot = [self._empty_step_s() for _ in range(_WARMUP + _PILOT_REPEATS)]
+        repeats = num_repeats(statistics.median(pilot), budget_s)
+        taken = [self._empty_step_s() for _ in range(repeats)]
+        return summarise(len(self._world.ranks), taken)
+
+    def _empty_step_s(self) -> float:
+        start = time.perf_counter()
+        self._world.send_all(EmptyStep())
+        self._world.step_reply(Patience(_ANSWER_S, _ANSWER_S), 0)
+        return time.perf_counter() - start
 
 
 def _repeat_s(batch: list[Samples]) -> float:

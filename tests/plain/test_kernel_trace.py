@@ -1,0 +1,38 @@
+"""How much of its time a GPU ran kernels, from traces that were never recorded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bireme.errors import UserError
+from bireme.observe.kernel_trace import kernel_share
+
+
+def written(path: Path, *kernels: tuple[str, float, float]) -> Path:
+    events: list[dict[str, object]] = [{"ph": "M", "name": "process_name"}]
+    events += [{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1000}]
+    events += [{"cat": "kernel", "name": name, "ts": ts, "dur": dur} for name, ts, dur in kernels]
+    path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": events}))
+    return path
+
+
+def test_it_is_of_the_time_outside_of_collectives(tmp_path: Path) -> None:
+    trace = written(
+        tmp_path / "t", ("gemm", 0, 10), ("ncclDevKernel_AllReduce", 10, 50), ("gemm", 90, 10)
+    )
+    assert kernel_share(trace) == pytest.approx(20 / 50)
+
+
+def test_kernels_beside_each_other_count_once(tmp_path: Path) -> None:
+    trace = written(tmp_path / "t", ("b", 5, 10), ("a", 0, 10), ("c", 20, 10))
+    assert kernel_share(trace) == pytest.approx(25 / 30)
+
+
+def test_without_a_kernel_nothing_is_known(tmp_path: Path) -> None:
+    assert kernel_share(written(tmp_path / "t")) is None
+    (tmp_path / "t").write_text("[]")
+    with pytest.raises(UserError, match="is no trace of torch"):
+        kernel_share(tmp_path / "t")
