@@ -11,7 +11,7 @@ import pytest
 from bireme.cli import run
 from bireme.doctor.preflight.messages import HostFacts
 from bireme.engine.messages import send
-from preflight import Place, begin, check_together, end
+from preflight import Place, Said, begin, check_together, end
 
 HERE, THERE = Place("127.0.0.1"), Place("127.0.0.2")
 
@@ -24,6 +24,13 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "tp1", folder / "tp2"
 
 
+def rules(*said: Said) -> list[list[str]]:
+    """What was found; sums may be slow on a machine that does other things too."""
+    for one in said:
+        assert one.status == bool(one.report["findings"]), one.err
+    return [[rule for rule in one.rules if rule != "slow-network"] for one in said]
+
+
 def with_artifact(place: Place, folder: Path) -> Place:
     return Place(place.address, arguments=[str(folder)])
 
@@ -32,9 +39,8 @@ def test_hosts_that_are_alike_are_well(artifacts: tuple[Path, Path]) -> None:
     one, other = check_together(
         with_artifact(HERE, artifacts[0]), with_artifact(THERE, artifacts[0])
     )
-    assert (one.status, other.status) == (0, 0), one.err + other.err
+    assert rules(one, other) == [[], []]
     assert one.report == other.report
-    assert one.report["findings"] == []
     first, second = one.report["hosts"]
     assert (first["facts"]["name"], second["facts"]["name"]) == ("first", "second")
     assert first["facts"]["versions"].keys() >= {"bireme", "python", "torch"}
@@ -48,8 +54,7 @@ def test_another_artifact_is_found(artifacts: tuple[Path, Path]) -> None:
     one, other = check_together(
         with_artifact(HERE, artifacts[0]), with_artifact(THERE, artifacts[1])
     )
-    assert (one.status, other.status) == (1, 1)
-    assert one.rules == other.rules == ["artifacts-differ"]
+    assert rules(one, other) == [["artifacts-differ"]] * 2
     for host in one.report["hosts"]:
         assert host["facts"]["artifact"] in one.report["findings"][0]["figure"]
 
@@ -68,9 +73,8 @@ def test_another_version_and_another_clock_are_found(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(OTHER_PLACE)
     path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     one, other = check_together(HERE, Place(THERE.address, environment={"PYTHONPATH": path}))
-    assert (one.status, other.status) == (1, 1)
-    assert one.rules == ["versions-differ", "clock-offset"]
-    versions, clock = one.report["findings"]
+    assert rules(one, other) == [["versions-differ", "clock-offset"]] * 2
+    versions, clock = one.report["findings"][:2]
     assert "second 3.99.0" in versions["figure"]
     assert versions["title"] == "hosts have different versions of python"
     assert clock["title"] == "the clock of second is wrong"
@@ -96,7 +100,7 @@ def test_strangers_and_namesakes_are_sent_away_and_the_others_checked() -> None:
         assert namesake.status == 2
         assert "a host named first is there already" in namesake.err
         second = end(THERE.start("--join", place, "--host-name", "second"))
-        assert (second.status, end(listening).status) == (0, 0)
+        assert rules(second, end(listening)) == [[], []]
         assert b"no host of this version" in stranger.recv(1000)
 
 
@@ -117,7 +121,7 @@ def test_three_hosts_are_measured_in_pairs_and_together() -> None:
     listening, place = begin(HERE, "--hosts", "3")
     others = [THERE.start("--join", place, "--host-name", name) for name in ("b", "a")]
     said = end(listening)
-    assert [end(it).status for it in others] == [0, 0], said.out
+    assert rules(said, *map(end, others)) == [[], [], []]
     assert [sums["hosts"] for sums in said.report["sums"]] == [
         ["first", "a"], ["first", "b"], ["first", "a", "b"],
     ]  # fmt: skip
