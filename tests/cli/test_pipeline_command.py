@@ -184,3 +184,78 @@ def test_a_module_that_mixes_images_is_told_from_wrong_stages(
     captured = capsys.readouterr()
     assert "depends on the others of its batch" in captured.err
     assert "images/s ±" in captured.out
+
+
+WRONG_CUT = """
+from bireme.vision import stage
+
+whole = stage.make_forward
+
+
+def make_forward(blocks, device, *, is_captured):  # the second stage, of three blocks, begins a block too late
+    return whole(blocks[1:] if len(blocks) == 3 else blocks, device, is_captured=is_captured)
+
+
+stage.make_forward = make_forward
+"""
+
+
+def test_a_wrong_cut_is_noticed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted in the ranks' processes."""
+    command = [
+        *NETWORK,
+        "--batch",
+        "4",
+        "--micro-batches",
+        "2",
+        "--runs",
+        "1",
+        "--split",
+        "blocks.1",
+    ]
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    assert run(command) == 0
+    (tmp_path / "sitecustomize.py").write_text(WRONG_CUT)
+    assert run(command) == 1
+    assert "the stages differ from one device by" in capsys.readouterr().err
+
+
+def test_a_module_that_mixes_images_is_told_at_one_number_of_micro_batches_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["pipeline", "vision.networks:Mixing", *NETWORK[2:], "--batch", "4", "--runs", "1"]
+    assert run([*command, "--micro-batches", "2"]) == 1
+    assert "depends on the others of its batch" in capsys.readouterr().err
+
+
+def test_what_fits_no_single_device_is_checked_as_well(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "endless.py").write_text(
+        "from vision.networks import Network\n\n\nclass Endless(Network):\n"
+        "    def forward(self, x):\n        return super().forward(x) * float('inf')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = ["pipeline", "endless:Endless", *NETWORK[2:], "--batch", "3", "--runs", "1"]
+    split = ["--split", "blocks.1,blocks.2", "--memory-limit", "12KiB"]
+    assert run([*command, "--micro-batches", "3", *split]) == 1
+    said = capsys.readouterr()
+    assert "logits are not finite" in said.err
+    assert "fits 3; what it computes is compared with no other" in said.out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--threads", "9999"], r"threads=9999 exceeds the \d+ cores"),
+        (["--batch", "64", "--micro-batches", "64", "--batches", "400"], "use at most 256 batches"),
+    ],
+)
+def test_more_than_a_host_or_a_ring_has_is_refused(
+    more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*NETWORK, *more]) == 2
+    assert re.search(says, capsys.readouterr().err)

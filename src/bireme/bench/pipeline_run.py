@@ -80,7 +80,7 @@ class PipelineRun:
         best = self.staged.best
         if best is None or best.passed is None:
             return None
-        recorded = best.passed.part_of(self.staged.recorded)
+        recorded = best.recorded
         ledger = make_ledger(recorded)
         profile = self._profile(best, best.passed, recorded, ledger)
         plan = self._plan(best.num_micro_batches, best.passed.first_step)

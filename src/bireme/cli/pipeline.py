@@ -18,6 +18,7 @@ from bireme.cli import options
 from bireme.cli.notes import note, note_if_busy
 from bireme.cli.progress import count_bar
 from bireme.config import EngineConfig, ParallelConfig, parse_ints
+from bireme.engine.setup import num_cores
 from bireme.errors import RequestError
 
 if TYPE_CHECKING:
@@ -161,6 +162,8 @@ def run(
         ("runs", runs), ("top", top), ("threads", 1 if threads is None else threads), ("batches", batches)
     ):  # fmt: skip
         options.check_at_least(name, value, 1)
+    if threads is not None and threads > (cores := num_cores()):
+        raise RequestError(f"threads={threads} exceeds the {cores} cores of this host")
     note_if_busy()
     settings = EngineConfig(
         parallel=ParallelConfig.of(1, num_stages),
@@ -177,7 +180,12 @@ def run(
     from bireme.vision.agreement import check_same
     from bireme.vision.messages import VISION
     from bireme.vision.model import find_model
-    from bireme.vision.pipeline import RankSettings, measure_blocks, micro_batch_sizes
+    from bireme.vision.pipeline import (
+        RankSettings,
+        check_row,
+        measure_blocks,
+        micro_batch_sizes,
+    )
     from bireme.vision.plan import check_num_stages, make_plan
     from bireme.vision.sweep import Sweeper, check_images_fit, one_device, work_of
     from bireme.vision.tracing import trace as traced_blocks
@@ -190,6 +198,8 @@ def run(
         check_images_fit(found, batch or _DEFAULT_BATCH, limit_bytes)
     given = _images(found, images, batch)
     counts = _counts(micro_batches, len(given.images))
+    for count in counts:
+        check_row(count, batches)
     timed = micro_batch_sizes(len(given.images), sorted(counts)[len(counts) // 2])[0]
     ranks = RankSettings(
         devices=where,

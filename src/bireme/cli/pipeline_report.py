@@ -150,7 +150,9 @@ class Report:
         lines = []
         if one is None:
             least = format_bytes(min(trial.memory_bytes for trial in alone.trials))
-            does = f", fits {num_stages}" if best else ""
+            does = (
+                f", fits {num_stages}; what it computes is compared with no other" if best else ""
+            )
             lines.append(f"does not fit one device of {limit} (needs {least}){does}")
         else:
             lines.append(f"speed-up is over one device at its best: {_at(one)}")
@@ -260,7 +262,7 @@ class Report:
                 "bubbles": trial.passed.bubbles,
                 "predicted_bubbles": trial.passed.predicted_bubbles,
                 "textbook_bubble": self._textbook(len(sweep.recorded.ranks), trial),
-                "ledger": {rank.name: rank.shares for rank in _told(sweep, trial.passed).ranks},
+                "ledger": {rank.name: rank.shares for rank in _told(trial, trial.passed).ranks},
             }
         return found
 
@@ -270,11 +272,12 @@ def show_ledger(staged: Sweep) -> None:
     if staged.best is not None and staged.best.passed is not None:
         out = Console(stderr=True, highlight=False)
         out.print(f"\nwhere the time went, with {_at(staged.best)}")
-        show(_told(staged, staged.best.passed, max(20, out.width - LABEL_WIDTH)), out)
+        show(_told(staged.best, staged.best.passed, max(20, out.width - LABEL_WIDTH)), out)
 
 
-def _told(sweep: Sweep, passed: Passed, num_columns: int = NUM_COLUMNS) -> ToldLedger:
-    return ToldLedger.of(make_ledger(sweep.recorded, *passed.window_ns), num_columns=num_columns)
+def _told(trial: Trial, passed: Passed, num_columns: int = NUM_COLUMNS) -> ToldLedger:
+    ledger = make_ledger(trial.recorded, *passed.window_ns)
+    return ToldLedger.of(ledger, num_columns=num_columns)
 
 
 def _speed_up(trial: Trial, reference: Trial | None) -> str:

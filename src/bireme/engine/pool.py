@@ -194,9 +194,10 @@ class World:
         end_ns = time.monotonic_ns()
         return Look(start_ns, end_ns, [it.ns for it in replies if isinstance(it, Clock)])
 
-    def spans(self) -> dict[str, list[Span]]:
-        """Every rank's spans, by the rank's name."""
-        return {name: rank.spans.read() for name, rank in zip(self.names, self.ranks, strict=True)}
+    def spans(self, since_ns: int = 0) -> dict[str, list[Span]]:
+        """Every rank's spans since then, by the rank's name."""
+        ranks = zip(self.names, self.ranks, strict=True)
+        return {name: rank.spans.read(since_ns) for name, rank in ranks}
 
     def send_all(self, command: msgspec.Struct, patience: Patience | None = None) -> None:
         """The same to every rank, encoded once."""

@@ -23,11 +23,15 @@ from bireme.errors import EngineError, RequestError
 from bireme.parallel.counters import create_memory
 from bireme.parallel.mesh import Mesh
 from bireme.parallel.pipeline import Action, Schedule, bubble_shares, forward_schedule, timeline
-from bireme.trace import RankSpans, Span, SpanKind
+from bireme.trace import DEFAULT_CAPACITY, RankSpans, Span, SpanKind
 from bireme.vision.messages import Load, Loaded, Logits, Measure, Measured, Run
 from bireme.vision.model import VisionModel
 from bireme.vision.plan import BlockCost
 from bireme.vision.tracing import Traced
+
+_SPANS_A_MICRO_BATCH = (
+    4  # that a rank in the middle writes: the step, what it takes, computes and sends
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,16 @@ def micro_batch_sizes(batch: int, num_micro_batches: int) -> tuple[int, ...]:
         )
     size, num_larger = divmod(batch, num_micro_batches)
     return (size + 1,) * num_larger + (size,) * (num_micro_batches - num_larger)
+
+
+def check_row(num_micro_batches: int, num_batches: int) -> None:
+    """RequestError for more at once than ranks keep the spans of."""
+    most = DEFAULT_CAPACITY // _SPANS_A_MICRO_BATCH
+    if num_micro_batches * num_batches > most:
+        raise RequestError(
+            f"{num_batches} batches of {num_micro_batches} micro-batches are {num_micro_batches * num_batches} in "
+            f"a row, and a rank keeps the spans of {most}; use at most {most // num_micro_batches} batches"
+        )
 
 
 @contextmanager
@@ -223,17 +237,19 @@ class VisionPipeline:
         if answer is None:
             raise EngineError("no rank answered a batch with logits")
         logits = torch.frombuffer(bytearray(answer.values), dtype=torch.float32)
-        times = self._times(schedule, first_step)
+        times = self._times(schedule, first_step, start_ns)
         logits = logits.view(sum(sizes), answer.num_classes)
         return Passed(logits, schedule, times, first_step, start_ns)
 
-    def _times(self, schedule: Schedule, first_step: int) -> dict[Action, tuple[float, float]]:
+    def _times(
+        self, schedule: Schedule, first_step: int, told_ns: int
+    ) -> dict[Action, tuple[float, float]]:
         """Of each action, from the spans that its rank wrote."""
         times = {}
         for rank, actions in zip(self._world.ranks, schedule, strict=True):
             computed = {
                 span.step_id - first_step: span
-                for span in rank.spans.read()
+                for span in rank.spans.read(told_ns)
                 if span.kind == SpanKind.COMPUTE and span.step_id >= first_step
             }
             for action in actions:
@@ -247,13 +263,15 @@ class VisionPipeline:
         replies = self._world.gather(self._settings.step_timeout_s, "saying what it holds")
         return tuple(reply for reply in replies if isinstance(reply, RankUsage))
 
-    def recorded(self) -> Recorded:
-        """Every rank's spans since it was told to load, and what the driver did meanwhile."""
+    def recorded(self, since_ns: int = 0) -> Recorded:
+        """Every rank's spans since then and since it was told to load, and what the driver did meanwhile."""
+        begun_ns = max(since_ns, self._begun_ns)
         ranks = [
-            RankSpans(name, stage, 0, [it for it in spans if it.start_ns >= self._begun_ns])
-            for stage, (name, spans) in enumerate(self._world.spans().items())
+            RankSpans(name, stage, 0, [it for it in spans if it.start_ns >= begun_ns])
+            for stage, (name, spans) in enumerate(self._world.spans(begun_ns).items())
         ]
-        return Recorded(ranks, [*self._told, Span.empty_since(self._told)])
+        told = [span for span in self._told if span.end_ns > begun_ns]
+        return Recorded(ranks, [*told, Span.empty_since(told)])
 
     def _note_run(self, steps: range, start_ns: int, sent_ns: int, end_ns: int) -> None:
         """As the engine tells it of its steps: nothing to do, a batch's steps at once, the wait."""

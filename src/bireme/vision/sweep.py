@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,13 +25,16 @@ from bireme.vision.tracing import Traced
 @dataclass(frozen=True)
 class Trial:
     """One number of micro-batches: what its largest rank needs, and the median of its runs, None where it
-    does not fit; seconds of each run; what each rank held before the first, and behind the last."""
+    does not fit; seconds of each run; what each rank held before the first, and behind the last. `recorded` is
+    of the median run. `control`: logits of the same batch in other micro-batches, where no other trial has them."""
 
     num_micro_batches: int
     memory_bytes: int
     passed: Passed | None
     runs_s: tuple[float, ...] = ()
     usage: tuple[tuple[RankUsage, ...], tuple[RankUsage, ...]] = ((), ())
+    recorded: Recorded = field(default_factory=lambda: Recorded((), ()))
+    control: torch.Tensor | None = None
 
     @property
     def spread(self) -> float:
@@ -164,15 +167,24 @@ class Sweeper:
         """The same with its runs."""
         before, num_micro_batches = pipeline.usage(), trial.num_micro_batches
         pipeline.run(num_micro_batches)
-        runs = [
-            pipeline.run(num_micro_batches, num_batches=self.num_batches)
-            for _ in range(self.num_runs)
-        ]
+        runs, parts = [], []
+        for _ in range(self.num_runs):
+            runs.append(pipeline.run(num_micro_batches, num_batches=self.num_batches))
+            parts.append(runs[-1].part_of(pipeline.recorded(runs[-1].told_ns)))
         middle = statistics.median_low(run.elapsed_s for run in runs)
-        median = next(run for run in runs if run.elapsed_s == middle)
+        median = next(index for index, run in enumerate(runs) if run.elapsed_s == middle)
+        usage = before, pipeline.usage()
         return dataclasses.replace(
             trial,
-            passed=median,
+            passed=runs[median],
             runs_s=tuple(run.elapsed_s for run in runs),
-            usage=(before, pipeline.usage()),
+            usage=usage,
+            recorded=parts[median],
+            control=self._control(pipeline, num_micro_batches),
         )
+
+    def _control(self, pipeline: VisionPipeline, num_micro_batches: int) -> torch.Tensor | None:
+        """Of smaller micro-batches: a module that mixes images shows."""
+        if len(self.counts) > 1 or num_micro_batches == len(self.images):
+            return None
+        return pipeline.run(num_micro_batches + 1).logits

@@ -6,8 +6,11 @@ serves every micro-batch, the short last one included.
 
 from __future__ import annotations
 
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -115,6 +118,20 @@ def _nearest(name: str, legal: Sequence[str]) -> str:
     return f"of {len(legal)} that can be cut the first are {', '.join(legal[:_NUM_NAMED])}"
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own warnings, on deprecated parts of torch, and its pages of graph where a module cannot be
+    traced: what is wrong is told in a line."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        was_disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(was_disabled)
+
+
 def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> Traced:
     """Cuts `module` (on meta, in eval mode) wherever it can be; ConfigError says why it cannot.
 
@@ -125,8 +142,7 @@ def trace(module: nn.Module, image_shape: Sequence[int], dtype: torch.dtype) -> 
     cutter = Cutter(module)
     kind = type(module).__name__
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own, on deprecated parts of torch
+        with torch.no_grad(), _quiet():
             pipe = pipeline(module, (example,), split_policy=cutter.split)
             stages = [flatten(pipe.get_stage_module(index)) for index in range(pipe.num_stages)]
     except Exception as error:  # whatever a foreign forward raises
