@@ -46,6 +46,10 @@ class _Pair(Generic[T]):
     plain: _Graph[T]
     marked: _Graph[T]
 
+    def close(self) -> None:
+        for graph in {id(self.plain): self.plain, id(self.marked): self.marked}.values():
+            graph.graph.reset()
+
     def replay(self, spans: DeviceSpans) -> T:
         chosen = self.marked if spans.is_sampled_step else self.plain
         chosen.graph.replay()
@@ -84,6 +88,14 @@ class DecodeGraphs:
         self._sizes = graph_sizes(num_slots)
         largest_first = reversed(self._sizes)  # what they hold for a moment is held once
         self._buckets = {size: self._bucket(size) for size in largest_first}
+
+    def close(self) -> None:
+        """Before the groups are left that their collectives are of: NCCL would wait for them."""
+        for bucket in self._buckets.values():
+            for pair in (bucket.layers, bucket.greedy):
+                if pair is not None:
+                    pair.close()
+        self._buckets.clear()
 
     def take(self, batch: ScheduledBatch) -> bool:
         return batch.is_decode and len(batch.pieces) <= self._sizes[-1]
@@ -127,22 +139,23 @@ class DecodeGraphs:
             made: torch.Tensor = self._model(x, step)
             return made
 
-        made = self._pair(layers)
-        return _Bucket(given, hidden, made, self._greedy(given[0], made.plain.made))
+        made = self._pair(layers, layers)
+        return _Bucket(given, hidden, made, self._greedy(given[0], made))
 
-    def _greedy(self, slots: torch.Tensor, x: torch.Tensor) -> _Pair[Chosen] | None:
+    def _greedy(self, slots: torch.Tensor, made: _Pair[torch.Tensor]) -> _Pair[Chosen] | None:
+        """Each of the pair takes what its own layers made."""
         sampler = self._sampler
         if sampler is None:
             return None
 
-        def choose() -> Chosen:
+        def choose(x: torch.Tensor) -> Chosen:
             chosen = sampler.likeliest(slots, x)
             self._last_ids.index_copy_(0, slots, chosen.ids)
             return chosen
 
-        return self._pair(choose)
+        return self._pair(lambda: choose(made.plain.made), lambda: choose(made.marked.made))
 
-    def _pair(self, function: Callable[[], T]) -> _Pair[T]:
+    def _pair(self, function: Callable[[], T], marked: Callable[[], T]) -> _Pair[T]:
         aside = torch.cuda.Stream(self._device)
         aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(aside):
@@ -151,7 +164,7 @@ class DecodeGraphs:
         plain = self._capture(function, is_marked=False)
         if not plain.spans.counts:
             return _Pair(plain, plain)
-        return _Pair(plain, self._capture(function, is_marked=True))
+        return _Pair(plain, self._capture(marked, is_marked=True))
 
     def _capture(self, function: Callable[[], T], *, is_marked: bool) -> _Graph[T]:
         graph = torch.cuda.CUDAGraph()

@@ -157,6 +157,12 @@ class ModelRunner:
                 (self.config.hidden_size, self.dtype), self.spans, self._num_slots,
             )  # fmt: skip
 
+    def close(self) -> None:
+        """Gives back what would hold up leaving the groups."""
+        graphs, self._graphs = self._graphs, None
+        if graphs is not None:
+            graphs.close()
+
     def make_deterministic(self) -> None:
         """From here on a token's result does not depend on what else runs; before the first step, and
         on all ranks of a tensor group together."""

@@ -137,8 +137,10 @@ class Worker(rank.Rank[Commands]):
     def drop(self, *, is_orderly: bool) -> None:
         runner, self._runner, self._profile = self._runner, None, None
         self._answers.clear()
-        if runner is not None and is_orderly:
-            runner.drain()
+        if runner is not None:
+            if is_orderly:
+                runner.drain()
+            runner.close()
 
     def _ready(self) -> ModelRunner:
         if self._runner is None:
