@@ -66,7 +66,8 @@ class Report:
             f"{', '.join(self.ranks.devices)} ({num_threads} thread{'s' * (num_threads > 1)} each), "
             f"{self.model.dtype}, weights {weights}\n"
             f"{self._images(work.batch)}; times are of "
-            f"micro-batches of {self.timed_micro_batch}, memory of {work.micro_batch}",
+            f"micro-batches of {self.timed_micro_batch}, memory of {work.micro_batch}; a transfer is taken to cost "
+            f"what a copy on {self.ranks.devices[0]} does",
             highlight=False,
         )
         rows = table(

@@ -15,7 +15,8 @@ from bireme.parallel.pipeline import partition
 
 @dataclass(frozen=True)
 class BlockCost:
-    """Of a micro-batch of the measurement: seconds, and those to hand its result over. Of one image:
+    """Of a micro-batch of the measurement: seconds, and those of a copy of its result on the same device, which
+    stands for handing it over. Of one image:
     bytes of the result, and the most that lives at once."""
 
     name: str

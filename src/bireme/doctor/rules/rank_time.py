@@ -97,7 +97,8 @@ def launch_bound(found: Evidence) -> Iterator[Finding]:
                 figure=f"steps take {share:.0%} of the time; while decoding a GPU does {'; '.join([*done, *ran])}"
                 + _lengths(found.batches),
                 remedy="leave --enforce-eager out; send larger batches, which cost the same launches; use more "
-                "pipeline and less tensor parallelism (half the layers are half the launches); give each rank's process a core of its own",
+                "pipeline and less tensor parallelism (half the layers are half the launches); give each "
+                "rank's process a core of its own",
                 share=share * wasted,
             )
 
