@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import accumulate, combinations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from bireme.errors import CapacityError, ConfigError, RequestError
+from bireme.vision.model import find_model
 from bireme.vision.pipeline import micro_batch_sizes
 from bireme.vision.plan import BlockCost, Work, make_plan, memory_bytes
+from bireme.vision.tracing import trace
+from bireme.vision.weights import materialise, open_weights
 
 WORK = Work(batch=4, micro_batch=2, image_bytes=10)
 
@@ -70,6 +76,35 @@ def test_given_cuts_are_kept_and_refused_where_a_stage_does_not_fit() -> None:
 def test_more_stages_than_blocks_are_refused() -> None:
     with pytest.raises(ConfigError, match="=3 exceeds the 2 blocks; use at most 2"):
         make_plan(costs_of([1, 1]), 3, WORK)
+
+
+@pytest.mark.parametrize("name", ["resnet-18", "resnet-50", "vit-b16"])
+def test_what_a_block_is_taken_to_need_is_what_its_tensors_take(name: str) -> None:
+    """As torch's allocator tells of each block, on a CPU, in micro-batches of four."""
+    model = find_model(None, name, image_size=64)
+    module = model.build()
+    traced = trace(module, model.image_shape, model.torch_dtype)
+    weights = open_weights(model, module)
+    for index, block in enumerate(traced.blocks):
+        shape, dtype = traced.given_to(index)
+        x = torch.zeros(4, *shape, dtype=dtype)
+        taken = peak_bytes(materialise(block.module, weights, torch.device("cpu")), x) + x.nbytes
+        needed = 4 * block.shape.peak_bytes + block.scratch_bytes
+        assert 0.4 * needed < taken <= 1.15 * needed, (block.shape.name, taken, needed)
+
+
+def peak_bytes(forward: nn.Module, x: torch.Tensor) -> int:
+    """The most that lives at once of what it makes."""
+    with (
+        torch.inference_mode(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen,
+    ):
+        forward(x)
+    events = [
+        event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(changes))
 
 
 def test_micro_batches_are_as_even_as_can_be() -> None:

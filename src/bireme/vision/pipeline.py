@@ -167,6 +167,7 @@ def measure_blocks(
             block.parameter_bytes,
             block.shape.out_bytes,
             block.shape.peak_bytes,
+            block.scratch_bytes,
         )
         for block, compute_s, transfer_s in zip(
             traced.blocks, found.compute_s, found.transfer_s, strict=True

@@ -17,7 +17,8 @@ from bireme.parallel.pipeline import partition
 class BlockCost:
     """Of a micro-batch of the measurement: seconds, and those of a copy of its result on the same device, which
     stands for handing it over. Of one image:
-    bytes of the result, and the most that lives at once."""
+    bytes of the result, and the most that lives at once. `scratch_bytes` are there for a moment whatever
+    the number of images."""
 
     name: str
     compute_s: float
@@ -25,6 +26,7 @@ class BlockCost:
     parameter_bytes: int
     out_bytes: int
     peak_bytes: int
+    scratch_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +88,16 @@ class PipelinePlan:
 
 
 def memory_bytes(costs: Sequence[BlockCost], first: int, last: int, work: Work) -> int:
-    """What the tensors of blocks [first, last) take at most: weights, the largest moment of a
-    micro-batch, the whole batch's images or logits at either end, and what a GPU keeps beside."""
+    """What the tensors of blocks [first, last) take at most: weights, the largest of their scratch and the
+    largest moment of a micro-batch, the whole batch's images or logits at either end, and what a GPU keeps beside."""
     own = costs[first:last]
     ends = work.batch * work.image_bytes if first == 0 else 0
     if last == len(costs):
         ends += work.batch * own[-1].out_bytes
     weights = sum(cost.parameter_bytes for cost in own)
     of_one_image = max(cost.peak_bytes for cost in own) + _kept_bytes(costs, first, last, work)
-    return weights + ends + work.micro_batch * of_one_image
+    scratch = max(cost.scratch_bytes for cost in own)
+    return weights + scratch + ends + work.micro_batch * of_one_image
 
 
 def _kept_bytes(costs: Sequence[BlockCost], first: int, last: int, work: Work) -> int:

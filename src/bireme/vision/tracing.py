@@ -58,6 +58,12 @@ class Block:
     def parameter_bytes(self) -> int:
         return num_bytes(self.module)
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the largest convolution's weight, which oneDNN lays out anew while it computes."""
+        weights = (weight for weight in self.module.parameters() if weight.dim() > 2)
+        return max((weight.numel() * weight.element_size() for weight in weights), default=0)
+
 
 @dataclass(frozen=True)
 class Traced:
