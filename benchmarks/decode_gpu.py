@@ -22,7 +22,7 @@ import record
 import torch
 
 from bireme import LLM
-from bireme.bench.passes import Latencies
+from bireme.bench.answer_times import Latencies
 from bireme.bench.throughput import measure_throughput
 from bireme.bench.workload import Workload
 
