@@ -21,16 +21,18 @@ class DriverSpans:
 
     @contextmanager
     def span(self, kind: SpanKind, header: StepHeader | None = None) -> Iterator[None]:
-        """`header` of the step that is told."""
+        """`header` of the step that is told. One span ends where the next begins, whatever comes between them."""
         self.was_at_work()
         if header is not None:
             incarnation, step_id = header
             self._ring.set_step(step_id, incarnation)
+        outer, start_ns = self._ring.begin(kind), self._free_ns
         try:
-            with self._ring.span(kind):
-                yield
+            yield
         finally:
             self._free_ns = time.monotonic_ns()
+            step_id, _ = self._ring.step
+            self._ring.close_span(kind, outer, start_ns, self._free_ns, 0, step_id)
 
     def was_at_work(self) -> None:
         """From when the last span ended until now."""

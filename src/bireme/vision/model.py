@@ -100,7 +100,7 @@ def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> An
 
 def find_model(
     name: str | None,
-    config: str | None,
+    config: str | None = None,
     weights: Path | None = None,
     *,
     image_size: int | None = None,

@@ -95,7 +95,7 @@ def prediction_of(
     plan: PipelinePlan,
     timed_micro_batch: int,
     num_micro_batches: int,
-    num_batches: int,
+    num_batches: int = 1,
     first_step: int = 0,
 ) -> Prediction:
     """Of a trial, from costs that were measured with `timed_micro_batch` images at once."""
@@ -122,9 +122,9 @@ class Sweeper:
     traced: Traced
     images: torch.Tensor
     counts: Sequence[int]
-    limit_bytes: int
-    num_batches: int
-    num_runs: int
+    limit_bytes: int | None = None
+    num_batches: int = 1
+    num_runs: int = 3
     pool: WorkerPool
 
     def sweep(
@@ -136,7 +136,8 @@ class Sweeper:
     ) -> Sweep:
         """`done` is called after each trial, `keep` gets the spans, of ranks that failed, too."""
         needs = {count: self._memory_bytes(plan, count) for count in self.counts}
-        fitting = [count for count, need in needs.items() if need <= self.limit_bytes]
+        limit = self.limit_bytes
+        fitting = [count for count, need in needs.items() if limit is None or need <= limit]
         trials = {count: Trial(count, need, None) for count, need in needs.items()}
         recorded = Recorded((), ())
         weight_bytes: tuple[int, ...] = ()
