@@ -76,7 +76,8 @@ def run_steps(
             sampler.set_up(batch.setups)
             chosen = sampler.choose(batch, x) if batch.sampling_slots else None
             ids.append(chosen.ids.tolist() if chosen is not None else [])
-            outputs.append(sampler.output(batch, x, chosen, answers=rank == 0))
+            answer = sampler.answer(batch, x, chosen, answers=rank == 0)
+            outputs.append(None if answer is None else answer.output())
         return ids, outputs
 
     results = [work(0, Alone())] if size == 1 else run_group(size, work)

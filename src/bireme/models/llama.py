@@ -62,8 +62,8 @@ class PreNormLayer(Layer):
         self.mlp = feed_forward
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        attended = self.self_attn(self.input_layernorm(x), step)
-        x, normed = self.post_attention_layernorm.after(x, attended)
+        normed = self.input_layernorm(x)
+        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, step))
         out: torch.Tensor = x + self.mlp(normed)
         return out
 
