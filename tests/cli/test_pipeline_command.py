@@ -240,7 +240,7 @@ def test_what_fits_no_single_device_is_checked_as_well(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
     monkeypatch.syspath_prepend(str(tmp_path))
     command = ["pipeline", "endless:Endless", *NETWORK[2:], "--batch", "3", "--runs", "1"]
-    split = ["--split", "blocks.1,blocks.2", "--memory-limit", "12KiB"]
+    split = ["--split", "blocks.1,blocks.2", "--memory-limit", "15KiB"]
     assert run([*command, "--micro-batches", "3", *split]) == 1
     said = capsys.readouterr()
     assert "logits are not finite" in said.err
