@@ -113,3 +113,17 @@ def test_the_ledger_is_that_of_the_run(told: Told) -> None:
     for shown, kept in zip(told.report["ledger"]["ranks"], told.ledger["ranks"], strict=True):
         assert shown["name"] == kept["name"]
         assert shown["shares"] == {row: ns / kept["wall_ns"] for row, ns in kept["ns"].items()}
+
+
+def test_bars_add_up_to_the_ledger(told: Told) -> None:
+    """But for the nanoseconds of each bar."""
+    gantt = told.report["gantt"]
+    assert gantt["seconds"] == pytest.approx(told.profile["seconds"])
+    steps = {step for rank in gantt["ranks"] for *_, step in rank["bars"]} - {None}
+    assert len(steps) == gantt["num_steps"] == told.profile["num_steps"]
+    for shown, kept in zip(gantt["ranks"], told.ledger["ranks"], strict=True):
+        for row, ns in kept["ns"].items():
+            if row == "unattributed":  # what the bars leave
+                continue
+            spent_us = sum(end - start for start, end, it, _ in shown["bars"] if it == row)
+            assert spent_us == pytest.approx(ns / 1e3, rel=0.01, abs=1.0 * len(shown["bars"])), row

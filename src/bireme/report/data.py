@@ -31,7 +31,7 @@ from bireme.report.pipelines import (
     trial_rows,
 )
 
-_MOST_BARS = 60_000  # of all ranks; what is shorter is put together, as in a line of a terminal
+MOST_BARS = 130_000  # of all ranks of all runs of a report: about 4 MB
 
 
 class RankBytes(msgspec.Struct, frozen=True):
@@ -65,11 +65,10 @@ class RunData(msgspec.Struct, frozen=True, kw_only=True):
     plan: PlanData | None
 
 
-def run_data(run: RunFolder) -> RunData:
+def run_data(run: RunFolder, most_bars: int = MOST_BARS) -> RunData:
     """UserError where the folder is damaged."""
     about, profile = run.about, run.profile
     ledger = make_ledger(run.recorded)
-    num_columns = max(1, _MOST_BARS // (2 * len(ledger.ranks)))
     names = about.layout.names
     return RunData(
         name=run.path.name,
@@ -81,7 +80,7 @@ def run_data(run: RunFolder) -> RunData:
         parts=_parts(about),
         ranks=about.layout.ranks,
         ledger=run.ledger.told,
-        gantt=Gantt.of(ledger, num_columns),
+        gantt=Gantt.of(ledger, most_bars),
         memory=[_bytes(*pair) for pair in zip(names, profile.memory, strict=True)],
         collectives=profile.collectives,
         messages=profile.messages,
