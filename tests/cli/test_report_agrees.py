@@ -93,12 +93,15 @@ def test_memory_is_that_of_the_profile(told: Told) -> None:
     ):
         assert shown["name"] == rank["name"]
         assert shown["bytes"] == {
-            "weights": kept["weight_bytes"],
-            "kv": kept["cache_bytes"],
+            "weights_held": kept["weight_resident_bytes"],
+            "kv_held": kept["cache_resident_bytes"],
             "activations": kept["activation_bytes"] or 0,
             "communication": kept["communication_bytes"],
             "other": kept["other_bytes"],
         }
+        assert shown["reserved_cache"] == kept["cache_bytes"]
+        held = sum(shown["bytes"].values()) - kept["activation_bytes"]
+        assert held == pytest.approx(kept["pss_bytes"], rel=0.01), "all that the process has"
 
 
 def test_collectives_and_other_sizes_are_those_of_the_profile(told: Told) -> None:

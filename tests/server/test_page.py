@@ -136,6 +136,11 @@ def test_it_draws_what_the_server_does(opened: Watched, keyed: Served) -> None:
     table = page.get_by_role("group", name="Ledger as a table")
     page.locator("#ledger summary").click()
     expect(table.get_by_role("row")).to_have_count(5)
+    page.locator("#memory summary").click()
+    memory = page.get_by_role("group", name="Memory as a table").get_by_role("columnheader")
+    assert memory.all_inner_texts() == [
+        "rank", "weights", "KV cache, reserved", "steps, planned", "planned in all",
+    ]  # fmt: skip
     for chart in (
         "Tokens a second",
         "Running and waiting",

@@ -128,7 +128,10 @@ AREAS = """() => {
     const parts = it.tagName === 'rect'
       ? [['y', 'width', 'height'].map((name) => Number(it.getAttribute(name)))]
       : [...it.getAttribute('d').matchAll(/M\\S+ (\\S+?)h(\\S+?)v(\\S+?)h/g)].map((it) => it.slice(1).map(Number));
-    for (const [y, width, height] of parts) found[Math.floor(y / 24)] = (found[Math.floor(y / 24)] ?? 0) + width * height;
+    for (const [y, width, height] of parts) {
+      const rank = Math.floor(y / 24);
+      found[rank] = (found[rank] ?? 0) + width * height;
+    }
   }
   return Object.values(found).map((area) => area / (19 * Number(drawn.getAttribute('width'))));
 }"""

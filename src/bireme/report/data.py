@@ -35,10 +35,11 @@ MOST_BARS = 130_000  # of all ranks of all runs of a report: about 4 MB
 
 
 class RankBytes(msgspec.Struct, frozen=True):
-    """Bytes of one rank by kind."""
+    """Bytes in one rank's memory by kind, and what is reserved for its cache; None without one."""
 
     name: str
     bytes: dict[str, int]
+    reserved_cache: int | None
 
 
 class RunData(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,10 +162,11 @@ def _bytes(name: str, memory: RankMemory) -> RankBytes:
     return RankBytes(
         name,
         {
-            "weights": memory.weight_bytes,
-            "kv": memory.cache_bytes or 0,
+            "weights_held": memory.weight_resident_bytes,
+            "kv_held": memory.cache_resident_bytes or 0,
             "activations": memory.activation_bytes or 0,
             "communication": memory.communication_bytes,
             "other": memory.other_bytes,
         },
+        memory.cache_bytes,
     )

@@ -8,6 +8,8 @@ import { hatches } from "./rows.js";
 import { SizesView } from "./sizes.js";
 import { ThroughputView } from "./throughput.js";
 
+const HELD = { caption: "Bytes that each rank held at most, as measured", total: "held in all" };
+
 // A titled part of a run, and the place in it.
 function card(title, ...tools) {
   const place = html("div");
@@ -15,9 +17,9 @@ function card(title, ...tools) {
   return [html("div", { class: "card" }, tools.length ? html("div", { class: "head" }, heading, ...tools) : heading, place), place];
 }
 
-function drawn(title, View, data) {
+function drawn(title, View, data, ...options) {
   const [part, place] = card(title);
-  new View(place).draw(data);
+  new View(place, ...options).draw(data);
   return part;
 }
 
@@ -102,7 +104,7 @@ function draw(run) {
     run.collectives.length ? drawn("Collectives by size", SizesView, run.collectives) : "",
     run.batches.length ? drawn("Throughput by batch", ThroughputView, run.batches) : "",
     run.chunks.length ? drawn("Throughput by tokens a step", ThroughputView, run.chunks) : "",
-    drawn("Memory", MemoryView, run.memory),
+    drawn("Memory", MemoryView, run.memory, HELD),
     about(run.facts, run.notes),
   );
 }

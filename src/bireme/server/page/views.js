@@ -56,7 +56,7 @@ export class Views {
     this.ledger = new LedgerView(at("ledger"));
     this.gantt = new GanttView(at("gantt"));
     at("gantt-tools").replaceChildren(this.gantt.tools);
-    this.memory = new MemoryView(at("memory"));
+    this.memory = new MemoryView(at("memory"), { caption: "Bytes that each rank may come to hold, as planned", total: "planned in all" });
     this.known = "";
   }
 
@@ -96,5 +96,5 @@ export class Views {
 }
 
 function memoryOf(name, { memory }) {
-  return { name, bytes: { weights: memory.weight_bytes, kv: memory.cache_bytes, activations: memory.step_bytes } };
+  return { name, bytes: { weights: memory.weight_bytes, kv: memory.cache_bytes, steps: memory.step_bytes } };
 }
