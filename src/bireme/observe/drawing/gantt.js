@@ -93,6 +93,7 @@ export class GanttView {
     this.lastSteps = button("Show the last steps", "Last steps", () => this.lookAtLast());
     this.label = name;
     this.summary = "";
+    this.age = "";
     this.picture = svg("svg", { class: "gantt", width: "100%", tabindex: 0, role: "img", "aria-label": name });
     this.told = html("p", { class: "note readout" });
     this.key = html("div");
@@ -205,15 +206,27 @@ export class GanttView {
     if (hasLast !== this.lastSteps.isConnected) hasLast ? this.bar.append(this.lastSteps) : this.lastSteps.remove();
     this.summary = `${data.num_steps} steps of ${data.ranks.length} ranks in ${durationText(data.seconds)}`;
     if (data.column_us) this.summary += `; the first ${durationText(data.whole_us / 1e6)} as shares of each ${durationText(data.column_us / 1e6)}`;
-    this.picture.setAttribute("aria-label", `${this.label}: ${this.summary}. Plus and minus zoom, arrows move.`);
+    this.describe();
     this.key.replaceChildren(legend(this.rows, { isByStep: true }));
     this.render();
     this.summarise();
   }
 
+  // A text behind what is said of the data, such as how old they are.
+  setAge(text) {
+    if (text === this.age) return;
+    this.age = text;
+    this.describe();
+    this.summarise();
+  }
+
+  describe() {
+    this.picture.setAttribute("aria-label", `${this.label}: ${this.summary}${this.age}. Plus and minus zoom, arrows move.`);
+  }
+
   // Where a pointer is over no bar; called as often as it moves.
   summarise() {
-    setText(this.told, this.summary);
+    setText(this.told, this.summary + this.age);
   }
 
   render() {
