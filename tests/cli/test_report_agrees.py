@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Told:
     report: Json
     profile: Json
     ledger: Json
+    about: Json
 
     @property
     def figures(self) -> dict[str, str]:
@@ -43,7 +45,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     out = tmp_path_factory.mktemp("report") / "run"
     assert command(["profile", DEMO, *OPTIONS, "-o", str(out)]) == 0
     report = json.loads(msgspec.json.encode(run_data(RunFolder(out))))
-    return Told(report, of_file(out / "profile.json"), of_file(out / "ledger.json"))
+    files = (of_file(out / name) for name in ("profile.json", "ledger.json", "run.json"))
+    return Told(report, *files)
 
 
 def of_file(path: Path) -> Json:
@@ -105,10 +108,33 @@ def test_memory_is_that_of_the_profile(told: Told) -> None:
 
 
 def test_collectives_and_other_sizes_are_those_of_the_profile(told: Told) -> None:
-    for name in ("collectives", "messages", "batches", "chunks", "notes"):
+    for name in ("collectives", "messages", "notes"):
         assert told.report[name] == told.profile[name], name
     assert told.report["collectives"]
     assert told.report["messages"]
+
+
+def test_throughput_by_size_is_that_of_the_profile(told: Told) -> None:
+    """The run's own size among the others."""
+    about = told.about["settings"]["engine"]
+    for name, own, rate in (
+        ("batches", BATCH, "output_tokens_per_s"),
+        ("chunks", about["max_num_batched_tokens"], "total_tokens_per_s"),
+    ):
+        expected = {
+            it["size"]: (False, it[rate], it["ttft_s"], it["itl_s"], it["e2e_s"])
+            for it in told.profile[name]
+        }
+        latency = told.profile["latency"]
+        times = latency["ttft_s"], latency["itl_s"], latency["e2e_s"]
+        expected[own] = (True, told.profile["throughput"][rate], *times)
+        shown = {it.pop("size"): tuple(it.values()) for it in told.report[name]}
+        assert shown == expected
+        assert list(shown) == sorted(shown)
+
+
+def test_the_command_can_be_given_to_a_shell(told: Told) -> None:
+    assert shlex.split(dict(told.report["facts"])["command"]) == told.about["command"]
 
 
 def test_the_ledger_is_that_of_the_run(told: Told) -> None:

@@ -81,6 +81,28 @@ def test_it_draws_and_fits_and_can_be_read_by_everybody(page: Page, reports: Pat
     check_accessible(page)
 
 
+def test_two_runs_are_on_one_scale(page: Page, reports: Path) -> None:
+    page.goto((reports / "two.html").as_uri())
+    first, second = page.locator("svg.gantt").all()
+    expect(second.locator("rect").first).to_be_attached()
+
+    def scales() -> list[list[str]]:
+        return [it.locator("text.axis").all_text_contents() for it in (first, second)]
+
+    whole = scales()
+    assert whole[0] == whole[1]
+    second.press("+")
+    assert scales()[0] == scales()[1] != whole[0]
+    cards = page.locator(".card", has=page.get_by_role("heading", name="Memory"))
+    widths = [
+        sum(float(str(it.get_attribute("width")).rstrip("%")) for it in bar.locator("rect").all())
+        for bar in cards.locator("svg.ledger-bar").all()
+    ]
+    assert len(widths) == 4
+    assert max(widths) == pytest.approx(100)
+    assert sum(width > 99.99 for width in widths) == 1, "the fullest of both runs"
+
+
 def test_what_a_plan_predicted_is_below_what_was_measured(
     page: Page, pipeline_report: Path
 ) -> None:

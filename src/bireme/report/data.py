@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import msgspec
 
 from bireme.config import format_bytes
@@ -17,7 +19,6 @@ from bireme.observe.profile_records import (
     MessageSize,
     Profile,
     RankMemory,
-    SizePass,
     Spread,
 )
 from bireme.observe.run_folder import RunFolder
@@ -30,6 +31,7 @@ from bireme.report.pipelines import (
     plan_data,
     trial_rows,
 )
+from bireme.report.sizes import SizeData, batches, chunks
 
 MOST_BARS = 130_000  # of all ranks of all runs of a report: about 4 MB
 
@@ -59,8 +61,8 @@ class RunData(msgspec.Struct, frozen=True, kw_only=True):
     memory: list[RankBytes]
     collectives: list[CollectiveSize]
     messages: list[MessageSize]
-    batches: list[SizePass]
-    chunks: list[SizePass]
+    batches: list[SizeData]
+    chunks: list[SizeData]
     notes: list[str]
     trials: list[list[str]]
     plan: PlanData | None
@@ -85,8 +87,8 @@ def run_data(run: RunFolder, most_bars: int = MOST_BARS) -> RunData:
         memory=[_bytes(*pair) for pair in zip(names, profile.memory, strict=True)],
         collectives=profile.collectives,
         messages=profile.messages,
-        batches=profile.batches,
-        chunks=profile.chunks,
+        batches=batches(about, profile),
+        chunks=chunks(about, profile),
         notes=profile.notes,
         trials=trial_rows(profile.trials),
         plan=_plan(run),
@@ -123,7 +125,7 @@ def layout_text(about: RunAbout) -> str:
 def _facts(about: RunAbout) -> list[tuple[str, str]]:
     machine, work = about.hardware, about.workload
     return [
-        ("command", " ".join(about.command)),
+        ("command", shlex.join(about.command)),
         ("when", about.date.isoformat(sep=" ")),
         ("workload", _workload(work)),
         (f"{_parts(about)} a stage", ", ".join(map(str, about.layout.layers_per_stage))),

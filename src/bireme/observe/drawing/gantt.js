@@ -108,7 +108,8 @@ export class GanttView {
 
   // Another of the same window shows what this one shows from now on, whichever is moved.
   join(other) {
-    other.together = this.together = [...this.together, other];
+    const all = [...this.together, other];
+    for (const it of all) it.together = all;
   }
 
   listen() {
