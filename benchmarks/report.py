@@ -48,9 +48,13 @@ def recorded_run(seconds: float, num_steps: int) -> Recorded:
     """Steps follow one another through the stages, each half of the time of a step at work."""
     every_ns = round(seconds * 1e9 / num_steps)
     driver = [
-        Span(kind, step * every_ns + at, step * every_ns + at + 20_000, 0, step, 0)
+        Span(kind, step * every_ns + start, step * every_ns + end, 0, step, 0)
         for step in range(num_steps)
-        for kind, at in ((SpanKind.WORK, 0), (SpanKind.SUBMIT, 20_000))
+        for kind, start, end in (
+            (SpanKind.WORK, 0, 20_000),
+            (SpanKind.SUBMIT, 20_000, 40_000),
+            (SpanKind.WAIT, 40_000, every_ns),
+        )
     ]
     ranks = [
         RankSpans(

@@ -22,6 +22,12 @@ from test_page import (
 
 __all__ = ["browser", "keyed", "opened"]
 
+STEP_ENDS = """(picture) => {
+  const inside = picture.querySelector('svg');
+  const end = (it) => Number(it.getAttribute('x')) + Number(it.getAttribute('width'));
+  return [Number(inside.getAttribute('width')), [...inside.querySelectorAll('rect[class^="step-"]')].map(end)];
+}"""
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium to draw pages with")
 
 
@@ -59,6 +65,8 @@ def test_the_last_steps_stay_when_the_server_is_at_rest(opened: Watched, keyed: 
     expect(gantt).to_be_visible()
     expect(page.locator("#gantt .readout")).to_contain_text(re.compile(r"\d\d steps .* s ago$"))
     assert gantt.locator('rect[class^="step-"]').count() > 4
+    width, ends = gantt.evaluate(STEP_ENDS)
+    assert max(ends) > 0.8 * width, "there is nothing of the rest behind them"
 
 
 def test_it_goes_on_when_the_server_comes_back(browser: Browser) -> None:

@@ -4,7 +4,7 @@
 // these. Where there is no room for each bar, columns are filled by rows' shares of their time, compute lowest.
 // Zoom: buttons, keys, the wheel, dragging.
 
-import { durationText, html, percentText, setText, shortName, svg } from "./elements.js";
+import { durationText, html, percentText, roundTicks, setText, shortName, svg, tickText } from "./elements.js";
 import { legend, ROWS, rowLook } from "./rows.js";
 
 const NUM_STEP_COLOURS = 6;
@@ -16,16 +16,6 @@ const BAR_PX = 19;
 const INSET_PX = 6; // of what is in a step and no compute
 const AXIS_PX = 20;
 const ROW_LABELS = new Map(ROWS.map((row) => [row.name, row.label]));
-
-// About `num` round numbers in [from, to].
-function roundTicks(from, to, num) {
-  const rough = (to - from) / num;
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((it) => it * power >= rough);
-  const found = [];
-  for (let at = Math.ceil(from / step) * step; at <= to; at += step) found.push(at);
-  return found;
-}
 
 // Of sorted bars, the first that ends behind a time.
 function firstBehind(bars, time) {
@@ -203,7 +193,7 @@ export class GanttView {
     this.seconds = seconds;
     this.rows = new Set(data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[2])));
     this.numSteps = data.num_steps;
-    const hasLast = this.numSteps > NUM_LAST;
+    const hasLast = this.numSteps > 2 * NUM_LAST;
     if (hasLast !== this.lastSteps.isConnected) hasLast ? this.bar.append(this.lastSteps) : this.lastSteps.remove();
     this.summary = `${data.num_steps} steps of ${data.ranks.length} ranks in ${durationText(data.seconds)}`;
     if (data.column_us) this.summary += `; the first ${durationText(data.whole_us / 1e6)} as shares of each ${durationText(data.column_us / 1e6)}`;
@@ -243,11 +233,12 @@ export class GanttView {
     const labels = ranks.map((rank, index) =>
       svg("text", { class: "rank-name", x: 0, y: index * LINE_PX + 14 }, this.left < 50 ? String(index) : shortName(rank.name)),
     );
-    for (const at of roundTicks(from, to, Math.max(2, (width - this.left) / 110))) {
+    const ticks = roundTicks(from, to, Math.max(2, (width - this.left) / 110));
+    for (const at of ticks) {
       const x = (at - from) * scale;
       inside.append(
         svg("line", { class: "tick", x1: x, x2: x, y1: 0, y2: height - AXIS_PX + 4 }),
-        x < width - this.left - 48 ? svg("text", { class: "axis", x: x + 3, y: height - 5 }, durationText(at / 1e6)) : "",
+        x < width - this.left - 48 ? svg("text", { class: "axis", x: x + 3, y: height - 5 }, tickText(at, ticks[1] - ticks[0])) : "",
       );
     }
     ranks.forEach((rank, index) => this.renderRank(inside, rank, index * LINE_PX, from, to, scale));

@@ -88,7 +88,7 @@ export class Views {
     const last = lastStepOf(gantt);
     const name = last && `${server.created}: ${last.step}`;
     if (last && name !== this.lastStep) this.stepsUntil = now - untilS - gantt.seconds + last.end_s;
-    if (!this.lastStep || (last && name !== this.lastStep)) this.gantt.draw(gantt);
+    if (!this.lastStep || (last && name !== this.lastStep)) this.gantt.draw(last ? withoutRest(gantt) : gantt);
     this.lastStep = name ?? this.lastStep;
     const age = this.lastStep ? now - this.stepsUntil : 0;
     this.gantt.setAge(age >= OLD_S ? `, ${Math.round(age)} s ago` : "");
@@ -124,6 +124,15 @@ function lastStepOf({ ranks }) {
   const lasts = ranks.map(({ bars }) => bars.findLast(([, , , step]) => step !== null)).filter(Boolean);
   const last = lasts.reduce((one, other) => (other[1] > one[1] ? other : one), lasts[0]);
   return last ? { step: last[3], end_s: last[1] / 1e6 } : null;
+}
+
+// Up to when there was no request any more.
+function withoutRest(gantt) {
+  const lasts = gantt.ranks.map(({ bars }) => bars.at(-1));
+  if (!lasts.every((bar) => bar?.[2] === "starved")) return gantt;
+  const end = Math.max(...lasts.map(([start]) => start));
+  const ranks = gantt.ranks.map((rank) => ({ ...rank, bars: rank.bars.filter(([start]) => start < end) }));
+  return { ...gantt, seconds: end / 1e6, ranks };
 }
 
 function memoryOf(name, { memory }) {
