@@ -193,7 +193,7 @@ export class GanttView {
     this.seconds = seconds;
     this.rows = new Set(data.ranks.flatMap((rank) => rank.bars.map((bar) => bar[2])));
     this.numSteps = data.num_steps;
-    const hasLast = this.numSteps > 2 * NUM_LAST;
+    const hasLast = this.numSteps > 1.5 * NUM_LAST;
     if (hasLast !== this.lastSteps.isConnected) hasLast ? this.bar.append(this.lastSteps) : this.lastSteps.remove();
     this.summary = `${data.num_steps} steps of ${data.ranks.length} ranks in ${durationText(data.seconds)}`;
     if (data.column_us) this.summary += `; the first ${durationText(data.whole_us / 1e6)} as shares of each ${durationText(data.column_us / 1e6)}`;
