@@ -1,4 +1,4 @@
-"""The last steps as bars: what is long is where it was, what is short is put together, and all is bounded."""
+"""The last steps as bars: the last ones as they were, those before by their shares of time, and all is bounded."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ def of_pieces(*pieces: tuple[int, int, Row, int | None]) -> Ledger:
     return Ledger(0, end_ns, [RankLedger("rank 0", 0, end_ns, found, {}, 0, False)])
 
 
-def bars(ledger: Ledger, num_columns: int, num_steps: int | None = None) -> list[Bar]:
-    (rank,) = Gantt.of(ledger, num_columns, num_steps).ranks
+def bars(ledger: Ledger, most_bars: int, num_steps: int | None = None) -> list[Bar]:
+    (rank,) = Gantt.of(ledger, most_bars, num_steps).ranks
     return rank.bars
 
 
 def test_a_pipeline_is_drawn_as_it_ran() -> None:
     ledger = Piped(2, 3, 1, lambda *_: 1000 * US).run().ledger()
-    first, second = Gantt.of(ledger, 1000).ranks
+    drawn = Gantt.of(ledger, 1000)
+    first, second = drawn.ranks
+    assert (drawn.num_steps, drawn.whole_us, drawn.column_us) == (3, 0, 0)
     assert [(bar.row, bar.step) for bar in first.bars if bar.end_us - bar.start_us > 100] == [
         ("compute", 0),
         ("token_dependency", None),
@@ -45,27 +47,49 @@ def test_a_pipeline_is_drawn_as_it_ran() -> None:
             assert of_stage_1[bar.step].start_us >= bar.end_us
 
 
-def test_what_is_shorter_than_a_column_shows_as_what_took_most_of_it() -> None:
+def test_all_is_drawn_as_it_was_where_there_is_room() -> None:
     ledger = of_pieces(
         (0, 500, Row.COMPUTE, 1),
-        (500, 530, Row.COLLECTIVE_MOVE, 1),
-        (530, 600, Row.COLLECTIVE_WAIT, 1),
-        (600, 1000, Row.COMPUTE, 1),
+        (500, 501, Row.COLLECTIVE_MOVE, 1),
+        (501, 1000, Row.COMPUTE, 1),
     )
-    assert bars(ledger, 10) == [
+    assert bars(ledger, 3) == [
         Bar(0, 500, Row.COMPUTE, 1),
-        Bar(500, 600, Row.COLLECTIVE_WAIT, 1),
-        Bar(600, 1000, Row.COMPUTE, 1),
+        Bar(500, 501, Row.COLLECTIVE_MOVE, 1),
+        Bar(501, 1000, Row.COMPUTE, 1),
     ]
 
 
-def test_many_short_pieces_change_within_a_column() -> None:
-    rows = [Row.COMPUTE] * 50 + [Row.TRANSFER] * 50
-    ledger = of_pieces(*((10 * it, 10 * it + 10, row, 1) for it, row in enumerate(rows)))
-    assert bars(ledger, 10) == [
-        Bar(0, 500, Row.COMPUTE, 1),
-        Bar(500, 1000, Row.TRANSFER, 1),
+def test_the_last_bars_are_whole_and_those_before_keep_their_shares() -> None:
+    """A step is 6 us of work and 4 of waiting: 12 of 20 us in each column, in whatever order."""
+    pieces = [
+        piece
+        for it in range(100)
+        for piece in (
+            (10 * it, 10 * it + 6, Row.COMPUTE, it),
+            (10 * it + 6, 10 * it + 10, Row.TOKEN_DEPENDENCY, None),
+        )
     ]
+    drawn = Gantt.of(of_pieces(*pieces), 160)
+    assert (drawn.num_steps, drawn.whole_us, drawn.column_us) == (100, 400, 20)
+    (rank,) = drawn.ranks
+    before = [bar for bar in rank.bars if bar.end_us <= 400]
+    assert before == [
+        bar
+        for at in range(0, 400, 20)
+        for bar in (
+            Bar(at, at + 12, Row.COMPUTE, None),
+            Bar(at + 12, at + 20, Row.TOKEN_DEPENDENCY, None),
+        )
+    ]
+    whole = [Bar(*piece) for piece in pieces if piece[0] >= 400]
+    assert [bar for bar in rank.bars if bar.end_us > 400] == whole
+
+
+def test_what_lasts_longer_than_a_column_is_one_bar() -> None:
+    short = [(1000 + it, 1001 + it, list(Row)[it % 3], 2) for it in range(60)]
+    found = bars(of_pieces((0, 1000, Row.COMPUTE, 1), *short), 40)
+    assert found[0] == Bar(0, 1000 - 1000 % 344, Row.COMPUTE, 1)
 
 
 def test_neighbours_that_look_alike_are_one() -> None:
@@ -87,18 +111,17 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.booleans()), min_size=1, ma
 
 @given(LENGTHS, st.integers(1, 50))
 def test_bars_are_bounded_and_cover_what_the_pieces_cover(
-    lengths: list[tuple[int, bool]], num_columns: int
+    lengths: list[tuple[int, bool]], most_bars: int
 ) -> None:
-    at, pieces, gaps = 0, [], 0
+    at, pieces = 0, []
     for index, (length, is_there) in enumerate(lengths):
         if is_there or not pieces:
             pieces.append((at, at + length, list(Row)[index % 5], index))
-        else:
-            gaps += 1
         at += length
-    found = bars(of_pieces(*pieces), num_columns)
-    assert len(found) <= 2 * num_columns + 3 + gaps
+    found = bars(of_pieces(*pieces), most_bars)
+    assert len(found) <= most_bars + 5
     assert all(bar.start_us < bar.end_us for bar in found)
     assert all(before.end_us <= after.start_us for before, after in pairwise(found))
-    covered = sum(end - start for start, end, _, _ in pieces)
-    assert sum(bar.end_us - bar.start_us for bar in found) == covered
+    for row in Row:
+        spent = sum(end - start for start, end, it, _ in pieces if it is row)
+        assert sum(bar.end_us - bar.start_us for bar in found if bar.row is row) == spent

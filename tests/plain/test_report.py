@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_it_holds_all_that_it_needs(run: RunFolder) -> None:
 def test_what_a_run_says_ends_no_script(run: RunFolder) -> None:
     page = report([run])
     assert HOSTILE not in page
-    assert f"bireme {HOSTILE}" in dict(held(page)[0]["facts"]).values()
+    assert f"bireme {shlex.quote(HOSTILE)}" in dict(held(page)[0]["facts"]).values()
 
 
 def test_figures_are_those_of_the_run(run: RunFolder) -> None:

@@ -136,6 +136,11 @@ def test_it_draws_what_the_server_does(opened: Watched, keyed: Served) -> None:
     table = page.get_by_role("group", name="Ledger as a table")
     page.locator("#ledger summary").click()
     expect(table.get_by_role("row")).to_have_count(5)
+    page.locator("#memory summary").click()
+    memory = page.get_by_role("group", name="Memory as a table").get_by_role("columnheader")
+    assert memory.all_inner_texts() == [
+        "rank", "weights", "KV cache, reserved", "steps, planned", "planned in all",
+    ]  # fmt: skip
     for chart in (
         "Tokens a second",
         "Running and waiting",
@@ -256,21 +261,3 @@ def test_a_server_that_began_anew_counts_anew(opened: Watched) -> None:
       return [at(0, 7, 100), at(1, 7, 110), at(2, 9, 500), at(3, 9, 530)];
     }"""
     assert opened.page.evaluate(ask) == [None, 10, None, 30]
-
-
-def test_it_goes_on_when_the_server_comes_back(browser: Browser) -> None:
-    with serving("--dtype", "float32") as server:
-        page = browser.new_page()
-        watched = Watched(page)
-        page.goto(f"{server.url}/")
-        be_ready(page)
-        server.process.terminate()
-        server.end()
-        expect(page.get_by_role("status")).to_contain_text("trying again")
-    with serving("--dtype", "float32", "-pp", "2", "--port", str(server.port), port=False):
-        be_ready(page)
-        expect(page.locator(".rank")).to_have_count(2)
-        expect(page.locator("#layout")).to_have_text("tp 1 x pp 2, float32, cpu")
-        page.close()
-    assert watched.errors == []
-    assert {status for status, _ in watched.refused} <= {503}

@@ -10,6 +10,9 @@ from playwright.sync_api import Browser, Page, expect
 from test_page import CHROMIUM, PHONE, WIDE, Watched, browser, check_accessible, check_fits
 
 from bireme.cli import run as command
+from bireme.observe.run_folder import RunFolder
+from bireme.report.data import run_data
+from bireme.report.document import document
 
 __all__ = ["browser"]
 
@@ -78,6 +81,28 @@ def test_it_draws_and_fits_and_can_be_read_by_everybody(page: Page, reports: Pat
     check_accessible(page)
 
 
+def test_two_runs_are_on_one_scale(page: Page, reports: Path) -> None:
+    page.goto((reports / "two.html").as_uri())
+    first, second = page.locator("svg.gantt").all()
+    expect(second.locator("rect").first).to_be_attached()
+
+    def scales() -> list[list[str]]:
+        return [it.locator("text.axis").all_text_contents() for it in (first, second)]
+
+    whole = scales()
+    assert whole[0] == whole[1]
+    second.press("+")
+    assert scales()[0] == scales()[1] != whole[0]
+    cards = page.locator(".card", has=page.get_by_role("heading", name="Memory"))
+    widths = [
+        sum(float(str(it.get_attribute("width")).rstrip("%")) for it in bar.locator("rect").all())
+        for bar in cards.locator("svg.ledger-bar").all()
+    ]
+    assert len(widths) == 4
+    assert max(widths) == pytest.approx(100)
+    assert sum(width > 99.99 for width in widths) == 1, "the fullest of both runs"
+
+
 def test_what_a_plan_predicted_is_below_what_was_measured(
     page: Page, pipeline_report: Path
 ) -> None:
@@ -114,3 +139,39 @@ def test_one_can_look_closer(page: Page, reports: Path) -> None:
     assert picture.locator("text.axis").all_text_contents() != before
     page.get_by_role("button", name="Show all").click()
     assert picture.locator("text.axis").all_text_contents() == before
+
+
+AREAS = """() => {
+  const drawn = document.querySelector('svg.gantt svg');
+  const found = {};
+  for (const it of drawn.querySelectorAll('rect, path')) {
+    const look = it.getAttribute('class');
+    if (!/^(step-\\d|row-compute)$/.test(look)) continue;
+    const parts = it.tagName === 'rect'
+      ? [['y', 'width', 'height'].map((name) => Number(it.getAttribute(name)))]
+      : [...it.getAttribute('d').matchAll(/M\\S+ (\\S+?)h(\\S+?)v(\\S+?)h/g)].map((it) => it.slice(1).map(Number));
+    for (const [y, width, height] of parts) {
+      const rank = Math.floor(y / 24);
+      found[rank] = (found[rank] ?? 0) + width * height;
+    }
+  }
+  return Object.values(found).map((area) => area / (19 * Number(drawn.getAttribute('width'))));
+}"""
+
+
+def test_shares_of_time_stay_where_there_is_no_room_for_bars(page: Page, reports: Path) -> None:
+    run = RunFolder(reports / "even")
+    data = run_data(run, 300)
+    (reports / "long.html").write_text(document([data]))
+    page.goto((reports / "long.html").as_uri())
+    expect(page.locator("svg.gantt path").first).to_be_attached()
+    expect(page.locator(".readout")).to_contain_text(f"{run.profile.num_steps} steps of 2 ranks in")
+    expect(page.locator(".readout")).to_contain_text("as shares of each")
+    for area, rank in zip(page.evaluate(AREAS), run.ledger.told.ranks, strict=True):
+        assert area == pytest.approx(rank.shares["compute"], abs=0.01)
+    page.get_by_role("button", name="Show the last steps").click()
+    ticks = page.locator("svg.gantt text.axis")
+    expect(ticks.first).not_to_have_text("0")
+    texts = ticks.all_text_contents()
+    assert len(set(texts)) == len(texts)
+    assert page.locator('svg.gantt rect[class^="step-"]').count() > 0

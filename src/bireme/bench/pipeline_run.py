@@ -44,7 +44,7 @@ from bireme.vision.plan import PipelinePlan
 from bireme.vision.predicted import stage_costs
 from bireme.vision.sweep import Sweep, Trial, prediction_of, textbook_bubble, with_micro_batches
 
-_NUM_COLUMNS = 4000  # of the predicted bars, whose number is that of the micro-batches
+_MOST_BARS = 16_000  # of the predicted bars, whose number is that of the micro-batches
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class PipelineRun:
             elapsed_s=found.elapsed_s,
             images_per_s=self._num_images / found.elapsed_s,
             bubbles=list(found.bubbles),
-            ledger=ToldLedger.of(ledger, gantt=Gantt.of(ledger, _NUM_COLUMNS)),
+            ledger=ToldLedger.of(ledger, gantt=Gantt.of(ledger, _MOST_BARS)),
         )
 
 

@@ -148,12 +148,13 @@ def _layers(found: Sequence[LayerTime]) -> Table:
 def _memory(found: Iterable[RankMemory]) -> Table:
     table = _table(
         "memory",
-        "rank", "weights", "cache", "cache\nin use", "activations", "communication", "other", "in all",
+        "rank", "weights\nin memory", "cache\nin memory", "activations,\nmeasured", "communication", "other",
+        "held\nin all", "cache\nreserved",
     )  # fmt: skip
     for one in found:
         sizes = (
-            one.weight_bytes, one.cache_bytes, one.cache_resident_bytes, one.activation_bytes,
-            one.communication_bytes, one.other_bytes, one.total_bytes,
+            one.weight_resident_bytes, one.cache_resident_bytes, one.activation_bytes,
+            one.communication_bytes, one.other_bytes, one.total_bytes, one.cache_bytes,
         )  # fmt: skip
         told = ["not told" if size is None else format_bytes(size) for size in sizes]
         table.add_row(str(one.rank), *told)

@@ -1,5 +1,5 @@
 """Write what `bireme profile` or `bireme pipeline -o` kept as one HTML file, which opens offline;
-of two runs, side by side."""
+of up to four runs, side by side."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _MOST_RUNS = 4
 def run(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Of bireme profile, or bireme pipeline -o."),
+        typer.Argument(
+            metavar="RUN...", help="Of bireme profile, or bireme pipeline -o; up to four."
+        ),
     ],
     *,
     out: Annotated[

@@ -114,7 +114,7 @@ class LayerTime(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of one rank by kind, which add up to `total_bytes`.
+    """Bytes of one rank by kind; what of each is in memory adds up to `total_bytes`.
 
     `weight_bytes` and `cache_bytes` are what was allocated, as in /metrics, and `*_resident_bytes` what of
     it is in memory: a CPU's cache takes pages as it fills, and what was paged out is not there; a vision
@@ -148,8 +148,8 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total_bytes(self) -> int:
         return (
-            self.weight_bytes
-            + (self.cache_bytes or 0)
+            self.weight_resident_bytes
+            + (self.cache_resident_bytes or 0)
             + (self.activation_bytes or 0)
             + self.communication_bytes
             + self.other_bytes

@@ -33,7 +33,7 @@ class AskedRank(msgspec.Struct, frozen=True):
 class Asked(msgspec.Struct, frozen=True):
     """Of the last `seconds`, or of the last `most_steps` where there were more; `engine_fd` is the ring of
     the engine itself. Where it runs no more, they are the last before its last span ended. `gantt_steps`:
-    the last of them as bars, in `gantt_columns`."""
+    the last of them as bars, `gantt_bars` of all ranks."""
 
     ranks: list[AskedRank]
     engine_fd: int
@@ -42,7 +42,7 @@ class Asked(msgspec.Struct, frozen=True):
     is_running: bool = True
     most_steps: int | None = None
     gantt_steps: int = 0
-    gantt_columns: int = 0
+    gantt_bars: int = 0
 
 
 class Recorder:
@@ -76,7 +76,7 @@ class Recorder:
         ledger = make_ledger(recorded, min(start_ns, end_ns - 1), end_ns)
         gantt = None
         if asked.gantt_steps:
-            gantt = Gantt.of(ledger, asked.gantt_columns, asked.gantt_steps)
+            gantt = Gantt.of(ledger, asked.gantt_bars, asked.gantt_steps)
         return ToldLedger.of(ledger, (now_ns - end_ns) / 1e9, asked.num_columns, gantt)
 
     def _ring(self, fd: int) -> SpanRing:

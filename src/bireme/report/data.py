@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 import msgspec
 
 from bireme.config import format_bytes
@@ -17,7 +19,6 @@ from bireme.observe.profile_records import (
     MessageSize,
     Profile,
     RankMemory,
-    SizePass,
     Spread,
 )
 from bireme.observe.run_folder import RunFolder
@@ -30,15 +31,17 @@ from bireme.report.pipelines import (
     plan_data,
     trial_rows,
 )
+from bireme.report.sizes import SizeData, batches, chunks
 
-_MOST_BARS = 60_000  # of all ranks; what is shorter is put together, as in a line of a terminal
+MOST_BARS = 130_000  # of all ranks of all runs of a report: about 4 MB
 
 
 class RankBytes(msgspec.Struct, frozen=True):
-    """Bytes of one rank by kind."""
+    """Bytes in one rank's memory by kind, and what is reserved for its cache; None without one."""
 
     name: str
     bytes: dict[str, int]
+    reserved_cache: int | None
 
 
 class RunData(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,18 +61,17 @@ class RunData(msgspec.Struct, frozen=True, kw_only=True):
     memory: list[RankBytes]
     collectives: list[CollectiveSize]
     messages: list[MessageSize]
-    batches: list[SizePass]
-    chunks: list[SizePass]
+    batches: list[SizeData]
+    chunks: list[SizeData]
     notes: list[str]
     trials: list[list[str]]
     plan: PlanData | None
 
 
-def run_data(run: RunFolder) -> RunData:
+def run_data(run: RunFolder, most_bars: int = MOST_BARS) -> RunData:
     """UserError where the folder is damaged."""
     about, profile = run.about, run.profile
     ledger = make_ledger(run.recorded)
-    num_columns = max(1, _MOST_BARS // (2 * len(ledger.ranks)))
     names = about.layout.names
     return RunData(
         name=run.path.name,
@@ -81,12 +83,12 @@ def run_data(run: RunFolder) -> RunData:
         parts=_parts(about),
         ranks=about.layout.ranks,
         ledger=run.ledger.told,
-        gantt=Gantt.of(ledger, num_columns),
+        gantt=Gantt.of(ledger, most_bars),
         memory=[_bytes(*pair) for pair in zip(names, profile.memory, strict=True)],
         collectives=profile.collectives,
         messages=profile.messages,
-        batches=profile.batches,
-        chunks=profile.chunks,
+        batches=batches(about, profile),
+        chunks=chunks(about, profile),
         notes=profile.notes,
         trials=trial_rows(profile.trials),
         plan=_plan(run),
@@ -123,7 +125,7 @@ def layout_text(about: RunAbout) -> str:
 def _facts(about: RunAbout) -> list[tuple[str, str]]:
     machine, work = about.hardware, about.workload
     return [
-        ("command", " ".join(about.command)),
+        ("command", shlex.join(about.command)),
         ("when", about.date.isoformat(sep=" ")),
         ("workload", _workload(work)),
         (f"{_parts(about)} a stage", ", ".join(map(str, about.layout.layers_per_stage))),
@@ -162,10 +164,11 @@ def _bytes(name: str, memory: RankMemory) -> RankBytes:
     return RankBytes(
         name,
         {
-            "weights": memory.weight_bytes,
-            "kv": memory.cache_bytes or 0,
+            "weights_held": memory.weight_resident_bytes,
+            "kv_held": memory.cache_resident_bytes or 0,
             "activations": memory.activation_bytes or 0,
             "communication": memory.communication_bytes,
             "other": memory.other_bytes,
         },
+        memory.cache_bytes,
     )

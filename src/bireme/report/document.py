@@ -14,7 +14,7 @@ import msgspec
 
 from bireme.observe import drawing
 from bireme.observe.run_folder import RunFolder
-from bireme.report.data import RunData, run_data
+from bireme.report.data import MOST_BARS, RunData, run_data
 
 _HERE, _DRAWING = Path(__file__).parent, Path(drawing.__file__).parent
 _MODULES = (
@@ -32,7 +32,7 @@ _IMPORT = re.compile(r'(?<=from )"\./([\w.]+)"')
 
 def report(runs: Sequence[RunFolder]) -> str:
     """Of one run, or of several side by side."""
-    return document([run_data(run) for run in runs])
+    return document([run_data(run, MOST_BARS // len(runs)) for run in runs])
 
 
 def is_report(path: Path) -> bool:

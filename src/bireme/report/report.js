@@ -3,10 +3,14 @@
 import { durationText, html, shortName, tableOf } from "./elements.js";
 import { GanttView } from "./gantt.js";
 import { LedgerView } from "./ledger.js";
-import { MemoryView } from "./memory.js";
+import { MemoryView, mostBytes } from "./memory.js";
 import { hatches } from "./rows.js";
-import { SizesView } from "./sizes.js";
-import { ThroughputView } from "./throughput.js";
+import { messagesTable, mostSeconds, SizesView } from "./sizes.js";
+import { mostTokens, ThroughputView } from "./throughput.js";
+
+const ANSWERS = { tokens: "of answers" };
+const ALL_TOKENS = { tokens: "of prompts and answers" };
+const HELD = { caption: "Bytes that each rank held at most, as measured", total: "held in all" };
 
 // A titled part of a run, and the place in it.
 function card(title, ...tools) {
@@ -15,9 +19,9 @@ function card(title, ...tools) {
   return [html("div", { class: "card" }, tools.length ? html("div", { class: "head" }, heading, ...tools) : heading, place), place];
 }
 
-function drawn(title, View, data) {
+function drawn(title, View, data, options = {}, most = undefined) {
   const [part, place] = card(title);
-  new View(place).draw(data);
+  new View(place, options).draw(data, most);
   return part;
 }
 
@@ -33,13 +37,15 @@ function findings(found) {
   return part;
 }
 
-// Measured, and under it what a plan predicted, if there was one, on the same scale of time.
-function gantt(data, plan) {
+// Measured, and under it what a plan predicted, if there was one, on one scale of time, which all runs share.
+function gantt(data, plan, scales) {
   const [place, below] = [html("div"), html("div")];
   const view = new GanttView(place, "The run");
   const [part, inside] = card("The run, rank by rank", view.tools);
   inside.replaceWith(place);
-  const seconds = Math.max(data.seconds, plan ? plan.gantt.seconds : 0);
+  const { seconds } = scales;
+  scales.view?.join(view);
+  scales.view ??= view;
   requestAnimationFrame(() => view.draw(data, seconds));
   if (plan) {
     const predicted = new GanttView(below, "The run as the plan predicted it");
@@ -75,6 +81,12 @@ function latencies(spreads) {
   return part;
 }
 
+function messages(found) {
+  const [part, place] = card("Messages between stages");
+  place.append(scrolled("Messages between stages", messagesTable(found)));
+  return part;
+}
+
 function layout(ranks, parts) {
   const [part, place] = card("Layout");
   const rows = ranks.map((rank) => [shortName(rank.name), String(rank.stage), String(rank.tp_rank), rank.device, `${rank.layers[0]} to ${rank.layers[1] - 1}`]);
@@ -88,25 +100,39 @@ function about(facts, notes) {
   return part;
 }
 
-function draw(run) {
+// What the widths of pictures stand for, so that runs can be compared.
+function scalesOf(runs) {
+  const most = (values) => Math.max(1e-9, ...values);
+  return {
+    seconds: most(runs.flatMap(({ gantt, plan }) => [gantt.seconds, plan ? plan.gantt.seconds : 0])),
+    bytes: most(runs.map((run) => mostBytes(run.memory))),
+    collectives: most(runs.map((run) => mostSeconds(run.collectives))),
+    batches: most(runs.map((run) => mostTokens(run.batches))),
+    chunks: most(runs.map((run) => mostTokens(run.chunks))),
+  };
+}
+
+function draw(run, scales) {
   return html(
     "article",
     { class: "run", "aria-label": run.name },
     html("header", {}, html("h1", {}, run.title), html("p", {}, run.name)),
     terms("figures", run.figures),
     findings(run.findings),
-    gantt(run.gantt, run.plan),
+    gantt(run.gantt, run.plan, scales),
     drawn("Where the time went", LedgerView, run.ledger),
     run.trials.length ? sweep(run.trials) : "",
     html("div", { class: "pair" }, Object.keys(run.latency_s).length ? latencies(run.latency_s) : "", layout(run.ranks, run.parts)),
-    run.collectives.length ? drawn("Collectives by size", SizesView, run.collectives) : "",
-    run.batches.length ? drawn("Throughput by batch", ThroughputView, run.batches) : "",
-    run.chunks.length ? drawn("Throughput by tokens a step", ThroughputView, run.chunks) : "",
-    drawn("Memory", MemoryView, run.memory),
+    run.collectives.length ? drawn("Collectives by size", SizesView, run.collectives, {}, scales.collectives) : "",
+    run.messages.length ? messages(run.messages) : "",
+    run.batches.length ? drawn("Throughput by batch", ThroughputView, run.batches, ANSWERS, scales.batches) : "",
+    run.chunks.length ? drawn("Throughput by tokens a step", ThroughputView, run.chunks, ALL_TOKENS, scales.chunks) : "",
+    drawn("Memory", MemoryView, run.memory, HELD, scales.bytes),
     about(run.facts, run.notes),
   );
 }
 
 document.body.append(hatches());
 const runs = JSON.parse(document.getElementById("runs").textContent);
-document.getElementById("main").append(...runs.map(draw));
+const scales = scalesOf(runs);
+document.getElementById("main").append(...runs.map((run) => draw(run, scales)));

@@ -71,13 +71,13 @@ class LedgerReader:
         is_running: bool = True,
         most_steps: int | None = None,
         gantt_steps: int = 0,
-        gantt_columns: int = 0,
+        gantt_bars: int = 0,
     ) -> ToldLedger:
         """The same, however many wait; EngineError where its turn does not come within `turn_s`. Of the last
         `most_steps` where there were more. With `gantt_steps` the last of them as bars."""
         asked = Asked(
             self.ranks, self._engine_fd, seconds, num_columns, is_running, most_steps,
-            gantt_steps, gantt_columns,
+            gantt_steps, gantt_bars,
         )  # fmt: skip
         try:
             async with asyncio.timeout(_ANSWER_S):

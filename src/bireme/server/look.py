@@ -23,7 +23,7 @@ _MOST_STEPS = 16  # of the ledger: each costs, and a fast server makes hundreds 
 _GANTT_STEPS = 12
 _NO_LINES = 0  # for terminals, which nobody reads here
 _MOST_BARS = 4096  # of all ranks
-_COLUMNS = 300  # of a rank, where these allow it
+_BARS_A_RANK = 600  # where these allow it
 
 
 class LiveRank(msgspec.Struct, frozen=True):
@@ -90,7 +90,7 @@ async def _ledger(service: Service) -> ToldLedger:
         is_running=service.broken is None,
         most_steps=_MOST_STEPS,
         gantt_steps=_GANTT_STEPS,
-        gantt_columns=max(1, min(_COLUMNS, _MOST_BARS // (2 * num_ranks))),
+        gantt_bars=min(_MOST_BARS, _BARS_A_RANK * num_ranks),
     )
 
 

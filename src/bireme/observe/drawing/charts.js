@@ -55,6 +55,12 @@ export class TimeChart {
     else this.plot.setSize({ width: this.picture.clientWidth, height: CHART_PX });
   }
 
+  // The lines stay: they tell when they were so.
+  lose() {
+    for (const value of this.values) setText(value, "–");
+    this.picture.setAttribute("aria-label", `${this.title}: not known now`);
+  }
+
   draw(data) {
     this.data = data;
     const last = data.series.map((values) => values.at(-1) ?? null);

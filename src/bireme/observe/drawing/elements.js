@@ -49,6 +49,24 @@ export function durationText(seconds) {
   return seconds >= 1e-3 ? `${numberText(seconds * 1e3)} ms` : `${numberText(seconds * 1e6)} µs`;
 }
 
+// About `num` round numbers in [from, to].
+export function roundTicks(from, to, num) {
+  const rough = (to - from) / num;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = power * [1, 2, 5, 10].find((it) => it * power >= rough);
+  const found = [];
+  for (let at = Math.ceil(from / step) * step; at <= to; at += step) found.push(at);
+  return found;
+}
+
+// Microseconds on an axis, with as many digits as tell a tick from the next, `step` on.
+export function tickText(at, step) {
+  if (at === 0) return "0";
+  const [unit, size] = at >= 1e6 ? ["s", 1e6] : at >= 1e3 ? ["ms", 1e3] : ["µs", 1];
+  const digits = Math.ceil(-Math.log10(step / size) - 1e-9);
+  return `${(at / size).toFixed(Math.min(6, Math.max(0, digits || 0)))} ${unit}`;
+}
+
 export function bytesText(bytes) {
   for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
     if (bytes >= size) return `${numberText(bytes / size)} ${unit}`;

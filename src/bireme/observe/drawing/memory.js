@@ -1,18 +1,25 @@
-// What each rank holds, as a stacked bar of bytes by kind, and as a table. Takes
-//   [{name, bytes: {weights, kv, activations, communication, other}}]; a kind that is not there is not drawn.
+// Bytes of each rank by kind, as a stacked bar and as a table: held as it was measured, or as it was planned. Takes
+//   [{name, bytes: {kind: bytes}, reserved_cache: bytes or null}]; a kind that is not there is not drawn.
 
 import { bytesText, html, shortName, svg, tableOf } from "./elements.js";
 
 const MEMORY_KINDS = [
   ["weights", "weights"],
-  ["kv", "KV cache"],
-  ["activations", "activations"],
+  ["weights_held", "weights in memory"],
+  ["kv", "KV cache, reserved"],
+  ["kv_held", "KV cache in memory"],
+  ["steps", "steps, planned"],
+  ["activations", "activations, measured"],
   ["communication", "communication"],
   ["other", "other"],
 ];
 
 function totalBytes(rank) {
   return Object.values(rank.bytes).reduce((sum, bytes) => sum + bytes, 0);
+}
+
+export function mostBytes(ranks) {
+  return Math.max(1, ...ranks.map(totalBytes));
 }
 
 function memoryBar(rank, most) {
@@ -33,16 +40,18 @@ function memoryLegend(kinds) {
   return html("ul", { class: "legend" }, ...kinds.map(entry));
 }
 
+// `caption` and `total` say of what the bytes are.
 export class MemoryView {
-  constructor(place) {
+  constructor(place, { caption, total }) {
+    [this.caption, this.total] = [caption, total];
     this.bars = html("div", { class: "ledger-bars" });
     this.key = html("div");
     this.table = html("div", { class: "scrolled", tabindex: 0, role: "group", "aria-label": "Memory as a table" });
     place.replaceChildren(this.bars, this.key, html("details", {}, html("summary", {}, "As a table"), this.table));
   }
 
-  draw(ranks) {
-    const most = Math.max(1, ...ranks.map(totalBytes));
+  // `most` bytes are the width of the picture.
+  draw(ranks, most = mostBytes(ranks)) {
     const kinds = MEMORY_KINDS.filter(([kind]) => ranks.some((rank) => rank.bytes[kind] > 0));
     const lines = ranks.flatMap((rank) => [
       html("span", { class: "rank-name" }, shortName(rank.name)),
@@ -51,7 +60,9 @@ export class MemoryView {
     ]);
     this.bars.replaceChildren(...lines);
     this.key.replaceChildren(memoryLegend(kinds));
-    const rows = ranks.map((rank) => [rank.name, ...kinds.map(([kind]) => bytesText(rank.bytes[kind] ?? 0)), bytesText(totalBytes(rank))]);
-    this.table.replaceChildren(tableOf("Bytes that each rank holds", ["rank", ...kinds.map(([, label]) => label), "in all"], rows));
+    const hasReserved = ranks.some((rank) => rank.reserved_cache);
+    const row = (rank) => [rank.name, ...kinds.map(([kind]) => bytesText(rank.bytes[kind] ?? 0)), bytesText(totalBytes(rank)), ...(hasReserved ? [bytesText(rank.reserved_cache)] : [])];
+    const heads = ["rank", ...kinds.map(([, label]) => label), this.total, ...(hasReserved ? ["KV cache, reserved"] : [])];
+    this.table.replaceChildren(tableOf(this.caption, heads, ranks.map(row)));
   }
 }

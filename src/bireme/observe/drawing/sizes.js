@@ -26,6 +26,21 @@ function rowOf(size) {
   return [nameOf(size), String(size.stage), numberText(size.count), durationText(size.median_s), durationText(size.median_move_s), durationText(size.median_skew_s), rateText(size.bytes_per_s), share];
 }
 
+export function mostSeconds(sizes) {
+  return Math.max(1e-9, ...sizes.map((size) => size.time_s));
+}
+
+function messageRow(it) {
+  const share = it.bytes_per_s && it.ceiling_bytes_per_s ? percentText(it.bytes_per_s / it.ceiling_bytes_per_s) : "–";
+  return [`stage ${it.src_stage} to ${it.dst_stage}`, bytesText(it.num_bytes), numberText(it.count), durationText(it.time_s), durationText(it.median_s), rateText(it.bytes_per_s), share];
+}
+
+// Messages of one size from stage to stage: [{src_stage, dst_stage, num_bytes, count, time_s, median_s, ...}]
+export function messagesTable(messages) {
+  const heads = ["message", "size", "times", "summed", "one takes", "rate", "of the ceiling"];
+  return tableOf("Messages between stages; one takes: the median", heads, messages.map(messageRow));
+}
+
 export class SizesView {
   constructor(place) {
     this.bars = html("div", { class: "ledger-bars" });
@@ -34,9 +49,9 @@ export class SizesView {
     place.replaceChildren(this.bars, this.note, html("details", {}, html("summary", {}, "As a table"), this.table));
   }
 
-  draw(sizes) {
+  // `most` seconds are the width of the picture.
+  draw(sizes, most = mostSeconds(sizes)) {
     const shown = [...sizes].sort((a, b) => b.time_s - a.time_s).slice(0, NUM_SHOWN);
-    const most = Math.max(1e-9, ...shown.map((size) => size.time_s));
     const lines = shown.flatMap((size) => [
       html("span", { class: "rank-name" }, nameOf(size)),
       sizeBar(size, most),

@@ -20,7 +20,10 @@ export class Chat {
       at("chat-form").requestSubmit();
     });
     at("chat-stop").addEventListener("click", () => this.running?.abort());
-    at("chat-clear").addEventListener("click", () => this.clear());
+    at("chat-clear").addEventListener("click", () => {
+      this.clear();
+      at("chat-text").focus();
+    });
   }
 
   clear() {
@@ -28,7 +31,12 @@ export class Chat {
     this.messages = [];
     at("chat-log").replaceChildren();
     setText(at("chat-error"), "");
-    at("chat-text").focus();
+  }
+
+  // What is being written too.
+  forget() {
+    this.clear();
+    at("chat-text").value = "";
   }
 
   show(role) {

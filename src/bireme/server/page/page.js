@@ -10,6 +10,7 @@ import { Views } from "./views.js";
 const KEY = "bireme-api-key"; // of this tab alone
 const at = (id) => document.getElementById(id);
 const hasKeys = document.documentElement.dataset.hasKeys === "yes";
+const chat = new Chat(headers);
 let feed = null;
 let views = null;
 
@@ -23,7 +24,23 @@ function tellHealth(is, text) {
   setText(at("health"), text);
 }
 
+// Of a server that does not answer, what is shown was so once.
+function setStale(isStale) {
+  at("stale").hidden = !isStale;
+  document.querySelector(".views").dataset.is = isStale ? "stale" : "";
+  if (isStale) views.lose();
+  else setText(at("stale"), "");
+}
+
+function onLost(why) {
+  tellHealth("bad", `${why}; trying again`);
+  if (!at("stale").hidden || !views.lastTime) return;
+  setStale(true);
+  setText(at("stale"), `Nothing is known of the server since ${new Date(views.lastTime * 1e3).toLocaleTimeString()}: what is below was so until then.`);
+}
+
 function onMoment(moment) {
+  setStale(false);
   const { status, doing, error } = moment.health;
   tellHealth(status === "ready" ? "ready" : error ? "bad" : "waiting", [status, doing ?? error].filter(Boolean).join(": "));
   const { models, can_chat: canChat, told, version } = moment.server;
@@ -40,6 +57,8 @@ function askForKey(error = "") {
   at("live").hidden = at("pause").hidden = at("forget").hidden = true;
   for (const id of ["model", "layout", "health"]) setText(at(id), "");
   views?.clear();
+  chat.forget();
+  setStale(false);
   at("key-form").hidden = false;
   setText(at("key-error"), error);
   at("key").focus();
@@ -54,7 +73,7 @@ function follow() {
   feed = new Feed({
     headers: headers(),
     onMoment,
-    onLost: (why) => tellHealth("bad", `${why}; trying again`),
+    onLost,
     onRefused: () => askForKey("The server does not take this key."),
   });
 }
@@ -75,6 +94,5 @@ at("pause").addEventListener("click", () => {
 });
 
 document.body.append(hatches());
-new Chat(headers);
 if (hasKeys && !sessionStorage.getItem(KEY)) askForKey();
 else follow();

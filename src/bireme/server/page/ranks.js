@@ -27,6 +27,11 @@ class RankBox {
     if (shares) this.bar.replaceChildren(ledgerBar(shares, 8));
   }
 
+  lose() {
+    this.element.dataset.is = "gone";
+    setText(this.state, "unknown");
+  }
+
   told(moment, stats, rate, isAsked) {
     if (moment.failed_rank === this.rank.name) return ["failed", "failed"];
     if (!stats) return ["gone", "not answering"];
@@ -41,6 +46,7 @@ export class RanksView {
   constructor(place) {
     this.place = place;
     this.known = "";
+    [this.boxes, this.edges] = [[], []];
   }
 
   draw(moment, history) {
@@ -55,6 +61,11 @@ export class RanksView {
       const rate = history.rate(sent);
       setText(edge, rate ? `${numberText(rate)}B/s` : "");
     });
+  }
+
+  lose() {
+    this.boxes.forEach((box) => box.lose());
+    this.edges.forEach((edge) => setText(edge, ""));
   }
 
   build(ranks) {

@@ -10,6 +10,7 @@ import { RanksView } from "./ranks.js";
 
 const at = (id) => document.getElementById(id);
 const PERCENTILES = ["p50", "p90", "p99"];
+const OLD_S = 2; // then it is said how old the last steps are
 const LATENCY = { least: 1e-3 };
 
 // Title, lines, names in the history, how a value is written, options.
@@ -56,12 +57,16 @@ export class Views {
     this.ledger = new LedgerView(at("ledger"));
     this.gantt = new GanttView(at("gantt"));
     at("gantt-tools").replaceChildren(this.gantt.tools);
-    this.memory = new MemoryView(at("memory"));
+    this.lastTime = null;
+    this.lastStep = null; // that is drawn
+    [this.figures, this.charts] = [[], []];
+    this.memory = new MemoryView(at("memory"), { caption: "Bytes that each rank may come to hold, as planned", total: "planned in all" });
     this.known = "";
   }
 
   draw(moment) {
     this.history.add(moment);
+    this.lastTime = moment.time_s;
     const names = namesOf(moment);
     const known = [...names].join();
     if (known !== this.known) this.build(names);
@@ -72,9 +77,28 @@ export class Views {
     this.ranks.draw(moment, this.history);
     if (moment.ledger) {
       this.ledger.draw(moment.ledger);
-      this.gantt.draw(moment.ledger.gantt);
+      this.drawGantt(moment);
     }
     if (moment.stats?.ranks.length) this.memory.draw(moment.stats.ranks.map((rank, index) => memoryOf(moment.server.ranks[index].name, rank)));
+  }
+
+  // The last steps stay, with how long ago they were, until there are others.
+  drawGantt({ time_s: now, ledger, server }) {
+    const { gantt, until_s: untilS } = ledger;
+    const last = lastStepOf(gantt);
+    const name = last && `${server.created}: ${last.step}`;
+    if (last && name !== this.lastStep) this.stepsUntil = now - untilS - gantt.seconds + last.end_s;
+    if (!this.lastStep || (last && name !== this.lastStep)) this.gantt.draw(last ? withoutRest(gantt) : gantt);
+    this.lastStep = name ?? this.lastStep;
+    const age = this.lastStep ? now - this.stepsUntil : 0;
+    this.gantt.setAge(age >= OLD_S ? `, ${Math.round(age)} s ago` : "");
+  }
+
+  // Nothing is known any more of what is now; charts and the last ledger tell of a time that they name.
+  lose() {
+    for (const [element] of this.figures) setText(element, "–");
+    for (const [chart] of this.charts) chart.lose();
+    this.ranks.lose();
   }
 
   build(names) {
@@ -95,6 +119,22 @@ export class Views {
   }
 }
 
+// And when in the window it ended; null where there was none.
+function lastStepOf({ ranks }) {
+  const lasts = ranks.map(({ bars }) => bars.findLast(([, , , step]) => step !== null)).filter(Boolean);
+  const last = lasts.reduce((one, other) => (other[1] > one[1] ? other : one), lasts[0]);
+  return last ? { step: last[3], end_s: last[1] / 1e6 } : null;
+}
+
+// Up to when there was no request any more.
+function withoutRest(gantt) {
+  const lasts = gantt.ranks.map(({ bars }) => bars.at(-1));
+  if (!lasts.every((bar) => bar?.[2] === "starved")) return gantt;
+  const end = Math.max(...lasts.map(([start]) => start));
+  const ranks = gantt.ranks.map((rank) => ({ ...rank, bars: rank.bars.filter(([start]) => start < end) }));
+  return { ...gantt, seconds: end / 1e6, ranks };
+}
+
 function memoryOf(name, { memory }) {
-  return { name, bytes: { weights: memory.weight_bytes, kv: memory.cache_bytes, activations: memory.step_bytes } };
+  return { name, bytes: { weights: memory.weight_bytes, kv: memory.cache_bytes, steps: memory.step_bytes } };
 }

@@ -313,8 +313,13 @@ class LedgerBars(Sent):
 
 
 class LedgerGantt(Sent):
+    """Of `num_steps`. Before `whole_us` there is a bar a row in each `column_us`, as long as all of that row in it."""
+
     seconds: float
     ranks: list[LedgerBars]
+    num_steps: int
+    whole_us: int
+    column_us: int
 
 
 class LiveLedger(Ledger):
