@@ -15,7 +15,7 @@ import typer
 
 from bireme.cli import bench, options
 from bireme.cli.grouped import flattened
-from bireme.cli.nsys import OPTION, run_under_nsys
+from bireme.cli.nsys import OPTION, find_nsys, run_under_nsys
 from bireme.cli.profile_report import print_profile
 from bireme.cli.progress import count_bar
 from bireme.cli.ranks import print_ranks
@@ -86,9 +86,7 @@ def run(
         read_cluster(cluster)  # to be told before the work
     keywords = engine.keywords()
     arguments: list[str] = context.obj
-    if under_nsys:
-        prepare_run_folder(out)
-        run_under_nsys(out, arguments)
+    nsys = find_nsys(out, arguments) if under_nsys else None
     from bireme.bench.passes import ProfilePlan, check_workload
     from bireme.bench.profiling import profile
     from bireme.bench.size_passes import check_chunks
@@ -98,6 +96,8 @@ def run(
     check_workload(llm, workload)
     check_chunks(sizes[1], llm.config.max_num_batched_tokens)
     prepare_run_folder(out)
+    if nsys is not None:
+        run_under_nsys(nsys, out, arguments)
     plan = ProfilePlan(
         workload=workload,
         num_warmup=num_warmup,
