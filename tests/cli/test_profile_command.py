@@ -227,7 +227,8 @@ def fake_nsys(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("has_nsys", "arguments"), [(False, []), (True, ["--output-len", "5000"]), (True, ["-tp", "99"])]
+    ("has_nsys", "arguments"),
+    [(False, []), (True, ["--output-len", "5000"]), (True, ["-tp", "99"])],
 )
 def test_an_earlier_run_stays_where_nsys_cannot_run(
     has_nsys: bool, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
