@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import msgspec
+import pytest
 from runs import recorded_run
 
+from bireme.cli import run as command
 from bireme.doctor.evidence import Evidence
 from bireme.doctor.from_run import evidence_of
 from bireme.doctor.rules import examine
 from bireme.observe.profile_records import RankClocks, RankMemory, RankRate, SizePass
-from bireme.observe.run_folder import prepare_run_folder, write_run_folder
+from bireme.observe.run_folder import RunFolder, prepare_run_folder, write_run_folder
 
 
 def rate(rank: int, flop: float, num_bytes: float) -> RankRate:
@@ -78,6 +80,31 @@ def test_the_runs_own_size_is_among_those_that_were_measured(tmp_path: Path) -> 
     assert [(it.size, it.tokens_per_s) for it in found.batches] == [(1, 4.0), (2, 8.0), (8, 40.0)]
     assert (found.batch, found.chunk) == (2, 2048)
     assert [(it.size, it.tokens_per_s) for it in found.chunks] == [(512, 10.0), (2048, 14.0)]
+
+
+def not_whole(folder: Path) -> RunFolder:
+    """Of 8 tokens in 1 s and 20 steps the trace holds the last part."""
+    about, recorded, ledger, profile = recorded_run()
+    profile = msgspec.structs.replace(
+        profile, memory=[memory(0), memory(1)], num_steps=20, is_whole=False, seconds=0.125
+    )
+    prepare_run_folder(folder)
+    return write_run_folder(folder, about, recorded, ledger, profile)
+
+
+def test_of_a_run_that_is_not_whole_all_steps_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evidence_of(not_whole(tmp_path / "run"))
+    assert found.pace is not None
+    assert found.pace.step_s == pytest.approx(1 / 20)
+    (note,) = found.notes
+    assert note.startswith("the run is not whole: rings of spans held the last 0.1 s of 1.0 s")
+    status = command(["doctor", str(tmp_path / "run")])
+    assert capsys.readouterr().out.endswith(f"note: {note}\n")
+    assert status == bool(examine(found))
+    assert command(["doctor", str(tmp_path / "run"), "--json"]) == status
+    assert json.loads(capsys.readouterr().out)["notes"] == [note]
 
 
 def test_its_faults_are_found(tmp_path: Path) -> None:

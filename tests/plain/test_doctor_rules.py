@@ -242,6 +242,15 @@ def test_half_the_width_is_calculated_as_the_docs_say() -> None:
     assert found.gain == pytest.approx(100 / 51)
 
 
+def test_a_ledger_of_the_last_steps_changes_nothing_of_it() -> None:
+    """Shares of a tenth of the time, where steps and tokens are of all of it."""
+    rows = {Row.COLLECTIVE_MOVE: 0.5, Row.HOST: 0.1}
+    whole = evidence("tp", rows, rows, pace=PACE, collectives=[collective()])
+    assert whole.ledger is not None
+    last = dataclasses.replace(whole, ledger=ToldLedger(0.1, 0.0, whole.ledger.ranks))
+    assert halved(last) == halved(whole)
+
+
 def test_sums_of_what_is_left_of_the_width_stay() -> None:
     """Of four ranks to two: half the layers, and 1 for 1.5 of a tensor a sum; messages are known."""
     rows = {Row.COLLECTIVE_MOVE: 0.6}

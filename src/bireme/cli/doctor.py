@@ -63,9 +63,13 @@ def run(
     findings = examine(found)
     if as_json:
         told = [msgspec.to_builtins(finding) | {"page": finding.page} for finding in findings]
-        typer.echo(msgspec.json.encode({"source": found.source, "findings": told}))
+        typer.echo(
+            msgspec.json.encode({"source": found.source, "findings": told, "notes": found.notes})
+        )
     else:
         _print_all(found.source, findings)
+        for note in found.notes:
+            typer.echo(f"note: {note}")
     return 1 if findings else 0
 
 

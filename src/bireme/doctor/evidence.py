@@ -82,12 +82,16 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What came of a run's steps: seconds that an answer's token takes, and tokens of answers a step."""
+    """What came of all of a run's steps: seconds that an answer's token takes, and tokens of answers."""
 
     output_tokens_per_s: float
     itl_s: float
     num_steps: int
     num_output_tokens: int
+
+    @property
+    def step_s(self) -> float:
+        return self.num_output_tokens / self.output_tokens_per_s / self.num_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class Evidence:
     passes of other sizes with them, from small to large. `apart` are ranks that pass each other something, and whose
     GPUs cannot reach each other's memory. `damage` is what is wrong with the files, `departures` are where
     certificates say that the model is another, a line each; `cut_option` says which stage holds
-    what."""
+    what; `notes` are what to know beside what is found."""
 
     source: str
     ranks: Sequence[RankFacts]
@@ -118,6 +122,7 @@ class Evidence:
     apart: Sequence[tuple[str, str]] = ()
     damage: Sequence[str] = ()
     departures: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def num_stages(self) -> int:

@@ -60,7 +60,18 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
         apart=_apart(about),
         damage=() if files is None or progress is None else damage(files, progress),
         departures=() if files is None else departures(files),
+        notes=_notes(profile),
     )
+
+
+def _notes(profile: Profile) -> list[str]:
+    if profile.is_whole:
+        return []
+    elapsed_s = profile.throughput.elapsed_s
+    return [
+        f"the run is not whole: rings of spans held the last {profile.seconds:.1f} s of {elapsed_s:.1f} s, and "
+        "shares of the time are of these; run it with fewer tokens"
+    ]
 
 
 def artifact_of(run: RunFolder) -> Path | None:
