@@ -97,11 +97,12 @@ class Pace:
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Of one run, or of a time in which a server was watched. `num_running` requests (micro-batches of a vision
-    pipeline) were in flight on average. `batch` and `chunk` are the run's own sizes, `batches` and `chunks`
-    passes of other sizes with them, from small to large. `apart` are ranks that pass each other something, and whose
-    GPUs cannot reach each other's memory. `damage` is what is wrong with the files, `departures` are where
-    certificates say that the model is another, a line each; `cut_option` says which stage holds
-    what; `notes` are what to know beside what is found."""
+    pipeline) were in flight on average; `is_slower_with_more`: more micro-batches were tried, and were slower.
+    `batch` and `chunk` are the run's own sizes, `batches` and `chunks` passes of other sizes with them, from small to
+    large; `largest_step`: tokens of the run's. `apart` are ranks that pass each other something, and whose GPUs cannot
+    reach each other's memory. `damage` is what is wrong with the files, `departures` are where certificates say that
+    the model is another, a line each; `cut_option` says which stage holds what; `notes` are what to know beside
+    what is found."""
 
     source: str
     ranks: Sequence[RankFacts]
@@ -112,12 +113,14 @@ class Evidence:
     num_running: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     cut_option: str = "--layers-per-stage"
+    is_slower_with_more: bool = False
     pace: Pace | None = None
     collectives: Sequence[CollectiveSize] = ()
     messages: Sequence[MessageSize] = ()
     batch: int | None = None
     batches: Sequence[Measured] = ()
     chunk: int | None = None
+    largest_step: int | None = None
     chunks: Sequence[Measured] = ()
     apart: Sequence[tuple[str, str]] = ()
     damage: Sequence[str] = ()

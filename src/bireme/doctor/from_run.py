@@ -48,6 +48,7 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
         num_cores=about.hardware.num_cores,
         cache=_cache(profile, about.settings),
         num_running=_num_running(about.workload, profile),
+        is_slower_with_more=_is_slower_with_more(about.workload, profile),
         environment=about.settings.environment,
         cut_option="--split" if isinstance(about.workload, ImageWorkload) else "--layers-per-stage",
         pace=_pace(profile),
@@ -56,6 +57,7 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
         batch=about.workload.batch,
         batches=_batches(about, profile),
         chunk=about.settings.engine.max_num_batched_tokens if about.settings.engine else None,
+        largest_step=max((step.num_tokens for step in profile.steps), default=None),
         chunks=_chunks(about, profile),
         apart=_apart(about),
         damage=() if files is None or progress is None else damage(files, progress),
@@ -85,6 +87,14 @@ def _num_running(workload: RequestWorkload | ImageWorkload, profile: Profile) ->
     if isinstance(workload, ImageWorkload):
         return workload.num_micro_batches * workload.num_batches
     return mean([step.num_running for step in profile.steps] or [0])
+
+
+def _is_slower_with_more(workload: RequestWorkload | ImageWorkload, profile: Profile) -> bool:
+    """The run is of the fastest trial."""
+    return isinstance(workload, ImageWorkload) and any(
+        trial.num_micro_batches > workload.num_micro_batches and trial.stages.elapsed_s is not None
+        for trial in profile.trials
+    )
 
 
 def _cache(profile: Profile, settings: RunSettings) -> CacheFacts | None:
