@@ -98,12 +98,19 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
 
         return read_nsys(folder)
     from bireme.cli.progress import bytes_bar
-    from bireme.doctor.files import check_artifact, damage, departures, num_bytes
+    from bireme.doctor.files import certified, check_artifact, damage, num_bytes, weight_facts
 
     check_artifact(folder)
     with bytes_bar("checking", num_bytes(folder), quiet=False) as advance:
         found = damage(folder, advance)
-    return Evidence(source=source, ranks=(), damage=found, departures=departures(folder))
+    proof = certified(folder)
+    return Evidence(
+        source=source,
+        ranks=weight_facts(folder),
+        damage=found,
+        departures=proof.departures,
+        notes=proof.notes,
+    )
 
 
 def _of_run(run: RunFolder) -> Evidence:

@@ -9,7 +9,7 @@ from statistics import mean
 
 from bireme.checkpoint.manifest import is_artifact
 from bireme.doctor.evidence import CacheFacts, Evidence, Measured, Pace, RankFacts
-from bireme.doctor.files import damage, departures
+from bireme.doctor.files import Certified, certified, damage
 from bireme.errors import UserError
 from bireme.observe.kernel_trace import kernel_share
 from bireme.observe.profile_records import (
@@ -40,7 +40,10 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
             f"{run.path} is damaged: it has {len(ranks)} ranks and the memory of {len(profile.memory)}; "
             "profile again"
         )
-    files = None if progress is None else artifact_of(run)
+    files, cut = None if progress is None else artifact_of(run), about.layout
+    proof = Certified([], [])
+    if files is not None:
+        proof = certified(files, (cut.widths, cut.layers_per_stage))
     return Evidence(
         source=str(run.path),
         ranks=[_facts(run, *pair, threads) for pair in zip(ranks, profile.memory, strict=True)],
@@ -61,8 +64,8 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
         chunks=_chunks(about, profile),
         apart=_apart(about),
         damage=() if files is None or progress is None else damage(files, progress),
-        departures=() if files is None else departures(files),
-        notes=_notes(profile),
+        departures=proof.departures,
+        notes=[*_notes(profile), *proof.notes],
     )
 
 
