@@ -180,10 +180,13 @@ def test_other_sizes_are_measured_from_small_to_large(profiled: RunFolder) -> No
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--batch", "0"], "num_prompts=0 must be at least 1"),
+        (["--batch", "0"], "batch=0 must be at least 1"),
         (["--output-len", "5000"], "1024"),
         (["--num-warmup", "-1"], "num_warmup=-1 must be at least 0"),
         (["--batches", "1,0"], "batches 1,0 holds 0; the smallest is 1"),
+        (["--batches", "1,128"], "batches: 128 exceeds max_num_seqs=64"),
+        (["--batches", "100000"], "give at most 64, or a larger --max-num-seqs"),
+        (["--batches", "4", "--max-num-seqs", "2"], "batches: 4 exceeds max_num_seqs=2"),
         (["--chunks", "4096"], "4096 exceeds max_num_batched_tokens=2048"),
         (["--cluster", "missing.toml"], "missing.toml cannot be read"),
         (["-tp", "99"], "tensor_parallel_size=99 exceeds"),
