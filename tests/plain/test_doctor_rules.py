@@ -264,11 +264,9 @@ def test_half_the_width_is_calculated_as_the_docs_say() -> None:
 
 
 def test_a_ledger_of_the_last_steps_changes_nothing_of_it() -> None:
-    """Shares of a tenth of the time, where steps and tokens are of all of it."""
     rows = {Row.COLLECTIVE_MOVE: 0.5, Row.HOST: 0.1}
     whole = evidence("tp", rows, rows, pace=PACE, collectives=[collective()])
-    assert whole.ledger is not None
-    last = dataclasses.replace(whole, ledger=ToldLedger(0.1, 0.0, whole.ledger.ranks))
+    last = dataclasses.replace(whole, ledger=ToldLedger(0.1, 0.0, whole.ledger.ranks))  # type: ignore[union-attr]
     assert halved(last) == halved(whole)
 
 
