@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bireme.cli import run
+from bireme.doctor.from_run import evidence_of
 from bireme.observe.pipeline_records import ImageThroughput
 from bireme.observe.run_folder import RunFolder
 from bireme.observe.run_records import ImageWorkload
@@ -117,6 +118,12 @@ def test_the_plan_is_what_the_schedule_makes_of_its_costs(ran: RunFolder) -> Non
         assert {bar.step for bar in bars.bars if bar.row == "compute"} == {
             span.step_id for span in ran.recorded.ranks[0].spans
         }
+
+
+def test_more_micro_batches_that_were_slower_are_known(ran: RunFolder) -> None:
+    workload = ran.about.workload
+    assert isinstance(workload, ImageWorkload)
+    assert evidence_of(ran).is_slower_with_more == (workload.num_micro_batches == 2)  # of 2 and 3
 
 
 def test_other_commands_read_it(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from bireme.cli import run
 from bireme.doctor.preflight.messages import HostFacts
-from bireme.engine.messages import send
+from bireme.doctor.preflight.place import bound
+from bireme.engine.messages import framed, send
 from preflight import Place, Said, begin, check_together, end
 
 HERE, THERE = Place("127.0.0.1"), Place("127.0.0.2")
@@ -104,17 +108,90 @@ def test_strangers_and_namesakes_are_sent_away_and_the_others_checked() -> None:
         assert b"no host of this version" in stranger.recv(1000)
 
 
+def facts(name: str) -> HostFacts:
+    return HostFacts(
+        name=name, address="127.0.0.1", interface="lo", port=1, device="cpu", versions={}, artifact=None
+    )  # fmt: skip
+
+
 def test_a_host_that_is_gone_is_named() -> None:
     listening, place = begin(HERE)
     host, _, port = place.rpartition(":")
-    facts = HostFacts(
-        name="gone", address=host, interface="lo", port=1, device="cpu", versions={}, artifact=None
-    )
     with socket.create_connection((host, int(port))) as sock:
-        send(sock, facts)
+        send(sock, facts("gone"))
     said = end(listening)
     assert said.status == 1
     assert said.err.splitlines()[-1].startswith("host gone is gone")
+
+
+def test_a_host_that_talks_nonsense_is_named() -> None:
+    listening, place = begin(HERE)
+    host, _, port = place.rpartition(":")
+    with socket.create_connection((host, int(port))) as sock:
+        send(sock, facts("odd"))
+        sock.recv(1)  # it is let in, and asked
+        sock.sendall(framed(b"nonsense"))
+        said = end(listening)
+    assert said.status == 1
+    last = said.err.splitlines()[-1]
+    assert last.startswith("host odd gave no answer of this version's preflight, while reaching")
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "two\nlines", "\x9b1m"])
+def test_what_would_steer_a_terminal_is_sent_away(name: str) -> None:
+    listening, place = begin(HERE, "--timeout", "1")
+    host, _, port = place.rpartition(":")
+    with socket.create_connection((host, int(port))) as sock:
+        send(sock, facts(name))
+        said = end(listening)
+        assert b"no host of this version" in sock.recv(1000)
+    assert (said.status, said.rules) == (1, ["unreachable"])
+    assert name not in said.err + said.out
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[str]:
+    """A place at which something else listens, that says so much once somebody comes, and stays."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+
+        def serve() -> None:
+            with listener.accept()[0] as sock, suppress(ConnectionResetError):
+                sock.sendall(answer)
+                while sock.recv(1000):
+                    pass
+
+        done = threads.submit(serve)
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        done.result(10)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "told"),
+    [
+        (b"", 1, "said nothing for 0.2 s; see that it is bireme doctor --preflight --listen"),
+        (b"\x09\0\0\0part", 1, "said nothing for 0.2 s"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", 2, "is no bireme doctor --preflight of this version"),
+        (framed(b"nonsense"), 2, "is no bireme doctor --preflight of this version"),
+    ],
+)
+def test_what_is_no_host_that_listens_is_told_in_a_line(
+    answer: bytes, status: int, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with answering(answer) as place:
+        join = ["doctor", "--preflight", "--device", "cpu", "--join", place, "--timeout", "0.2"]
+        assert run(join) == status
+    found = capfd.readouterr().err
+    assert f"at {place} {told}" in found
+    assert found.count("\n") == 1
+
+
+def test_a_port_is_free_again_right_after_a_run() -> None:
+    listener = bound("127.0.0.1")
+    port = listener.getsockname()[1]
+    with listener, socket.create_connection(("127.0.0.1", port)):
+        listener.accept()[0].close()  # first, so that this end lingers
+    bound("127.0.0.1", port).close()
 
 
 def test_three_hosts_are_measured_in_pairs_and_together() -> None:
@@ -135,6 +212,11 @@ def test_three_hosts_are_measured_in_pairs_and_together() -> None:
         (["--listen", "127.0.0.1", "--hosts", "1"], "hosts=1 must be at least 2"),
         (["--listen", "0.0.0.0"], "0.0.0.0 is every address of this host"),
         (["--listen", "203.0.113.7"], "203.0.113.7 is at no interface of this host"),
+        (["--listen", "127.0.0.1", "--timeout", "0"], "timeout=0 must be above 0"),
+        (
+            ["--listen", "127.0.0.1", "--host-name", "a\x1b[1m"],
+            "'a\\x1b[1m' holds control characters",
+        ),
         (["--listen", "127.0.0.1:99999"], "'127.0.0.1:99999' is no address"),
         (["--join", "127.0.0.1"], "'127.0.0.1' is no address; give ADDRESS:PORT"),
         (["--join", "127.0.0.1:1"], "join 127.0.0.1:1 cannot be reached: Connection refused"),

@@ -180,10 +180,13 @@ def test_other_sizes_are_measured_from_small_to_large(profiled: RunFolder) -> No
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--batch", "0"], "num_prompts=0 must be at least 1"),
+        (["--batch", "0"], "batch=0 must be at least 1"),
         (["--output-len", "5000"], "1024"),
         (["--num-warmup", "-1"], "num_warmup=-1 must be at least 0"),
         (["--batches", "1,0"], "batches 1,0 holds 0; the smallest is 1"),
+        (["--batches", "1,128"], "batches: 128 exceeds max_num_seqs=64"),
+        (["--batches", "100000"], "give at most 64, or a larger --max-num-seqs"),
+        (["--batches", "4", "--max-num-seqs", "2"], "batches: 4 exceeds max_num_seqs=2"),
         (["--chunks", "4096"], "4096 exceeds max_num_batched_tokens=2048"),
         (["--cluster", "missing.toml"], "missing.toml cannot be read"),
         (["-tp", "99"], "tensor_parallel_size=99 exceeds"),
@@ -214,15 +217,37 @@ def test_without_nsys_its_command_is_printed(
     found = capfd.readouterr()
     assert "nsys is not installed" in found.err
     words = shlex.split(found.out)
-    assert words[:4] == ["nsys", "profile", "-t", "cuda,nvtx"]
+    assert words[:5] == ["nsys", "profile", "-t", "cuda,nvtx", "--cuda-graph-trace=node"]
     assert words[words.index("-o") + 1] == str(tmp_path / "a run" / "nsys")
     assert words[-6:] == ["-m", "bireme", "profile", DEMO, "-o", str(tmp_path / "a run")]
 
 
-def test_with_nsys_it_runs_under_it(tmp_path: Path) -> None:
-    fake = tmp_path / "nsys"
+def fake_nsys(folder: Path) -> None:
+    """Says what it is given, and ends with 7."""
+    fake = folder / "nsys"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')
     fake.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("has_nsys", "arguments"),
+    [(False, []), (True, ["--output-len", "5000"]), (True, ["-tp", "99"])],
+)
+def test_an_earlier_run_stays_where_nsys_cannot_run(
+    has_nsys: bool, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_json = tmp_path / "run" / "run.json"
+    run_json.parent.mkdir()
+    run_json.write_text("an earlier run")
+    if has_nsys:
+        fake_nsys(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(["profile", DEMO, "--nsys", "-o", str(run_json.parent), *arguments]) == 2
+    assert run_json.read_text() == "an earlier run"
+
+
+def test_with_nsys_it_runs_under_it(tmp_path: Path) -> None:
+    fake_nsys(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "bireme", "profile", DEMO, "--nsys", "-o", str(tmp_path / "run")],
         env={**os.environ, "PATH": str(tmp_path)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from bireme.doctor.from_run import evidence_of
 from bireme.doctor.instead import halved
 from bireme.doctor.rules import examine
 from bireme.engine.pool import WorkerPool
+from bireme.engine.scheduler import Scheduler
 from bireme.observe.run_folder import RunFolder, prepare_run_folder
 
 pytestmark = pytest.mark.slow
@@ -58,10 +60,53 @@ TP, PP = {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}
 
 
 @pytest.mark.parametrize("layout", [TP, PP], ids=str)
+@pytest.mark.parametrize("chunks", [(), (128, 1024)], ids=str)
 def test_nothing_is_found_in_a_healthy_run(
-    language_ranks: Ranks, tmp_path: Path, layout: dict[str, int]
+    language_ranks: Ranks, tmp_path: Path, layout: dict[str, int], chunks: tuple[int, ...]
 ) -> None:
-    assert found(language_ranks, tmp_path / "run", [0, 0], output_len=64, **layout) == []
+    rules = found(
+        language_ranks, tmp_path / "run", [0, 0], output_len=64, plan={"chunks": chunks}, **layout
+    )
+    assert rules == []
+
+
+def test_nothing_is_found_in_a_healthy_pipeline_of_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of twelve blocks that are alike, six a stage: a plan from what a busy machine measured may be uneven."""
+    run = str(tmp_path / "run")
+    arguments = [
+        "--config",
+        "vit-b16",
+        "--split",
+        "vit.layers.6",
+        "--image-size",
+        "32",
+        "--batch",
+        "16",
+    ]
+    assert cli(["pipeline", *arguments, "--micro-batches", "8", "--runs", "3", "-o", run]) == 0
+    capsys.readouterr()
+    assert cli(["doctor", run]) == 0, capsys.readouterr().out
+    assert capsys.readouterr().out == f"{run}: nothing found\n"
+
+
+@pytest.mark.parametrize("layout", [TP, PP], ids=str)
+def test_an_engine_that_takes_its_time_between_steps_is_named_first(
+    language_ranks: Ranks,
+    tmp_path: Path,
+    layout: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schedule = Scheduler.schedule
+
+    def late(scheduler: Scheduler, *given: Any, **more: Any) -> Any:
+        time.sleep(4 * SLOW_S)
+        return schedule(scheduler, *given, **more)
+
+    monkeypatch.setattr(Scheduler, "schedule", late)
+    rules = found(language_ranks, tmp_path / "run", [0, 0], output_len=8, **layout)
+    assert rules[0] == "slow-host"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +168,15 @@ def test_collectives_over_a_slow_link_are_named_first(
     with hosts.holding(plant, 2), hosts.shaped(SLOW_BYTES_PER_S):
         rules = found(language_ranks, tmp_path / "run", [0, 0], transport="distributed", **TP)
     assert rules[0] == "slow-link"
+
+
+def test_handing_over_through_a_slow_link_is_named_first(
+    language_ranks: Ranks, tmp_path: Path, hosts: Hosts
+) -> None:
+    plant = language_ranks[1]
+    with hosts.holding(plant, 2), hosts.shaped(SLOWEST_BYTES_PER_S):
+        rules = found(language_ranks, tmp_path / "run", [0, 0], transport="distributed", **PP)
+    assert rules[0] == "slow-hand-over"
 
 
 SUMS = """format_version = 1

@@ -14,13 +14,21 @@ from bireme.doctor.rules import examine
 from bireme.errors import UserError
 from bireme.observe.causes import Row
 
-Kernel = tuple[int, int, int, str]  # device, start, end, name
+Kernel = tuple[object, object, object, object]  # device, start, end, name
 GEMM, NCCL = "nvjet_tst_128x64", "ncclDevKernel_AllReduce_Sum_bf16_RING_LL"
 SEND = "ncclDevKernel_SendRecv"
 
 
-def export(path: Path, kernels: Sequence[Kernel]) -> Path:
-    names = sorted({kernel[3] for kernel in kernels})
+MS = 1_000_000
+
+
+def export(
+    path: Path,
+    kernels: Sequence[Kernel],
+    graphs: Sequence[tuple[object, object]] = (),
+    steps: Sequence[tuple[int, int | None]] = (),
+) -> Path:
+    names = list(dict.fromkeys(kernel[3] for kernel in kernels))
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE StringIds (id INTEGER PRIMARY KEY, value TEXT NOT NULL)")
         database.execute(
@@ -35,8 +43,76 @@ def export(path: Path, kernels: Sequence[Kernel]) -> Path:
                 for dev, start, end, name in kernels
             ],
         )
+        if graphs:
+            database.execute(
+                "CREATE TABLE CUPTI_ACTIVITY_KIND_GRAPH_TRACE (start INT, end INT, deviceId INT, globalPid INT)"
+            )
+            database.executemany(
+                "INSERT INTO CUPTI_ACTIVITY_KIND_GRAPH_TRACE VALUES (?, ?, 0, 1)", graphs
+            )
+        if steps:
+            database.execute("CREATE TABLE NVTX_EVENTS (start INT, end INT, text TEXT, textId INT)")
+            database.execute("INSERT INTO StringIds VALUES (99, 'step')")
+            database.executemany("INSERT INTO NVTX_EVENTS VALUES (?, ?, 'step', NULL)", steps[::2])
+            database.executemany("INSERT INTO NVTX_EVENTS VALUES (?, ?, NULL, 99)", steps[1::2])
+            database.execute("INSERT INTO NVTX_EVENTS VALUES (0, 10000000000, 'load', NULL)")
     database.close()
     return path
+
+
+def host_share(path: Path) -> float:
+    found = read_nsys(path)
+    assert found.ledger is not None
+    (rank,) = found.ledger.ranks
+    return rank.shares[Row.HOST]
+
+
+def test_graphs_that_were_traced_whole_are_work(tmp_path: Path) -> None:
+    made = export(tmp_path / "x.sqlite", [(0, 0, 10, GEMM)], graphs=[(20, 50), (60, 100)])
+    assert host_share(made) == pytest.approx(0.2)
+
+
+def test_only_steps_are_looked_at(tmp_path: Path) -> None:
+    """A kernel of loading, a pass of two steps that idles for a tenth, a pause, and a pass that never idles."""
+    kernels = [(0, 0, MS, GEMM), (0, 5000 * MS, 5009 * MS, GEMM), (0, 5010 * MS, 5019 * MS, GEMM),
+               (0, 8000 * MS, 8020 * MS, GEMM)]  # fmt: skip
+    steps = [(5000 * MS, 5005 * MS), (5010 * MS, 5020 * MS), (8000 * MS, 8020 * MS)]
+    assert host_share(export(tmp_path / "all.sqlite", kernels)) > 0.99
+    assert host_share(export(tmp_path / "steps.sqlite", kernels, steps=steps)) == pytest.approx(
+        2 / 40
+    )
+
+
+def test_pauses_that_every_step_waits_for_are_the_hosts(tmp_path: Path) -> None:
+    steps = [(at * 300 * MS, at * 300 * MS + 10 * MS) for at in range(5)]
+    kernels = [(0, start, end, GEMM) for start, end in steps]
+    assert host_share(export(tmp_path / "x.sqlite", kernels, steps=steps)) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("kernel", "graphs", "told"),
+    [
+        ((0, 5, 5, GEMM), [], "tells of no time"),
+        ((0, 5, None, GEMM), [], "tells of 'nvjet_tst_128x64' from 5 to None on device 0"),
+        ((0, "five", 9, GEMM), [], "from 'five' to 9"),
+        ((0, 9, 5, GEMM), [], "from 9 to 5"),
+        ((None, 5, 9, GEMM), [], "on device None"),
+        ((0, 5, 9, b"raw"), [], "tells of b'raw'"),
+        ((0, 5, 9, GEMM), [(5, None)], "GRAPH_TRACE tells of 'graph' from 5 to None"),
+    ],
+)
+def test_bad_content_is_told_in_a_line(
+    tmp_path: Path,
+    kernel: Kernel,
+    graphs: list[tuple[object, object]],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = export(tmp_path / "x.sqlite", [kernel], graphs)
+    assert command(["doctor", str(made)]) == 2
+    found = capsys.readouterr().err
+    assert told in found
+    assert found.count("\n") == 1
 
 
 def test_an_instant_counts_once(tmp_path: Path) -> None:

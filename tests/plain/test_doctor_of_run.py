@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import msgspec
+import pytest
 from runs import recorded_run
 
+from bireme.cli import run as command
 from bireme.doctor.evidence import Evidence
 from bireme.doctor.from_run import evidence_of
 from bireme.doctor.rules import examine
-from bireme.observe.profile_records import RankClocks, RankMemory, RankRate, SizePass
-from bireme.observe.run_folder import prepare_run_folder, write_run_folder
+from bireme.observe.profile_records import RankClocks, RankMemory, RankRate, SizePass, StepSample
+from bireme.observe.run_folder import RunFolder, prepare_run_folder, write_run_folder
 
 
 def rate(rank: int, flop: float, num_bytes: float) -> RankRate:
@@ -38,6 +40,13 @@ def size_pass(size: int, rate: float) -> SizePass:
     )  # fmt: skip
 
 
+def step(num_tokens: int) -> StepSample:
+    return StepSample(
+        step_id=1, time_s=0.0, phase="prefill", num_seqs=1, num_tokens=num_tokens, num_sampled=1, context_tokens=1,
+        num_running=1, num_waiting=0, cache_usage=0.0, num_preemptions=0,
+    )  # fmt: skip
+
+
 def of_gpus(folder: Path) -> Evidence:
     about, recorded, ledger, profile = recorded_run()
     ranks = [msgspec.structs.replace(it, device=f"cuda:{it.rank}") for it in about.layout.ranks]
@@ -53,7 +62,8 @@ def of_gpus(folder: Path) -> Evidence:
         memory=[memory(rank) for rank in range(2)],
         rates=[rate(0, 1.0, 2.0), rate(1, 1.0, 1.0)],
         batches=[size_pass(1, 4.0), size_pass(8, 40.0)],
-        chunks=[size_pass(512, 5.0)],
+        chunks=[size_pass(1024, 5.0)],
+        steps=[step(24), step(2048)],
         clocks=[RankClocks(rank=1, num_samples=4, least_mhz=1, most_mhz=2, slowdowns={"hw_slowdown": 1.0})],
     )  # fmt: skip
     prepare_run_folder(folder)
@@ -77,7 +87,33 @@ def test_the_runs_own_size_is_among_those_that_were_measured(tmp_path: Path) -> 
     found = of_gpus(tmp_path / "run")
     assert [(it.size, it.tokens_per_s) for it in found.batches] == [(1, 4.0), (2, 8.0), (8, 40.0)]
     assert (found.batch, found.chunk) == (2, 2048)
-    assert [(it.size, it.tokens_per_s) for it in found.chunks] == [(512, 10.0), (2048, 14.0)]
+    assert [(it.size, it.tokens_per_s) for it in found.chunks] == [(1024, 10.0), (2048, 14.0)]
+    assert found.largest_step == 2048
+
+
+def not_whole(folder: Path) -> RunFolder:
+    """Of 8 tokens in 1 s and 20 steps the trace holds the last part."""
+    about, recorded, ledger, profile = recorded_run()
+    profile = msgspec.structs.replace(
+        profile, memory=[memory(0), memory(1)], num_steps=20, is_whole=False, seconds=0.125
+    )
+    prepare_run_folder(folder)
+    return write_run_folder(folder, about, recorded, ledger, profile)
+
+
+def test_of_a_run_that_is_not_whole_all_steps_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = evidence_of(not_whole(tmp_path / "run"))
+    assert found.pace is not None
+    assert found.pace.step_s == pytest.approx(1 / 20)
+    (note,) = found.notes
+    assert note.startswith("the run is not whole: rings of spans held the last 0.1 s of 1.0 s")
+    status = command(["doctor", str(tmp_path / "run")])
+    assert capsys.readouterr().out.endswith(f"note: {note}\n")
+    assert status == bool(examine(found))
+    assert command(["doctor", str(tmp_path / "run"), "--json"]) == status
+    assert json.loads(capsys.readouterr().out)["notes"] == [note]
 
 
 def test_its_faults_are_found(tmp_path: Path) -> None:

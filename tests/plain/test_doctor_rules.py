@@ -106,7 +106,14 @@ FAULTS = {
     "small-batch": evidence("pp", **batches(4, RATES, TIMES)),
     "large-batch": evidence("pp", **batches(64, RATES, TIMES)),
     "small-chunks": evidence(
-        "pp", chunk=512, chunks=[Measured(128, 50.0, 0.1, 1.0), Measured(512, 90.0, 0.1, 1.0)]
+        "pp",
+        chunk=512,
+        largest_step=512,
+        chunks=[
+            Measured(64, 10.0, 0.1, 1.0),
+            Measured(256, 50.0, 0.1, 1.0),
+            Measured(512, 90.0, 0.1, 1.0),
+        ],
     ),
     "throttled-clocks": with_rank(device="cuda:0", slowdowns={"hw_thermal_slowdown": 0.6}),
     "no-peer-access": evidence("pp", apart=[("rank 0", "rank 1")]),
@@ -186,9 +193,23 @@ def test_what_nobody_measured_is_no_fault() -> None:
         evidence("tp", collectives=[collective()]),
         evidence("pp", **batches(16, RATES, TIMES)),
         evidence("pp", **batches(1, {1: 10.0, 64: 11.0}, {1: 0.1, 64: 0.1})),
-        evidence(
-            "pp", chunk=512, chunks=[Measured(128, 50.0, 0.1, 1.0), Measured(512, 55.0, 0.1, 1.0)]
+        *(
+            dataclasses.replace(FAULTS["small-chunks"], largest_step=largest)
+            for largest in (None, 400)
         ),
+        dataclasses.replace(
+            FAULTS["small-chunks"],
+            chunks=[Measured(64, 10.0, 0.1, 1.0), Measured(512, 90.0, 0.1, 1.0)],  # none near half
+        ),
+        dataclasses.replace(
+            FAULTS["small-chunks"],
+            chunks=[
+                Measured(64, 10.0, 0.1, 1.0),
+                Measured(256, 85.0, 0.1, 1.0),
+                Measured(512, 90.0, 0.1, 1.0),
+            ],
+        ),
+        dataclasses.replace(FAULTS["few-requests"], is_slower_with_more=True),
         with_rank(device="cuda:0", slowdowns={"hw_slowdown": 0.01}),
         with_rank(device="cuda:0", reserved_bytes=110, memory={"cache": 60, "activations": 40}),
     ],
@@ -240,6 +261,13 @@ def test_half_the_width_is_calculated_as_the_docs_say() -> None:
     assert found.output_tokens_per_s == pytest.approx(10 / 0.051)
     assert found.token_s == pytest.approx(2 * 0.051)
     assert found.gain == pytest.approx(100 / 51)
+
+
+def test_a_ledger_of_the_last_steps_changes_nothing_of_it() -> None:
+    rows = {Row.COLLECTIVE_MOVE: 0.5, Row.HOST: 0.1}
+    whole = evidence("tp", rows, rows, pace=PACE, collectives=[collective()])
+    last = dataclasses.replace(whole, ledger=ToldLedger(0.1, 0.0, whole.ledger.ranks))  # type: ignore[union-attr]
+    assert halved(last) == halved(whole)
 
 
 def test_sums_of_what_is_left_of_the_width_stay() -> None:

@@ -36,7 +36,6 @@ from bireme.parallel.layout import ModelLayout
 from bireme.parallel.operations import rank_operations
 from bireme.planning.probe import hardware
 from bireme.planning.probe.probe import versions_of
-from bireme.trace import SpanKind
 
 
 def profile(llm: LLM, plan: ProfilePlan, done: Callable[[], None] = lambda: None) -> RunFolder:
@@ -81,7 +80,7 @@ def _profile(
     ]
     return Profile(
         seconds=(ledger.end_ns - ledger.start_ns) / 1e9,
-        num_steps=sum(span.kind is SpanKind.SUBMIT for span in recorded.engine),
+        num_steps=measured.log.num_steps,
         is_whole=measured.is_whole,
         throughput=_throughput(measured.result),
         latency=measured.latency,

@@ -24,6 +24,16 @@ def check_chunks(chunks: tuple[int, ...], most: int) -> None:
             )
 
 
+def check_batches(batches: tuple[int, ...], most: int) -> None:
+    """RequestError for more requests than can be at work at once."""
+    for size in batches:
+        if size > most:
+            raise RequestError(
+                f"batches: {size} exceeds max_num_seqs={most}, the requests that are at work at once; give at most "
+                f"{most}, or a larger --max-num-seqs"
+            )
+
+
 def pass_of_batch(llm: LLM, workload: Workload, size: int) -> SizePass:
     return _measure(llm, dataclasses.replace(workload, num_prompts=size), size)
 

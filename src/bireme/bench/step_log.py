@@ -48,6 +48,10 @@ class StepLog:
         )
 
     @property
+    def num_steps(self) -> int:
+        return len(self._noted)
+
+    @property
     def batches(self) -> dict[Key, ScheduledBatch]:
         return {noted.batch.header: noted.batch for noted in self._noted}
 

@@ -63,9 +63,13 @@ def run(
     findings = examine(found)
     if as_json:
         told = [msgspec.to_builtins(finding) | {"page": finding.page} for finding in findings]
-        typer.echo(msgspec.json.encode({"source": found.source, "findings": told}))
+        typer.echo(
+            msgspec.json.encode({"source": found.source, "findings": told, "notes": found.notes})
+        )
     else:
         _print_all(found.source, findings)
+        for note in found.notes:
+            typer.echo(f"note: {note}")
     return 1 if findings else 0
 
 
@@ -94,12 +98,19 @@ def _evidence(source: str, seconds: float, api_key: str | None) -> Evidence:
 
         return read_nsys(folder)
     from bireme.cli.progress import bytes_bar
-    from bireme.doctor.files import check_artifact, damage, departures, num_bytes
+    from bireme.doctor.files import certified, check_artifact, damage, num_bytes, weight_facts
 
     check_artifact(folder)
     with bytes_bar("checking", num_bytes(folder), quiet=False) as advance:
         found = damage(folder, advance)
-    return Evidence(source=source, ranks=(), damage=found, departures=departures(folder))
+    proof = certified(folder)
+    return Evidence(
+        source=source,
+        ranks=weight_facts(folder),
+        damage=found,
+        departures=proof.departures,
+        notes=proof.notes,
+    )
 
 
 def _of_run(run: RunFolder) -> Evidence:

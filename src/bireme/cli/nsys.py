@@ -16,19 +16,27 @@ OPTION = "--nsys"
 _REPORT = "nsys"  # in the run folder; nsys adds its own suffix
 
 
-def run_under_nsys(folder: Path, arguments: Sequence[str]) -> NoReturn:
-    """Becomes nsys, which runs `bireme` with these arguments but for the option; UserError, and the
-    command on standard output, where there is no nsys."""
-    own = [argument for argument in arguments if argument != OPTION]
-    command = [
-        "nsys", "profile", "-t", "cuda,nvtx", "--force-overwrite", "true",
-        "-o", str(folder / _REPORT), sys.executable, "-m", "bireme", *own,
-    ]  # fmt: skip
+def find_nsys(folder: Path, arguments: Sequence[str]) -> str:
+    """Its path; UserError, and the command on standard output, where there is none."""
+    command = _command(folder, arguments)
     path = shutil.which(command[0])
     if path is None:
         print(shlex.join(command), flush=True)
         raise UserError(
             "nsys is not installed, or not on PATH; the command above is for where it is"
         )
+    return path
+
+
+def run_under_nsys(path: str, folder: Path, arguments: Sequence[str]) -> NoReturn:
+    """Becomes nsys, which runs `bireme` with these arguments but for the option."""
     sys.stdout.flush()
-    os.execv(path, command)
+    os.execv(path, _command(folder, arguments))
+
+
+def _command(folder: Path, arguments: Sequence[str]) -> list[str]:
+    own = [argument for argument in arguments if argument != OPTION]
+    return [
+        "nsys", "profile", "-t", "cuda,nvtx", "--cuda-graph-trace=node", "--force-overwrite", "true",
+        "-o", str(folder / _REPORT), sys.executable, "-m", "bireme", *own,
+    ]  # fmt: skip

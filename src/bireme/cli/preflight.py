@@ -52,7 +52,9 @@ class PreflightOptions:
     timeout_s: Annotated[
         float,
         typer.Option(
-            "--timeout", metavar="S", help="Of the first host: how long to wait for others."
+            "--timeout",
+            metavar="S",
+            help="How long the first host waits for others, and these for a word of it.",
         ),
     ] = 60.0
     device: options.Device = "auto"
@@ -73,6 +75,10 @@ def check_hosts(given: PreflightOptions, artifact: str | None) -> Report:
         raise RequestError(
             "--preflight needs --listen ADDRESS on one host, and --join ADDRESS:PORT on each of the others"
         )
+    if not 0 < given.timeout_s <= options.MOST_SECONDS:
+        raise RequestError(
+            f"timeout={given.timeout_s:g} must be above 0 and at most {options.MOST_SECONDS}"
+        )
     folder = None if artifact is None else Path(artifact)
     return _listen(given, folder) if given.join is None else _join(given, given.join, folder)
 
@@ -80,7 +86,6 @@ def check_hosts(given: PreflightOptions, artifact: str | None) -> Report:
 def _listen(given: PreflightOptions, artifact: Path | None) -> Report:
     num_hosts = 2 if given.num_hosts is None else given.num_hosts
     options.check_at_least("hosts", num_hosts, 2)
-    options.check_seconds(given.timeout_s)
     from bireme.doctor.preflight.checks import listen
     from bireme.doctor.preflight.host import Host
     from bireme.doctor.preflight.place import bound, parse_address
@@ -119,16 +124,18 @@ def _join(given: PreflightOptions, place: str, artifact: Path | None) -> Report:
             "runs there, and that no firewall is between"
         ) from None
     with sock:
-        sock.settimeout(None)
         own = Host(_name(given), str(sock.getsockname()[0]), _device(given), artifact)
         try:
-            return come(sock, own)
+            return come(sock, own, place, given.timeout_s)
         finally:
             own.close()
 
 
 def _name(given: PreflightOptions) -> str:
-    return given.host_name or platform.node() or "localhost"
+    name = given.host_name or platform.node() or "localhost"
+    if not name.isprintable():
+        raise RequestError(f"host_name {name!r} holds control characters; give a plain --host-name")
+    return name
 
 
 def _device(given: PreflightOptions) -> str:

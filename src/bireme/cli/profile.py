@@ -15,7 +15,7 @@ import typer
 
 from bireme.cli import bench, options
 from bireme.cli.grouped import flattened
-from bireme.cli.nsys import OPTION, run_under_nsys
+from bireme.cli.nsys import OPTION, find_nsys, run_under_nsys
 from bireme.cli.profile_report import print_profile
 from bireme.cli.progress import count_bar
 from bireme.cli.ranks import print_ranks
@@ -79,6 +79,7 @@ def run(
     from bireme.cluster.file import read_cluster
     from bireme.observe.run_folder import prepare_run_folder
 
+    options.check_at_least("batch", batch, 1)
     workload = Workload(num_prompts=batch, input_len=input_len, output_len=output_len, seed=seed)
     options.check_at_least("num_warmup", num_warmup, 0)
     sizes = _sizes(batches, "batches"), _sizes(chunks, "chunks")
@@ -86,18 +87,19 @@ def run(
         read_cluster(cluster)  # to be told before the work
     keywords = engine.keywords()
     arguments: list[str] = context.obj
-    if under_nsys:
-        prepare_run_folder(out)
-        run_under_nsys(out, arguments)
+    nsys = find_nsys(out, arguments) if under_nsys else None
     from bireme.bench.passes import ProfilePlan, check_workload
     from bireme.bench.profiling import profile
-    from bireme.bench.size_passes import check_chunks
+    from bireme.bench.size_passes import check_batches, check_chunks
     from bireme.engine.llm import LLM
 
     llm = LLM(model, **keywords)
     check_workload(llm, workload)
+    check_batches(sizes[0], llm.config.max_num_seqs)
     check_chunks(sizes[1], llm.config.max_num_batched_tokens)
     prepare_run_folder(out)
+    if nsys is not None:
+        run_under_nsys(nsys, out, arguments)
     plan = ProfilePlan(
         workload=workload,
         num_warmup=num_warmup,

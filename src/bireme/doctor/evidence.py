@@ -82,22 +82,27 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """What came of a run's steps: seconds that an answer's token takes, and tokens of answers a step."""
+    """What came of all of a run's steps: seconds that an answer's token takes, and tokens of answers."""
 
     output_tokens_per_s: float
     itl_s: float
     num_steps: int
     num_output_tokens: int
 
+    @property
+    def step_s(self) -> float:
+        return self.num_output_tokens / self.output_tokens_per_s / self.num_steps
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """Of one run, or of a time in which a server was watched. `num_running` requests (micro-batches of a vision
-    pipeline) were in flight on average. `batch` and `chunk` are the run's own sizes, `batches` and `chunks`
-    passes of other sizes with them, from small to large. `apart` are ranks that pass each other something, and whose
-    GPUs cannot reach each other's memory. `damage` is what is wrong with the files, `departures` are where
-    certificates say that the model is another, a line each; `cut_option` says which stage holds
-    what."""
+    pipeline) were in flight on average; `is_slower_with_more`: more micro-batches were tried, and were slower.
+    `batch` and `chunk` are the run's own sizes, `batches` and `chunks` passes of other sizes with them, from small to
+    large; `largest_step`: tokens of the run's. `apart` are ranks that pass each other something, and whose GPUs cannot
+    reach each other's memory. `damage` is what is wrong with the files, `departures` are where certificates say that
+    the model is another, a line each; `cut_option` says which stage holds what; `notes` are what to know beside
+    what is found."""
 
     source: str
     ranks: Sequence[RankFacts]
@@ -108,16 +113,19 @@ class Evidence:
     num_running: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     cut_option: str = "--layers-per-stage"
+    is_slower_with_more: bool = False
     pace: Pace | None = None
     collectives: Sequence[CollectiveSize] = ()
     messages: Sequence[MessageSize] = ()
     batch: int | None = None
     batches: Sequence[Measured] = ()
     chunk: int | None = None
+    largest_step: int | None = None
     chunks: Sequence[Measured] = ()
     apart: Sequence[tuple[str, str]] = ()
     damage: Sequence[str] = ()
     departures: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def num_stages(self) -> int:

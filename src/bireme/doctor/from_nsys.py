@@ -1,54 +1,44 @@
 """The evidence of an export of Nsight Systems (`nsys export --type sqlite`): what each GPU was at.
 
-NCCL's kernels are collectives (a send or receive is a transfer), all others work; where no kernel ran, the GPU
-waited for its host. Tables:
-https://docs.nvidia.com/nsight-systems/2021.5/nsys-exporter/exported_data.html
+NCCL's kernels are collectives (a send or receive is a transfer), all others work, and so are CUDA graphs that
+were traced whole; where nothing ran, the GPU waited for its host. Where NVTX ranges tell of steps, only the time
+is looked at in which they went on.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from pathlib import Path
 
 from bireme.doctor.evidence import Evidence, RankFacts
+from bireme.doctor.nsys_export import Interval, read_export
 from bireme.errors import UserError
 from bireme.observe.causes import Row
 from bireme.observe.told import ToldLedger, ToldRank
 
-_KERNELS = """
-    SELECT kernel.globalPid, kernel.deviceId, kernel.start, kernel.end, name.value
-    FROM CUPTI_ACTIVITY_KIND_KERNEL AS kernel JOIN StringIds AS name ON name.id = kernel.shortName
-    ORDER BY kernel.start
-"""
 _ROWS = (Row.COMPUTE, Row.COLLECTIVE_MOVE, Row.TRANSFER)
-
-Interval = tuple[int, int]  # nanoseconds
 
 
 def read_nsys(path: Path) -> Evidence:
     """UserError where the file is no such export, or holds no kernel."""
-    kernels: dict[Row, dict[tuple[int, int], list[Interval]]] = {row: {} for row in _ROWS}
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
-            for process, device, start, end, name in database.execute(_KERNELS):
-                kernels[_row(name)].setdefault((process, device), []).append((start, end))
-    except sqlite3.Error as error:
-        raise UserError(
-            f"{path} is no export of Nsight Systems with kernels: {error}; "
-            "make it by nsys export --type sqlite"
-        ) from None
-    every = [it for of_row in kernels.values() for it in of_row.values()]
-    if not every:
+    done, passes = read_export(path)
+    if not done:
         raise UserError(f"{path} holds no kernel; trace CUDA: nsys profile -t cuda,nvtx")
-    window = min(it[0][0] for it in every), max(end for it in every for _, end in it)
-    places = sorted({place for of_row in kernels.values() for place in of_row})
+    windows = passes or [(done[0].start, max(it.end for it in done))]
+    wall_ns = sum(end - start for start, end in windows)
+    if wall_ns == 0:
+        raise UserError(
+            f"{path} tells of no time: all that it holds takes 0 ns; profile for longer"
+        )
+    kernels: dict[Row, dict[tuple[int, int], list[Interval]]] = {row: {} for row in _ROWS}
+    for it in done:
+        kernels[_row(it.name)].setdefault((it.process, it.device), []).append((it.start, it.end))
+    places = sorted({(it.process, it.device) for it in done})
     ranks = [
         _told(
             f"device {place[1]}, process {place[0]}",
-            {row: of_row.get(place, ()) for row, of_row in kernels.items()},
-            window,
+            {row: list(_within(of_row.get(place, ()), windows)) for row, of_row in kernels.items()},
+            wall_ns,
         )
         for place in places
     ]
@@ -59,7 +49,7 @@ def read_nsys(path: Path) -> Evidence:
             RankFacts(name=told.name, stage=0, device=f"cuda:{device}")
             for told, (_, device) in zip(ranks, places, strict=True)
         ],
-        ledger=ToldLedger(seconds=(window[1] - window[0]) / 1e9, until_s=0.0, ranks=ranks),
+        ledger=ToldLedger(seconds=wall_ns / 1e9, until_s=0.0, ranks=ranks),
     )
 
 
@@ -70,9 +60,17 @@ def _row(name: str) -> Row:
     return Row.TRANSFER if "SendRecv" in name else Row.COLLECTIVE_MOVE
 
 
-def _told(name: str, kernels: Mapping[Row, Sequence[Interval]], window: Interval) -> ToldRank:
+def _within(intervals: Sequence[Interval], windows: Sequence[Interval]) -> Iterable[Interval]:
+    """The parts of them that lie in windows; both by their start, windows apart from one another."""
+    for start, end in windows:
+        for first, last in intervals:
+            if first < end and last > start:
+                yield max(first, start), min(last, end)
+
+
+def _told(name: str, kernels: Mapping[Row, Sequence[Interval]], wall_ns: int) -> ToldRank:
     """An instant counts once: work before collectives, these before messages, these before waiting."""
-    wall_ns, known_ns = window[1] - window[0], 0
+    known_ns = 0
     shares = dict.fromkeys((row.value for row in Row), 0.0)
     until: list[Interval] = []
     for row in _ROWS:

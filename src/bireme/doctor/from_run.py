@@ -9,7 +9,7 @@ from statistics import mean
 
 from bireme.checkpoint.manifest import is_artifact
 from bireme.doctor.evidence import CacheFacts, Evidence, Measured, Pace, RankFacts
-from bireme.doctor.files import damage, departures
+from bireme.doctor.files import Certified, certified, damage
 from bireme.errors import UserError
 from bireme.observe.kernel_trace import kernel_share
 from bireme.observe.profile_records import (
@@ -40,7 +40,10 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
             f"{run.path} is damaged: it has {len(ranks)} ranks and the memory of {len(profile.memory)}; "
             "profile again"
         )
-    files = None if progress is None else artifact_of(run)
+    files, cut = None if progress is None else artifact_of(run), about.layout
+    proof = Certified([], [])
+    if files is not None:
+        proof = certified(files, (cut.widths, cut.layers_per_stage))
     return Evidence(
         source=str(run.path),
         ranks=[_facts(run, *pair, threads) for pair in zip(ranks, profile.memory, strict=True)],
@@ -48,6 +51,7 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
         num_cores=about.hardware.num_cores,
         cache=_cache(profile, about.settings),
         num_running=_num_running(about.workload, profile),
+        is_slower_with_more=_is_slower_with_more(about.workload, profile),
         environment=about.settings.environment,
         cut_option="--split" if isinstance(about.workload, ImageWorkload) else "--layers-per-stage",
         pace=_pace(profile),
@@ -56,11 +60,23 @@ def evidence_of(run: RunFolder, *, progress: Callable[[int], None] | None = None
         batch=about.workload.batch,
         batches=_batches(about, profile),
         chunk=about.settings.engine.max_num_batched_tokens if about.settings.engine else None,
+        largest_step=max((step.num_tokens for step in profile.steps), default=None),
         chunks=_chunks(about, profile),
         apart=_apart(about),
         damage=() if files is None or progress is None else damage(files, progress),
-        departures=() if files is None else departures(files),
+        departures=proof.departures,
+        notes=[*_notes(profile), *proof.notes],
     )
+
+
+def _notes(profile: Profile) -> list[str]:
+    if profile.is_whole:
+        return []
+    elapsed_s = profile.throughput.elapsed_s
+    return [
+        f"the run is not whole: rings of spans held the last {profile.seconds:.1f} s of {elapsed_s:.1f} s, and "
+        "shares of the time are of these; run it with fewer tokens"
+    ]
 
 
 def artifact_of(run: RunFolder) -> Path | None:
@@ -74,6 +90,14 @@ def _num_running(workload: RequestWorkload | ImageWorkload, profile: Profile) ->
     if isinstance(workload, ImageWorkload):
         return workload.num_micro_batches * workload.num_batches
     return mean([step.num_running for step in profile.steps] or [0])
+
+
+def _is_slower_with_more(workload: RequestWorkload | ImageWorkload, profile: Profile) -> bool:
+    """The run is of the fastest trial."""
+    return isinstance(workload, ImageWorkload) and any(
+        trial.num_micro_batches > workload.num_micro_batches and trial.stages.elapsed_s is not None
+        for trial in profile.trials
+    )
 
 
 def _cache(profile: Profile, settings: RunSettings) -> CacheFacts | None:

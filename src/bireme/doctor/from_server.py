@@ -20,6 +20,7 @@ from bireme.observe.told import ToldLedger
 _EVERY_S = 0.5
 _PREFIX = "bireme:"
 _RUNNING, _WAITING, _USED = "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"
+_OF_EACH = (_RUNNING, _WAITING, _USED)
 _PREEMPTED, _FAULTS, _MEMORY = (
     "num_preemptions_total",
     "rank_major_faults_total",
@@ -45,12 +46,19 @@ def ask_server(url: str, api_key: str | None, seconds: float) -> Evidence:
 async def _watch(url: str, api_key: str | None, seconds: float) -> Evidence:
     async with Client(Target.of(url, api_key)) as client:
         setup = msgspec.json.decode(await client.fetch("/debug/setup"), type=Setup)
-        end_s, moments = time.monotonic() + seconds, [await _samples(client)]
+        end_s, moments = time.monotonic() + seconds, list[Samples]([await _samples(client)])
         while (left_s := end_s - time.monotonic()) > 0:
             await asyncio.sleep(min(_EVERY_S, left_s))
-            moments.append(await _samples(client))
+            keep(moments, await _samples(client))
         ledger = await client.fetch(f"/debug/ledger?seconds={seconds:g}&columns=1")
     return evidence_of(url, setup, msgspec.json.decode(ledger, type=ToldLedger), moments)
+
+
+def keep(moments: list[Samples], latest: Samples) -> None:
+    """As the last of them; of those between the first and the last only what is looked at of each."""
+    if len(moments) > 1:
+        moments[-1] = [sample for sample in moments[-1] if sample[0] in _OF_EACH]
+    moments.append(latest)
 
 
 def evidence_of(

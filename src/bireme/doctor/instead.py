@@ -36,7 +36,9 @@ def halved(found: Evidence) -> Instead | None:
     ):
         return None
     shares = min((it.shares for it in found.ledger.ranks), key=lambda it: it[Row.COLLECTIVE_WAIT])
-    step_s = found.ledger.seconds / pace.num_steps
+    step_s = (
+        pace.step_s
+    )  # of all steps, as the tokens are, where the ledger may be of the last ones alone
     exchanged = (shares[Row.COLLECTIVE_MOVE] + shares[Row.COLLECTIVE_WAIT]) / 2
     exchanged *= _moved(width // 2) / _moved(width)
     stage_s = (shares[Row.COMPUTE] + shares[Row.HOST] + exchanged) * step_s + hand_over_s

@@ -233,8 +233,8 @@ class ClusterUsed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
-    """`profile.json`. `seconds` and `num_steps` are what the trace holds, `is_whole` False where the
-    ranks' rings had overwritten the measured pass's beginning. `notes`: what is not as asked, and why.
+    """`profile.json`. `seconds` are what the trace holds, `num_steps` all steps of the measured pass; `is_whole`
+    False where the ranks' rings had overwritten its beginning. `notes`: what is not as asked, and why.
     `latency` is of requests, `trials` are of a vision pipeline."""
 
     seconds: float

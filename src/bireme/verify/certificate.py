@@ -60,7 +60,8 @@ class Certificate:
     over `spread`, the reference's standard deviation. Agreement is the share of positions with the
     same greedy token; `num_excused` positions differ where the reference's two best are nearly tied;
     `num_not_finite` logits of either model are NaN or infinite. `departure_unknown` says why no
-    departure was looked for where there should be one.
+    departure was looked for where there should be one. `artifact` is its manifest's hash, None of
+    another checkpoint.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Certificate:
     departure: Departure | None
     departure_unknown: str | None
     is_same: bool
+    artifact: str | None = None
 
 
 def certificate_json(found: Certificate) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bireme.checkpoint.dummy import DummySource
+from bireme.checkpoint.manifest import is_artifact, read_manifest
 from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.prepared import PreparedModel
 from bireme.checkpoint.reader import TensorSource
@@ -63,11 +64,13 @@ def verify(
         raise ConfigError(f"num_decode={num_decode} must be at least 0")
     for index, prompt in enumerate(prompts):
         check_prompt(served_model(model, plan), index, prompt, num_decode)
+    artifact = read_manifest(model.folder).xxh3 if is_artifact(model.folder) else None
     with tempfile.TemporaryDirectory(prefix="bireme-verify-") as folder:
         own_pool = pool or WorkerPool()
         try:
             comparison = _Comparison(model, config, plan, own_pool, Path(folder))
-            return comparison.run([list(prompt) for prompt in prompts], num_decode, reference)
+            found = comparison.run([list(prompt) for prompt in prompts], num_decode, reference)
+            return dataclasses.replace(found, artifact=artifact)
         finally:
             if pool is None:
                 own_pool.close()

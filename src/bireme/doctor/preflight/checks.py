@@ -13,6 +13,7 @@ import msgspec
 from bireme.doctor.preflight.findings import examine_hosts
 from bireme.doctor.preflight.host import Host, bound_to
 from bireme.doctor.preflight.hosts import Group, Member, let_in
+from bireme.doctor.preflight.line import Line, Nonsense
 from bireme.doctor.preflight.messages import (
     PREFLIGHT,
     HostSeen,
@@ -25,7 +26,7 @@ from bireme.doctor.preflight.messages import (
     SumRates,
 )
 from bireme.engine.clocks import Look, quickest
-from bireme.engine.messages import Clock, CommandReader, Failed, ReadClock, send
+from bireme.engine.messages import Clock, Failed, ReadClock, send
 from bireme.errors import EngineError, PeerLost, RequestError
 from bireme.planning.probe.driver import Probed, carrier
 from bireme.planning.probe.messages import AllReduce
@@ -67,17 +68,15 @@ def listen(
                 member.sock.close()
 
 
-def come(sock: socket.socket, own: Host) -> Report:
-    """Does what the host that listens asks for, until it tells what was found. RequestError where it does not let
-    this one in, EngineError where it is gone before."""
-    reader = CommandReader(sock, PREFLIGHT)
-    send(sock, own.facts)
+def come(sock: socket.socket, own: Host, place: str, timeout_s: float) -> Report:
+    """Does what the host that listens at `place` asks for, until it tells what was found. RequestError where it does
+    not let this one in or is none, EngineError where it is gone before, or says nothing for so long."""
+    line = Line(sock, PREFLIGHT.commands)
+    sock.settimeout(timeout_s)
+    _say(sock, own.facts, place)
     with bound_to(own.facts.interface):
         while True:
-            try:
-                question = reader.next()
-            except EOFError:
-                raise EngineError("the host that listens is gone; see what it says") from None
+            question = _asked(line, place, timeout_s)
             match question:
                 case Report():
                     return question
@@ -85,7 +84,33 @@ def come(sock: socket.socket, own: Host) -> Report:
                     raise RequestError(
                         f"the host that listens does not let {own.facts.name} in: {why}"
                     )
-            send(sock, _obeyed(own, question))
+            _say(sock, _obeyed(own, question), place)
+
+
+def _say(sock: socket.socket, message: msgspec.Struct, place: str) -> None:
+    try:
+        send(sock, message)
+    except OSError as error:
+        raise EngineError(
+            f"the host that listens at {place} is gone: {error.strerror or error}; see what it says"
+        ) from None
+
+
+def _asked(line: Line, place: str, timeout_s: float) -> msgspec.Struct:
+    try:
+        question = line.next(timeout_s)
+    except EOFError:
+        raise EngineError(f"the host that listens at {place} is gone; see what it says") from None
+    except Nonsense as error:
+        raise RequestError(
+            f"what listens at {place} is no bireme doctor --preflight of this version: {error}"
+        ) from None
+    if question is None:
+        raise EngineError(
+            f"what listens at {place} said nothing for {timeout_s:g} s; see that it is bireme doctor --preflight "
+            "--listen, and give a --timeout at least as long as there"
+        )
+    return question
 
 
 def _obeyed(own: Host, question: msgspec.Struct) -> msgspec.Struct:
@@ -122,7 +147,8 @@ def _look(member: Member) -> Look:
     member.tell(ReadClock())
     reply = member.answer(_ANSWER_S, "reading its clock")
     end_ns = time.time_ns()
-    assert isinstance(reply, Clock)
+    if not isinstance(reply, Clock):
+        raise EngineError(f"host {member.facts.name} told {type(reply).__name__}, not its clock")
     return Look(start_ns, end_ns, [reply.ns])
 
 

@@ -11,12 +11,12 @@ from contextlib import suppress
 import msgspec
 
 from bireme.doctor.preflight.host import Host
+from bireme.doctor.preflight.line import Line, Nonsense
 from bireme.doctor.preflight.messages import PREFLIGHT, HostFacts, Refused
-from bireme.engine.messages import Failed, ReplyReader, send
+from bireme.engine.messages import Failed, send
 from bireme.errors import EngineError
 
 _SEND_S = 30.0
-_MOST_BYTES = 1 << 20  # of what one says: anybody may try
 
 
 class Member:
@@ -25,7 +25,7 @@ class Member:
 
     def __init__(self, facts: HostFacts, sock: socket.socket | None, host: Host | None) -> None:
         self.facts, self.sock, self._host = facts, sock, host
-        self._replies = None if sock is None else ReplyReader(sock, PREFLIGHT, _MOST_BYTES)
+        self._line = None if sock is None else Line(sock, PREFLIGHT.replies)
         self._asked: msgspec.Struct | None = None
 
     def tell(self, message: msgspec.Struct) -> None:
@@ -40,9 +40,10 @@ class Member:
 
     def answer(self, timeout_s: float, doing: str) -> msgspec.Struct:
         """EngineError where it gives none, or says that it failed."""
-        reply = self._own() if self.sock is None else self._read(self.sock, timeout_s, doing)
+        reply = self._own() if self._line is None else self._read(self._line, timeout_s, doing)
         if isinstance(reply, Failed):
-            raise EngineError(f"host {self.facts.name} failed while {doing}: {reply.cause}")
+            cause = "".join(it if it.isprintable() else " " for it in reply.cause)
+            raise EngineError(f"host {self.facts.name} failed while {doing}: {cause}")
         return reply
 
     def _own(self) -> msgspec.Struct:
@@ -50,19 +51,19 @@ class Member:
         assert self._asked is not None
         return self._host.obey(self._asked)
 
-    def _read(self, sock: socket.socket, timeout_s: float, doing: str) -> msgspec.Struct:
-        assert self._replies is not None
-        name, deadline = self.facts.name, time.monotonic() + timeout_s
-        with selectors.DefaultSelector() as selector:
-            selector.register(sock, selectors.EVENT_READ)
-            while selector.select(max(0.0, deadline - time.monotonic())):
-                try:
-                    reply = self._replies.next()
-                except EOFError:
-                    raise EngineError(f"host {name} is gone, while {doing}") from None
-                if reply is not None:
-                    return reply
-        raise EngineError(f"host {name} did not answer within {timeout_s:g} s, while {doing}")
+    def _read(self, line: Line, timeout_s: float, doing: str) -> msgspec.Struct:
+        name = self.facts.name
+        try:
+            reply = line.next(timeout_s)
+        except EOFError:
+            raise EngineError(f"host {name} is gone, while {doing}") from None
+        except Nonsense as error:
+            raise EngineError(
+                f"host {name} gave no answer of this version's preflight, while {doing}: {error}"
+            ) from None
+        if reply is None:
+            raise EngineError(f"host {name} did not answer within {timeout_s:g} s, while {doing}")
+        return reply
 
 
 class Group:
@@ -90,7 +91,7 @@ def let_in(
     """This host and those that came in time, in the order of their names behind it. Who says something else than what
     it is, or has another's name, is sent away."""
     found, deadline = [Member(own.facts, None, own)], time.monotonic() + timeout_s
-    waiting: dict[socket.socket, ReplyReader] = {}
+    waiting: dict[socket.socket, Line] = {}
     listener.setblocking(False)
     with selectors.DefaultSelector() as selector:
         selector.register(listener, selectors.EVENT_READ)
@@ -102,9 +103,9 @@ def let_in(
                 if sock is listener:
                     new, _ = listener.accept()
                     new.settimeout(_SEND_S)
-                    waiting[new] = ReplyReader(new, PREFLIGHT, _MOST_BYTES)
+                    waiting[new] = Line(new, PREFLIGHT.replies)
                     selector.register(new, selectors.EVENT_READ)
-                elif (facts := _first_words(sock, waiting[sock])) is not None:
+                elif (facts := _first_words(waiting[sock])) is not None:
                     selector.unregister(sock)
                     del waiting[sock]
                     if _admit(found, facts, sock):
@@ -114,13 +115,13 @@ def let_in(
     return [found[0], *sorted(found[1:], key=lambda it: it.facts.name)]
 
 
-def _first_words(sock: socket.socket, reader: ReplyReader) -> msgspec.Struct | Refused | None:
+def _first_words(line: Line) -> msgspec.Struct | Refused | None:
     """None while they have not come whole."""
     try:
-        return reader.next()
+        return line.next(0)
     except EOFError:
         return Refused("it said nothing")
-    except (ValueError, msgspec.DecodeError):
+    except Nonsense:
         return Refused("it is no host of this version's preflight")
 
 

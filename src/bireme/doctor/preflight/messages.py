@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from bireme.doctor.finding import Finding
 from bireme.engine.messages import Clock, Done, Failed, Program, ReadClock
 from bireme.planning.probe.messages import Measure, Samples
 
+Printable = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f-\x9f]*\Z")]
+
 
 class Target(msgspec.Struct, frozen=True):
     """Where another host listens for as long as it is checked."""
 
-    name: str
-    address: str
+    name: Printable
+    address: Printable
     port: int
 
 
@@ -21,13 +25,13 @@ class HostFacts(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     """The first that a host says. `artifact` is its manifest's hash; None where none was given. `device` is what its
     sums are of: 'cpu', or 'cuda'."""
 
-    name: str
-    address: str
-    interface: str
+    name: Printable
+    address: Printable
+    interface: Printable
     port: int
-    device: str
-    versions: dict[str, str]
-    artifact: str | None
+    device: Printable
+    versions: dict[Printable, Printable]
+    artifact: Printable | None
 
     @property
     def target(self) -> Target:
@@ -44,7 +48,7 @@ class Reach(msgspec.Struct, frozen=True, tag=True):
 class Reached(msgspec.Struct, frozen=True, tag=True):
     """Why some cannot be, by their names."""
 
-    failures: dict[str, str]
+    failures: dict[Printable, Printable]
 
 
 class JoinGroup(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -37,6 +37,9 @@ def bound(address: str, port: int = 0) -> socket.socket:
     """Listens at an address of `interface_of`, and nowhere else; RequestError where it cannot."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(
+        socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+    )  # connections of an earlier run linger
     try:
         sock.bind((address, port))
         sock.listen()

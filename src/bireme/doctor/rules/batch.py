@@ -10,6 +10,8 @@ from bireme.observe.sweep import best_size
 
 _GROWTH = 1.25  # of throughput: what brings less is not worth a change
 _LATENCY = 1.5
+_FULL = 0.9  # of what a step may hold: where none held more, the limit held nothing up
+_NEAR = 0.1  # of half of that
 
 
 def small_batch(found: Evidence) -> Iterator[Finding]:
@@ -45,12 +47,15 @@ def large_batch(found: Evidence) -> Iterator[Finding]:
 
 
 def small_chunks(found: Evidence) -> Iterator[Finding]:
-    """Larger chunks than the run's own have no room, so that it is told by how throughput grew up to it."""
+    """Larger chunks than the run's own have no room, so that it is told by how throughput grew from half of it on,
+    where steps were as large as they may be."""
     own = next((it for it in found.chunks if it.size == found.chunk), None)
-    smaller = [it for it in found.chunks if own is not None and 2 * it.size <= own.size]
-    if own is None or not smaller:
+    if own is None or (found.largest_step or 0) < _FULL * own.size:
         return
-    before = smaller[-1]
+    near = [it for it in found.chunks if abs(it.size / own.size - 0.5) <= _NEAR]
+    if not near:
+        return
+    before = min(near, key=lambda it: abs(it.size / own.size - 0.5))
     gain = own.tokens_per_s / before.tokens_per_s
     if gain > _GROWTH:
         yield Finding(

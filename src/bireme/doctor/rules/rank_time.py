@@ -45,8 +45,10 @@ def slow_stage(found: Evidence) -> Iterator[Finding]:
 
 
 def few_requests(found: Evidence) -> Iterator[Finding]:
-    """Too little is in flight for the stages."""
+    """Too little is in flight for the stages; not where more was tried, and cost more than the bubble."""
     share = found.share(Row.TOKEN_DEPENDENCY, Row.FILL_DRAIN)
+    if found.is_slower_with_more:
+        return
     is_enough = found.num_running is not None and found.num_running > found.num_stages
     if found.num_stages > 1 and share > 2 * _COST and not is_enough:
         running = "" if found.num_running is None else f"{found.num_running:.1f} in flight; "
