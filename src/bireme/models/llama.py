@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from bireme.kernels.choice import has_kernels
 from bireme.model_config import ModelConfig
 from bireme.models.attention import Attention, StepContext
 from bireme.models.blocks import MLP, Family, Head, Layer, RMSNorm, TokenEmbedding
@@ -62,9 +63,13 @@ class PreNormLayer(Layer):
         self.mlp = feed_forward
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        normed = self.input_layernorm(x)
-        x, normed = self.post_attention_layernorm.after(x, self.self_attn(normed, step))
-        out: torch.Tensor = x + self.mlp(normed)
+        if has_kernels(x.device):
+            attended = self.self_attn(self.input_layernorm(x), step)
+            x, normed = self.post_attention_layernorm.after(x, attended)
+            fused: torch.Tensor = x + self.mlp(normed)
+            return fused
+        x = x + self.self_attn(self.input_layernorm(x), step)  # nothing outlives the sum
+        out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 
