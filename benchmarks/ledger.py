@@ -1,16 +1,19 @@
 """What the bubble ledger costs: spans that are written, and a running server that is asked for it.
 
-    python benchmarks/ledger.py [--rounds 5] [--seconds 1]
+    python benchmarks/ledger.py [--rounds 80] [--seconds 1]
 
-`bireme serve demo -pp 2` answers a closed loop of 8 requests, in turn: without spans (which nobody can ask for: they
-are patched away here), with them, as always, and while its ledger of the last second is asked for every second.
+`bireme serve demo -pp 2` answers a closed loop of 8 requests for about two seconds, in turn: without spans (which
+nobody can ask for: they are patched away here), with them, as always, and while its ledger of the last second is asked
+for every second. Each round has an order of its own; a cost is the mean of the rounds' own ratios, with its standard
+error, for one turn varies by several percent.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -19,11 +22,18 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import record
 
+from bireme.bench.client import Client, Target
+from bireme.bench.load import Load, Progress
+from bireme.bench.queries import MadeUp, RandomQueries
+from bireme.bench.sender import Sender
+from bireme.bench.serving_metrics import Wanted, summarise
+
+QUERIES = RandomQueries(made_up=MadeUp(), num_prompts=40, input_len=16, output_len=64)
 MODES = ["without spans", "alone", "asked for its ledger"]
 WITHOUT_SPANS = """
 from contextlib import nullcontext
@@ -66,39 +76,48 @@ def asking(url: str, seconds: float) -> Iterator[None]:
         thread.join()
 
 
-def tokens_per_s(url: str) -> float:
-    command = [
-        sys.executable, "-P", "-m", "bireme", "bench", "serve", "--base-url", url, "--json",
-        "--max-concurrency", "8", "--num-prompts", "120", "--input-len", "16", "--output-len", "64",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return float(json.loads(done.stdout)["output_throughput"])
+async def tokens_per_s(url: str) -> float:
+    async with Client(Target(base_url=url, extra_body={"ignore_eos": True})) as client:
+        await client.find_model()
+        sender = Sender(client, QUERIES, Progress())
+        load = Load(sender.prepare, len(QUERIES), Progress())
+        result = await load.run(None, 8, asyncio.Event())
+    return float(summarise(result, Wanted())["output_throughput"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seconds", type=float, default=1.0)
     arguments = parser.parse_args()
     rates: dict[str, list[float]] = {mode: [] for mode in MODES}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "sitecustomize.py").write_text(WITHOUT_SPANS)
         with serving(Path(folder)) as without, serving() as url:
+            turns = random.Random(0)
             for one in (without, url):
-                tokens_per_s(one)  # warms up
+                asyncio.run(tokens_per_s(one))  # warms up
             for _ in range(arguments.rounds):
-                rates[MODES[0]].append(tokens_per_s(without))
-                rates[MODES[1]].append(tokens_per_s(url))
-                with asking(url, arguments.seconds):
-                    rates[MODES[2]].append(tokens_per_s(url))
-    medians = {mode: statistics.median(found) for mode, found in rates.items()}
-    for mode, median in medians.items():
-        print(f"{mode:24} {median:8.1f} tokens/s")
-    for mode, before in ((MODES[1], MODES[0]), (MODES[2], MODES[1])):
-        print(f"{mode} costs {1 - medians[mode] / medians[before]:.2%} of {before}")
+                for mode in turns.sample(MODES, len(MODES)):
+                    beside = asking(url, arguments.seconds) if mode == MODES[2] else nullcontext()
+                    with beside:
+                        rate = asyncio.run(tokens_per_s(without if mode == MODES[0] else url))
+                    rates[mode].append(rate)
+    for mode, found in rates.items():
+        print(f"{mode:24} {statistics.median(found):8.1f} tokens/s")
+    costs = {mode: cost(rates[mode], rates[MODES[0]]) for mode in MODES[1:]}
+    for mode, (mean, error) in costs.items():
+        print(f"{mode} costs {mean:.2%} ± {error:.2%} of {MODES[0]}")
     record.write(
-        "ledger", ["bireme", "torch"], {"tokens_per_s": rates, "every_s": arguments.seconds}
-    )
+        "ledger", ["bireme", "torch"],
+        {"tokens_per_s": rates, "every_s": arguments.seconds, "cost_and_standard_error": costs},
+    )  # fmt: skip
+
+
+def cost(rates: list[float], before: list[float]) -> tuple[float, float]:
+    """Share of throughput that is lost, and its standard error."""
+    shares = [1 - rate / one for rate, one in zip(rates, before, strict=True)]
+    return statistics.mean(shares), statistics.stdev(shares) / len(shares) ** 0.5
 
 
 if __name__ == "__main__":
