@@ -8,6 +8,7 @@ import torch
 from bireme.kernels import functional
 from bireme.kernels.attention import attention, attention_bias
 from bireme.kernels.gpu.decode_attention import decode_attention, num_splits
+from bireme.kernels.gpu.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear, suits
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
 from bireme.kernels.gpu.prefill_attention import Tiles, prefill_attention
@@ -37,6 +38,29 @@ def test_gated_activation(columns: int, device: torch.device) -> None:
     h = torch.randn(5, 2 * columns, device=device)
     gate, up = h.chunk(2, dim=-1)
     assert near(silu_mul(h), functional.ACTIVATIONS["silu"](gate) * up)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 40])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 512), (70, 600), (5, 40)])
+def test_few_rows(num_rows: int, num_outputs: int, num_inputs: int, device: torch.device) -> None:
+    x = torch.randn(num_rows, num_inputs + 8, device=device)[:, :num_inputs]
+    weight = torch.randn(2 * num_outputs, num_inputs, device=device) / num_inputs**0.5
+    bias = torch.randn(2 * num_outputs, device=device)
+    expected = torch.nn.functional.linear(x.double(), weight.double()).float()
+    assert near(few_rows_linear(x, weight), expected)
+    assert near(few_rows_linear(x, weight, bias), expected + bias)
+    gate, up = expected.chunk(2, dim=-1)
+    assert near(few_rows_gated(x, weight), functional.ACTIVATIONS["silu"](gate) * up)
+
+
+def test_few_rows_are_not_for_every_product(device: torch.device) -> None:
+    x, weight = (torch.zeros(4, 32, dtype=torch.bfloat16, device=device) for _ in range(2))
+    assert suits(x, weight)
+    assert not suits(x.expand(MOST_ROWS, 4, 32).reshape(-1, 32), weight)
+    assert not suits(x.float(), weight.float())
+    assert not suits(x, weight.t().contiguous().t())
+    assert not suits(x.t(), weight)
+    assert not suits(x[:0], weight)
 
 
 @pytest.mark.parametrize("has_norm", [False, True])

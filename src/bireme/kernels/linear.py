@@ -1,4 +1,4 @@
-"""x W^T + b, by weights that lie as a CPU multiplies fastest.
+"""x W^T + b. On a CPU by weights that lie as it multiplies fastest; on a GPU a few rows by kernels of their own.
 
 In a product of few rows oneDNN spends more time on bringing the weight into its own order than on
 multiplying; a packed weight is in that order once and for all, and takes no more memory.
@@ -6,8 +6,13 @@ multiplying; a packed weight is in that order once and for all, and takes no mor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+
+from bireme.kernels.choice import has_kernels
+from bireme.kernels.functional import gated
 
 _ROWS = 16  # that the order is chosen for; it serves one row as well as a long prompt
 
@@ -29,7 +34,24 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """[T, in] -> [T, out] by a plain or packed weight [out, in]."""
+    if has_kernels(x.device):
+        from bireme.kernels.gpu import few_rows
+
+        if few_rows.suits(x, weight):
+            return few_rows.few_rows_linear(x, weight, bias)
     if not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+def gated_linear(
+    x: torch.Tensor, weight: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """activation(x G^T) * (x U^T): [T, in] by G over U [2 F, in] -> [T, F]"""
+    if activation is F.silu and has_kernels(x.device):
+        from bireme.kernels.gpu import few_rows
+
+        if few_rows.suits(x, weight, is_gated=True):
+            return few_rows.few_rows_gated(x, weight)
+    return gated(linear(x, weight), activation)

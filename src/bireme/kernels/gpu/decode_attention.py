@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from bireme.kernels.gpu.attend import attend_block
+from bireme.kernels.gpu.chain import await_before, chained
+
 _PROGRAMS = 4 * 132  # that fill a large GPU
 _MOST_SPLITS = 16
 
@@ -21,8 +23,9 @@ def _part(
     scale, cap, table_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_before(IS_CHAINED)
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32)
     stop = position + 1
@@ -50,25 +53,11 @@ def _part(
     for at in range(low, high, N):
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
-        block = tl.load(table + slot * table_stride + n // BLOCK_SIZE, mask=seen, other=0)
-        place = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
-        kv_at = (place * K + kv)[:, None] * D + d[None, :]
-        kv_mask = seen[:, None] & (d[None, :] < D)
-        k = tl.load(keys + kv_at, mask=kv_mask, other=0.0)
-        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-        if HAS_CAP:  # cap * tanh(score / cap)
-            score = cap * (1 - 2 / (tl.exp(2 * score / cap) + 1))
-        if HAS_SLOPES:
-            score -= slope[:, None] * (position - n)[None, :].to(tl.float32)
-        score = tl.where(seen[None, :], score * LOG2E, float("-inf"))
-        higher = tl.maximum(best, tl.max(score, 1))
-        higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)  # where nothing is seen yet
-        p = tl.exp2(score - higher_or_0[:, None])
-        shrink = tl.exp2(best - higher_or_0)
-        v = tl.load(values + kv_at, mask=kv_mask, other=0.0)
-        total = total * shrink + tl.sum(p, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        best = higher
+        best, total, mixed = attend_block(
+            (best, total, mixed), query, keys, values, table + slot * table_stride, n, seen,
+            seen[None, :], (position - n)[None, :], slope[:, None], kv, d, scale, cap,
+            K, D, SIZE, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
+        )  # fmt: skip
     if SPLITS == 1:
         mixed = mixed / total[:, None]
         tl.store(out + q_at, mixed.to(out.dtype.element_ty), mask=q_mask)
@@ -80,7 +69,11 @@ def _part(
 
 
 @triton.jit
-def _join(acc, top, mass, out, D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr):
+def _join(
+    acc, top, mass, out,
+    D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, IS_CHAINED: tl.constexpr,
+):  # fmt: skip
+    await_before(IS_CHAINED)
     of_head = tl.program_id(0).to(tl.int64)
     split, d = tl.arange(0, SPLITS), tl.arange(0, SIZE)
     best = tl.load(top + of_head * SPLITS + split)
@@ -135,9 +128,11 @@ def decode_attention(
         G=triton.next_power_of_2(max(16, num_shared)), N=64 if size <= 128 else 32,
         BLOCK_SIZE=block_size, SPLITS=splits, WINDOW=window or 0,
         HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, num_warps=4, num_stages=3,
+        **chained(q),
     )  # fmt: skip
     if splits > 1:
         _join[(num_sequences * num_heads,)](
-            acc, top, mass, out, D=head_dim, SIZE=size, SPLITS=splits, num_warps=4
-        )
+            acc, top, mass, out, D=head_dim, SIZE=size, SPLITS=splits, num_warps=4,
+            **chained(q),
+        )  # fmt: skip
     return out

@@ -6,15 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.gpu.chain import await_before, chained
+
 
 @triton.jit
 def _kernel(
     x, delta, weight, total, out, eps, offset,
     D: tl.constexpr, SIZE: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < D
+    await_before(IS_CHAINED)
     value = tl.load(x + row * D + at, mask=inside, other=0.0)
     if HAS_DELTA:
         value = value + tl.load(delta + row * D + at, mask=inside, other=0.0)
@@ -43,6 +47,7 @@ def rms_norm(
     _kernel[(x.numel() // x.shape[-1],)](
         x, x, weight, x, out, eps, offset,
         D=x.shape[-1], SIZE=size, HAS_DELTA=False, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
+        **chained(x),
     )  # fmt: skip
     return out
 
@@ -57,5 +62,6 @@ def add_rms_norm(
     _kernel[(len(x),)](
         x, delta, weight, total, out, eps, offset,
         D=x.shape[-1], SIZE=size, HAS_DELTA=True, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
+        **chained(x),
     )  # fmt: skip
     return total, out

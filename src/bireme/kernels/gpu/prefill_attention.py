@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.gpu.decode_attention import LOG2E
+from bireme.kernels.gpu.attend import attend_block
 
-TILE = 128  # queries
+TILE = 64  # queries
 
 
 @triton.jit
@@ -45,35 +45,31 @@ def _kernel(
     best = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     mixed = tl.zeros([M, SIZE], dtype=tl.float32)
-    stop, low = position + count, 0
+    own_table = table + slot * table_stride
+    stop, low, whole = position + count, 0, 0
     if WINDOW > 0:
         low = tl.maximum(0, position - WINDOW + 1) // N * N
-    for at in range(low, stop, N):
+        whole = low
+    else:
+        whole = position // N * N  # blocks before it are seen by all rows
+        for at in range(0, whole, N):
+            n = at + tl.arange(0, N)
+            best, total, mixed = attend_block(
+                (best, total, mixed), query, keys, values, own_table, n, n < stop, n < stop,
+                at_m[:, None] - n[None, :], slope, kv, d, scale, cap,
+                K, D, SIZE, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, False,
+            )  # fmt: skip
+    for at in range(whole, stop, N):
         n = at + tl.arange(0, N)
-        inside = n < stop
-        block = tl.load(table + slot * table_stride + n // BLOCK_SIZE, mask=inside, other=0)
-        place = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
-        kv_at = (place * K + kv)[:, None] * D + d[None, :]
-        kv_mask = inside[:, None] & (d[None, :] < D)
-        k = tl.load(keys + kv_at, mask=kv_mask, other=0.0)
-        score = tl.dot(query, tl.trans(k), input_precision="ieee") * scale
-        if HAS_CAP:  # cap * tanh(score / cap)
-            score = cap * (1 - 2 / (tl.exp(2 * score / cap) + 1))
         distance = at_m[:, None] - n[None, :]
-        if HAS_SLOPES:
-            score -= slope * distance.to(tl.float32)
         seen = distance >= 0
         if WINDOW > 0:
             seen &= distance < WINDOW
-        score = tl.where(seen, score * LOG2E, float("-inf"))
-        higher = tl.maximum(best, tl.max(score, 1))
-        higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)  # where nothing is seen yet
-        p = tl.exp2(score - higher_or_0[:, None])
-        shrink = tl.exp2(best - higher_or_0)
-        v = tl.load(values + kv_at, mask=kv_mask, other=0.0)
-        total = total * shrink + tl.sum(p, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        best = higher
+        best, total, mixed = attend_block(
+            (best, total, mixed), query, keys, values, own_table, n, n < stop, seen, distance,
+            slope, kv, d, scale, cap,
+            K, D, SIZE, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
+        )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # of rows behind the last
     tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
 
@@ -124,6 +120,6 @@ def prefill_attention(
         slopes if slopes is not None else q, out, scale, cap or 0.0, table.stride(0),
         H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=32 if is_wide else 64,
         BLOCK_SIZE=block_size, WINDOW=window or 0, HAS_CAP=cap is not None,
-        HAS_SLOPES=slopes is not None, num_warps=8, num_stages=1 if is_wide else 2,
+        HAS_SLOPES=slopes is not None, num_warps=4, num_stages=1 if is_wide else 2,
     )  # fmt: skip
     return out

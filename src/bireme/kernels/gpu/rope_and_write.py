@@ -9,54 +9,56 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.gpu.chain import await_before, chained
+
+_HEADS = 8  # of a program
+
 
 @triton.jit
 def _kernel(
     qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, row_stride, num_written,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    HEADS: tl.constexpr, HAS_NORM: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.arange(0, SIZE)
-    inside = at < D
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    at = tl.arange(0, SIZE)[None, :]
+    inside = (at < D) & (head < H + 2 * K)
+    is_query, is_rotated = head < H, head < H + K
+    await_before(IS_CHAINED)
     row = qkv + token * row_stride + head * D
-    x = tl.load(row + at, mask=inside, other=0.0)
-    dtype = x.dtype
-    is_rotated = head < H + K
-    if is_rotated:
-        scale = 1.0
+    given = tl.load(row + at, mask=inside, other=0.0)
+    dtype = given.dtype
+    x = given
+    scale = 1.0
+    if HAS_NORM:
+        y = x.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
+        of_query = tl.load(q_weight + at, mask=at < D, other=0.0)
+        weight = tl.where(is_query, of_query, tl.load(k_weight + at, mask=at < D, other=0.0))
+        x = (y * scale).to(dtype) * weight
+    if HALF > 0:
+        # each element's partner lies half of the rotated ones before or behind it
+        is_first = at < HALF
+        partner = tl.where(is_first, at + HALF, at - HALF)
+        in_pair = at < 2 * HALF
+        other = tl.load(row + partner, mask=inside & in_pair, other=0.0)
         if HAS_NORM:
-            y = x.to(tl.float32)
-            scale = tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-            weight = q_weight
-            if head >= H:
-                weight = k_weight
-            x = (y * scale).to(dtype) * tl.load(weight + at, mask=inside, other=0.0)
-        if HALF > 0:
-            # each element's partner lies half of the rotated ones before or behind it
-            is_first = at < HALF
-            partner = tl.where(is_first, at + HALF, at - HALF)
-            in_pair = at < 2 * HALF
-            other = tl.load(row + partner, mask=in_pair, other=0.0)
-            if HAS_NORM:
-                weights = q_weight
-                if head >= H:
-                    weights = k_weight
-                factor = tl.load(weights + partner, mask=in_pair, other=0.0)
-                other = (other.to(tl.float32) * scale).to(dtype) * factor
-            angle = tl.where(is_first, at, at - HALF)
-            c = tl.load(cos + token * HALF + angle, mask=in_pair, other=1.0).to(tl.float32)
-            s = tl.load(sin + token * HALF + angle, mask=in_pair, other=0.0).to(tl.float32)
-            s = tl.where(is_first, -s, s)
-            x = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(dtype)
-    if head < H:
-        tl.store(out + (token * H + head) * D + at, x, mask=inside)
-    elif token < num_written:
+            of_query = tl.load(q_weight + partner, mask=in_pair, other=0.0)
+            of_key = tl.load(k_weight + partner, mask=in_pair, other=0.0)
+            other = (other.to(tl.float32) * scale).to(dtype) * tl.where(is_query, of_query, of_key)
+        angle = tl.where(is_first, at, at - HALF)
+        c = tl.load(cos + token * HALF + angle, mask=in_pair, other=1.0).to(tl.float32)
+        s = tl.load(sin + token * HALF + angle, mask=in_pair, other=0.0).to(tl.float32)
+        s = tl.where(is_first, -s, s)
+        x = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(dtype)
+    tl.store(out + (token * H + head) * D + at, x, mask=inside & is_query)
+    if token < num_written:
         place = tl.load(places + token)
-        if head < H + K:
-            tl.store(keys + (place * K + head - H) * D + at, x, mask=inside)
-        else:
-            tl.store(values + (place * K + head - H - K) * D + at, x, mask=inside)
+        to_keys = keys + (place * K + head - H) * D + at
+        tl.store(to_keys, x, mask=inside & is_rotated & (head >= H))
+        to_values = values + (place * K + head - H - K) * D + at
+        tl.store(to_values, given, mask=inside & (head >= H + K))
 
 
 def rope_and_write(
@@ -79,10 +81,10 @@ def rope_and_write(
     cos, sin = rotation if rotation is not None else (qkv, qkv)
     q_weight, k_weight, eps = norms if norms is not None else (qkv, qkv, 0.0)
     out = qkv.new_empty(len(qkv), num_heads, head_dim)
-    _kernel[(len(qkv), num_heads + 2 * num_kv)](
+    _kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
         qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, qkv.stride(0),
         len(places),
         H=num_heads, K=num_kv, D=head_dim, SIZE=triton.next_power_of_2(head_dim), HALF=half,
-        HAS_NORM=norms is not None, num_warps=1,
+        HEADS=_HEADS, HAS_NORM=norms is not None, num_warps=4, **chained(qkv),
     )  # fmt: skip
     return out

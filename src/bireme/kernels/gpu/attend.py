@@ -1,0 +1,48 @@
+"""What decode and prefill attention share: one more block of a paged context, with running maxima and sums (flash
+attention). Shapes: M queries, N places, D head size."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def attend_block(
+    state, query, keys, values, table, n, is_there, seen, distance, slope, kv, d, scale, cap,
+    K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE]) so far, scores times log2(e);
+    n [N] are positions, `is_there` [N] those that the sequence has. Unless IS_MASKED all are there, and seen by all
+    queries."""
+    best, total, mixed = state
+    block = tl.load(table + n // BLOCK_SIZE, mask=is_there, other=0)
+    place = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+    at = (place * K + kv)[:, None] * D + d[None, :]
+    mask = (d < D)[None, :]
+    if IS_MASKED:
+        mask &= is_there[:, None]
+    k = tl.load(keys + at, mask=mask, other=0.0)
+    score = tl.dot(query, tl.trans(k), input_precision="ieee")
+    if HAS_CAP:  # cap * tanh(score / cap)
+        score = cap * (1 - 2 / (tl.exp(2 * score * scale / cap) + 1))
+        scale = 1.0
+    if HAS_SLOPES:
+        score = score * scale - slope * distance.to(tl.float32)
+        scale = 1.0
+    score = score * (scale * LOG2E)
+    if IS_MASKED:
+        score = tl.where(seen, score, float("-inf"))
+    higher = tl.maximum(best, tl.max(score, 1))
+    higher_or_0 = higher
+    if IS_MASKED:  # where nothing is seen yet
+        higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)
+    p = tl.exp2(score - higher_or_0[:, None])
+    shrink = tl.exp2(best - higher_or_0)
+    v = tl.load(values + at, mask=mask, other=0.0)
+    total = total * shrink + tl.sum(p, 1)
+    mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
+    return higher, total, mixed

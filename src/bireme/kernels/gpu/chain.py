@@ -1,0 +1,36 @@
+"""Kernels that are launched while the one before still runs, and wait for its end themselves.
+
+What a launch costs is over by then: programmatic dependent launch, on Hopper and later; in a CUDA graph the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+_MOST_ROWS = 32  # beyond which kernels take so long that it gains nothing
+
+
+@triton.jit
+def await_before(IS_CHAINED: tl.constexpr):
+    """Before it nothing may be read that a kernel wrote, and nothing be written. Every kernel that is launched
+    chained calls it: then all kernels before are over, and not the last one alone."""
+    if IS_CHAINED:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@cache
+def _can_be_chained(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def chained(x: torch.Tensor) -> dict[str, Any]:
+    """How a kernel of the rows x is launched."""
+    if len(x) > _MOST_ROWS or not _can_be_chained(x.device):
+        return {"IS_CHAINED": False}
+    return {"IS_CHAINED": True, "launch_pdl": True}

@@ -1,0 +1,137 @@
+"""Products of a few rows by a weight, which take as long as the weight takes to be read.
+
+Each program streams some rows of the weight past all rows of x once. The sizes of blocks are those that read
+fastest on an H100, of 2 to 128 rows and 64 to 1,024 columns, over the shapes of a 7B model, whole and halved.
+Shapes: T rows, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from bireme.kernels.gpu.chain import await_before, chained
+
+MOST_ROWS = 32  # beyond which cuBLAS is as fast
+MOST_GATED_ROWS = 64  # the same, for it does not save the activation's own kernel
+
+
+@triton.jit
+def _silu_mul(gate, up, dtype: tl.constexpr):
+    """Rounded where the separate steps round."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype)
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up
+
+
+@triton.jit
+def _one_row(
+    x, weight, bias, out, N, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
+):  # fmt: skip
+    """`weight` [N, K], or [2 N, K] of a gate and what it gates."""
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    is_output = n < N
+    at_weight = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    await_before(IS_CHAINED)
+    sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    ups = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    for at in range(0, K, BLOCK_K):
+        is_input = at + k < K
+        mask = is_output[:, None] & is_input[None, :]
+        value = tl.load(x + at + k, mask=is_input, other=0.0).to(tl.float32)[None, :]
+        rows = tl.load(at_weight + at, mask=mask, other=0.0)
+        sums += rows.to(tl.float32) * value
+        if IS_GATED:
+            rows = tl.load(at_weight + at + N.to(tl.int64) * K, mask=mask, other=0.0)
+            ups += rows.to(tl.float32) * value
+    result = tl.sum(sums, 1)
+    if HAS_BIAS:
+        result += tl.load(bias + n, mask=is_output, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = out.dtype.element_ty
+    if IS_GATED:
+        tl.store(out + n, _silu_mul(result, tl.sum(ups, 1), dtype), mask=is_output)
+    else:
+        tl.store(out + n, result.to(dtype), mask=is_output)
+
+
+@triton.jit
+def _some_rows(
+    x, weight, bias, out, T, N, K, x_stride,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
+):  # fmt: skip
+    """The same for T rows; outputs are the rows of the product, for the weight has more of them."""
+    n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    t = tl.arange(0, BLOCK_T)
+    is_output, is_row = (n < N)[:, None], (t < T)[:, None]
+    at_weight = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    at_x = x + t[:, None] * x_stride + k[None, :]
+    await_before(IS_CHAINED)
+    sums = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
+    ups = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
+    for at in range(0, K, BLOCK_K):
+        is_input = (at + k < K)[None, :]
+        rows = tl.load(at_weight + at, mask=is_output & is_input, other=0.0)
+        values = tl.trans(tl.load(at_x + at, mask=is_row & is_input, other=0.0))
+        sums = tl.dot(rows, values, sums, input_precision="ieee")
+        if IS_GATED:
+            rows = tl.load(
+                at_weight + at + N.to(tl.int64) * K, mask=is_output & is_input, other=0.0
+            )
+            ups = tl.dot(rows, values, ups, input_precision="ieee")
+    if HAS_BIAS:
+        sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    dtype: tl.constexpr = out.dtype.element_ty
+    result = sums.to(dtype)
+    if IS_GATED:
+        result = _silu_mul(sums, ups, dtype)
+    tl.store(out + t[None, :] * N + n[:, None], result, mask=is_output & (t < T)[None, :])
+
+
+def suits(x: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False) -> bool:
+    """Whether these kernels are for x [T, K] and weight [N, K]."""
+    return (
+        x.dim() == 2
+        and 0 < len(x) <= (MOST_GATED_ROWS if is_gated else MOST_ROWS)
+        and x.dtype == weight.dtype
+        and x.element_size() == 2
+        and x.stride(1) == 1
+        and weight.is_contiguous()
+    )
+
+
+def few_rows_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x W^T + b: [T, K] by [N, K] -> [T, N]"""
+    return _product(x, weight, bias, is_gated=False)
+
+
+def few_rows_gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """silu(x G^T) * (x U^T), G over U in the weight: [T, K] by [2 N, K] -> [T, N]"""
+    return _product(x, weight, None, is_gated=True)
+
+
+def _product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, is_gated: bool
+) -> torch.Tensor:
+    num_rows, num_inputs = x.shape
+    num_outputs = len(weight) // 2 if is_gated else len(weight)
+    out = x.new_empty(num_rows, num_outputs)
+    given_bias = bias if bias is not None else weight
+    flags = {"IS_GATED": is_gated, "HAS_BIAS": bias is not None, **chained(x)}
+    if num_rows == 1:
+        _one_row[(triton.cdiv(num_outputs, 4),)](
+            x, weight, given_bias, out, num_outputs, num_inputs,
+            BLOCK_N=4, BLOCK_K=1024, **flags, num_warps=4 if is_gated else 2,
+        )  # fmt: skip
+        return out
+    stages = 2 if x.element_size() > 2 else 4 if is_gated else 6
+    _some_rows[(triton.cdiv(num_outputs, 64),)](
+        x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
+        BLOCK_T=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=64, BLOCK_K=128, **flags,
+        num_warps=4, num_stages=stages,
+    )  # fmt: skip
+    return out
