@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import torch
 
+from bireme.parallel.mesh import TensorGroup
+
 Result = TypeVar("Result")
 
 
-class ThreadGroup:
+class ThreadGroup(TensorGroup):
     """One member's side of the group."""
 
     def __init__(

@@ -26,7 +26,8 @@ def threads_per_rank(num_ranks: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class WorldPlan:
     """Ranks by their stages' widths, one device each; the largest message from stage to stage, and
-    of sampled ids back to the first (bytes). `has_peer_rings`: GPUs keep room for messages."""
+    of sampled ids back to the first (bytes). `has_peer_rings`: GPUs keep room for messages. `row_bytes` of a
+    token's hidden states that a tensor group sums."""
 
     widths: tuple[int, ...]
     devices: tuple[str, ...]
@@ -37,6 +38,7 @@ class WorldPlan:
     step_timeout_s: float
     start_timeout_s: float
     has_peer_rings: bool = False
+    row_bytes: int = 0
 
     @property
     def shares_memory(self) -> bool:
@@ -65,6 +67,7 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
             steps=steps,
             segment=segment,
             peer_bytes=plan.hidden_bytes if plan.has_peer_rings else 0,
+            row_bytes=plan.row_bytes,
         )
         world.send(rank, command)
     world.gather(plan.start_timeout_s, "joining the other ranks")

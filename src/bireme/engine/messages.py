@@ -29,7 +29,7 @@ _LENGTH = struct.Struct("<I")
 class Join(msgspec.Struct, frozen=True, tag=True):
     """Become `rank` of a world of sum(widths) ranks that meet at `store_path`, or share `segment`
     (its path and its plan); further commands come over `steps`. GPUs pass hidden states of up to
-    `peer_bytes` through one another's memory, where they can."""
+    `peer_bytes` through one another's memory, and sum rows of up to `row_bytes` there, where they can."""
 
     widths: tuple[int, ...]
     rank: int
@@ -40,6 +40,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     steps: Steps
     segment: tuple[str, SegmentPlan] | None = None
     peer_bytes: int = 0
+    row_bytes: int = 0
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

@@ -20,7 +20,7 @@ from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
 from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
-from bireme.parallel.mesh import Mesh
+from bireme.parallel.mesh import Mesh, TensorGroup
 
 if TYPE_CHECKING:
     from bireme.kernels.gpu.prefill_attention import Tiles
@@ -307,12 +307,27 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, hidden] -> [T, hidden]"""
-        rows, paged = self.qkv(x), step.paged
-        attended = (
-            self._attend(rows, step) if paged is None else self._attend_paged(rows, step, paged)
-        )
-        out: torch.Tensor = self.out(attended)
+        out: torch.Tensor = self.out(self._attended(x, step))
         return out
+
+    def partial(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """This rank's addend [T, hidden]."""
+        return self.out.partial(self._attended(x, step))
+
+    @property
+    def group(self) -> TensorGroup:
+        """Whose sum it is."""
+        return self.out.mesh.tensor
+
+    @property
+    def has_bias(self) -> bool:
+        """Behind the sum over ranks."""
+        return "bias" in self.out.layouts
+
+    def _attended(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """[T, hidden] -> [T, H * D]"""
+        rows, paged = self.qkv(x), step.paged
+        return self._attend(rows, step) if paged is None else self._attend_paged(rows, step, paged)
 
     def _attend(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
         if self.q_norm is not None:

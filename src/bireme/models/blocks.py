@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bireme.kernels.functional import ACTIVATIONS, add_rms_norm, gated, grouped_linear, rms_norm
+from bireme.kernels.functional import ACTIVATIONS, gated, grouped_linear, rms_norm
+from bireme.kernels.linear import gated_linear
 from bireme.model_config import ModelConfig
 from bireme.models.attention import StepContext
 from bireme.parallel import layout
@@ -26,7 +27,7 @@ from bireme.parallel.layers import (
     VocabParallelEmbedding,
 )
 from bireme.parallel.layout import IDENTITY, Rows, Source, StepWork, View
-from bireme.parallel.mesh import Mesh
+from bireme.parallel.mesh import Mesh, TensorGroup
 from bireme.parallel.pipeline import StageSpec
 
 
@@ -40,12 +41,13 @@ class RMSNorm(ReplicatedParameter):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps, self.offset)
 
-    def after(self, x: torch.Tensor, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + delta, and its norm."""
-        if self._forward_hooks:  # that want to see it made
-            total = x + delta
-            return total, self(total)
-        return add_rms_norm(x, delta, self.weight, self.eps, self.offset)
+    def of_sum(
+        self, x: torch.Tensor, addend: torch.Tensor | None, group: TensorGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + the group's sum of `addend`, if there is one, and its norm."""
+        if addend is None:
+            return x, self(x)
+        return group.all_reduce_add_norm(addend, x, self.weight, self.eps, self.offset)
 
 
 class LayerNorm(ParallelModule):
@@ -102,11 +104,26 @@ class MLP(nn.Module):
         """What goes up, activated, and their product."""
         return StepWork(token_elements=(4 if self.is_gated else 2) * self.num_columns)
 
+    @property
+    def has_bias(self) -> bool:
+        """Behind the sum over ranks."""
+        return "bias" in self.down.layouts
+
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's addend [T, D]."""
+        return self.down.partial(self._up(x))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.up(x)
-        h = gated(h, self.activation) if self.is_gated else self.activation(h)
-        out: torch.Tensor = self.down(h)
+        out: torch.Tensor = self.down(self._up(x))
         return out
+
+    def _up(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [T, F], activated."""
+        if not self.is_gated:
+            return self.activation(self.up(x))
+        if "bias" in self.up.layouts or self.up._forward_hooks:  # that want to see it made
+            return gated(self.up(x), self.activation)
+        return gated_linear(x, self.up.weight, self.activation)
 
 
 class MoE(ParallelModule):
@@ -144,6 +161,7 @@ class MoE(ParallelModule):
 
     gate_up: nn.Parameter
     down: nn.Parameter
+    has_bias = False
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights and expert ids [T, num_experts_per_tok]."""
@@ -224,11 +242,19 @@ class Head(nn.Module):
         return out
 
 
-class Layer(nn.Module):
-    """One decoder layer: [T, D] -> [T, D]."""
+@dataclass(frozen=True)
+class Unsummed:
+    """Hidden states [T, D] on their way to the next layer: x, to which the tensor group's sum of `addend`, if there
+    is one, is yet to be added. The next norm does both."""
 
-    def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        raise NotImplementedError
+    x: torch.Tensor
+    addend: torch.Tensor | None = None
+
+
+class Layer(nn.Module):
+    """One decoder layer: [T, D] -> [T, D], or `Unsummed` to `Unsummed` where it `takes_unsummed`."""
+
+    takes_unsummed = False
 
 
 @dataclass(frozen=True)
@@ -265,13 +291,24 @@ class StageModel(nn.Module):
         embedding = self.embedding.tokens if self.embedding is not None else None
         assert embedding is None or isinstance(embedding, VocabParallelEmbedding)
         self.head = family.head(config, mesh, embedding) if spec.has_head else None
+        self._group = mesh.tensor
+        self._takes_unsummed = all(layer.takes_unsummed for layer in self.layers.values())
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         if self.embedding is not None:
             x = self.embedding(x, step.positions)
+        if self._takes_unsummed and step.paged is not None and not step.paged.is_probed:
+            return self._unsummed(x, step)
         for layer in self.layers.values():
             x = layer(x, step)
         return x
+
+    def _unsummed(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        state = Unsummed(x)
+        for layer in self.layers.values():
+            state = layer(state, step)
+        assert state.addend is not None
+        return state.x + self._group.all_reduce(state.addend)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         assert self.head is not None

@@ -6,10 +6,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bireme.kernels.choice import has_kernels
 from bireme.model_config import ModelConfig
 from bireme.models.attention import Attention, StepContext
-from bireme.models.blocks import MLP, Family, Head, Layer, RMSNorm, TokenEmbedding
+from bireme.models.blocks import (
+    MLP,
+    Family,
+    Head,
+    Layer,
+    MoE,
+    RMSNorm,
+    TokenEmbedding,
+    Unsummed,
+)
 from bireme.parallel.layers import VocabParallelEmbedding
 from bireme.parallel.mesh import Mesh
 
@@ -38,7 +46,7 @@ def attention(
     return Attention(config, mesh, layer, names, f"{name}.o_proj", q_norm=q_norm, k_norm=k_norm)
 
 
-def mlp(config: ModelConfig, mesh: Mesh, layer: int) -> nn.Module:
+def mlp(config: ModelConfig, mesh: Mesh, layer: int) -> MLP:
     name = f"model.layers.{layer}.mlp"
     return MLP(
         config, mesh, [f"{name}.gate_proj", f"{name}.up_proj"], f"{name}.down_proj", is_gated=True
@@ -49,7 +57,7 @@ class PreNormLayer(Layer):
     """x + attn(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, config: ModelConfig, layer: int, self_attn: Attention, feed_forward: nn.Module
+        self, config: ModelConfig, layer: int, self_attn: Attention, feed_forward: MLP | MoE
     ) -> None:
         super().__init__()
         name = f"model.layers.{layer}"
@@ -61,16 +69,21 @@ class PreNormLayer(Layer):
             f"{name}.post_attention_layernorm", config.hidden_size, config.norm_eps
         )
         self.mlp = feed_forward
+        self.takes_unsummed = not (self_attn.has_bias or feed_forward.has_bias)
 
-    def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        if has_kernels(x.device):
-            attended = self.self_attn(self.input_layernorm(x), step)
-            x, normed = self.post_attention_layernorm.after(x, attended)
-            fused: torch.Tensor = x + self.mlp(normed)
-            return fused
+    def forward(self, x: torch.Tensor | Unsummed, step: StepContext) -> torch.Tensor | Unsummed:
+        if isinstance(x, Unsummed):
+            return self._unsummed(x, step)
         x = x + self.self_attn(self.input_layernorm(x), step)  # nothing outlives the sum
         out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
+
+    def _unsummed(self, state: Unsummed, step: StepContext) -> Unsummed:
+        group = self.self_attn.group
+        x, normed = self.input_layernorm.of_sum(state.x, state.addend, group)
+        attended = self.self_attn.partial(normed, step)
+        x, normed = self.post_attention_layernorm.of_sum(x, attended, group)
+        return Unsummed(x, self.mlp.partial(normed))
 
 
 def _layer(config: ModelConfig, mesh: Mesh, layer: int) -> Layer:

@@ -21,7 +21,8 @@ from torch._C._distributed_c10d import Store
 
 from bireme.errors import PeerLost
 from bireme.parallel.links import HEADER_BYTES, LateChecks, Receiver, Sender, Stated, message_head
-from bireme.parallel.mesh import Alone, Mesh
+from bireme.parallel.mesh import Alone, Mesh, TensorGroup
+from bireme.parallel.peer_group import peer_group
 from bireme.parallel.peer_memory import RingPlan, connect, have_peer_access
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmReceiver, ShmSender, join_group
@@ -38,7 +39,7 @@ def _peers() -> Iterator[None]:
         raise PeerLost(str(error).splitlines()[0]) from error
 
 
-class DistGroup:
+class DistGroup(TensorGroup):
     """Collectives of one tensor group over a process group."""
 
     def __init__(self, group: dist.ProcessGroup, size: int, spans: SpanWriter) -> None:
@@ -191,9 +192,11 @@ def join(
     spans: SpanWriter,
     segment: tuple[str, SegmentPlan] | None = None,
     peer_bytes: int = 0,
+    row_bytes: int = 0,
 ) -> Communicator:
     """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one. GPUs
-    that can write each other's memory pass hidden states of up to `peer_bytes` so.
+    that can write each other's memory pass hidden states of up to `peer_bytes` so, and sum a few rows of up to
+    `row_bytes`.
 
     Else they meet at the file `meeting`, so that no socket listens beside gloo's own, which
     GLOO_SOCKET_IFNAME binds, or where there is none that all can open, at a store of torch's; blocks until
@@ -206,7 +209,9 @@ def join(
     if sum(widths) == 1:
         return Communicator(Mesh(widths, rank, Alone()), _nobody(spans), None, _nobody(spans), None)
     with _peers():
-        return _over_distributed(widths, rank, meeting, device, timeout_s, spans, peer_bytes)
+        return _over_distributed(
+            widths, rank, meeting, device, timeout_s, spans, peer_bytes, row_bytes
+        )
 
 
 def _nobody(spans: SpanWriter) -> Sender:
@@ -246,6 +251,7 @@ def _over_distributed(
     timeout_s: float,
     spans: SpanWriter,
     peer_bytes: int,
+    row_bytes: int,
 ) -> Communicator:
     world, timeout = sum(widths), timedelta(seconds=timeout_s)
     store = meeting
@@ -253,16 +259,17 @@ def _over_distributed(
         store = dist.FileStore(str(store), world)  # type: ignore[attr-defined]
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    tensor = None
+    tensor: TensorGroup | None = None
     for ranks in stage_ranks(widths):
         group = _group(ranks, timeout)
         if rank in ranks and len(ranks) > 1:
-            tensor = DistGroup(group, len(ranks), spans)
+            tensor, own = DistGroup(group, len(ranks), spans), (group, ranks)
     forward = {edge: _group((edge.src, edge.dst), timeout) for edge in forward_edges(widths)}
     sampled = {edge: _group((edge.src, edge.dst), timeout) for edge in sampled_edges(widths)}
     _connect(rank, {**forward, **sampled}, device)
     if tensor is not None:
         tensor.all_reduce(torch.zeros(1, device=device))
+        tensor = peer_group(tensor, *own, rank, row_bytes, device, store, timeout_s, spans)
 
     def sender(groups: dict[Edge, dist.ProcessGroup]) -> Sender:
         mine = [(edge, group) for edge, group in groups.items() if edge.src == rank]
@@ -278,7 +285,8 @@ def _over_distributed(
     found = Communicator(
         mesh, sender(forward), receiver(forward), sender(sampled), receiver(sampled)
     )
-    if peer_bytes and have_peer_access(list(forward), rank, device, store):
+    pairs = [(edge.src, edge.dst) for edge in forward]
+    if peer_bytes and have_peer_access(pairs, rank, device, store):
         plans = [RingPlan(edge, len(widths) + 1, peer_bytes, timeout_s) for edge in forward]
         found.hidden_sender, found.hidden_receiver = connect(
             plans, forward, rank, device, store, spans

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from bireme.kernels.functional import add_rms_norm
 from bireme.parallel.pipeline import stage_ranks
 
 
@@ -25,8 +26,19 @@ class TensorGroup(Protocol):
         """[tp_size, *x.shape], in the order of tp_rank."""
         ...
 
+    def all_reduce_add_norm(
+        self,
+        addend: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + the sum over ranks of `addend` [T, D], which may be overwritten, and its RMSNorm."""
+        return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
 
-class Unjoined:
+
+class Unjoined(TensorGroup):
     """The tensor group of a mesh that no process has joined: it has no one to talk to."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -36,7 +48,7 @@ class Unjoined:
         raise RuntimeError("all_gather on a mesh that was not joined")
 
 
-class Alone:
+class Alone(TensorGroup):
     """The tensor group of one rank."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

@@ -67,14 +67,9 @@ class Ring:
         store: Store,
     ) -> None:
         self.plan, self._peer = plan, int(rank == plan.edge.src)
-        name = _agreed_name(plan.edge, rank, store)
-        memory = symmetric_memory.empty(
-            plan.depth * plan.slot_bytes, dtype=torch.uint8, device=device
-        )
-        _register_process_group(name, group)  # type: ignore[arg-type]
-        _SymmetricMemory.set_group_info(name, 1 - self._peer, 2, PrefixStore(name, store))
-        self._handle = _SymmetricMemory.rendezvous(memory, name)
-        self._memory = memory
+        ends = plan.edge.src, plan.edge.dst
+        num_bytes = plan.depth * plan.slot_bytes
+        self._memory, self._handle = mapped(num_bytes, ends, group, rank, device, store)
         self._slots = self._handle.get_buffer(1, (plan.depth, plan.slot_bytes), torch.uint8)
 
     def slot(self, count: int) -> torch.Tensor:
@@ -102,24 +97,43 @@ class Ring:
         return int(self.plan.timeout_s * 1000)
 
 
-def _agreed_name(edge: Edge, rank: int, store: Store) -> str:
-    """Of an edge's ring. torch keeps what it knows of a group by its name for as long as a process lives,
-    and calls the groups of all worlds the same."""
-    key = f"ring/{edge.src}-{edge.dst}"
-    if rank == edge.src:
+def mapped(
+    num_bytes: int,
+    ranks: Sequence[int],
+    group: dist.ProcessGroup,
+    rank: int,
+    device: torch.device,
+    store: Store,
+) -> tuple[torch.Tensor, _SymmetricMemory]:
+    """Memory of this rank that all `ranks` of `group` map, uninitialised, and the handle to theirs."""
+    name = _agreed_name(ranks, rank, store)
+    memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    _register_process_group(name, group)  # type: ignore[arg-type]
+    _SymmetricMemory.set_group_info(
+        name, list(ranks).index(rank), len(ranks), PrefixStore(name, store)
+    )
+    return memory, _SymmetricMemory.rendezvous(memory, name)
+
+
+def _agreed_name(ranks: Sequence[int], rank: int, store: Store) -> str:
+    """Of what some ranks map. torch keeps what it knows of a group by its name for as long as a process
+    lives, and calls the groups of all worlds the same."""
+    key = f"mapped/{'-'.join(map(str, ranks))}"
+    if rank == ranks[0]:
         store.set(key, uuid4().hex)
     return str(store.get(key).decode())
 
 
-def have_peer_access(edges: Sequence[Edge], rank: int, device: torch.device, store: Store) -> bool:
-    """Whether all edges join two GPUs that can write each other's memory; the same on every rank."""
+def have_peer_access(
+    pairs: Sequence[tuple[int, int]], rank: int, device: torch.device, store: Store
+) -> bool:
+    """Whether the ranks of every pair have GPUs that can write each other's memory; the same on all of
+    them."""
     store.set(f"device/{rank}", str(device.index))
-    places = {
-        end: int(store.get(f"device/{end}")) for edge in edges for end in (edge.src, edge.dst)
-    }
-    pairs = [(places[edge.src], places[edge.dst]) for edge in edges]
+    places = {rank: int(store.get(f"device/{rank}")) for pair in pairs for rank in pair}
+    devices = [(places[one], places[other]) for one, other in pairs]
     return all(
-        one != other and torch.cuda.can_device_access_peer(one, other) for one, other in pairs
+        one != other and torch.cuda.can_device_access_peer(one, other) for one, other in devices
     )
 
 

@@ -18,6 +18,7 @@ import torch
 from bireme.errors import EngineError, PeerLost
 from bireme.parallel.counters import LINE_BYTES, Counter, Memory, create_memory
 from bireme.parallel.links import HEADER_BYTES, Stated
+from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.shm_helper import Group
 from bireme.request import StepHeader
@@ -142,7 +143,7 @@ def join_group(segment: Segment, rank: int, spans: SpanWriter) -> ShmGroup:
     return made(segment, rank, spans)
 
 
-class ShmGroup:
+class ShmGroup(TensorGroup):
     """Collectives of one tensor group. Two buffers a rank alternate: who waits for the next sum has
     read the one before, so the buffer of the last but one is free."""
 
