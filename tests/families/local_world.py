@@ -130,8 +130,9 @@ class LocalExecutor:
             plan.kinds, plan.config.block_size, plan.config.max_num_seqs, plan.max_model_len
         )
         return ModelRunner(
-            plan.model, model, comm, shape, plan.config.workspace_bytes, torch.device("cpu"), dtype,
-            self._rings[rank], self._masks_of,
+            plan.model, model, comm, shape, plan.config.workspace_bytes,
+            plan.config.max_num_batched_tokens, torch.device("cpu"), dtype, self._rings[rank],
+            self._masks_of,
         )  # fmt: skip
 
     def _source(self, model: StageModel) -> TensorSource:

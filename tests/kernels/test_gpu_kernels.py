@@ -11,8 +11,9 @@ from bireme.kernels.gpu.decode_attention import decode_attention, num_splits
 from bireme.kernels.gpu.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear, suits
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
-from bireme.kernels.gpu.prefill_attention import Tiles, prefill_attention
+from bireme.kernels.gpu.prefill_attention import prefill_attention
 from bireme.kernels.gpu.rope_and_write import rope_and_write
+from bireme.kernels.query_tiles import Tiles, num_tiles
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> bool:
@@ -172,3 +173,12 @@ def test_prefill_attention(
         bias = attention_bias(at, (0, lengths[slot]), window, slopes, q.dtype)
         expected = attention(new.transpose(0, 1)[None], k, v, bias, 0.3, cap)
         assert near(rows, expected[0].transpose(0, 1), 3e-6), slot
+    # the same in a place that is kept for steps, with rows of no run behind
+    tiles = Tiles.room(num_tiles(counts) + 3, device)
+    tiles.become(starts, counts)
+    padded = torch.cat((q, torch.full_like(q[:2], torch.nan)))
+    again = prefill_attention(
+        padded, keys, values, table, block_size, torch.cat((slots, slots[:2])), tiles,
+        torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes,
+    )  # fmt: skip
+    assert torch.equal(again, torch.cat((found, torch.zeros_like(q[:2]))))

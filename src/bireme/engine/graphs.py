@@ -1,7 +1,9 @@
-"""Steps in which every sequence has one new token, as CUDA graphs: one launch where there were hundreds.
+"""A stage's steps as CUDA graphs: one launch where there were hundreds.
 
 A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request.
-What changes between steps lies on the device: ids, positions, block tables.
+What changes between steps lies on the device: ids, positions, block tables. Steps in which every sequence has one
+new token have graphs of their own. Of others, small ones have: large ones take a GPU longer than their launches take
+the host.
 """
 
 from __future__ import annotations
@@ -11,23 +13,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 
 from bireme.engine.sampling.sampler import Chosen, Sampler
-from bireme.engine.slots import Slots
+from bireme.engine.slots import Slots, rows_of
 from bireme.kernels.device_spans import CapturedSpans, DeviceSpans
+from bireme.kernels.query_tiles import TILE, Tiles, num_tiles
 from bireme.models.blocks import StageModel
 from bireme.request import ScheduledBatch
 
 T = TypeVar("T")
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _LARGEST_STRIDE = 128  # between the sizes beyond
+_MOST_RUNS = 256  # of tokens, in a step with prompts, each of them at most a tile more
+_PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
 
 
 def graph_sizes(most: int) -> tuple[int, ...]:
-    """Rows that graphs are captured for, up to `most`."""
+    """Rows that graphs of decode steps are captured for, up to `most`."""
     beyond = range(_SIZES[-1] + _LARGEST_STRIDE, most, _LARGEST_STRIDE)
     return (*(size for size in (*_SIZES, *beyond) if size < most), most)
+
+
+def prompt_graph_sizes(most: int) -> tuple[int, ...]:
+    """Rows that graphs of steps with prompts are captured for, where a step has at most `most`."""
+    return tuple(size for size in _PROMPT_SIZES if size <= most)
+
+
+def _counts(batch: ScheduledBatch) -> list[int]:
+    return [piece.num_tokens for piece in batch.pieces]
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,8 @@ class _Graph(Generic[T]):
 
 @dataclass(frozen=True)
 class _Pair(Generic[T]):
-    """The same twice: the second marks its collectives. There is one where there are no collectives."""
+    """The same twice: the second marks its collectives. There is one alone where there are no collectives, and
+    where steps that are sampled are launched kernel by kernel."""
 
     plain: _Graph[T]
     marked: _Graph[T]
@@ -59,16 +75,18 @@ class _Pair(Generic[T]):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Graphs of one number of rows: int64 [2, rows] slots and positions, hidden states [rows, D] from the stage
-    before; what the stage's layers make of them; on the last stage, what is chosen greedily."""
+    """Graphs of one number of rows: int64 [2, rows] slots and positions; what comes in, ids [rows] or hidden
+    states [rows, D] from the stage before, None where a slot's last id is meant; where the runs of tokens lie, None
+    where each row is one; what the stage's layers make of them; on the last stage, what is chosen greedily."""
 
     given: torch.Tensor
-    hidden: torch.Tensor | None
+    inputs: torch.Tensor | None
+    tiles: Tiles | None
     layers: _Pair[torch.Tensor]
     greedy: _Pair[Chosen] | None
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Of one rank; captured before the first step, by all ranks of a tensor group in the same order."""
 
     def __init__(
@@ -80,67 +98,105 @@ class DecodeGraphs:
         hidden: tuple[int, torch.dtype],
         spans: DeviceSpans,
         num_slots: int,
+        most_tokens: int,
     ) -> None:
         self._model, self._slots, self._sampler = model, slots, sampler
         self._last_ids, self._hidden, self._spans = last_ids, hidden, spans
         self._device = last_ids.device
         self._pool = torch.cuda.graph_pool_handle()
         self._sizes = graph_sizes(num_slots)
-        largest_first = reversed(self._sizes)  # what they hold for a moment is held once
-        self._buckets = {size: self._bucket(size) for size in largest_first}
+        self._prompt_sizes = prompt_graph_sizes(most_tokens)
+        # the largest first: what they hold for a moment is held once
+        self._prompts = {size: self._prompt_bucket(size) for size in reversed(self._prompt_sizes)}
+        self._decodes = {size: self._decode_bucket(size) for size in reversed(self._sizes)}
 
     def close(self) -> None:
         """Before the groups are left that their collectives are of: NCCL would wait for them."""
-        for bucket in self._buckets.values():
-            for pair in (bucket.layers, bucket.greedy):
-                if pair is not None:
-                    pair.close()
-        self._buckets.clear()
+        for buckets in (self._prompts, self._decodes):
+            for bucket in buckets.values():
+                for pair in (bucket.layers, bucket.greedy):
+                    if pair is not None:
+                        pair.close()
+            buckets.clear()
 
     def take(self, batch: ScheduledBatch) -> bool:
-        return batch.is_decode and len(batch.pieces) <= self._sizes[-1]
+        if batch.is_decode:
+            return len(batch.pieces) <= self._sizes[-1]
+        if not self._prompts or batch.num_tokens > self._prompt_sizes[-1]:
+            return False
+        bucket = self._of(batch)
+        assert bucket.tiles is not None
+        is_marked = self._spans.is_sampled_step and bool(bucket.layers.plain.spans.counts)
+        return not is_marked and num_tiles(_counts(batch)) <= len(bucket.tiles.on_device)
 
-    def run(self, batch: ScheduledBatch, hidden: torch.Tensor | None) -> torch.Tensor:
-        """The stage's layers: hidden states [T, D] from the stage before, if any -> [T, D]."""
-        bucket, count = self._of(batch), len(batch.pieces)
-        padding = bucket.given.shape[1] - count
-        slots = [piece.slot for piece in batch.pieces] + [self._slots.padding_slot] * padding
-        positions = [piece.start for piece in batch.pieces] + [0] * padding
-        packed = torch.tensor([slots, positions]).pin_memory()
-        bucket.given.copy_(packed, non_blocking=True)
-        if bucket.hidden is not None:
-            assert hidden is not None
-            bucket.hidden[:count] = hidden
+    def run(self, batch: ScheduledBatch, inputs: torch.Tensor | None) -> torch.Tensor:
+        """The stage's layers, of ids [T] or hidden states [T, D], or of the slots' last ids -> [T, D]."""
+        bucket, count = self._of(batch), batch.num_tokens
+        rows = bucket.given.shape[1]
+        packed = np.full((2, rows), ((self._slots.padding_slot,), (0,)))
+        packed[:, :count] = rows_of(batch.pieces)
+        bucket.given.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
+        if bucket.tiles is not None:
+            bucket.tiles.become([piece.start for piece in batch.pieces], _counts(batch))
+        if bucket.inputs is not None:
+            assert inputs is not None
+            bucket.inputs[:count] = inputs
         return bucket.layers.replay(self._spans)[:count]
 
     def choose(self, batch: ScheduledBatch) -> Chosen:
-        """The likeliest ids, from what `run` made for this batch; they are the slots' last ids from here on."""
+        """The likeliest ids, from what `run` made for this batch, of one new token a sequence; they are the slots'
+        last ids from here on."""
         bucket, count = self._of(batch), len(batch.pieces)
         assert bucket.greedy is not None
         made = bucket.greedy.replay(self._spans)
         return Chosen(made.slots[:count], made.ids[:count], made.logits[:count])
 
     def _of(self, batch: ScheduledBatch) -> _Bucket:
-        return self._buckets[self._sizes[bisect_left(self._sizes, len(batch.pieces))]]
+        if batch.is_decode:
+            return self._decodes[self._sizes[bisect_left(self._sizes, len(batch.pieces))]]
+        return self._prompts[self._prompt_sizes[bisect_left(self._prompt_sizes, batch.num_tokens)]]
 
     # --- capture -------------------------------------------------------------------------------
 
-    def _bucket(self, size: int) -> _Bucket:
+    def _decode_bucket(self, size: int) -> _Bucket:
+        given = self._given(size)
+        inputs = None if self._model.embedding is not None else self._hidden_rows(size)
+        pair = self._layers(given, inputs, None, is_twice=True)
+        return _Bucket(given, inputs, None, pair, self._greedy(given[0], pair))
+
+    def _prompt_bucket(self, size: int) -> _Bucket:
+        given, tiles = self._given(size), Tiles.room(size // TILE + _MOST_RUNS, self._device)
+        inputs = self._hidden_rows(size)
+        if self._model.embedding is not None:
+            inputs = torch.zeros(size, dtype=torch.int64, device=self._device)
+        pair = self._layers(given, inputs, tiles, is_twice=False)
+        return _Bucket(given, inputs, tiles, pair, None)
+
+    def _given(self, size: int) -> torch.Tensor:
         given = torch.zeros(2, size, dtype=torch.int64, device=self._device)
         given[0] = self._slots.padding_slot
-        hidden = None
-        if self._model.embedding is None:
-            width, dtype = self._hidden
-            hidden = torch.zeros(size, width, dtype=dtype, device=self._device)
+        return given
 
+    def _hidden_rows(self, size: int) -> torch.Tensor:
+        width, dtype = self._hidden
+        return torch.zeros(size, width, dtype=dtype, device=self._device)
+
+    def _layers(
+        self,
+        given: torch.Tensor,
+        inputs: torch.Tensor | None,
+        tiles: Tiles | None,
+        *,
+        is_twice: bool,
+    ) -> _Pair[torch.Tensor]:
         def layers() -> torch.Tensor:
-            step = self._slots.paged(given[0], given[1], None)
-            x = self._last_ids[given[0]] if hidden is None else hidden
-            made: torch.Tensor = self._model(x, step)
+            step = self._slots.paged(given[0], given[1], tiles)
+            made: torch.Tensor = self._model(
+                self._last_ids[given[0]] if inputs is None else inputs, step
+            )
             return made
 
-        made = self._pair(layers, layers)
-        return _Bucket(given, hidden, made, self._greedy(given[0], made))
+        return self._pair(layers, layers if is_twice else None)
 
     def _greedy(self, slots: torch.Tensor, made: _Pair[torch.Tensor]) -> _Pair[Chosen] | None:
         """Each of the pair takes what its own layers made."""
@@ -155,14 +211,14 @@ class DecodeGraphs:
 
         return self._pair(lambda: choose(made.plain.made), lambda: choose(made.marked.made))
 
-    def _pair(self, function: Callable[[], T], marked: Callable[[], T]) -> _Pair[T]:
+    def _pair(self, function: Callable[[], T], marked: Callable[[], T] | None) -> _Pair[T]:
         aside = torch.cuda.Stream(self._device)
         aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(aside):
             function()  # kernels are compiled and libraries make their plans, which cannot be captured
         torch.cuda.current_stream(self._device).wait_stream(aside)
         plain = self._capture(function, is_marked=False)
-        if not plain.spans.counts:
+        if marked is None or not plain.spans.counts:
             return _Pair(plain, plain)
         return _Pair(plain, self._capture(marked, is_marked=True))
 

@@ -11,7 +11,7 @@ from collections import deque
 import torch
 
 from bireme.engine.capture import StepCapture
-from bireme.engine.graphs import DecodeGraphs
+from bireme.engine.graphs import StepGraphs
 from bireme.engine.sampling.answer import Answer
 from bireme.engine.sampling.sampler import MaskSource, Sampler
 from bireme.engine.sampling.shard import Shard
@@ -38,6 +38,7 @@ class ModelRunner:
         comm: Communicator,
         cache: CacheShape,
         workspace_bytes: int,
+        most_tokens: int,
         device: torch.device,
         dtype: torch.dtype,
         spans: SpanWriter,
@@ -78,8 +79,8 @@ class ModelRunner:
                 self._logits, shard, masks, cache.num_slots, workspace_bytes, device
             )
         self._tiled: TiledModel | None = None
-        self._graphs: DecodeGraphs | None = None
-        self._num_slots = cache.num_slots
+        self._graphs: StepGraphs | None = None
+        self._num_slots, self._most_tokens = cache.num_slots, most_tokens
         self.capture: StepCapture | None = None
         self.is_watched = False  # by hooks, which see nothing of what a graph replays
 
@@ -127,20 +128,20 @@ class ModelRunner:
         return made
 
     def _replay(
-        self, graphs: DecodeGraphs, batch: ScheduledBatch, header: tuple[int, int]
+        self, graphs: StepGraphs, batch: ScheduledBatch, header: tuple[int, int]
     ) -> torch.Tensor:
         """The same as a graph."""
-        hidden = None
-        if self.comm.hidden_receiver is None:
+        inputs = None
+        if batch.is_decode and self.comm.hidden_receiver is None:
             self._await_ids(batch)
         else:
-            hidden = self._input(batch, header)
+            inputs = self._input(batch, header)
         with self.spans.span(SpanKind.COMPUTE):
-            x = graphs.run(batch, hidden)
+            x = graphs.run(batch, inputs)
         # what is on its way to the next stage must outlast the next replay
         return x if self.comm.mesh.is_last_stage else x.clone()
 
-    def _graphs_for(self, batch: ScheduledBatch) -> DecodeGraphs | None:
+    def _graphs_for(self, batch: ScheduledBatch) -> StepGraphs | None:
         graphs, is_seen = self._graphs, self.capture is not None or self.is_watched
         return None if graphs is None or is_seen or not graphs.take(batch) else graphs
 
@@ -152,9 +153,9 @@ class ModelRunner:
         if has_experts and self.dtype != torch.bfloat16:
             return
         if isinstance(self.spans, DeviceSpans) and has_kernels(self.device):
-            self._graphs = DecodeGraphs(
+            self._graphs = StepGraphs(
                 self.model, self._slots, self._sampler, self._last_ids,
-                (self.config.hidden_size, self.dtype), self.spans, self._num_slots,
+                (self.config.hidden_size, self.dtype), self.spans, self._num_slots, self._most_tokens,
             )  # fmt: skip
 
     def close(self) -> None:
@@ -240,7 +241,7 @@ class ModelRunner:
         sampler: Sampler,
         batch: ScheduledBatch,
         x: torch.Tensor,
-        graphs: DecodeGraphs | None,
+        graphs: StepGraphs | None,
     ) -> Answer | None:
         """Gives each piece that asks for it its next id, on every rank of the stage."""
         if self.capture is not None:
@@ -250,7 +251,7 @@ class ModelRunner:
         with self.spans.span(SpanKind.SAMPLE):
             sampler.set_up(batch.setups)
             if batch.sampling_slots:
-                if graphs is not None and sampler.is_plain(batch):
+                if graphs is not None and batch.is_decode and sampler.is_plain(batch):
                     chosen = graphs.choose(batch)
                 else:
                     chosen = sampler.choose(batch, x)

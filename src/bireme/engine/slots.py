@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from bireme.engine.device_tables import DeviceTables
 from bireme.kernels.choice import has_kernels
+from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
@@ -26,9 +26,6 @@ from bireme.models.attention import PagedAttention, PagedStep, SequenceGroup, St
 from bireme.models.rope import depends_on_length, inverse_frequencies
 from bireme.parallel.layout import CacheKind, StepWork
 from bireme.request import SamplingSetup, ScheduledBatch, ScheduledPiece, SlotSetup
-
-if TYPE_CHECKING:
-    from bireme.kernels.gpu.prefill_attention import Tiles
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,15 @@ class _Run:
     @property
     def num_context(self) -> int:
         return self.start + self.num_tokens
+
+
+def rows_of(pieces: Sequence[ScheduledPiece]) -> NDArray[np.int64]:
+    """[2, T]: slot and position of every token of a step."""
+    columns = np.array([(piece.slot, piece.start, piece.num_tokens) for piece in pieces])
+    slots, starts, counts = columns.T
+    first_rows = counts.cumsum() - counts
+    positions = np.arange(counts.sum()) + np.repeat(starts - first_rows, counts)
+    return np.stack((np.repeat(slots, counts), positions))
 
 
 class Slots:
@@ -167,10 +173,7 @@ class Slots:
 
     def context(self, pieces: list[ScheduledPiece], *, is_probed: bool = False) -> StepContext:
         """`is_probed`: somebody wants to see what every module makes."""
-        slots = np.repeat([piece.slot for piece in pieces], [piece.num_tokens for piece in pieces])
-        positions = np.concatenate(
-            [np.arange(piece.start, piece.start + piece.num_tokens) for piece in pieces]
-        )
+        slots, positions = rows_of(pieces)
         if self._on_device is not None:
             packed = torch.from_numpy(np.stack((slots, positions))).pin_memory()
             given = packed.to(self._device, non_blocking=True)
@@ -190,8 +193,6 @@ class Slots:
         """None where each sequence has one new token."""
         if all(piece.num_tokens == 1 for piece in pieces):
             return None
-        from bireme.kernels.gpu.prefill_attention import Tiles
-
         starts, counts = zip(*((piece.start, piece.num_tokens) for piece in pieces), strict=True)
         return Tiles.of(starts, counts, self._device)
 

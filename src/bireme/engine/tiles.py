@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bireme.engine.slots import Slots
+from bireme.engine.slots import Slots, rows_of
 from bireme.errors import EngineError
 from bireme.models.blocks import StageModel
 from bireme.parallel.mesh import Mesh
@@ -32,11 +32,7 @@ class TiledModel:
 
     def __call__(self, x: torch.Tensor, pieces: Sequence[ScheduledPiece]) -> torch.Tensor:
         """ids [T] or hidden states [T, D] -> hidden states [T, D]"""
-        slots = np.repeat([piece.slot for piece in pieces], [piece.num_tokens for piece in pieces])
-        positions = np.concatenate(
-            [np.arange(piece.start, piece.start + piece.num_tokens) for piece in pieces]
-        )
-        return self.at(x, slots, positions)
+        return self.at(x, *rows_of(pieces))
 
     def at(
         self, x: torch.Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]

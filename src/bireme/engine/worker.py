@@ -166,7 +166,8 @@ class Worker(rank.Rank[Commands]):
             command.kinds, config.block_size, config.max_num_seqs, command.max_model_len
         )
         self._runner = ModelRunner(
-            command.model, model, self._comm, cache, config.workspace_bytes, self._device, dtype,
+            command.model, model, self._comm, cache, config.workspace_bytes,
+            config.max_num_batched_tokens, self._device, dtype,
             self._spans, lambda header: self._await_masks(header, config.step_timeout_s),
         )  # fmt: skip
         if config.deterministic:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from bireme.kernels.attention import attention, attention_bias, grouped_query_attention
 from bireme.kernels.functional import apply_rope
+from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT, Scoring, tiled_attention
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
 from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
 from bireme.parallel.mesh import Mesh, TensorGroup
-
-if TYPE_CHECKING:
-    from bireme.kernels.gpu.prefill_attention import Tiles
 
 
 @dataclass

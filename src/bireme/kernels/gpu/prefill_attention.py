@@ -6,17 +6,12 @@ maxima and sums (flash attention). Shapes: T tokens, H query heads, K KV heads, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from bireme.kernels.gpu.attend import attend_block
-
-TILE = 64  # queries
+from bireme.kernels.query_tiles import TILE, Tiles
 
 
 @triton.jit
@@ -30,6 +25,8 @@ def _kernel(
     row = tl.load(tiles + tile * 3).to(tl.int64)  # its first, in the step
     position = tl.load(tiles + tile * 3 + 1)  # of that row
     count = tl.load(tiles + tile * 3 + 2)  # of rows
+    if count == 0:
+        return
     slot = tl.load(slots + row).to(tl.int64)
     kv = tl.load(head_map + head)
 
@@ -74,27 +71,6 @@ def _kernel(
     tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Where a step's runs lie: int32 [tiles, 3] of first row, its position, and rows."""
-
-    on_device: torch.Tensor
-
-    @classmethod
-    def of(cls, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tiles:
-        """Of runs of `counts` tokens in the step's order, that begin at positions `starts`. The last tiles of a
-        run come first: they have most to do."""
-        found, row = [], 0
-        for start, count in zip(starts, counts, strict=True):
-            found += [
-                (row + first, start + first, min(TILE, count - first))
-                for first in range(0, count, TILE)
-            ]
-            row += count
-        found.sort(key=lambda tile: -tile[1])
-        return cls(torch.from_numpy(np.array(found, dtype=np.int32)).to(device, non_blocking=True))
-
-
 def prefill_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -110,9 +86,10 @@ def prefill_attention(
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [T, H, D] -> [T, H, D], of tokens of `slots` [T], whose own keys and values are in the cache
-    [N, K, D] already; `table` [slots, blocks] says where. Query head h reads KV head `head_map[h]`."""
+    [N, K, D] already; `table` [slots, blocks] says where. Query head h reads KV head `head_map[h]`. Rows that are
+    in no tile are zeros."""
     num_heads, head_dim = q.shape[1:]
-    out = torch.empty_like(q)
+    out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
     size = triton.next_power_of_2(max(16, head_dim))
     is_wide = q.dtype == torch.float32 or size > 128
     _kernel[(num_heads, len(tiles.on_device))](

@@ -1,0 +1,57 @@
+"""Runs of new tokens, cut into the tiles that a GPU attends to at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+TILE = 64  # queries
+
+
+def num_tiles(counts: Sequence[int]) -> int:
+    """Of runs of so many tokens."""
+    return sum(-(-count // TILE) for count in counts)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Where a step's runs lie: int32 [tiles, 3] of first row, its position, and rows; no rows in a tile that is of
+    no run. `has_other_rows`: the step has rows that are in no tile."""
+
+    on_device: torch.Tensor
+    has_other_rows: bool = False
+
+    @classmethod
+    def of(cls, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tiles:
+        """Of runs of `counts` tokens in the step's order, that begin at positions `starts`."""
+        return cls(torch.from_numpy(_cut(starts, counts)).to(device, non_blocking=True))
+
+    @classmethod
+    def room(cls, most_tiles: int, device: torch.device) -> Tiles:
+        """For the runs of changing steps; no more of them than that."""
+        return cls(torch.zeros(most_tiles, 3, dtype=torch.int32, device=device), True)
+
+    def become(self, starts: Sequence[int], counts: Sequence[int]) -> None:
+        """From here on those of other runs."""
+        device = self.on_device.device
+        host = torch.zeros_like(self.on_device, device="cpu", pin_memory=device.type == "cuda")
+        cut = torch.from_numpy(_cut(starts, counts))
+        host[: len(cut)] = cut
+        self.on_device.copy_(host, non_blocking=True)
+
+
+def _cut(starts: Sequence[int], counts: Sequence[int]) -> NDArray[np.int32]:
+    """The last tiles of a run come first: they have most to do."""
+    found, row = [], 0
+    for start, count in zip(starts, counts, strict=True):
+        found += [
+            (row + first, start + first, min(TILE, count - first))
+            for first in range(0, count, TILE)
+        ]
+        row += count
+    found.sort(key=lambda tile: -tile[1])
+    return np.array(found, dtype=np.int32)
