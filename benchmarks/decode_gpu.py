@@ -1,18 +1,24 @@
-"""A 7B shape on one GPU or two: decode by batch, prefill, throughput, and the start; beside floors of memory.
+"""A 7B shape on one GPU or two: decode by batch, prefill, throughput, and the start; beside floors of the hardware.
 
     python benchmarks/decode_gpu.py --name 2x-h200 [--layouts 1,1 2,1 1,2] [--batches 1,8,32,64,128]
 
 Llama-2-7B's shape with made-up weights in bfloat16, greedy. Decode: prompts of 128 tokens, continued by 128; the
 median time between two tokens of a request. Prefill: the time to the first token of one prompt, the least of three
-after one that does not count. Throughput: 512 requests of 512 tokens continued by 128, at most 256 at once. Ready: from
-asking for the ranks' processes to the end of their first step. A floor is what a step must read (all weights but the
-embedding, and the cache of its requests) by what a large copy on one GPU reads and writes a second, over the ranks.
+after one that does not count. Throughput: 512 requests of 512 tokens continued by 128, at most 256 at once. Start: from
+the start of a process to its first token, with Triton's cache as the runs before left it, and with an empty one.
+A floor of decode is what a step must read (all weights but the embedding, and the cache of its requests) by what a
+large copy on one GPU reads and writes a second; of prefill the weights' products by the rate of a large product; over
+the ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +27,7 @@ from typing import Any
 import record
 import torch
 
-from bireme import LLM
+from bireme import LLM, SamplingParams
 from bireme.bench.answer_times import Latencies
 from bireme.bench.throughput import measure_throughput
 from bireme.bench.workload import Workload
@@ -44,6 +50,49 @@ def copy_bytes_per_s() -> float:
     marks[1].record()
     torch.cuda.synchronize()
     return 10 * 2 * source.nbytes / (float(marks[0].elapsed_time(marks[1])) / 1e3)
+
+
+def flop_per_s() -> float:
+    """Of a product of two large matrices in bfloat16."""
+    x = torch.randn(8192, 8192, device="cuda").bfloat16()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    x @ x
+    marks[0].record()
+    for _ in range(10):
+        x @ x
+    marks[1].record()
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (float(marks[0].elapsed_time(marks[1])) / 1e3)
+
+
+def start_s(layout: str, environment: dict[str, str]) -> float:
+    """Until a process of its own has the first token."""
+    start = time.monotonic()
+    command = [sys.executable, __file__, "--first-token", layout]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, env={**os.environ, **environment}
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.monotonic() - start
+    if not line:
+        raise RuntimeError(f"{' '.join(command)} ended without a token")
+    return seconds
+
+
+def first_token(layout: str) -> None:
+    with LLM(**settings(layout)) as llm:
+        llm.generate([[1] * 16], SamplingParams(temperature=0, max_tokens=1))
+        print("first token", flush=True)
+
+
+def settings(layout: str) -> dict[str, Any]:
+    tp, pp = (int(width) for width in layout.split(","))
+    return {
+        "model": str(MODEL), "load_format": "dummy", "device": "cuda", "dtype": "bfloat16",
+        "tensor_parallel_size": tp, "pipeline_parallel_size": pp, "max_num_seqs": 256,
+        "max_num_batched_tokens": 4096, "enable_prefix_caching": False,
+    }  # fmt: skip
 
 
 def gaps_s(llm: LLM, batch: int, output_len: int, seed: int) -> list[float]:
@@ -69,14 +118,12 @@ def step_bytes(llm: LLM, batch: int) -> int:
     return weights - embedding + batch * (INPUT_LEN + OUTPUT_LEN // 2) * token
 
 
-def measure(tp: int, pp: int, batches: Sequence[int], read_bytes_per_s: float) -> dict[str, Any]:
-    start = time.monotonic()
-    with LLM(
-        str(MODEL), load_format="dummy", device="cuda", dtype="bfloat16", tensor_parallel_size=tp,
-        pipeline_parallel_size=pp, max_num_seqs=256, max_num_batched_tokens=4096,
-        enable_prefix_caching=False,
-    ) as llm:  # fmt: skip
-        found: dict[str, Any] = {"tp": tp, "pp": pp, "ready_s": time.monotonic() - start}
+def measure(
+    layout: str, batches: Sequence[int], read_bytes_per_s: float, rate: float
+) -> dict[str, Any]:
+    tp, pp = (int(width) for width in layout.split(","))
+    with LLM(**settings(layout)) as llm:
+        found: dict[str, Any] = {"tp": tp, "pp": pp}
         found["load_s"] = [loaded.seconds for loaded in llm.executor.loaded]
         found["decode"] = {}
         for batch in batches:
@@ -89,42 +136,70 @@ def measure(tp: int, pp: int, batches: Sequence[int], read_bytes_per_s: float) -
                 "step_s": statistics.median(gaps), "p10_s": tenths[0], "p90_s": tenths[-1],
                 "floor_s": floor_s,
             }  # fmt: skip
-        found["prefill_s"] = {
-            size: min(first_token_s(llm, size, seed=size + i) for i in range(4)[1:])
-            for size in PREFILLS
-        }
+        found["prefill"] = {}
+        for size in PREFILLS:
+            first_token_s(llm, size, seed=size)
+            times = [first_token_s(llm, size, seed=size + 1 + index) for index in range(3)]
+            flop = step_bytes(llm, 0) * size  # two a weight of two bytes
+            found["prefill"][size] = {"ttft_s": times, "floor_s": flop / rate / (tp * pp)}
         found["throughput"] = measure_throughput(llm, LOAD).as_json()
+    found["start_s"] = start_s(layout, {})
+    with tempfile.TemporaryDirectory() as folder:
+        found["start_with_empty_cache_s"] = start_s(layout, {"TRITON_CACHE_DIR": folder})
     return found
 
 
-def show(found: dict[str, Any]) -> None:
-    print(f"tp {found['tp']}, pp {found['pp']}: ready in {found['ready_s']:.1f} s")
+def rows(found: dict[str, Any]) -> dict[str, str]:
+    """What a table says of a layout."""
+    said = {}
     for batch, one in found["decode"].items():
         share = one["floor_s"] / one["step_s"]
-        print(f"  batch {batch:3}: {1e3 * one['step_s']:.2f} ms a step, floor {share:.0%} of it")
-    for size, seconds in found["prefill_s"].items():
-        print(f"  prefill of {size}: {1e3 * seconds:.1f} ms")
-    print(f"  {found['throughput']['output_tokens_per_second']:.0f} tokens/s of output")
+        said[f"decode, batch {batch}, ms a step"] = f"{1e3 * one['step_s']:.2f} ({share:.0%})"
+    for size, one in found["prefill"].items():
+        least = min(one["ttft_s"])
+        said[f"prefill 1 x {size}, ms"] = f"{1e3 * least:.1f} ({one['floor_s'] / least:.0%})"
+    tokens_per_s = found["throughput"]["output_tokens_per_second"]
+    said["throughput, output tokens/s"] = f"{tokens_per_s:,.0f}"
+    cold = found["start_with_empty_cache_s"]
+    said["start to first token, s"] = f"{found['start_s']:.1f} ({cold:.1f} without a cache)"
+    return said
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """In Markdown; the share that a floor is of a time behind it."""
+    columns = [rows(found) for found in results]
+    names = [f"tp {found['tp']}, pp {found['pp']}" for found in results]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for name in columns[0]:
+        lines.append(f"| {name} | " + " | ".join(column[name] for column in columns) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--name", required=True)
+    parser.add_argument("--name", default="gpu")
     parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
     parser.add_argument("--batches", default="1,8,32,64,128")
+    parser.add_argument("--first-token", metavar="LAYOUT", help="only say when there is one")
     arguments = parser.parse_args()
-    rate = copy_bytes_per_s()
+    if arguments.first_token:
+        first_token(arguments.first_token)
+        return
+    read, rate = copy_bytes_per_s(), flop_per_s()
+    torch.cuda.empty_cache()  # the ranks are processes of their own
     batches = [int(size) for size in arguments.batches.split(",")]
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     results = []
     for layout in arguments.layouts:
-        tp, pp = (int(width) for width in layout.split(","))
-        results.append(measure(tp, pp, batches, rate))
-        show(results[-1])
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    record.write(
-        f"decode-7b-{arguments.name}", ["torch"],
-        {"gpus": gpus, "copy_bytes_per_s": rate, "layouts": results},
-    )  # fmt: skip
+        results.append(measure(layout, batches, read, rate))
+        print(table(results[-1:]), flush=True)
+        record.write(  # each time: what was measured stays, whatever ends the next
+            f"decode-7b-{arguments.name}", ["torch", "triton"],
+            {
+                "gpus": gpus, "copy_bytes_per_s": read, "flop_per_s": rate, "layouts": results,
+                "table": table(results).splitlines(),
+            },
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

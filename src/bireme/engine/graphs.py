@@ -8,8 +8,10 @@ the host.
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -39,6 +41,20 @@ def graph_sizes(most: int) -> tuple[int, ...]:
 def prompt_graph_sizes(most: int) -> tuple[int, ...]:
     """Rows that graphs of steps with prompts are captured for, where a step has at most `most`."""
     return tuple(size for size in _PROMPT_SIZES if size <= most)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """While a stream is captured nothing may be given back to the device, as the end of an earlier model's parts
+    would, whenever a collection comes upon them."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _counts(batch: ScheduledBatch) -> list[int]:
@@ -106,9 +122,11 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._sizes = graph_sizes(num_slots)
         self._prompt_sizes = prompt_graph_sizes(most_tokens)
-        # the largest first: what they hold for a moment is held once
-        self._prompts = {size: self._prompt_bucket(size) for size in reversed(self._prompt_sizes)}
-        self._decodes = {size: self._decode_bucket(size) for size in reversed(self._sizes)}
+        with _nothing_collected():
+            # the largest first: what they hold for a moment is held once
+            prompts, decodes = reversed(self._prompt_sizes), reversed(self._sizes)
+            self._prompts = {size: self._prompt_bucket(size) for size in prompts}
+            self._decodes = {size: self._decode_bucket(size) for size in decodes}
 
     def close(self) -> None:
         """Before the groups are left that their collectives are of: NCCL would wait for them."""

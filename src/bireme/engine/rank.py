@@ -8,6 +8,7 @@ A rank can leave one world and join the next.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -159,6 +160,8 @@ class Rank(ABC, Generic[C]):
         comm, self._comm = self._comm, None
         if comm is not None:
             comm.leave()
+        del comm
+        gc.collect()  # parts of a model refer to one another, and hold most of a device's memory
 
 
 def _free_bytes(device: torch.device) -> int:
