@@ -72,8 +72,7 @@ class _Graph(Generic[T]):
 
 @dataclass(frozen=True)
 class _Pair(Generic[T]):
-    """The same twice: the second marks its collectives. There is one alone where there are no collectives, and
-    where steps that are sampled are launched kernel by kernel."""
+    """The same twice: the second marks its collectives. There is one where there are no collectives."""
 
     plain: _Graph[T]
     marked: _Graph[T]
@@ -144,8 +143,7 @@ class StepGraphs:
             return False
         bucket = self._of(batch)
         assert bucket.tiles is not None
-        is_marked = self._spans.is_sampled_step and bool(bucket.layers.plain.spans.counts)
-        return not is_marked and num_tiles(_counts(batch)) <= len(bucket.tiles.on_device)
+        return num_tiles(_counts(batch)) <= len(bucket.tiles.on_device)
 
     def run(self, batch: ScheduledBatch, inputs: torch.Tensor | None) -> torch.Tensor:
         """The stage's layers, of ids [T] or hidden states [T, D], or of the slots' last ids -> [T, D]."""
@@ -179,7 +177,7 @@ class StepGraphs:
     def _decode_bucket(self, size: int) -> _Bucket:
         given = self._given(size)
         inputs = None if self._model.embedding is not None else self._hidden_rows(size)
-        pair = self._layers(given, inputs, None, is_twice=True)
+        pair = self._layers(given, inputs, None)
         return _Bucket(given, inputs, None, pair, self._greedy(given[0], pair))
 
     def _prompt_bucket(self, size: int) -> _Bucket:
@@ -187,7 +185,7 @@ class StepGraphs:
         inputs = self._hidden_rows(size)
         if self._model.embedding is not None:
             inputs = torch.zeros(size, dtype=torch.int64, device=self._device)
-        pair = self._layers(given, inputs, tiles, is_twice=False)
+        pair = self._layers(given, inputs, tiles)
         return _Bucket(given, inputs, tiles, pair, None)
 
     def _given(self, size: int) -> torch.Tensor:
@@ -200,12 +198,7 @@ class StepGraphs:
         return torch.zeros(size, width, dtype=dtype, device=self._device)
 
     def _layers(
-        self,
-        given: torch.Tensor,
-        inputs: torch.Tensor | None,
-        tiles: Tiles | None,
-        *,
-        is_twice: bool,
+        self, given: torch.Tensor, inputs: torch.Tensor | None, tiles: Tiles | None
     ) -> _Pair[torch.Tensor]:
         def layers() -> torch.Tensor:
             step = self._slots.paged(given[0], given[1], tiles)
@@ -214,7 +207,7 @@ class StepGraphs:
             )
             return made
 
-        return self._pair(layers, layers if is_twice else None)
+        return self._pair(layers, layers)
 
     def _greedy(self, slots: torch.Tensor, made: _Pair[torch.Tensor]) -> _Pair[Chosen] | None:
         """Each of the pair takes what its own layers made."""
@@ -229,14 +222,14 @@ class StepGraphs:
 
         return self._pair(lambda: choose(made.plain.made), lambda: choose(made.marked.made))
 
-    def _pair(self, function: Callable[[], T], marked: Callable[[], T] | None) -> _Pair[T]:
+    def _pair(self, function: Callable[[], T], marked: Callable[[], T]) -> _Pair[T]:
         aside = torch.cuda.Stream(self._device)
         aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(aside):
             function()  # kernels are compiled and libraries make their plans, which cannot be captured
         torch.cuda.current_stream(self._device).wait_stream(aside)
         plain = self._capture(function, is_marked=False)
-        if marked is None or not plain.spans.counts:
+        if not plain.spans.counts:
             return _Pair(plain, plain)
         return _Pair(plain, self._capture(marked, is_marked=True))
 
