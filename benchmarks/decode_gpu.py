@@ -3,12 +3,13 @@
     python benchmarks/decode_gpu.py --name 2x-h200 [--layouts 1,1 2,1 1,2] [--batches 1,8,32,64,128]
 
 Llama-2-7B's shape with made-up weights in bfloat16, greedy. Decode: prompts of 128 tokens, continued by 128; the
-median time between two tokens of a request. Prefill: the time to the first token of one prompt, the least of three
+median time between two tokens of a request. Prefill: the time to the first token of one prompt, the median of five
 after one that does not count. Throughput: 512 requests of 512 tokens continued by 128, at most 256 at once. Start: from
 the start of a process to its first token, with Triton's cache as the runs before left it, and with an empty one.
-A floor of decode is what a step must read (all weights but the embedding, and the cache of its requests) by what a
-large copy on one GPU reads and writes a second; of prefill the weights' products by the rate of a large product; over
-the ranks.
+A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
+the cache of the requests that are there together) by what a large copy on one GPU reads and writes a second, over the
+ranks of a stage; of prefill the products of all tokens, and of attention, by the rate of a large product, over all
+ranks.
 """
 
 from __future__ import annotations
@@ -109,13 +110,21 @@ def first_token_s(llm: LLM, num_tokens: int, seed: int) -> float:
     return seen.told().requests[0].ttft_s
 
 
-def step_bytes(llm: LLM, batch: int) -> int:
-    """That all ranks together must read in a step of decoding."""
+def read_bytes(llm: LLM, num_together: int) -> int:
+    """Of all stages, in a step of so many requests that decode."""
     config = llm.model.config
     weights = sum(loaded.weight_bytes for loaded in llm.executor.loaded)
     embedding = 2 * config.vocab_size * config.hidden_size
     token = 4 * config.num_layers * config.num_kv_heads * config.head_dim
-    return weights - embedding + batch * (INPUT_LEN + OUTPUT_LEN // 2) * token
+    return weights - embedding + num_together * (INPUT_LEN + OUTPUT_LEN // 2) * token
+
+
+def prefill_flop(llm: LLM, num_tokens: int) -> int:
+    """Two an element of the weights and token, the head's for the last one alone, and causal attention's."""
+    config = llm.model.config
+    head = config.vocab_size * config.hidden_size
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
+    return (read_bytes(llm, 0) - 2 * head) * num_tokens + 2 * head + attention
 
 
 def measure(
@@ -129,8 +138,7 @@ def measure(
         for batch in batches:
             gaps_s(llm, batch, 8, seed=batch)
             gaps = gaps_s(llm, batch, OUTPUT_LEN, seed=1000 + batch)
-            in_turn = 1 if tp > 1 else pp  # stages read one after the other
-            floor_s = step_bytes(llm, batch) / read_bytes_per_s / (tp * pp) * in_turn
+            floor_s = read_bytes(llm, -(-batch // pp)) / read_bytes_per_s / tp
             tenths = statistics.quantiles(gaps, n=10)
             found["decode"][batch] = {
                 "step_s": statistics.median(gaps), "p10_s": tenths[0], "p90_s": tenths[-1],
@@ -139,9 +147,10 @@ def measure(
         found["prefill"] = {}
         for size in PREFILLS:
             first_token_s(llm, size, seed=size)
-            times = [first_token_s(llm, size, seed=size + 1 + index) for index in range(3)]
-            flop = step_bytes(llm, 0) * size  # two a weight of two bytes
-            found["prefill"][size] = {"ttft_s": times, "floor_s": flop / rate / (tp * pp)}
+            times = [first_token_s(llm, size, seed=size + 1 + index) for index in range(5)]
+            floor_s = prefill_flop(llm, size) / rate / (tp * pp)
+            found["prefill"][size] = {"ttft_s": times, "floor_s": floor_s}
+        gaps_s(llm, 256, 8, seed=3)
         found["throughput"] = measure_throughput(llm, LOAD).as_json()
     found["start_s"] = start_s(layout, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -153,11 +162,20 @@ def rows(found: dict[str, Any]) -> dict[str, str]:
     """What a table says of a layout."""
     said = {}
     for batch, one in found["decode"].items():
-        share = one["floor_s"] / one["step_s"]
-        said[f"decode, batch {batch}, ms a step"] = f"{1e3 * one['step_s']:.2f} ({share:.0%})"
+        share, spread = (
+            one["floor_s"] / one["step_s"],
+            f"{1e3 * one['p10_s']:.2f} to {1e3 * one['p90_s']:.2f}",
+        )
+        said[f"decode, batch {batch}, ms a step"] = (
+            f"{1e3 * one['step_s']:.2f} ({share:.0%}; {spread})"
+        )
     for size, one in found["prefill"].items():
-        least = min(one["ttft_s"])
-        said[f"prefill 1 x {size}, ms"] = f"{1e3 * least:.1f} ({one['floor_s'] / least:.0%})"
+        middle, share = (
+            statistics.median(one["ttft_s"]),
+            one["floor_s"] / statistics.median(one["ttft_s"]),
+        )
+        spread = f"{1e3 * min(one['ttft_s']):.1f} to {1e3 * max(one['ttft_s']):.1f}"
+        said[f"prefill 1 x {size}, ms"] = f"{1e3 * middle:.1f} ({share:.0%}; {spread})"
     tokens_per_s = found["throughput"]["output_tokens_per_second"]
     said["throughput, output tokens/s"] = f"{tokens_per_s:,.0f}"
     cold = found["start_with_empty_cache_s"]
@@ -166,7 +184,7 @@ def rows(found: dict[str, Any]) -> dict[str, str]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """In Markdown; the share that a floor is of a time behind it."""
+    """In Markdown; behind a time the share that its floor is of it, and its spread."""
     columns = [rows(found) for found in results]
     names = [f"tp {found['tp']}, pp {found['pp']}" for found in results]
     lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
+import torch
 import zoo
 from harness import Checkpoints, engine_config
 from safetensors import safe_open
 
 from bireme.engine.pool import WorkerPool
+from bireme.models.blocks import StageModel
 from bireme.verify import verify
 
 LAYOUTS = [
@@ -119,3 +122,26 @@ def test_a_workspace_of_a_few_places_changes_nothing(checkpoints: Checkpoints, c
     reference = checkpoints.reference(case)
     found = verify(checkpoints.model(case), settings, zoo.prompts(), reference=reference)
     assert found.is_same, found
+
+
+@pytest.mark.usefixtures("local_ranks")
+@pytest.mark.parametrize("case", ["llama2", "qwen3", "phi3", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("widths", [(1,), (3,), (2, 2)], ids=_name)
+def test_sums_that_the_next_norm_takes(
+    checkpoints: Checkpoints,
+    worst: dict[str, float],
+    case: str,
+    widths: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As layers do on GPUs."""
+    monkeypatch.setattr("bireme.engine.model_runner.has_kernels", lambda _device: True)
+    seen, handed_on = [], StageModel._unsummed
+
+    def noted(*given: Any) -> torch.Tensor:
+        seen.append(given)
+        return handed_on(*given)
+
+    monkeypatch.setattr(StageModel, "_unsummed", noted)
+    _assert_parity(checkpoints, case, widths, worst, None)
+    assert seen

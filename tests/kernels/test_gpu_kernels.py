@@ -15,6 +15,10 @@ from bireme.kernels.gpu.prefill_attention import prefill_attention
 from bireme.kernels.gpu.rope_and_write import rope_and_write
 from bireme.kernels.query_tiles import Tiles, num_tiles
 
+HAS_GPU = torch.cuda.is_available()
+AS_MODELS_RUN = [torch.float16, *([torch.bfloat16] if HAS_GPU else [])]  # NumPy has no bfloat16
+ROUNDED = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of each element, relative
+
 
 def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-6) -> bool:
     """Relative to the whole; NaN is near nothing."""
@@ -41,17 +45,24 @@ def test_gated_activation(columns: int, device: torch.device) -> None:
     assert near(silu_mul(h), functional.ACTIVATIONS["silu"](gate) * up)
 
 
+@pytest.mark.parametrize("dtype", AS_MODELS_RUN)
 @pytest.mark.parametrize("num_rows", [1, 2, 17, 40])
-@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(64, 512), (70, 600), (5, 40)])
-def test_few_rows(num_rows: int, num_outputs: int, num_inputs: int, device: torch.device) -> None:
-    x = torch.randn(num_rows, num_inputs + 8, device=device)[:, :num_inputs]
-    weight = torch.randn(2 * num_outputs, num_inputs, device=device) / num_inputs**0.5
-    bias = torch.randn(2 * num_outputs, device=device)
-    expected = torch.nn.functional.linear(x.double(), weight.double()).float()
-    assert near(few_rows_linear(x, weight), expected)
-    assert near(few_rows_linear(x, weight, bias), expected + bias)
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs"),
+    [(64, 512), (70, 600), (5, 40), *([(6000, 4096), (4096, 11008)] if HAS_GPU else [])],
+)
+def test_few_rows(
+    num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x = torch.randn(num_rows, num_inputs + 8, device=device).to(dtype)[:, :num_inputs]
+    weight = (torch.randn(2 * num_outputs, num_inputs, device=device) / num_inputs**0.5).to(dtype)
+    bias = torch.randn(2 * num_outputs, device=device).to(dtype)
+    expected = torch.nn.functional.linear(x.double(), weight.double())
+    assert near(few_rows_linear(x, weight), expected, ROUNDED[dtype])
+    assert near(few_rows_linear(x, weight, bias), expected + bias, ROUNDED[dtype])
     gate, up = expected.chunk(2, dim=-1)
-    assert near(few_rows_gated(x, weight), functional.ACTIVATIONS["silu"](gate) * up)
+    activated = functional.ACTIVATIONS["silu"](gate) * up
+    assert near(few_rows_gated(x, weight), activated, 3 * ROUNDED[dtype])
 
 
 def test_few_rows_are_not_for_every_product(device: torch.device) -> None:
@@ -143,6 +154,36 @@ def test_decode_attention(
         bias = attention_bias(at, (0, lengths[slot]), window, slopes, q.dtype)
         expected = attention(q[row][None, :, None], k, v, bias, 0.3, cap)
         assert near(found[row], expected[0, :, 0], 3e-6), (row, slot)
+
+
+@pytest.mark.parametrize("dtype", AS_MODELS_RUN)
+@pytest.mark.parametrize("head_dim", [64, 128, 256] if HAS_GPU else [64])
+def test_attention_as_models_run(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    head_map, lengths, new, block_size = [0, 0, 1, 1], [150, 97, 65], [130, 1, 65], 16
+    keys, values, table, places = _paged(lengths, block_size, 2, head_dim, device)
+    keys, values = keys.to(dtype), values.to(dtype)
+    q = torch.randn(sum(new), 4, head_dim, device=device).to(dtype)
+    starts = [length - count for length, count in zip(lengths, new, strict=True)]
+    slots = torch.arange(3, device=device).repeat_interleave(torch.tensor(new, device=device))
+    paged = keys, values, table, block_size
+    prefilled = prefill_attention(
+        q, *paged, slots, Tiles.of(starts, new, device),
+        torch.tensor(head_map, dtype=torch.int32, device=device), head_dim**-0.5,
+    )  # fmt: skip
+    last = torch.tensor(new).cumsum(0).to(device) - 1
+    decoded = decode_attention(
+        q[last], *paged, torch.arange(3, device=device),
+        torch.tensor(lengths, device=device) - 1,
+        torch.tensor([0, 2, 4], dtype=torch.int32, device=device), 2, head_dim**-0.5,
+    )  # fmt: skip
+    for slot, (rows, of) in enumerate(zip(prefilled.split(new), q.split(new), strict=True)):
+        k, v = (x[places[slot]][:, head_map].float().transpose(0, 1)[None] for x in (keys, values))
+        at = torch.arange(starts[slot], lengths[slot], device=device)[None]
+        bias = attention_bias(at, (0, lengths[slot]), None, None, torch.float32)
+        wanted = attention(of.float().transpose(0, 1)[None], k, v, bias, head_dim**-0.5, None)
+        expected = wanted[0].transpose(0, 1)
+        assert near(rows, expected, 2 * ROUNDED[dtype]), slot
+        assert near(decoded[slot], expected[-1], 2 * ROUNDED[dtype]), slot
 
 
 def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:

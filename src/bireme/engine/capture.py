@@ -37,7 +37,7 @@ class StepCapture:
     """Logits of every token of each step and, with `probes`, what each layer computed."""
 
     def __init__(self, folder: Path, rank: int, model: StageModel, *, probes: bool) -> None:
-        self._folder, self._rank = folder, rank
+        self._folder, self._rank, self.has_probes = folder, rank, probes
         self._found: dict[str, torch.Tensor] = {}
         self._handles: list[RemovableHandle] = []
         if not probes:

@@ -98,7 +98,7 @@ class _Bucket:
     inputs: torch.Tensor | None
     tiles: Tiles | None
     layers: _Pair[torch.Tensor]
-    greedy: _Pair[Chosen] | None
+    greedy: _Pair[torch.Tensor] | None
 
 
 class StepGraphs:
@@ -121,6 +121,14 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._sizes = graph_sizes(num_slots)
         self._prompt_sizes = prompt_graph_sizes(most_tokens)
+        # of steps with prompts: one for all sizes, since steps follow one another
+        most = max((0, *self._prompt_sizes))
+        self._prompt_given = torch.zeros(2 * most, dtype=torch.int64, device=self._device)
+        self._prompt_made = self._hidden_rows(most)
+        self._prompt_inputs = self._hidden_rows(most)
+        if model.embedding is not None:
+            self._prompt_inputs = torch.zeros(most, dtype=torch.int64, device=self._device)
+        self._tiles = Tiles.room(most // TILE + _MOST_RUNS, self._device)
         with _nothing_collected():
             # the largest first: what they hold for a moment is held once
             prompts, decodes = reversed(self._prompt_sizes), reversed(self._sizes)
@@ -164,8 +172,8 @@ class StepGraphs:
         last ids from here on."""
         bucket, count = self._of(batch), len(batch.pieces)
         assert bucket.greedy is not None
-        made = bucket.greedy.replay(self._spans)
-        return Chosen(made.slots[:count], made.ids[:count], made.logits[:count])
+        ids = bucket.greedy.replay(self._spans)
+        return Chosen(bucket.given[0, :count], ids[:count], None)
 
     def _of(self, batch: ScheduledBatch) -> _Bucket:
         if batch.is_decode:
@@ -175,22 +183,20 @@ class StepGraphs:
     # --- capture -------------------------------------------------------------------------------
 
     def _decode_bucket(self, size: int) -> _Bucket:
-        given = self._given(size)
+        given = self._cleared(torch.empty(2, size, dtype=torch.int64, device=self._device))
         inputs = None if self._model.embedding is not None else self._hidden_rows(size)
         pair = self._layers(given, inputs, None)
         return _Bucket(given, inputs, None, pair, self._greedy(given[0], pair))
 
     def _prompt_bucket(self, size: int) -> _Bucket:
-        given, tiles = self._given(size), Tiles.room(size // TILE + _MOST_RUNS, self._device)
-        inputs = self._hidden_rows(size)
-        if self._model.embedding is not None:
-            inputs = torch.zeros(size, dtype=torch.int64, device=self._device)
-        pair = self._layers(given, inputs, tiles)
+        given = self._cleared(self._prompt_given[: 2 * size].view(2, size))
+        inputs, tiles = self._prompt_inputs[:size], self._tiles.first(size // TILE + _MOST_RUNS)
+        pair = self._layers(given, inputs, tiles, self._prompt_made[:size])
         return _Bucket(given, inputs, tiles, pair, None)
 
-    def _given(self, size: int) -> torch.Tensor:
-        given = torch.zeros(2, size, dtype=torch.int64, device=self._device)
-        given[0] = self._slots.padding_slot
+    def _cleared(self, given: torch.Tensor) -> torch.Tensor:
+        """All rows of no request."""
+        given[0], given[1] = self._slots.padding_slot, 0
         return given
 
     def _hidden_rows(self, size: int) -> torch.Tensor:
@@ -198,27 +204,33 @@ class StepGraphs:
         return torch.zeros(size, width, dtype=dtype, device=self._device)
 
     def _layers(
-        self, given: torch.Tensor, inputs: torch.Tensor | None, tiles: Tiles | None
+        self,
+        given: torch.Tensor,
+        inputs: torch.Tensor | None,
+        tiles: Tiles | None,
+        place: torch.Tensor | None = None,
     ) -> _Pair[torch.Tensor]:
+        """Into `place`, or where what is made lies anyway."""
+
         def layers() -> torch.Tensor:
             step = self._slots.paged(given[0], given[1], tiles)
             made: torch.Tensor = self._model(
                 self._last_ids[given[0]] if inputs is None else inputs, step
             )
-            return made
+            return made if place is None else place.copy_(made)
 
         return self._pair(layers, layers)
 
-    def _greedy(self, slots: torch.Tensor, made: _Pair[torch.Tensor]) -> _Pair[Chosen] | None:
+    def _greedy(self, slots: torch.Tensor, made: _Pair[torch.Tensor]) -> _Pair[torch.Tensor] | None:
         """Each of the pair takes what its own layers made."""
         sampler = self._sampler
         if sampler is None:
             return None
 
-        def choose(x: torch.Tensor) -> Chosen:
-            chosen = sampler.likeliest(slots, x)
-            self._last_ids.index_copy_(0, slots, chosen.ids)
-            return chosen
+        def choose(x: torch.Tensor) -> torch.Tensor:
+            ids = sampler.likeliest(x)
+            self._last_ids.index_copy_(0, slots, ids)
+            return ids
 
         return self._pair(lambda: choose(made.plain.made), lambda: choose(made.marked.made))
 

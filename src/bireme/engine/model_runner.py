@@ -82,7 +82,9 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._num_slots, self._most_tokens = cache.num_slots, most_tokens
         self.capture: StepCapture | None = None
-        self.is_watched = False  # by hooks, which see nothing of what a graph replays
+        self.is_profiled = False  # by who sees nothing of what a graph replays
+        self.are_layers_timed = False
+        model.sums_late = model.takes_unsummed and has_kernels(device)
 
     @property
     def cache_bytes(self) -> int:
@@ -121,7 +123,7 @@ class ModelRunner:
             x = self._input(batch, header)
             with self.spans.span(SpanKind.COMPUTE):
                 return self._tiled(x, batch.pieces)
-        step = self._slots.context(batch.pieces, is_probed=self.capture is not None)
+        step = self._slots.context(batch.pieces, is_probed=self._is_probed)
         x = self._input(batch, header)
         with self.spans.span(SpanKind.COMPUTE):
             made: torch.Tensor = self.model(x, step)
@@ -142,8 +144,14 @@ class ModelRunner:
         return x if self.comm.mesh.is_last_stage else x.clone()
 
     def _graphs_for(self, batch: ScheduledBatch) -> StepGraphs | None:
-        graphs, is_seen = self._graphs, self.capture is not None or self.is_watched
+        graphs, is_seen = self._graphs, self._is_probed or self.is_profiled
         return None if graphs is None or is_seen or not graphs.take(batch) else graphs
+
+    @property
+    def _is_probed(self) -> bool:
+        """Whether somebody wants to see what every layer makes, or takes."""
+        has_probes = self.capture is not None and self.capture.has_probes
+        return has_probes or self.are_layers_timed
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:

@@ -209,7 +209,7 @@ class Worker(rank.Rank[Commands]):
         assert comm is not None
         path = None if kernels is None else Path(kernels.replace("{rank}", str(comm.mesh.rank)))
         reset_peak(self._device)
-        runner.is_watched = True
+        runner.is_profiled, runner.are_layers_timed = True, kernels is None
         self._profile = RankProfile(runner.model, self._device, path)
         return Done()
 
@@ -217,7 +217,8 @@ class Worker(rank.Rank[Commands]):
         profile, self._profile = self._profile, None
         if profile is None:
             raise EngineError("a profile was to end that had not begun")
-        self._ready().is_watched = False
+        runner = self._ready()
+        runner.is_profiled = runner.are_layers_timed = False
         return Profiled(*profile.finish())
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from bireme.kernels.choice import has_kernels
+from bireme.kernels.choice import has_kernels, is_hopper
 from bireme.kernels.functional import gated
 
 _ROWS = 16  # that the order is chosen for; it serves one row as well as a long prompt
@@ -34,7 +34,7 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """[T, in] -> [T, out] by a plain or packed weight [out, in]."""
-    if has_kernels(x.device):
+    if has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
         if few_rows.suits(x, weight):
@@ -49,7 +49,7 @@ def gated_linear(
     x: torch.Tensor, weight: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """activation(x G^T) * (x U^T): [T, in] by G over U [2 F, in] -> [T, F]"""
-    if activation is F.silu and has_kernels(x.device):
+    if activation is F.silu and has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
         if few_rows.suits(x, weight, is_gated=True):

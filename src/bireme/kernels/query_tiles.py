@@ -35,6 +35,10 @@ class Tiles:
         """For the runs of changing steps; no more of them than that."""
         return cls(torch.zeros(most_tiles, 3, dtype=torch.int32, device=device), True)
 
+    def first(self, most_tiles: int) -> Tiles:
+        """Part of the same room."""
+        return Tiles(self.on_device[:most_tiles], self.has_other_rows)
+
     def become(self, starts: Sequence[int], counts: Sequence[int]) -> None:
         """From here on those of other runs."""
         device = self.on_device.device

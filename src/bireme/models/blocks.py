@@ -110,7 +110,9 @@ class MLP(nn.Module):
         return "bias" in self.down.layouts
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's addend [T, D]."""
+        """This rank's addend [T, D], with fewer kernels than modules."""
+        if self.is_gated and "bias" not in self.up.layouts:
+            return self.down.partial(gated_linear(x, self.up.weight, self.activation))
         return self.down.partial(self._up(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,11 +121,8 @@ class MLP(nn.Module):
 
     def _up(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, F], activated."""
-        if not self.is_gated:
-            return self.activation(self.up(x))
-        if "bias" in self.up.layouts or self.up._forward_hooks:  # that want to see it made
-            return gated(self.up(x), self.activation)
-        return gated_linear(x, self.up.weight, self.activation)
+        h = self.up(x)
+        return gated(h, self.activation) if self.is_gated else self.activation(h)
 
 
 class MoE(ParallelModule):
@@ -292,12 +291,16 @@ class StageModel(nn.Module):
         assert embedding is None or isinstance(embedding, VocabParallelEmbedding)
         self.head = family.head(config, mesh, embedding) if spec.has_head else None
         self._group = mesh.tensor
-        self._takes_unsummed = all(layer.takes_unsummed for layer in self.layers.values())
+        self.sums_late = False  # layers hand on what is not summed yet
+
+    @property
+    def takes_unsummed(self) -> bool:
+        return all(layer.takes_unsummed for layer in self.layers.values())
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         if self.embedding is not None:
             x = self.embedding(x, step.positions)
-        if self._takes_unsummed and step.paged is not None and not step.paged.is_probed:
+        if self.sums_late and not (step.paged is not None and step.paged.is_probed):
             return self._unsummed(x, step)
         for layer in self.layers.values():
             x = layer(x, step)

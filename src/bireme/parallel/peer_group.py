@@ -18,7 +18,8 @@ from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.trace import SpanKind, SpanWriter
 
 _MOST_ROWS = 256  # beyond which NCCL is as fast
-_POLLS_PER_S = 2e6  # at most; a look at a row takes half a microsecond or more
+_POLLS_PER_S = 4e6  # at most; a look at a row takes a quarter of a microsecond or more
+_MOST_POLLS = 2**31 - 1
 
 
 class PeerGroup(TensorGroup):
@@ -46,7 +47,7 @@ class PeerGroup(TensorGroup):
             torch.zeros(_MOST_ROWS, dtype=torch.int32, device=device),
             self._handle.rank,
             row_bytes // 4,
-            int(timeout_s * _POLLS_PER_S),
+            min(_MOST_POLLS, int(timeout_s * _POLLS_PER_S)),
         )
         self._memory.zero_()
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have

@@ -38,12 +38,12 @@ Logits = Callable[[torch.Tensor], torch.Tensor]  # hidden states [R, D] -> [R, V
 
 @dataclass(frozen=True)
 class Chosen:
-    """The new ids [S] of the slots [S] of a step, and the model's own logits, float32 [S, V], which
-    are intact if a slot asks for log-probabilities."""
+    """The new ids [S] of the slots [S] of a step, and the model's own logits, float32 [S, V], where a slot asks
+    for log-probabilities."""
 
     slots: torch.Tensor
     ids: torch.Tensor
-    logits: torch.Tensor
+    logits: torch.Tensor | None
 
 
 class Sampler:
@@ -99,11 +99,10 @@ class Sampler:
             and not self._adjustments.touch(slots, positions)
         )
 
-    def likeliest(self, slots: torch.Tensor, x: torch.Tensor) -> Chosen:
-        """Of rows [S, D] whose slots are `slots` [S] and ask for nothing else; on the device alone."""
+    def likeliest(self, x: torch.Tensor) -> torch.Tensor:
+        """Ids [S] of rows [S, D] that ask for nothing else; on the device alone."""
         logits = self._logits(x).float()
-        ids = choose(logits, self._shard, [RowGroup(slice(None), None)], self._workspace_bytes)
-        return Chosen(slots, ids, logits)
+        return choose(logits, self._shard, [RowGroup(slice(None), None)], self._workspace_bytes)
 
     def answer(
         self, batch: ScheduledBatch, x: torch.Tensor, chosen: Chosen | None, *, answers: bool
@@ -158,10 +157,12 @@ class Sampler:
         asking = self._asking(slots)
         if not asking:
             return None
+        logits = chosen.logits
+        assert logits is not None
         rows = torch.tensor(asking).to(self._device)
         num_top = max(self._setups[slots[row]].num_logprobs or 0 for row in asking)
         return in_tiles(
-            lambda some: chosen.logits[some], rows, chosen.ids[rows], num_top,
+            lambda some: logits[some], rows, chosen.ids[rows], num_top,
             self._shard, self._workspace_bytes,
         )  # fmt: skip
 

@@ -5,12 +5,13 @@ What a launch costs is over by then: programmatic dependent launch, on Hopper an
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from bireme.kernels.choice import is_hopper
 
 _MOST_ROWS = 32  # beyond which kernels take so long that it gains nothing
 
@@ -24,13 +25,8 @@ def await_before(IS_CHAINED: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@cache
-def _can_be_chained(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def chained(x: torch.Tensor) -> dict[str, Any]:
     """How a kernel of the rows x is launched."""
-    if len(x) > _MOST_ROWS or not _can_be_chained(x.device):
+    if len(x) > _MOST_ROWS or not is_hopper(x.device):
         return {"IS_CHAINED": False}
     return {"IS_CHAINED": True, "launch_pdl": True}

@@ -128,10 +128,9 @@ def _product(
             BLOCK_N=4, BLOCK_K=1024, **flags, num_warps=4 if is_gated else 2,
         )  # fmt: skip
         return out
-    stages = 2 if x.element_size() > 2 else 4 if is_gated else 6
     _some_rows[(triton.cdiv(num_outputs, 64),)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
         BLOCK_T=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=64, BLOCK_K=128, **flags,
-        num_warps=4, num_stages=stages,
+        num_warps=4, num_stages=4 if is_gated else 6,
     )  # fmt: skip
     return out

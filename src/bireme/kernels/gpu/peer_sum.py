@@ -162,7 +162,8 @@ def peer_sum_add_norm(
     eps: float,
     offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + the sum over the ranks of their addends [T, D], and its RMSNorm."""
+    """x + the sum over the ranks of their addends [T, D], and its RMSNorm; all of one dtype."""
+    assert x.dtype == weight.dtype == addend.dtype, "rows are read as words"
     total, normed = torch.empty_like(addend), torch.empty_like(addend)
     _run(inboxes, addend, x.contiguous(), weight, total, normed, eps, offset)
     return total, normed
