@@ -18,6 +18,7 @@ from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
 from bireme.parallel import shm
 from bireme.planning.probe.messages import (
+    ROW_BYTES,
     Describe,
     EmptyStep,
     Facts,
@@ -38,7 +39,7 @@ _BATCHES = 4  # of a point, where it is slow enough; more where it is faster
 def carrier(devices: Sequence[str], transport: Transport) -> str:
     """What sums and messages between ranks on `devices` go through."""
     if devices[0] != "cpu":
-        return "nccl"
+        return "nccl"  # and small sums, where GPUs map each other's memory, through that
     return "shared memory" if transport == "auto" and shm.is_supported() else "gloo"
 
 
@@ -61,6 +62,7 @@ def joined(
         transport=transport,
         step_timeout_s=_ANSWER_S,
         start_timeout_s=_START_S,
+        row_bytes=ROW_BYTES if transport == "auto" else 0,
     )
     world = World(pool, names, plan.widths, _ANSWER_S)
     with ExitStack() as held:

@@ -36,8 +36,11 @@ class ReadPageCache(msgspec.Struct, frozen=True, tag=True):
     folder: str
 
 
+ROW_BYTES = 8192  # of a token's hidden states, of which models sum some
+
+
 class AllReduce(msgspec.Struct, frozen=True, tag=True):
-    """A sum over the tensor group, of float32."""
+    """A sum over the tensor group, of float32, in rows of at most `ROW_BYTES`."""
 
     num_bytes: int
 

@@ -17,6 +17,7 @@ from bireme.kernels.linear import can_be_packed, linear, pack
 from bireme.parallel.collectives import Communicator
 from bireme.parallel.layout import Source, full_box
 from bireme.planning.probe.messages import (
+    ROW_BYTES,
     AllReduce,
     CopyMemory,
     Launch,
@@ -57,7 +58,8 @@ class Workshop:
             case ReadPageCache(folder):
                 return Repeat(_reader(Path(folder)), is_on_host=True)
             case AllReduce(num_bytes):
-                x = torch.zeros(num_bytes // 4, device=self._device)
+                num_rows = -(-num_bytes // ROW_BYTES)
+                x = torch.zeros(num_rows, num_bytes // 4 // num_rows, device=self._device)
                 call = partial(self._comm.mesh.tensor.all_reduce, x)
                 return repeated(call, self._num_calls(num_bytes))
             case Send(num_bytes):
