@@ -46,11 +46,12 @@ def evidence(layout: str, *shares: Mapping[Row, float], **more: object) -> Evide
     return Evidence(source="x", ranks=ranks, **(given_ | more))  # type: ignore[arg-type]
 
 
-def with_late() -> Evidence:
+def with_late(host: float = 0.0) -> Evidence:
+    """`host`: of the time, for which the late rank was not woken."""
     found = evidence("tp")
     ranks = [
         told("rank 0", 0, {Row.COLLECTIVE_WAIT: 0.3}, _1=0.3),
-        told("rank 1", 0, {Row.COLLECTIVE_WAIT: 0.05}, _0=0.05),
+        told("rank 1", 0, {Row.COLLECTIVE_WAIT: 0.05, Row.HOST: host}, _0=0.05),
     ]
     return dataclasses.replace(found, ledger=ToldLedger(1.0, 0.0, ranks))
 
@@ -191,6 +192,7 @@ def test_what_nobody_measured_is_no_fault() -> None:
             LAUNCHED, batches=[Measured(1, 10.0, 0.1, 1.0), Measured(8, 20.0, 0.4, 1.0)]
         ),
         evidence("tp", collectives=[collective()]),
+        with_late(host=0.2),
         evidence("pp", **batches(16, RATES, TIMES)),
         evidence("pp", **batches(1, {1: 10.0, 64: 11.0}, {1: 0.1, 64: 0.1})),
         *(

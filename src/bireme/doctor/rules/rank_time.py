@@ -106,11 +106,13 @@ def launch_bound(found: Evidence) -> Iterator[Finding]:
 
 
 def late_rank(found: Evidence) -> Iterator[Finding]:
-    """One rank of a tensor group that the others wait for, and that waits for none."""
+    """One rank of a tensor group that the others wait for, and that waits for none; not where it only began its
+    steps later, since its process was woken later."""
     if found.ledger is None:
         return
-    name, waited, waits = _latest(found.ledger.ranks)
-    if waited - waits > _COST and waited > 2 * waits:
+    ranks = found.ledger.ranks
+    name, waited, waits = _latest(ranks)
+    if waited - waits - _began_later(ranks, name) > _COST and waited > 2 * waits:
         yield Finding(
             rule="late-rank",
             title=f"{name} comes late to its group's collectives",
@@ -163,6 +165,16 @@ def _latest(ranks: list[ToldRank]) -> tuple[str, float, float]:
             waited[name] = max(waited.get(name, 0.0), share / busy)
     name = max(waited, key=lambda it: waited[it] - waits.get(it, 0.0), default="")
     return name, waited.get(name, 0.0), waits.get(name, 0.0)
+
+
+def _began_later(ranks: list[ToldRank], name: str) -> float:
+    """Than the others of its stage on the mean, for its host's sake: a share of the time."""
+    stage = next((rank.stage for rank in ranks if rank.name == name), None)
+    own = [busy_share(rank, Row.HOST) for rank in ranks if rank.name == name]
+    others = [
+        busy_share(rank, Row.HOST) for rank in ranks if rank.stage == stage and rank.name != name
+    ]
+    return max(0.0, mean(own) - mean(others)) if own and others else 0.0
 
 
 def _by_stage(ranks: list[ToldRank]) -> dict[int, list[ToldRank]]:
