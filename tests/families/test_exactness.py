@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ Place = tuple[int, int]  # a request's seed, and a position
 class Logits:
     """Stands in for a rank's `StepCapture`: rows of its vocabulary, by request and position."""
 
+    has_probes: ClassVar[bool] = False
     owners: dict[int, int] = field(default_factory=dict)
     rows: dict[Place, list[torch.Tensor]] = field(default_factory=dict)
     _step: torch.Tensor | None = None
