@@ -51,7 +51,7 @@ def test_hosts_that_are_alike_are_well(artifacts: tuple[Path, Path]) -> None:
     assert first["facts"]["artifact"] == second["facts"]["artifact"] is not None
     (sums,) = one.report["sums"]
     assert (sums["hosts"], sums["transport"]) == (["first", "second"], "gloo")
-    assert all(seconds > 0 for _, seconds in sums["points"])
+    assert all(seconds > 0 for _, seconds, *_ in sums["points"])
 
 
 def test_another_artifact_is_found(artifacts: tuple[Path, Path]) -> None:

@@ -40,5 +40,5 @@ def test_a_slow_link_is_told_with_what_it_carries(hosts: Hosts) -> None:
     assert (one.status, other.status) == (1, 1), one.out + one.err + other.err
     assert one.rules == ["slow-network"]
     (sums,) = one.report["sums"]
-    num_bytes, seconds = sums["points"][-1]
+    num_bytes, seconds, *_ = sums["points"][-1]
     assert num_bytes / seconds == pytest.approx(SLOW_BYTES_PER_S, rel=0.2)

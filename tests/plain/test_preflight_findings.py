@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from bireme.cluster.topology import Point
 from bireme.doctor.preflight.findings import RULES, examine_hosts
 from bireme.doctor.preflight.host import Host
 from bireme.doctor.preflight.messages import (
@@ -37,10 +38,13 @@ def host(
     )
 
 
+SMALL, LARGE = Point(4096, 1e-4, 0.5e-4, 2e-4), Point(1 << 20, 1e-3, 0.5e-3, 2e-3)
+
+
 def report(
-    *hosts: HostSeen, num_expected: int = 2, sums: tuple[int, float] = (1 << 20, 1e-3)
+    *hosts: HostSeen, num_expected: int = 2, small: Point = SMALL, large: Point = LARGE
 ) -> Report:
-    rates = SumRates(hosts=["a", "b"], transport="gloo", points=[(4096, 1e-4), sums])
+    rates = SumRates(hosts=["a", "b"], transport="gloo", points=[small, large])
     return Report(num_expected=num_expected, timeout_s=5.0, hosts=list(hosts), sums=[rates])
 
 
@@ -50,7 +54,7 @@ FAULTS = {
     "versions-differ": report(host("a"), host("b", versions={"torch": "2.10"})),
     "artifacts-differ": report(host("a"), host("b", artifact=None)),
     "clock-offset": report(host("a"), host("b", ahead_s=-0.5)),
-    "slow-network": report(host("a"), host("b"), sums=(1 << 20, 0.1)),
+    "slow-network": report(host("a"), host("b"), large=Point(1 << 20, 0.1)),
 }
 
 
@@ -64,6 +68,14 @@ def test_a_fault_is_found_by_its_rule_and_by_no_other(rule: str) -> None:
 def test_nothing_is_found_where_all_is_well() -> None:
     assert examine_hosts(WELL) == []
     assert examine_hosts(report(host("a"), host("b", ahead_s=0.05))) == []
+
+
+def test_a_network_of_a_late_answer_is_slow_and_that_of_a_busy_host_is_not() -> None:
+    late = report(host("a"), host("b"), small=Point(4096, 4e-3, 3e-3, 5e-3))
+    (finding,) = examine_hosts(late)
+    assert finding.rule == "slow-network"
+    assert "3.00 ms of 4.0 KiB, where 2 is much" in finding.figure
+    assert examine_hosts(report(host("a"), host("b"), small=Point(4096, 4e-3, 1e-3, 5e-3))) == []
 
 
 def test_a_version_that_one_has_not_is_another() -> None:

@@ -167,10 +167,10 @@ def print_hosts(found: Report) -> None:
     to.print(hosts)
     sums = table("sums between", "over", "bytes", "us", "GB/s")
     for one in found.sums:
-        for num_bytes, seconds in one.points:
+        for point in one.points:
             sums.add_row(
-                ", ".join(one.hosts), one.transport, str(num_bytes), f"{1e6 * seconds:.0f}",
-                f"{num_bytes / seconds / 1e9:.3f}",
+                ", ".join(one.hosts), one.transport, str(point.size), f"{1e6 * point.seconds:.0f}",
+                f"{point.size_per_s / 1e9:.3f}",
             )  # fmt: skip
     if found.sums:
         to.print(sums)

@@ -165,11 +165,8 @@ def _sums(own: Host, group: Group) -> SumRates:
     with _joined(own, group, device):
         ranks = Probed(group)
         points = [ranks.shared(AllReduce(size), size, _BUDGET_S) for size in _SIZES]
-    return SumRates(
-        hosts=[it.name for it in facts],
-        transport=carrier([device], "distributed"),
-        points=[(int(point.size), point.seconds) for point in points],
-    )
+    names = [it.name for it in facts]
+    return SumRates(hosts=names, transport=carrier([device], "distributed"), points=points)
 
 
 @contextmanager

@@ -89,14 +89,15 @@ def clock_offset(found: Report) -> Iterator[Finding]:
 
 def slow_network(found: Report) -> Iterator[Finding]:
     for sums in found.sums:
-        (small_bytes, least_s), (num_bytes, most_s) = sums.points[0], sums.points[-1]
-        rate = num_bytes / most_s
+        small, large = sums.points[0], sums.points[-1]
+        rate = large.size_per_s
+        least_s = small.p10_s or small.seconds  # what is above it was waiting for a core
         if rate < _LEAST_BYTES_PER_S or least_s > _MOST_LATENCY_S:
             yield Finding(
                 rule="slow-network",
                 title=f"sums between {' and '.join(sums.hosts)} are slow",
-                figure=f"{rate / 1e6:.0f} MB/s of {format_bytes(num_bytes)} over {sums.transport}, where "
-                f"{_LEAST_BYTES_PER_S / 1e6:.0f} is little; {1e3 * least_s:.2f} ms of {format_bytes(small_bytes)}, "
+                figure=f"{rate / 1e6:.0f} MB/s of {format_bytes(large.size)} over {sums.transport}, where "
+                f"{_LEAST_BYTES_PER_S / 1e6:.0f} is little; {1e3 * least_s:.2f} ms of {format_bytes(small.size)}, "
                 f"where {1e3 * _MOST_LATENCY_S:.0f} is much",
                 remedy="use another interface (--listen and --join choose it by its address), or cut the model so that "
                 "stages, not tensor groups, span hosts",

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from bireme.cluster.topology import Point
 from bireme.doctor.finding import Finding
 from bireme.engine.messages import Clock, Done, Failed, Program, ReadClock
 from bireme.planning.probe.messages import Measure, Samples
@@ -67,11 +68,11 @@ class LeaveGroup(msgspec.Struct, frozen=True, tag=True):
 
 
 class SumRates(msgspec.Struct, frozen=True, kw_only=True):
-    """Of a sum over these hosts, through 'gloo' or 'nccl': the bytes of each one's tensor, and median seconds."""
+    """Of a sum over these hosts, through 'gloo' or 'nccl', by the bytes of each one's tensor."""
 
     hosts: list[str]
     transport: str
-    points: list[tuple[int, float]]
+    points: list[Point]
 
 
 class HostSeen(msgspec.Struct, frozen=True, kw_only=True):
