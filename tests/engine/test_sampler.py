@@ -76,6 +76,13 @@ def test_greedy_is_the_first_best_id() -> None:
     assert whole(logits, GREEDY).tolist() == [1, 0]
 
 
+@given(st.sets(st.integers(0, 319), min_size=1), st.sampled_from([0.0, float("-inf")]))
+def test_greedy_is_the_first_best_id_of_a_large_vocabulary(best: set[int], others: float) -> None:
+    logits = torch.full((1, 320), others)
+    logits[:, sorted(best)] = 1.0
+    assert whole(logits, GREEDY).tolist() == [min(best)]
+
+
 FILTERS = (
     st.sampled_from([0, 1, 5, 50]),
     st.sampled_from([0.1, 0.7, 0.95, 1.0]),

@@ -5,10 +5,14 @@ Shapes: T query tokens, C context tokens, H query heads, K KV heads, D head size
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 from bireme.kernels.functional import softcap
+
+COPIED_BYTES = 2 << 20  # of keys at most: what a core's cache holds beside a copy
 
 
 def attention_bias(
@@ -46,14 +50,36 @@ def attention(
     """softmax(q k^T * scale + bias) v. q, k, v [B, H, T or C, D] -> [B, H, T, D].
 
     `cap` caps the scores softly before the bias, which SDPA cannot; then it is spelled out. So it is
-    for one query in a small type on a CPU, where SDPA takes ten times as long.
+    where SDPA takes two to ten times as long.
     """
-    is_slow = q.device.type == "cpu" and q.shape[2] == 1 and q.dtype != torch.float32
-    if cap is None and not is_slow:
+    if cap is None and not _is_slow(q, k):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    scores = q @ k.transpose(-1, -2) * scale
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul
+    if k.numel() * k.element_size() <= COPIED_BYTES:
+        k, v = k.contiguous(), v.contiguous()  # matmul would copy k transposed, which takes longer
+    elif q.device.type == "cpu":
+        multiply = _matmul_by_head
+    scores = multiply(q, k.transpose(-1, -2)) * scale
     scores = (scores if cap is None else softcap(scores, cap)) + bias
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+    return multiply(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def _is_slow(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """True where SDPA is: on a CPU for a few queries in a small type, as measured with AVX-512's bfloat16."""
+    num_queries = q.shape[2]
+    if q.device.type != "cpu" or num_queries > 64:
+        return False
+    if q.dtype == torch.bfloat16:
+        return num_queries == 1 or len(q) >= 4 or k.shape[2] >= 1024
+    is_copied = k.numel() * k.element_size() <= COPIED_BYTES
+    return q.dtype == torch.float16 and num_queries == 1 and is_copied
+
+
+def _matmul_by_head(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [B, H, M, N] @ b [B, H, N, P], whose heads lie beside each other: one by one none is copied."""
+    pairs = zip(a.unbind(), b.unbind(), strict=True)
+    found = [x @ y for one, other in pairs for x, y in zip(one, other, strict=True)]
+    return torch.stack(found).view(*a.shape[:-1], b.shape[-1])
 
 
 def grouped_query_attention(

@@ -26,7 +26,10 @@ class PagedCache:
         self.keys[:block_size] = 0  # the null block is read by padding: it must hold numbers
         self.values[:block_size] = 0
 
-        self._heads = torch.arange(num_kv_heads, device=device).unsqueeze(1)
+    @property
+    def bytes_per_place(self) -> int:
+        """Of its keys; of its values as many."""
+        return self.keys[0].nbytes
 
     def write(self, places: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """k and v [T, K, D] go to places [T]."""
@@ -34,8 +37,10 @@ class PagedCache:
         self.values.index_copy_(0, places, v)
 
     def read(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """places [B, C] -> keys and values [B, K, C, D], each head's context in one piece."""
-        shape = (len(places), len(self._heads), places.shape[1], -1)
-        rows = (places.unsqueeze(1) * len(self._heads) + self._heads).flatten()  # [B, K, C]
-        keys, values = (x.flatten(0, 1).index_select(0, rows) for x in (self.keys, self.values))
-        return keys.view(shape), values.view(shape)
+        """places [B, C] -> keys and values [B, K, C, D], each place's heads in one piece."""
+        rows = places.flatten()
+        keys, values = (x.index_select(0, rows) for x in (self.keys, self.values))
+        return (
+            keys.unflatten(0, places.shape).transpose(1, 2),
+            values.unflatten(0, places.shape).transpose(1, 2),
+        )

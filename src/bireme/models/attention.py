@@ -13,7 +13,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from bireme.kernels.attention import attention, attention_bias, grouped_query_attention
+from bireme.kernels.attention import (
+    COPIED_BYTES,
+    attention,
+    attention_bias,
+    grouped_query_attention,
+)
 from bireme.kernels.functional import apply_rope
 from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT, Scoring, tiled_attention
@@ -157,6 +162,7 @@ class PagedAttention(nn.Module):
             # and for each head its place, then its scores: 12 bytes
             place_elements=self.kv_spec.elements_per_token + copied + 6 * cut.num_local_heads,
             score_elements=4 + 3 * (cut.num_local_heads if has_scores else 0),
+            copied_bytes=2 * COPIED_BYTES,
         )
 
     @property
@@ -216,15 +222,34 @@ class PagedAttention(nn.Module):
 
     def _attend(self, q: torch.Tensor, group: SequenceGroup, cache: PagedCache) -> torch.Tensor:
         """[B, H, t, D] -> [B, H, t, D]"""
-        slices = group.slices
-        start = group.seen(slices[0], self.window)[0]
-        keys, values = cache.read(group.context[self.window][:, start:])  # [B, K, C, D]
+        start = group.seen(group.slices[0], self.window)[0]
+        places = group.context[self.window][:, start:]
+        at_once = len(q)
+        if q.device.type == "cpu":  # what was read is still in its cache when it is multiplied
+            at_once = max(1, COPIED_BYTES // (places.shape[1] * cache.bytes_per_place))
+        parts = [
+            self._attend_some(q, slice(first, first + at_once), group, places, start, cache)
+            for first in range(0, len(q), at_once)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_some(
+        self,
+        q: torch.Tensor,
+        some: slice,
+        group: SequenceGroup,
+        places: torch.Tensor,
+        start: int,
+        cache: PagedCache,
+    ) -> torch.Tensor:
+        """`_attend` of some of the sequences; places [B, C] of positions from `start`."""
+        q, (keys, values) = q[some], cache.read(places[some])  # [B, K, C, D]
         if self._head_index is not None:
             keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
         attend = attention if keys.shape[1] == q.shape[1] else grouped_query_attention
         parts = []
-        for queries in slices:
-            bias = group.bias(queries, self.window, self._slopes, q.dtype)
+        for queries in group.slices:
+            bias = group.bias(queries, self.window, self._slopes, q.dtype)[some]
             first, stop = (position - start for position in group.seen(queries, self.window))
             k, v = keys[:, :, first:stop], values[:, :, first:stop]
             parts.append(attend(q[:, :, slice(*queries)], k, v, bias, self.scale, self.cap))
@@ -330,9 +355,12 @@ class Attention(nn.Module):
     def _attend(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
         if self.q_norm is not None:
             rows = self._normed(rows)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv.split(rows))
+        num_queries, num_kv = self.paged.cut.num_local_heads, self.paged.cut.num_local_kv_heads
+        heads = rows.unflatten(-1, (-1, self.head_dim))
+        rotated, v = heads.split((num_queries + num_kv, num_kv), dim=1)
         if step.cos is not None and step.sin is not None:
-            q, k = apply_rope(q, step.cos, step.sin), apply_rope(k, step.cos, step.sin)
+            rotated = apply_rope(rotated, step.cos, step.sin)
+        q, k = rotated.split((num_queries, num_kv), dim=1)
         attended: torch.Tensor = self.paged(q, k, v, step)
         return attended
 

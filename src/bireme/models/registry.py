@@ -55,17 +55,19 @@ def build_stage(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> StageModel:
 
 
 def partition_layers(config: ModelConfig, parallel: ParallelConfig) -> tuple[StageSpec, ...]:
-    """The stages: as given, or balanced by weight bytes a rank, embedding and head counted."""
+    """The stages: as given, or balanced by the weights that a step reads on a rank: the head's count, of the
+    embedding a row a token is looked up."""
     if parallel.layers_per_stage is not None:
         return stage_specs(parallel.layers_per_stage, config.num_layers)
     if parallel.pp_size == 1:
         return stage_specs((config.num_layers,), config.num_layers)
-    costs, first, last = _weight_elements(config)
-    return stage_specs(partition(costs, parallel.widths, first, last), config.num_layers)
+    costs, head = _read_elements(config)
+    counts = partition(costs, parallel.widths, last_cost=head)
+    return stage_specs(counts, config.num_layers)
 
 
-def _weight_elements(config: ModelConfig) -> tuple[list[int], int, int]:
-    """Of every layer, of the embedding, and of the head. Layers that route alike are equal."""
+def _read_elements(config: ModelConfig) -> tuple[list[int], int]:
+    """Weights of every layer, and of the head. Layers that route alike are equal."""
     is_sparse = config.moe.is_sparse if config.moe else (False,) * config.num_layers
 
     def part(first: int, last: int, *, is_whole: bool) -> StageModel:
@@ -82,7 +84,7 @@ def _weight_elements(config: ModelConfig) -> tuple[list[int], int, int]:
         last += ends.embedding.tokens.weight.numel()  # type: ignore[union-attr,operator]
     samples = {kind: is_sparse.index(kind) for kind in set(is_sparse)}
     sizes = {kind: size(part(layer, layer + 1, is_whole=False)) for kind, layer in samples.items()}
-    return [sizes[kind] for kind in is_sparse], size(ends.embedding), last
+    return [sizes[kind] for kind in is_sparse], last
 
 
 def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:

@@ -361,12 +361,14 @@ class StepWork:
     """What a module holds while it runs, beside its input and its output.
 
     Elements for each token of a step; elements gathered for each place of a context; float32
-    elements for each pair of a query and a place.
+    elements for each pair of a query and a place; bytes at most of a copy of what was gathered, where scores are
+    not left to torch's attention.
     """
 
     token_elements: int = 0
     place_elements: int = 0
     score_elements: int = 0
+    copied_bytes: int = 0
 
     def largest(self, other: StepWork) -> StepWork:
         """The work of a rank that runs one after the other."""
@@ -374,6 +376,7 @@ class StepWork:
             max(self.token_elements, other.token_elements),
             max(self.place_elements, other.place_elements),
             max(self.score_elements, other.score_elements),
+            max(self.copied_bytes, other.copied_bytes),
         )
 
 

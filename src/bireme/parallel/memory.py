@@ -72,7 +72,7 @@ def rank_memory(
         rank=rank.rank,
         weight_bytes=rank.num_elements * item_bytes,
         cache_bytes_per_token=cached.total(),
-        activation_bytes=step + logits + _workspace(rank, item_bytes, limits),
+        activation_bytes=step + logits + _workspace(config, rank, item_bytes, limits),
         cache_bytes_by_window=dict(cached),
     )
 
@@ -88,13 +88,15 @@ def _token_bytes(
     return 3 * hidden + block + ((len(widths) + 2) * hidden if has_next else 0)
 
 
-def _workspace(rank: RankLayout, item_bytes: int, limits: StepLimits) -> int:
+def _workspace(config: ModelConfig, rank: RankLayout, item_bytes: int, limits: StepLimits) -> int:
     """What attention gathers and scores (`engine/slots.py`), as far as contexts can be that long,
     and where the places of every context are."""
     place_bytes = rank.work.place_elements * item_bytes
     score_bytes = rank.work.score_elements * 4
     longest, budget = limits.max_model_len, limits.workspace_bytes
     gathered = max(min(budget // 2, limits.num_seqs * longest * place_bytes), longest * place_bytes)
+    if item_bytes < 4 or config.attention_softcap is not None:  # `kernels/attention.py`
+        gathered = max(gathered, min(2 * gathered, 2 * rank.work.copied_bytes))
     pairs = max(limits.num_tokens, limits.num_seqs) * longest
     scores = max(min(budget // 4, pairs * score_bytes), longest * score_bytes)
     places = 8 * limits.num_seqs * longest * len({spec.window for spec in rank.kv})
