@@ -70,6 +70,14 @@ def test_ranks_that_talk_over_gloo_give_the_same_tokens(
     assert texts(pool, GREEDY, tp, pp, transport="distributed") == greedy
 
 
+def test_without_a_compiler_the_tokens_are_the_same(
+    greedy: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BIREME_COMPILED_HELPER", "0")
+    with LLM("demo", tensor_parallel_size=2, dtype="float32") as llm:
+        assert [it.outputs[0].token_ids for it in llm.generate(PROMPTS, GREEDY)] == greedy
+
+
 @pytest.mark.slow
 def test_sixteen_ranks_give_the_same_tokens(pool: WorkerPool, greedy: list[list[int]]) -> None:
     assert texts(pool, GREEDY, 4, 4) == greedy

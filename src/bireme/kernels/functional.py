@@ -11,7 +11,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from bireme.kernels.choice import has_kernels
+from bireme.kernels.choice import has_kernels, suits_c
+from bireme.kernels.cpu import ops
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -29,6 +30,8 @@ def rms_norm(
         from bireme.kernels.gpu import norm
 
         return norm.rms_norm(x, weight, eps, offset)
+    if suits_c(x):
+        return ops.rms_norm(x, weight, eps, offset)
     return rms_norm_reference(x, weight, eps, offset)
 
 
@@ -40,6 +43,8 @@ def add_rms_norm(
         from bireme.kernels.gpu import norm
 
         return norm.add_rms_norm(x, delta, weight, eps, offset)
+    if suits_c(x):
+        return ops.add_rms_norm(x, delta, weight, eps, offset)
     total = x + delta
     return total, rms_norm_reference(total, weight, eps, offset)
 
@@ -61,6 +66,8 @@ def gated(h: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]) -
         from bireme.kernels.gpu.gated import silu_mul
 
         return silu_mul(h)
+    if activation is F.silu and suits_c(h):
+        return ops.silu_mul(h)
     gate, up = h.chunk(2, dim=-1)
     return activation(gate) * up
 

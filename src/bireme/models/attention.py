@@ -19,6 +19,8 @@ from bireme.kernels.attention import (
     attention_bias,
     grouped_query_attention,
 )
+from bireme.kernels.choice import suits_c
+from bireme.kernels.cpu.ops import decode_attention, rope_and_write
 from bireme.kernels.functional import apply_rope
 from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT, Scoring, tiled_attention
@@ -27,6 +29,10 @@ from bireme.model_config import ModelConfig
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
 from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
 from bireme.parallel.mesh import Mesh, TensorGroup
+
+_FEW_HEADS = (
+    1 << 14
+)  # elements of queries that one thread attends with as fast as several do by torch
 
 
 @dataclass
@@ -186,18 +192,21 @@ class PagedAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: StepContext
     ) -> torch.Tensor:
         """q [T, H, D], k and v [T, K, D] -> [T, H * D]."""
-        cache, places = step.caches[self.layer], step.places[self.window]
-        cache.write(places, k[: len(places)], v[: len(places)])
+        places = step.places[self.window]
+        step.caches[self.layer].write(places, k[: len(places)], v[: len(places)])
+        return self.attend(q, step)
+
+    def attend(self, q: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """[T, H, D] -> [T, H * D], of tokens whose keys and values are written."""
+        cache = step.caches[self.layer]
         if step.tile is not None:
             return self._attend_tile(q, step.tile, cache).flatten(1)
         if len(step.groups) == 1:  # its rows are the step's
             rows = q.view(*step.groups[0].rows.shape, *q.shape[1:])
-            attended = self._attend(rows.transpose(1, 2), step.groups[0], cache)
-            return attended.transpose(1, 2).reshape(len(q), -1)
+            return self._attend(rows, step.groups[0], cache).reshape(len(q), -1)
         out = torch.empty_like(q)
         for group in step.groups:
-            attended = self._attend(q[group.rows].transpose(1, 2), group, cache)
-            out[group.rows] = attended.transpose(1, 2)
+            out[group.rows] = self._attend(q[group.rows], group, cache)
         return out.flatten(1)
 
     def attend_paged(
@@ -221,7 +230,15 @@ class PagedAttention(nn.Module):
         return out.flatten(1)
 
     def _attend(self, q: torch.Tensor, group: SequenceGroup, cache: PagedCache) -> torch.Tensor:
-        """[B, H, t, D] -> [B, H, t, D]"""
+        """[B, t, H, D] -> [B, t, H, D]"""
+        if q.shape[1] == 1 and q.shape[3] % 16 == 0 and suits_c(q, most_elements=_FEW_HEADS):
+            assert self._head_map is not None
+            out = decode_attention(
+                q.squeeze(1), cache.keys, cache.values, group.context[self.window],
+                group.positions, self._head_map, self.scale, self.window, self.cap, self._slopes,
+            )  # fmt: skip
+            return out.unsqueeze(1)
+        q = q.transpose(1, 2)
         start = group.seen(group.slices[0], self.window)[0]
         places = group.context[self.window][:, start:]
         at_once = len(q)
@@ -231,7 +248,7 @@ class PagedAttention(nn.Module):
             self._attend_some(q, slice(first, first + at_once), group, places, start, cache)
             for first in range(0, len(q), at_once)
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(1, 2)
 
     def _attend_some(
         self,
@@ -242,7 +259,7 @@ class PagedAttention(nn.Module):
         start: int,
         cache: PagedCache,
     ) -> torch.Tensor:
-        """`_attend` of some of the sequences; places [B, C] of positions from `start`."""
+        """[B, H, t, D] of `some` of the sequences; places [B, C] of positions from `start`."""
         q, (keys, values) = q[some], cache.read(places[some])  # [B, K, C, D]
         if self._head_index is not None:
             keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
@@ -355,13 +372,21 @@ class Attention(nn.Module):
     def _attend(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
         if self.q_norm is not None:
             rows = self._normed(rows)
-        num_queries, num_kv = self.paged.cut.num_local_heads, self.paged.cut.num_local_kv_heads
+        paged = self.paged
+        rotation = (step.cos, step.sin) if step.cos is not None and step.sin is not None else None
+        if suits_c(rows):
+            cache, places = step.caches[paged.layer], step.places[paged.window]
+            q = rope_and_write(
+                rows, paged.cut.num_local_heads, rotation, places, cache.keys, cache.values
+            )
+            return paged.attend(q, step)
+        num_queries, num_kv = paged.cut.num_local_heads, paged.cut.num_local_kv_heads
         heads = rows.unflatten(-1, (-1, self.head_dim))
         rotated, v = heads.split((num_queries + num_kv, num_kv), dim=1)
-        if step.cos is not None and step.sin is not None:
-            rotated = apply_rope(rotated, step.cos, step.sin)
+        if rotation is not None:
+            rotated = apply_rope(rotated, *rotation)
         q, k = rotated.split((num_queries, num_kv), dim=1)
-        attended: torch.Tensor = self.paged(q, k, v, step)
+        attended: torch.Tensor = paged(q, k, v, step)
         return attended
 
     def _normed(self, rows: torch.Tensor) -> torch.Tensor:
