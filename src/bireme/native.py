@@ -1,6 +1,6 @@
 """Code in C beside its caller in Python: compiled once a user, kept in a folder of the user's cache.
 
-Where there is no compiler, or BIREME_COMPILED_HELPER is 0, callers do the same from Python.
+Callers do without where there is no compiler, or where BIREME_COMPILED_HELPER is 0.
 """
 
 from __future__ import annotations
@@ -21,15 +21,23 @@ _COMPILE = ("cc", "-std=gnu11", "-O3", "-shared", "-fPIC")
 _COMPILE_S = 60.0
 
 
+def is_switched_off() -> bool:
+    return os.environ.get("BIREME_COMPILED_HELPER") == "0"
+
+
 def load_library(source: Path, flags: Sequence[str] = ()) -> ctypes.CDLL | None:
     """None where it is switched off, or cannot be made here; the log says why."""
-    if os.environ.get("BIREME_COMPILED_HELPER") == "0":
+    if is_switched_off():
         return None
     try:
         return ctypes.CDLL(str(_compiled(source, [*_COMPILE, *flags])))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        is_missing = isinstance(error, FileNotFoundError)  # the compiler, which nobody needs
         reason = getattr(error, "stderr", None) or error
-        logging.getLogger(__name__).info("%s is not compiled: %s", source.name, reason)
+        logging.getLogger(__name__).log(
+            logging.INFO if is_missing else logging.WARNING,
+            "%s is not compiled, which is slower: %s", source.name, reason,
+        )  # fmt: skip
         return None
 
 

@@ -17,16 +17,26 @@ from bireme.engine.messages import Command, Join
 from bireme.engine.pool import WorkerPool, World
 from bireme.engine.prepare import DeviceMemory, smallest_fit
 from bireme.errors import CapacityError
+from bireme.model_config import ModelConfig
 from bireme.models.registry import partition_layers
 
 
+def layers_per_stage(config: ModelConfig, num_stages: int) -> list[int]:
+    stages = partition_layers(config, ParallelConfig.of(1, num_stages))
+    return [stage.last_layer - stage.first_layer for stage in stages]
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_stages_are_balanced_with_the_head_counted_and_without_the_embedding(is_tied: bool) -> None:
-    """A head of two layers' size takes the place of two layers; of an embedding a step reads a few rows."""
+def test_stages_read_alike_as_far_as_they_hold_alike(is_tied: bool) -> None:
+    """Of an embedding of two layers' size a step reads a few rows, but the fullest stage must hold no more than a
+    tenth above the least that is possible; a head of that size is read as two layers."""
     demo = prepare_model("demo").config
     config = dataclasses.replace(demo, vocab_size=6 * 1024, tie_word_embeddings=is_tied)
-    stages = partition_layers(config, ParallelConfig.of(1, 4))
-    assert [stage.last_layer - stage.first_layer for stage in stages] == [2, 2, 3, 1]
+    assert layers_per_stage(config, 4) == [1, 3, 3, 1]
+    deeper = dataclasses.replace(config, num_layers=32, windows=(None,) * 32)
+    assert layers_per_stage(deeper, 2) == [17, 15]
+    assert layers_per_stage(deeper, 3) == [11, 11, 10]
+    assert layers_per_stage(deeper, 4) == [7, 9, 9, 7]
 
 
 def test_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

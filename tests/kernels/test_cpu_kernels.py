@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bireme.kernels.choice import suits_c, suits_c_attention
 from bireme.kernels.cpu import ops
-from bireme.kernels.cpu.library import KINDS, library
+from bireme.kernels.cpu.library import KINDS
 from bireme.kernels.functional import apply_rope, softcap
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler here")
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of the largest
 dtypes = pytest.mark.parametrize("dtype", KINDS, ids=str)
@@ -117,3 +120,21 @@ def test_attention_of_one_new_token(
     assert close(found, wanted, num_roundings=2)
     alone = ops.decode_attention(q[3:4], keys, values, places[3:4], positions[3:4], *given[4:])
     assert torch.equal(alone[0], found[3])
+
+
+def test_few_rows_of_what_they_know_or_ranks_of_one_thread_take_them() -> None:
+    few, many = torch.zeros(8, 1024), torch.zeros(64, 1024)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert (suits_c(few), suits_c(many), suits_c(few.half())) == (True, False, False)
+        assert [suits_c_attention(few, num_keys) for num_keys in (1 << 20, 1 << 21)] == [
+            True,
+            False,
+        ]
+        assert not suits_c_attention(few[:, :20], 1)
+        torch.set_num_threads(1)
+        assert suits_c(many)
+        assert suits_c_attention(many, 1 << 21)
+    finally:
+        torch.set_num_threads(threads)

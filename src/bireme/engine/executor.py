@@ -33,7 +33,9 @@ from bireme.engine.messages import (
 from bireme.engine.pool import WorkerPool, World
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.errors import EngineError
+from bireme.kernels.cpu.library import library
 from bireme.model_config import ModelConfig
+from bireme.native import is_switched_off
 from bireme.parallel.layout import CacheKind
 from bireme.parallel.mesh import Mesh
 from bireme.request import (
@@ -49,6 +51,11 @@ from bireme.request import (
 from bireme.trace import Span
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+
+def _has_c_kernels() -> bool:
+    """In the ranks, which start with the environment as it is now."""
+    return not is_switched_off() and library() is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,7 @@ class WorkerExecutor:
                 kinds=plan.kinds,
                 max_model_len=plan.max_model_len,
                 dtype=plan.dtype,
+                has_c_kernels=plan.devices[0] == "cpu" and _has_c_kernels(),
             )
         )
         replies = self._world.gather(plan.config.start_timeout_s, "loading its weights")

@@ -44,7 +44,8 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Build and fill this rank's part of the model. `folder` None: made-up weights."""
+    """Build and fill this rank's part of the model. `folder` None: made-up weights. `has_c_kernels`: all ranks
+    run those of `kernels/cpu`."""
 
     model: ModelConfig
     config: EngineConfig
@@ -54,6 +55,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     kinds: tuple[CacheKind, ...]
     max_model_len: int
     dtype: str
+    has_c_kernels: bool
 
 
 class Execute(msgspec.Struct, frozen=True, tag=True):

@@ -18,7 +18,6 @@ from bireme.engine.sampling.shard import Shard
 from bireme.engine.slots import CacheShape, Slots, Workspace
 from bireme.engine.tiles import SIZES, TiledModel, tile_model
 from bireme.kernels.choice import has_kernels
-from bireme.kernels.cpu.library import library
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
@@ -86,8 +85,6 @@ class ModelRunner:
         self.is_profiled = False  # by who sees nothing of what a graph replays
         self.are_layers_timed = False
         model.sums_late = model.takes_unsummed and has_kernels(device)
-        if device.type == "cpu":
-            library()  # is compiled before the first step, not in it
 
     @property
     def cache_bytes(self) -> int:

@@ -38,6 +38,7 @@ from bireme.engine.rank_profile import RankProfile
 from bireme.engine.sampling.answer import Answer
 from bireme.engine.slots import CacheShape
 from bireme.errors import EngineError, PeerLost
+from bireme.kernels.cpu.library import library
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage
 from bireme.parallel.layers import materialise, named_layouts, pack_weights
@@ -150,6 +151,8 @@ class Worker(rank.Rank[Commands]):
     def _load(self, command: Load) -> Loaded:
         if self._comm is None:
             raise EngineError("a model came before a world was joined")
+        if command.has_c_kernels and library() is None:
+            raise EngineError("this rank cannot load the kernels in C that its driver uses")
         start = time.monotonic()
         mesh, dtype = self._comm.mesh, torch_dtype(command.dtype)
         spec = stage_specs(command.layers_per_stage, command.model.num_layers)[mesh.stage]

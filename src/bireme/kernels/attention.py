@@ -46,33 +46,36 @@ def attention(
     bias: torch.Tensor,
     scale: float,
     cap: float | None = None,
+    *,
+    is_one_token: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T * scale + bias) v. q, k, v [B, H, T or C, D] -> [B, H, T, D].
+
+    `is_one_token`: the T queries are heads of one new token a sequence.
 
     `cap` caps the scores softly before the bias, which SDPA cannot; then it is spelled out. So it is
     where SDPA takes two to ten times as long.
     """
-    if cap is None and not _is_slow(q, k):
+    if cap is None and not (is_one_token and _is_slow(q, k)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = torch.matmul
     if k.numel() * k.element_size() <= COPIED_BYTES:
         k, v = k.contiguous(), v.contiguous()  # matmul would copy k transposed, which takes longer
     elif q.device.type == "cpu":
         multiply = _matmul_by_head
-    scores = multiply(q, k.transpose(-1, -2)) * scale
+    scores = multiply(q * scale, k.transpose(-1, -2))  # scaled first: float16 overflows
     scores = (scores if cap is None else softcap(scores, cap)) + bias
     return multiply(torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
 
 def _is_slow(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """True where SDPA is: on a CPU for a few queries in a small type, as measured with AVX-512's bfloat16."""
-    num_queries = q.shape[2]
-    if q.device.type != "cpu" or num_queries > 64:
+    """True where SDPA is: on a CPU for one token a sequence in a small type, as measured with AVX-512's bfloat16."""
+    if q.device.type != "cpu":
         return False
     if q.dtype == torch.bfloat16:
-        return num_queries == 1 or len(q) >= 4 or k.shape[2] >= 1024
+        return q.shape[2] == 1 or len(q) >= 4 or k.shape[2] >= 1024
     is_copied = k.numel() * k.element_size() <= COPIED_BYTES
-    return q.dtype == torch.float16 and num_queries == 1 and is_copied
+    return q.dtype == torch.float16 and q.shape[2] == 1 and is_copied
 
 
 def _matmul_by_head(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,7 @@ def grouped_query_attention(
     """
     q = q.unflatten(1, (k.shape[1], -1))  # [B, K, H / K, T, D]
     if q.shape[3] == 1:  # the heads that share a KV head are its queries
-        out = attention(q.squeeze(3), k, v, bias, scale, cap)
+        out = attention(q.squeeze(3), k, v, bias, scale, cap, is_one_token=True)
         return out.flatten(1, 2).unsqueeze(2)
     num_shared = q.shape[2]
     k, v = k.expand(num_shared, -1, -1, -1), v.expand(num_shared, -1, -1, -1)

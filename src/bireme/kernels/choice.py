@@ -10,6 +10,7 @@ import torch
 from bireme.kernels.cpu.library import KINDS, library
 
 _SHARED = 1 << 15  # elements that torch divides among threads, and the kernels in C do not
+_SHARED_KEYS = 1 << 20
 
 
 @cache
@@ -28,9 +29,18 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and _is_triton_there()
 
 
-def suits_c(x: torch.Tensor, most_elements: int = _SHARED) -> bool:
-    """True where the version in C is there for x, and is as fast: torch's has one thread too, or is given no more than
-    `most_elements`."""
-    is_known = x.device.type == "cpu" and x.dtype in KINDS
-    is_alone = is_known and (x.numel() <= most_elements or torch.get_num_threads() == 1)
-    return is_alone and library() is not None
+def suits_c(x: torch.Tensor) -> bool:
+    """True where the version in C is there for x, and as fast: torch's has one thread too, or would not divide so
+    little. It depends on nothing but x's size and the rank's threads, so that a tile of rows always goes the same way.
+    """
+    return _is_known_to_c(x) and (x.numel() <= _SHARED or torch.get_num_threads() == 1)
+
+
+def suits_c_attention(q: torch.Tensor, num_keys: int) -> bool:
+    """The same of attention of one new token a sequence, q [..., D], which reads `num_keys` elements of keys."""
+    is_alone = num_keys <= _SHARED_KEYS or torch.get_num_threads() == 1
+    return _is_known_to_c(q) and q.shape[-1] % 16 == 0 and is_alone
+
+
+def _is_known_to_c(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in KINDS and library() is not None

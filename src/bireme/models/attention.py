@@ -15,11 +15,10 @@ from torch import nn
 
 from bireme.kernels.attention import (
     COPIED_BYTES,
-    attention,
     attention_bias,
     grouped_query_attention,
 )
-from bireme.kernels.choice import suits_c
+from bireme.kernels.choice import suits_c, suits_c_attention
 from bireme.kernels.cpu.ops import decode_attention, rope_and_write
 from bireme.kernels.functional import apply_rope
 from bireme.kernels.query_tiles import Tiles
@@ -29,10 +28,6 @@ from bireme.model_config import ModelConfig
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
 from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
 from bireme.parallel.mesh import Mesh, TensorGroup
-
-_FEW_HEADS = (
-    1 << 14
-)  # elements of queries that one thread attends with as fast as several do by torch
 
 
 @dataclass
@@ -231,16 +226,18 @@ class PagedAttention(nn.Module):
 
     def _attend(self, q: torch.Tensor, group: SequenceGroup, cache: PagedCache) -> torch.Tensor:
         """[B, t, H, D] -> [B, t, H, D]"""
-        if q.shape[1] == 1 and q.shape[3] % 16 == 0 and suits_c(q, most_elements=_FEW_HEADS):
+        context = group.context[self.window]
+        num_keys = context.numel() * cache.keys[0].numel()
+        if q.shape[1] == 1 and suits_c_attention(q, num_keys):
             assert self._head_map is not None
             out = decode_attention(
-                q.squeeze(1), cache.keys, cache.values, group.context[self.window],
+                q.squeeze(1), cache.keys, cache.values, context,
                 group.positions, self._head_map, self.scale, self.window, self.cap, self._slopes,
             )  # fmt: skip
             return out.unsqueeze(1)
         q = q.transpose(1, 2)
         start = group.seen(group.slices[0], self.window)[0]
-        places = group.context[self.window][:, start:]
+        places = context[:, start:]
         at_once = len(q)
         if q.device.type == "cpu":  # what was read is still in its cache when it is multiplied
             at_once = max(1, COPIED_BYTES // (places.shape[1] * cache.bytes_per_place))
@@ -263,13 +260,13 @@ class PagedAttention(nn.Module):
         q, (keys, values) = q[some], cache.read(places[some])  # [B, K, C, D]
         if self._head_index is not None:
             keys, values = (x.index_select(1, self._head_index) for x in (keys, values))
-        attend = attention if keys.shape[1] == q.shape[1] else grouped_query_attention
         parts = []
         for queries in group.slices:
             bias = group.bias(queries, self.window, self._slopes, q.dtype)[some]
             first, stop = (position - start for position in group.seen(queries, self.window))
             k, v = keys[:, :, first:stop], values[:, :, first:stop]
-            parts.append(attend(q[:, :, slice(*queries)], k, v, bias, self.scale, self.cap))
+            given = q[:, :, slice(*queries)], k, v, bias, self.scale, self.cap
+            parts.append(grouped_query_attention(*given))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _attend_tile(self, q: torch.Tensor, tile: Tile, cache: PagedCache) -> torch.Tensor:

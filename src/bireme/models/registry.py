@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import reduce
+from itertools import accumulate, pairwise
+from math import inf
 from types import MappingProxyType
 
 import torch
@@ -25,7 +27,7 @@ from bireme.models.phi3 import PHI3
 from bireme.parallel.layers import named_layouts
 from bireme.parallel.layout import ModelLayout, RankLayout, StepWork
 from bireme.parallel.mesh import Mesh
-from bireme.parallel.pipeline import StageSpec, partition, stage_specs
+from bireme.parallel.pipeline import StageSpec, partition_by, stage_specs
 
 FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
@@ -55,19 +57,34 @@ def build_stage(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> StageModel:
 
 
 def partition_layers(config: ModelConfig, parallel: ParallelConfig) -> tuple[StageSpec, ...]:
-    """The stages: as given, or balanced by the weights that a step reads on a rank: the head's count, of the
-    embedding a row a token is looked up."""
+    """The stages: as given, or balanced by the weights that a step reads on a rank, of the embedding a row a
+    token, as far as no rank holds over a tenth more weights than the fullest must."""
     if parallel.layers_per_stage is not None:
         return stage_specs(parallel.layers_per_stage, config.num_layers)
     if parallel.pp_size == 1:
         return stage_specs((config.num_layers,), config.num_layers)
-    costs, head = _read_elements(config)
-    counts = partition(costs, parallel.widths, last_cost=head)
-    return stage_specs(counts, config.num_layers)
+    layers, embedding, head = _weight_elements(config)
+    num_layers, widths = config.num_layers, parallel.widths
+    total = [0, *accumulate(layers)]
+
+    def read(stage: int, start: int, stop: int) -> float:
+        return (total[stop] - total[start] + head * (stop == num_layers)) / widths[stage]
+
+    def held(stage: int, start: int, stop: int) -> float:
+        return read(stage, start, stop) + embedding * (start == 0) / widths[stage]
+
+    counts = partition_by(held, num_layers, len(widths))
+    edges = pairwise(accumulate(counts, initial=0))
+    most = 1.1 * max(held(stage, *edge) for stage, edge in enumerate(edges))
+
+    def cost(stage: int, start: int, stop: int) -> float:
+        return read(stage, start, stop) if held(stage, start, stop) <= most else inf
+
+    return stage_specs(partition_by(cost, num_layers, len(widths)), num_layers)
 
 
-def _read_elements(config: ModelConfig) -> tuple[list[int], int]:
-    """Weights of every layer, and of the head. Layers that route alike are equal."""
+def _weight_elements(config: ModelConfig) -> tuple[list[int], int, int]:
+    """Of every layer, of the embedding, and of the head. Layers that route alike are equal."""
     is_sparse = config.moe.is_sparse if config.moe else (False,) * config.num_layers
 
     def part(first: int, last: int, *, is_whole: bool) -> StageModel:
@@ -84,7 +101,7 @@ def _read_elements(config: ModelConfig) -> tuple[list[int], int]:
         last += ends.embedding.tokens.weight.numel()  # type: ignore[union-attr,operator]
     samples = {kind: is_sparse.index(kind) for kind in set(is_sparse)}
     sizes = {kind: size(part(layer, layer + 1, is_whole=False)) for kind, layer in samples.items()}
-    return [sizes[kind] for kind in is_sparse], last
+    return [sizes[kind] for kind in is_sparse], size(ends.embedding), last
 
 
 def rank_layout(config: ModelConfig, mesh: Mesh, spec: StageSpec) -> RankLayout:

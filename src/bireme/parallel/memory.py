@@ -95,7 +95,9 @@ def _workspace(config: ModelConfig, rank: RankLayout, item_bytes: int, limits: S
     score_bytes = rank.work.score_elements * 4
     longest, budget = limits.max_model_len, limits.workspace_bytes
     gathered = max(min(budget // 2, limits.num_seqs * longest * place_bytes), longest * place_bytes)
-    if item_bytes < 4 or config.attention_softcap is not None:  # `kernels/attention.py`
+    if (
+        item_bytes < 4 or config.attention_softcap is not None
+    ):  # `kernels/attention.py` copies it as well
         gathered = max(gathered, min(2 * gathered, 2 * rank.work.copied_bytes))
     pairs = max(limits.num_tokens, limits.num_seqs) * longest
     scores = max(min(budget // 4, pairs * score_bytes), longest * score_bytes)

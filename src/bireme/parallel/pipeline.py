@@ -58,6 +58,9 @@ def sampled_edges(widths: Sequence[int]) -> tuple[Edge, ...]:
     return edges_between(widths, len(widths) - 1, 0) if len(widths) > 1 else ()
 
 
+StageCost = Callable[[int, int, int], float]  # of stage, first layer, and the one behind its last
+
+
 def partition(
     layer_costs: Sequence[float],
     widths: Sequence[int],
@@ -74,22 +77,27 @@ def partition(
     `fits(start, stop)` says whether a device holds these layers; CapacityError where no cut has
     only stages that fit.
     """
-    num_layers, num_stages = len(layer_costs), len(widths)
-    if num_stages > num_layers:
-        raise ConfigError(
-            f"pipeline_parallel_size={num_stages} exceeds the {num_layers} layers; use at most {num_layers}"
-        )
+    num_layers, last = len(layer_costs), len(widths) - 1
     total = [0.0, *accumulate(layer_costs)]
     transfer = [0.0, *(transfer_costs or [0.0] * num_layers)]
 
     def cost(stage: int, start: int, stop: int) -> float:
         if fits is not None and start < stop and not fits(start, stop):
             return inf
-        is_last = stage == num_stages - 1
+        is_last = stage == last
         ends = first_cost * (stage == 0) + last_cost * is_last
         moved = transfer[start] * (stage > 0) + transfer[stop] * (not is_last)
         return (total[stop] - total[start] + ends + moved) / widths[stage]
 
+    return partition_by(cost, num_layers, len(widths))
+
+
+def partition_by(cost: StageCost, num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """`partition` for any cost of a stage: inf where it cannot be."""
+    if num_stages > num_layers:
+        raise ConfigError(
+            f"pipeline_parallel_size={num_stages} exceeds the {num_layers} layers; use at most {num_layers}"
+        )
     best = [cost(0, 0, stop) for stop in range(num_layers + 1)]
     cuts: list[list[int]] = []
     for stage in range(1, num_stages):

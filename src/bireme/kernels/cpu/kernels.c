@@ -2,6 +2,7 @@
  * sequence over a paged cache. Numbers are float32 or bfloat16 (`kind`), sums are float32. Each row comes out the
  * same whatever lies beside it.
  */
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -205,10 +206,15 @@ INLINE float sum_of(vector x) {
 
 /* size is a multiple of 16 */
 INLINE float product(const float *a, const float *b, int64_t size) {
-    vector sum = {0};
-    for (int64_t at = 0; at < size; at += 16)
+    vector sum = {0}, other = {0};
+    int64_t at = 0;
+    for (; at + 32 <= size; at += 32) {
         sum += *(const vector *)(a + at) * *(const vector *)(b + at);
-    return sum_of(sum);
+        other += *(const vector *)(a + at + 16) * *(const vector *)(b + at + 16);
+    }
+    if (at < size)
+        sum += *(const vector *)(a + at) * *(const vector *)(b + at);
+    return sum_of(sum + other);
 }
 
 /* to [size] = to * shrink + weights [count] times rows, `stride` apart; size is a multiple of 16. */
@@ -292,7 +298,7 @@ INLINE void decode_attention(int kind, const void *q, const void *keys, const vo
             state.mixed[i] = 0;
         }
         for (int64_t head = 0; head < num_heads; head++)
-            state.best[head] = -INFINITY, state.total[head] = 0;
+            state.best[head] = -FLT_MAX, state.total[head] = 0;
         for (int64_t at = first; at < stop; at += PLACES) {
             int64_t count = stop - at < PLACES ? stop - at : PLACES;
             attend_part(kind, &state, keys, values, places + row * num_places + at, count, stop - 1 - at,

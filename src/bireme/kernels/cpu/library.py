@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import platform
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ from bireme.native import load_library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}  # as there
 # so that loops are vectorised: nobody asks for errno or floating-point traps
-_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-mprefer-vector-width=512")
+_FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+_X86_FLAGS = ("-mprefer-vector-width=512",)
 _COUNT = c_int64
 
 
@@ -54,5 +56,6 @@ class Library:
 @cache
 def library() -> Library | None:
     """None where it cannot be made."""
-    found = load_library(Path(__file__).with_name("kernels.c"), _FLAGS)
+    flags = _FLAGS + (_X86_FLAGS if platform.machine() == "x86_64" else ())
+    found = load_library(Path(__file__).with_name("kernels.c"), flags)
     return None if found is None else Library(found)

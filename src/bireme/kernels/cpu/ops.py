@@ -18,8 +18,13 @@ def _library() -> Library:
     return found
 
 
+def _are_alike(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    return all(other.dtype == x.dtype and other.is_contiguous() for other in others)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
     """`functional.rms_norm` of x [..., D]."""
+    assert _are_alike(x, weight)
     x = x.contiguous()
     out = torch.empty_like(x)
     size = x.shape[-1]
@@ -35,6 +40,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`functional.add_rms_norm` of x and delta [T, D]."""
     x, delta = x.contiguous(), delta.contiguous()
+    assert _are_alike(x, delta, weight)
     total, out = torch.empty_like(x), torch.empty_like(x)
     _library().norm(
         KINDS[x.dtype], x.data_ptr(), delta.data_ptr(), weight.data_ptr(), total.data_ptr(),
@@ -66,6 +72,7 @@ def rope_and_write(
     `rotation` is cos and sin [T, R / 2], of qkv's dtype. Rows beyond `places` are not written.
     """
     assert places.dtype == torch.int64
+    assert _are_alike(qkv, keys, values, *(rotation or ()))
     num_kv, head_dim = keys.shape[1:]
     qkv = qkv.contiguous()
     out = qkv.new_empty(len(qkv), num_heads, head_dim)
@@ -93,11 +100,12 @@ def decode_attention(
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [B, H, D] -> [B, H, D], of tokens at int64 `positions` [B], whose own keys and values are in the cache
-    [N, K, D] already: int64 places [B, C] say where positions from 0 on are. Query head h reads KV head
-    `head_map[h]`, int32 [H]; D is a multiple of 16; `slopes` are float32 [H].
+    [N, K, D] already: int64 places [B, C] say where positions from 0 on are, and C is more than any position. Query
+    head h reads KV head `head_map[h]`, int32 [H]; D is a multiple of 16; `slopes` are float32 [H].
     """
     assert places.dtype == positions.dtype == torch.int64
     assert head_map.dtype == torch.int32
+    assert _are_alike(q, keys, values)
     q, places = q.contiguous(), places.contiguous()
     heads = Heads(q.shape[1], keys.shape[1], q.shape[2])
     scoring = Scoring(scale, cap or 0.0, window or 0, None if slopes is None else slopes.data_ptr())
