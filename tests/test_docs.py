@@ -44,6 +44,7 @@ def blocks(text: str) -> list[Block]:
 _VOLATILE = re.compile(
     r"\d+(\.\d+)?(?= (s|ms|tokens/s|requests/s)\b|% of the time)"  # times and rates
     r"|\d\.\d+e-\d+"  # 1.24e-05: what rounding makes of a logit
+    r"|^\d+(?=\. .* \([a-z-]+\)$)"  # a finding's rank: what a busy machine has done comes in between
 )
 
 
