@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from bireme.vision.model import find_model
 NETWORK = find_model("planted.slow_network:SlowNetwork", None, image_size=32)
 TOLERANCE = 0.05  # of what was planted
 DELAYS_S = (0.2, 0.35, 0.6)
-IDLE_S = 0.1  # after which a machine wakes up as slowly as after any longer sleep
+IDLE_S = 0.1  # after which ranks wake up as slowly as after any longer sleep
 MAX_RUNS = 9
 Rows = Mapping[Row, int]  # nanoseconds
 Interval = tuple[int, int]
@@ -42,6 +43,15 @@ def within(intervals: Sequence[Interval], ledger: Ledger) -> int:
     return sum(
         max(0, min(end, ledger.end_ns) - max(start, ledger.start_ns)) for start, end in intervals
     )
+
+
+def hold(seconds: float) -> Interval:
+    """Lets time pass, and says when. It does not sleep: a host that wakes up is late by as much as its machine
+    pleases, which is nobody's delay."""
+    start_ns = time.monotonic_ns()
+    while time.monotonic_ns() < start_ns + seconds * 1e9:
+        os.sched_yield()
+    return start_ns, time.monotonic_ns()
 
 
 class Plant:

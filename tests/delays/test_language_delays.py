@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from planting import IDLE_S, Interval, Plant, Planted, check, within
+from planting import IDLE_S, Interval, Plant, Planted, check, hold, within
 
 from bireme import LLM, SamplingParams
 from bireme.engine.pool import WorkerPool
@@ -100,12 +100,10 @@ def test_an_empty_queue_starves_all_ranks(case: Case) -> None:
     def run(delay_s: float) -> Planted:
         case.plant.set(case.paces())
         case.generate(1, 1)
-        slept_ns = time.monotonic_ns()
-        time.sleep(delay_s)
-        delay_ns = time.monotonic_ns() - slept_ns
+        held_ns = hold(delay_s)
         case.generate(1, 1)
-        ledger = make_ledger(case.llm.recorded(), slept_ns, time.monotonic_ns())
-        return Planted(ledger, [{Row.STARVED: delay_ns}] * case.num_ranks)
+        ledger = make_ledger(case.llm.recorded(), held_ns[0], time.monotonic_ns())
+        return Planted(ledger, [{Row.STARVED: held_ns[1] - held_ns[0]}] * case.num_ranks)
 
     check(run, IDLE_S)
 
@@ -140,9 +138,7 @@ def test_a_blocked_host_is_told_on_every_rank(case: Case, monkeypatch: pytest.Mo
         sleeps: list[Interval] = []
         for index, _ in enumerate(case.llm.stream([[5, 6, 7]], params)):
             if 0 < index <= NUM_DELAYS:
-                slept_ns = time.monotonic_ns()
-                time.sleep(delay_s / NUM_DELAYS)
-                sleeps.append((slept_ns, time.monotonic_ns()))
+                sleeps.append(hold(delay_s / NUM_DELAYS))
         ledger = make_ledger(case.llm.recorded(), sleeps[0][0], sleeps[-1][1])
         return Planted(ledger, [{Row.HOST: within(sleeps, ledger)}] * case.num_ranks)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from planting import IDLE_S, NETWORK, Interval, Plant, Planted, check, within
+from planting import IDLE_S, NETWORK, Interval, Plant, Planted, check, hold, within
 
 from bireme.engine.pool import WorkerPool, World
 from bireme.observe.causes import Row
@@ -87,12 +87,10 @@ def test_an_empty_queue_starves_all_ranks(case: Case) -> None:
     def run(delay_s: float) -> Planted:
         case.plant.set([PACE_S] * case.num_stages)
         case.pipeline.run(1)
-        slept_ns = time.monotonic_ns()
-        time.sleep(delay_s)
-        delay_ns = time.monotonic_ns() - slept_ns
+        held_ns = hold(delay_s)
         case.pipeline.run(1)
-        ledger = make_ledger(case.pipeline.recorded(), slept_ns, time.monotonic_ns())
-        return Planted(ledger, [{Row.STARVED: delay_ns}] * case.num_stages)
+        ledger = make_ledger(case.pipeline.recorded(), held_ns[0], time.monotonic_ns())
+        return Planted(ledger, [{Row.STARVED: held_ns[1] - held_ns[0]}] * case.num_stages)
 
     check(run, IDLE_S)
 
@@ -105,9 +103,7 @@ def test_a_blocked_host_is_told_on_every_rank(case: Case, monkeypatch: pytest.Mo
         sleeps: list[Interval] = []
 
         def held_up(self: World, *args: Any) -> None:
-            slept_ns = time.monotonic_ns()
-            time.sleep(delay_s)
-            sleeps.append((slept_ns, time.monotonic_ns()))
+            sleeps.append(hold(delay_s))
             send_all(self, *args)
 
         case.plant.set([PACE_S] * case.num_stages)
