@@ -54,7 +54,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 
 def _has_c_kernels() -> bool:
-    """In the ranks, which start with the environment as it is now."""
+    """Whether ranks that start with the environment as it is now can load them."""
     return not is_switched_off() and library() is not None
 
 

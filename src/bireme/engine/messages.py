@@ -44,8 +44,8 @@ class Join(msgspec.Struct, frozen=True, tag=True):
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Build and fill this rank's part of the model. `folder` None: made-up weights. `has_c_kernels`: all ranks
-    run those of `kernels/cpu`."""
+    """Build and fill this rank's part of the model. `folder` None: made-up weights. `has_c_kernels`: the
+    driver can load those of `kernels/cpu`, so this rank must."""
 
     model: ModelConfig
     config: EngineConfig
