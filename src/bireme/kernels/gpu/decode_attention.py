@@ -18,7 +18,7 @@ _MOST_SPLITS = 16
 
 
 @triton.jit
-def _part(
+def decode_attention_kernel(
     q, keys, values, table, slots, positions, head_starts, slopes, out, acc, top, mass,
     scale, cap, table_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
@@ -69,7 +69,7 @@ def _part(
 
 
 @triton.jit
-def _join(
+def join_splits_kernel(
     acc, top, mass, out,
     D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def decode_attention(
     acc = q.new_empty(of_heads * head_dim if splits > 1 else 1, dtype=torch.float32)
     top, mass = q.new_empty(2, of_heads if splits > 1 else 1, dtype=torch.float32).unbind(0)
     size = triton.next_power_of_2(max(16, head_dim))
-    _part[(num_sequences, num_kv_heads, splits)](
+    decode_attention_kernel[(num_sequences, num_kv_heads, splits)](
         q, keys, values, table, slots, positions, head_starts,
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
@@ -131,7 +131,7 @@ def decode_attention(
         **chained(q),
     )  # fmt: skip
     if splits > 1:
-        _join[(num_sequences * num_heads,)](
+        join_splits_kernel[(num_sequences * num_heads,)](
             acc, top, mass, out, D=head_dim, SIZE=size, SPLITS=splits, num_warps=4,
             **chained(q),
         )  # fmt: skip

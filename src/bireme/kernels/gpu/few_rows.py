@@ -25,7 +25,7 @@ def _silu_mul(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def _one_row(
+def one_row_kernel(
     x, weight, bias, out, N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
@@ -57,7 +57,7 @@ def _one_row(
 
 
 @triton.jit
-def _some_rows(
+def few_rows_kernel(
     x, weight, bias, out, T, N, K, x_stride,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
@@ -123,12 +123,12 @@ def _product(
     given_bias = bias if bias is not None else weight
     flags = {"IS_GATED": is_gated, "HAS_BIAS": bias is not None, **chained(x)}
     if num_rows == 1:
-        _one_row[(triton.cdiv(num_outputs, 4),)](
+        one_row_kernel[(triton.cdiv(num_outputs, 4),)](
             x, weight, given_bias, out, num_outputs, num_inputs,
             BLOCK_N=4, BLOCK_K=1024, **flags, num_warps=4 if is_gated else 2,
         )  # fmt: skip
         return out
-    _some_rows[(triton.cdiv(num_outputs, 64),)](
+    few_rows_kernel[(triton.cdiv(num_outputs, 64),)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
         BLOCK_T=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=64, BLOCK_K=128, **flags,
         num_warps=4, num_stages=4 if is_gated else 6,

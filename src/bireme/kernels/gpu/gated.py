@@ -12,7 +12,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(h, out, F, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr):
+def silu_mul_kernel(h, out, F, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < F
@@ -27,5 +27,7 @@ def silu_mul(h: torch.Tensor) -> torch.Tensor:
     """[T, 2 F], gate before up -> [T, F]"""
     columns = h.shape[1] // 2
     out = h.new_empty(len(h), columns)
-    _silu_mul[(len(h), triton.cdiv(columns, _BLOCK))](h, out, columns, BLOCK=_BLOCK, **chained(h))
+    silu_mul_kernel[(len(h), triton.cdiv(columns, _BLOCK))](
+        h, out, columns, BLOCK=_BLOCK, **chained(h)
+    )
     return out

@@ -10,7 +10,7 @@ from bireme.kernels.gpu.chain import await_before, chained
 
 
 @triton.jit
-def _kernel(
+def rms_norm_kernel(
     x, delta, weight, total, out, eps, offset,
     D: tl.constexpr, SIZE: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr,
     IS_CHAINED: tl.constexpr,
@@ -44,7 +44,7 @@ def rms_norm(
     x = x.contiguous()
     out = torch.empty_like(x)
     size = triton.next_power_of_2(x.shape[-1])
-    _kernel[(x.numel() // x.shape[-1],)](
+    rms_norm_kernel[(x.numel() // x.shape[-1],)](
         x, x, weight, x, out, eps, offset,
         D=x.shape[-1], SIZE=size, HAS_DELTA=False, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
         **chained(x),
@@ -59,7 +59,7 @@ def add_rms_norm(
     x, delta = x.contiguous(), delta.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
     size = triton.next_power_of_2(x.shape[-1])
-    _kernel[(len(x),)](
+    rms_norm_kernel[(len(x),)](
         x, delta, weight, total, out, eps, offset,
         D=x.shape[-1], SIZE=size, HAS_DELTA=True, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
         **chained(x),

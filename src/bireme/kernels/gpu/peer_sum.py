@@ -35,7 +35,7 @@ def _word(low, high, dtype: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def peer_sum_kernel(
     addend, x, weight, total, normed, inboxes, numbers, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr,
     PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_X: tl.constexpr, HAS_NORM: tl.constexpr,
@@ -186,7 +186,7 @@ def _run(
     others = (own if it is None else it.view(torch.int32) for it in (x, weight, total, normed))
     num_words = own.shape[1]
     size = triton.next_power_of_2(num_words)
-    _kernel[(len(addend),)](
+    peer_sum_kernel[(len(addend),)](
         own, *others, inboxes.addresses, inboxes.numbers,
         eps, offset, inboxes.most_polls,
         RANK=inboxes.rank, W=len(inboxes.addresses), WORDS=num_words, SIZE=size,

@@ -15,7 +15,7 @@ from bireme.kernels.query_tiles import TILE, Tiles
 
 
 @triton.jit
-def _kernel(
+def prefill_attention_kernel(
     q, keys, values, table, slots, tiles, head_map, slopes, out, scale, cap, table_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
@@ -92,7 +92,7 @@ def prefill_attention(
     out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
     size = triton.next_power_of_2(max(16, head_dim))
     is_wide = q.dtype == torch.float32 or size > 128
-    _kernel[(num_heads, len(tiles.on_device))](
+    prefill_attention_kernel[(num_heads, len(tiles.on_device))](
         q, keys, values, table, slots, tiles.on_device, head_map,
         slopes if slopes is not None else q, out, scale, cap or 0.0, table.stride(0),
         H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=32 if is_wide else 64,

@@ -15,7 +15,7 @@ _HEADS = 8  # of a program
 
 
 @triton.jit
-def _kernel(
+def rope_and_write_kernel(
     qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, row_stride, num_written,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
     HEADS: tl.constexpr, HAS_NORM: tl.constexpr, IS_CHAINED: tl.constexpr,
@@ -81,7 +81,7 @@ def rope_and_write(
     cos, sin = rotation if rotation is not None else (qkv, qkv)
     q_weight, k_weight, eps = norms if norms is not None else (qkv, qkv, 0.0)
     out = qkv.new_empty(len(qkv), num_heads, head_dim)
-    _kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
+    rope_and_write_kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
         qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, qkv.stride(0),
         len(places),
         H=num_heads, K=num_kv, D=head_dim, SIZE=triton.next_power_of_2(head_dim), HALF=half,
