@@ -89,9 +89,7 @@ def run(
     for runner, capture in zip(executor.runners, captures, strict=True):
         runner.capture = capture  # type: ignore[assignment]
     kinds = limits.pop("kinds", plan.kinds)
-    scheduler = Scheduler(
-        dataclasses.replace(scheduler_limits(plan.model, plan.config), **limits), kinds
-    )
+    scheduler = Scheduler(dataclasses.replace(scheduler_limits(plan), **limits), kinds)
     engine = Engine(scheduler, executor)
     tokens: dict[int, list[int]] = {seed: [] for seed in prompts}
     params = SamplingParams(temperature=0, max_tokens=NUM_NEW)

@@ -93,9 +93,8 @@ class EngineHost:
         if self._engine is None:
             self._begun_ns = time.monotonic_ns()
             self._executor = WorkerExecutor(self.plan, self._pool)
-            limits = scheduler_limits(self.model.config, self.config)
             self._spans = SpanRing.create()
-            scheduler = Scheduler(limits, self.plan.kinds)
+            scheduler = Scheduler(scheduler_limits(self.plan), self.plan.kinds)
             self._engine = Engine(scheduler, self._executor, spans=self._spans)
         return self._engine
 

@@ -25,6 +25,7 @@ from bireme.engine.budget import (
     resolve_max_model_len,
     step_limits,
 )
+from bireme.engine.chunks import CPU_CHUNKS, GPU_CHUNKS
 from bireme.engine.executor import WorkerPlan
 from bireme.engine.input_processor import ServedModel
 from bireme.engine.scheduler import SchedulerLimits
@@ -268,7 +269,9 @@ def _budget(
     return cache_budget(model.config, engine, ranks, limit)
 
 
-def scheduler_limits(config: ModelConfig, engine: EngineConfig) -> SchedulerLimits:
+def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
+    config, engine = plan.model, plan.config
+    is_on_gpus = any(device != "cpu" for device in plan.devices)
     return SchedulerLimits(
         pp_size=engine.parallel.pp_size,
         max_num_seqs=engine.max_num_seqs,
@@ -278,6 +281,7 @@ def scheduler_limits(config: ModelConfig, engine: EngineConfig) -> SchedulerLimi
         has_prefix_caching=engine.enable_prefix_caching,
         context_per_token=_context_per_token(config),
         depends_on_length=config.rope is not None and depends_on_length(config.rope),
+        chunks=GPU_CHUNKS if is_on_gpus else CPU_CHUNKS,
     )
 
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bireme.engine.chunks import equal_chunk, tokens_at_once
+from bireme.engine.chunks import CPU_CHUNKS, ChunkSizes, equal_chunk, tokens_at_once
 from bireme.engine.decode_groups import DecodeGroups
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.waiting_queue import Deadlines, OrderedRequests
@@ -35,6 +35,7 @@ from bireme.request import (
 )
 
 PRIORITY_SPAN_S = 30.0
+_STEPS_AHEAD = 2  # a stage, that prompts which have begun may fill: they cannot be overtaken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class SchedulerLimits:
     has_prefix_caching: bool = True
     context_per_token: float = math.inf
     depends_on_length: bool = False
+    chunks: ChunkSizes = CPU_CHUNKS
 
 
 @dataclass(slots=True)
@@ -248,7 +250,10 @@ class Scheduler:
             return
         limits = self.limits
         given = sum(state.num_given for state in self._prefilling)
-        most = tokens_at_once(given, limits.pp_size, limits.max_num_batched_tokens)
+        most = tokens_at_once(
+            given, limits.pp_size, limits.max_num_batched_tokens, limits.chunks,
+            limits.context_per_token,
+        )  # fmt: skip
         for state in self._prefilling:
             if budget <= 0:
                 return
@@ -258,7 +263,7 @@ class Scheduler:
                 self._share_prefix(state, state.slot)
             start = state.num_computed
             num_tokens = equal_chunk(
-                start, min(budget, most), limits.context_per_token, limits.block_size
+                start, min(budget, most), limits.context_per_token, limits.block_size, limits.chunks
             )
             num_tokens = min(num_tokens, state.num_given - start)
             blocks = self._grow(state, start, start + num_tokens)
@@ -352,7 +357,7 @@ class Scheduler:
         chunk, available = self.limits.max_num_batched_tokens, self.blocks.num_available
         if self._refused == (self._waiting.first, available):
             return
-        most = 2 * self.limits.pp_size * chunk  # what `tokens_at_once` looks at
+        most = _STEPS_AHEAD * self.limits.pp_size * chunk
         pending, reserve = sum(state.num_uncomputed for state in self._prefilling), self._reserve()
         while self._waiting and self._free_slots and pending < most:
             state = self._waiting.first
