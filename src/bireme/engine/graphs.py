@@ -29,7 +29,9 @@ T = TypeVar("T")
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _LARGEST_STRIDE = 128  # between the sizes beyond
 _MOST_RUNS = 256  # of tokens, in a step with prompts, each of them at most a tile more
-_PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+_PROMPT_SIZES = (
+    64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
+)  # fmt: skip
 
 
 def graph_sizes(most: int) -> tuple[int, ...]:
@@ -119,6 +121,7 @@ class StepGraphs:
         self._last_ids, self._hidden, self._spans = last_ids, hidden, spans
         self._device = last_ids.device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(self._device)
         self._sizes = graph_sizes(num_slots)
         self._prompt_sizes = prompt_graph_sizes(most_tokens)
         # of steps with prompts: one for all sizes, since steps follow one another
@@ -235,21 +238,21 @@ class StepGraphs:
         return self._pair(lambda: choose(made.plain.made), lambda: choose(made.marked.made))
 
     def _pair(self, function: Callable[[], T], marked: Callable[[], T]) -> _Pair[T]:
-        aside = torch.cuda.Stream(self._device)
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
             function()  # kernels are compiled and libraries make their plans, which cannot be captured
-        torch.cuda.current_stream(self._device).wait_stream(aside)
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
         plain = self._capture(function, is_marked=False)
         if not plain.spans.counts:
             return _Pair(plain, plain)
         return _Pair(plain, self._capture(marked, is_marked=True))
 
     def _capture(self, function: Callable[[], T], *, is_marked: bool) -> _Graph[T]:
+        """Without what `torch.cuda.graph` does each time: its stream is the first device's, and it gives all cached
+        memory back before."""
         graph = torch.cuda.CUDAGraph()
-        with (
-            self._spans.capturing(is_marked=is_marked) as spans,
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
-        ):
+        with self._spans.capturing(is_marked=is_marked) as spans, torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             made = function()
+            graph.capture_end()
         return _Graph(graph, made, spans)

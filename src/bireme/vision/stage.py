@@ -52,7 +52,10 @@ class Captured:
         pool = next((it.graph.pool() for it in self._graphs.values()), None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # of a view alone
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            # torch's own stream would be of the device that was captured on first
+            with torch.cuda.graph(
+                graph, pool=pool, stream=aside, capture_error_mode="thread_local"
+            ):
                 made = self.forward(given)
         return _Graph(graph, given, made)
 

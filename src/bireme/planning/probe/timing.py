@@ -32,8 +32,9 @@ def captured(call: Call, num_calls: int) -> Repeat:
     """On CUDA, `num_calls` calls as one graph: no launch holds the device up."""
     call()  # before capture: libraries allocate at the first call
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may query
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    # NCCL's own thread may query; torch's own stream would be of the device that was captured on first
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         for _ in range(num_calls):
             call()
     return Repeat(graph.replay, num_calls)
