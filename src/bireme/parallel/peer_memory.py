@@ -22,7 +22,6 @@ from torch._C._distributed_c10d import (
     _register_process_group,
     _SymmetricMemory,
 )
-from torch.distributed import _symmetric_memory as symmetric_memory
 
 from bireme.errors import EngineError
 from bireme.parallel.links import (
@@ -107,7 +106,8 @@ def mapped(
 ) -> tuple[torch.Tensor, _SymmetricMemory]:
     """Memory of this rank that all `ranks` of `group` map, uninitialised, and the handle to theirs."""
     name = _agreed_name(ranks, rank, store)
-    memory = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
+    # what `symmetric_memory.empty` calls, after it has imported a symbolic algebra for the strides
+    memory = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
     _register_process_group(name, group)  # type: ignore[arg-type]
     _SymmetricMemory.set_group_info(
         name, list(ranks).index(rank), len(ranks), PrefixStore(name, store)
