@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from bireme.kernels.functional import rms_norm_reference
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_group import PeerGroup
@@ -18,7 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-WIDTH, DTYPE = 4096, torch.bfloat16
+WIDTH, MOST_ROWS, DTYPE = 4096, 1500, torch.bfloat16
 
 
 def given(seed: int, num_rows: int, device: torch.device) -> torch.Tensor:
@@ -28,25 +29,30 @@ def given(seed: int, num_rows: int, device: torch.device) -> torch.Tensor:
 
 
 class Captured:
-    """A sum and, behind it, one with residual and norm, as a graph of `num_rows`."""
+    """A sum; one with residual and norm, of an addend that lies where it is best put; one with that residual: as a
+    graph of `num_rows`."""
 
     def __init__(self, group: TensorGroup, num_rows: int, device: torch.device) -> None:
         self.addend, self.x, self.other = torch.zeros(
             3, num_rows, WIDTH, dtype=DTYPE, device=device
         )
-        weight = torch.ones(WIDTH, dtype=DTYPE, device=device)
+        self.weight = torch.linspace(0.5, 2.0, WIDTH, device=device).to(DTYPE)
 
-        def both() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def all_of_them() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             total = group.all_reduce(self.addend.clone())
-            return total, *group.all_reduce_add_norm(self.other, self.x, weight, 1e-5)
+            place = group.place_of_addends(num_rows, WIDTH, DTYPE)
+            addend = self.other.clone() if place is None else place.copy_(self.other)
+            held, normed = group.all_reduce_add_norm(addend, self.x, self.weight, 1e-5)
+            normed = normed.clone()  # it lies there until the next sum
+            return total, normed, group.all_reduce_add(self.addend.clone(), held)
 
         aside = torch.cuda.Stream(device)
         with torch.cuda.stream(aside):
-            both()
+            all_of_them()
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.made = both()
+            self.made = all_of_them()
 
     def check(self, rank: int, parts: torch.Tensor) -> None:
         self.addend.copy_(parts[rank])
@@ -55,28 +61,37 @@ class Captured:
         for made in self.made:
             made.fill_(torch.nan)
         self.graph.replay()
-        expected = (parts[0].float() + parts[1].float()).to(DTYPE)
-        assert torch.equal(self.made[0], expected)
-        assert torch.equal(self.made[1], parts[2] + expected)
-        assert not self.made[2].isnan().any()
+        added = (parts[0].float() + parts[1].float()).to(DTYPE)
+        held = parts[2] + added
+        assert torch.equal(self.made[0], added)
+        normed = rms_norm_reference(held, self.weight, 1e-5)
+        assert torch.allclose(self.made[1], normed, rtol=2e-2, atol=1e-3)
+        assert torch.equal(self.made[2], held + added)
 
 
 def work(rank: int, meeting: str) -> None:
     device = torch.device(f"cuda:{rank}")
     spans = SpanRing.create(1 << 12)
     row_bytes = WIDTH * DTYPE.itemsize
-    comm = join((2,), rank, Path(meeting), device, 60.0, spans, row_bytes=row_bytes)
+    comm = join(
+        (2,), rank, Path(meeting), device, 60.0, spans,
+        row_bytes=row_bytes, sum_bytes=MOST_ROWS * row_bytes,
+    )  # fmt: skip
     group = comm.mesh.tensor
     assert isinstance(group, PeerGroup)
-    graphs = {num_rows: Captured(group, num_rows, device) for num_rows in (1, 8, 200)}
-    orders = [(1, 8), (8, 1), (8, 200), (200, 1), (1, 1), (200, 200)]
-    for seed, (order, eager) in enumerate(product(orders, (0, 1, 7, 256, 300))):
+    assert group.place_of_addends(MOST_ROWS + 1, WIDTH, DTYPE) is None
+    sizes = (1, 8, 200, 301, MOST_ROWS, MOST_ROWS + 5)
+    graphs = {num_rows: Captured(group, num_rows, device) for num_rows in sizes}
+    for seed, (order, eager) in enumerate(product(product(sizes, sizes), (0, 1, 7, 256, 300))):
         for num_rows in order:
             graphs[num_rows].check(rank, given(seed, num_rows, device))
-            if eager:  # more rows than there is room for go over NCCL
+            if eager:
                 parts = given(seed, eager, device)
-                total = group.all_reduce(parts[rank].clone())
-                assert torch.equal(total, (parts[0].float() + parts[1].float()).to(DTYPE))
+                added = (parts[0].float() + parts[1].float()).to(DTYPE)
+                assert torch.equal(group.all_reduce(parts[rank].clone()), added)
+                assert torch.equal(
+                    group.all_reduce_add(parts[rank].clone(), parts[2]), parts[2] + added
+                )
     torch.cuda.synchronize(device)
     for captured in graphs.values():
         captured.graph.reset()

@@ -68,6 +68,7 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
             segment=segment,
             peer_bytes=plan.hidden_bytes if plan.has_peer_rings else 0,
             row_bytes=plan.row_bytes,
+            sum_bytes=plan.hidden_bytes if plan.row_bytes else 0,
         )
         world.send(rank, command)
     world.gather(plan.start_timeout_s, "joining the other ranks")

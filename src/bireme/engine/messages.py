@@ -41,6 +41,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     segment: tuple[str, SegmentPlan] | None = None
     peer_bytes: int = 0
     row_bytes: int = 0
+    sum_bytes: int = 0
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

@@ -244,7 +244,7 @@ class Head(nn.Module):
 @dataclass(frozen=True)
 class Unsummed:
     """Hidden states [T, D] on their way to the next layer: x, to which the tensor group's sum of `addend`, if there
-    is one, is yet to be added. The next norm does both."""
+    is one, is yet to be added. The next norm does both. A rank may hold a part of x alone (`all_reduce_add_norm`)."""
 
     x: torch.Tensor
     addend: torch.Tensor | None = None
@@ -311,7 +311,7 @@ class StageModel(nn.Module):
         for layer in self.layers.values():
             state = layer(state, step)
         assert state.addend is not None
-        return state.x + self._group.all_reduce(state.addend)
+        return self._group.all_reduce_add(state.addend, state.x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         assert self.head is not None

@@ -193,10 +193,11 @@ def join(
     segment: tuple[str, SegmentPlan] | None = None,
     peer_bytes: int = 0,
     row_bytes: int = 0,
+    sum_bytes: int = 0,
 ) -> Communicator:
     """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one. GPUs
-    that can write each other's memory pass hidden states of up to `peer_bytes` so, and sum a few rows of up to
-    `row_bytes`.
+    that can write each other's memory pass hidden states of up to `peer_bytes` so, and sum rows of up to
+    `row_bytes`, and of up to `sum_bytes` together.
 
     Else they meet at the file `meeting`, so that no socket listens beside gloo's own, which
     GLOO_SOCKET_IFNAME binds, or where there is none that all can open, at a store of torch's; blocks until
@@ -210,7 +211,7 @@ def join(
         return Communicator(Mesh(widths, rank, Alone()), _nobody(spans), None, _nobody(spans), None)
     with _peers():
         return _over_distributed(
-            widths, rank, meeting, device, timeout_s, spans, peer_bytes, row_bytes
+            widths, rank, meeting, device, timeout_s, spans, peer_bytes, row_bytes, sum_bytes
         )
 
 
@@ -252,6 +253,7 @@ def _over_distributed(
     spans: SpanWriter,
     peer_bytes: int,
     row_bytes: int,
+    sum_bytes: int,
 ) -> Communicator:
     world, timeout = sum(widths), timedelta(seconds=timeout_s)
     store = meeting
@@ -269,7 +271,9 @@ def _over_distributed(
     _connect(rank, {**forward, **sampled}, device)
     if tensor is not None:
         tensor.all_reduce(torch.zeros(1, device=device))
-        tensor = peer_group(tensor, *own, rank, row_bytes, device, store, timeout_s, spans)
+        tensor = peer_group(
+            tensor, *own, rank, row_bytes, sum_bytes, device, store, timeout_s, spans
+        )
 
     def sender(groups: dict[Edge, dist.ProcessGroup]) -> Sender:
         mine = [(edge, group) for edge, group in groups.items() if edge.src == rank]

@@ -34,8 +34,19 @@ class TensorGroup(Protocol):
         eps: float,
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + the sum over ranks of `addend` [T, D], which may be overwritten, and its RMSNorm."""
+        """x + the sum over ranks of `addend` [T, D], which may be overwritten, and its RMSNorm, which lies there until
+        the next sum. Of x + the sum a rank may hold no more than it takes for the next sum of as many rows."""
         return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
+
+    def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """x + the sum over ranks of `addend` [T, D], whole; x may be what `all_reduce_add_norm` left of it."""
+        return x + self.all_reduce(addend)
+
+    def place_of_addends(
+        self, num_rows: int, width: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        """Where addends [num_rows, width] of the next two methods are best put; None: anywhere."""
+        return None
 
 
 class Unjoined(TensorGroup):

@@ -1,6 +1,6 @@
-"""A tensor group on GPUs of one host: sums of a few rows go through one another's memory, all else over NCCL.
+"""A tensor group on GPUs of one host: sums of hidden states go through one another's memory, all else over NCCL.
 
-A sum of one token's hidden states takes NCCL as long as hundreds of them do.
+A sum of one token's hidden states takes NCCL as long as hundreds of them do, and it knows nothing of the norm behind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.trace import SpanKind, SpanWriter
 
-_MOST_ROWS = 256  # beyond which NCCL is as fast
+# up to which it is quicker that every rank adds up all rows
+_FEW_ROWS = 256
+_FEW_BYTES = 1 << 20
+_ALIGNMENT = 512  # bytes
+_MOST_SUM_BYTES = 2**31 - 1  # a kernel's place in them is an int32
 _POLLS_PER_S = 4e6  # at most; a look at a row takes a quarter of a microsecond or more
 _MOST_POLLS = 2**31 - 1
 
@@ -30,24 +34,29 @@ class PeerGroup(TensorGroup):
         others: TensorGroup,
         memory: tuple[torch.Tensor, _SymmetricMemory],
         row_bytes: int,
+        sum_bytes: int,
         timeout_s: float,
         spans: SpanWriter,
     ) -> None:
         from bireme.kernels.gpu.peer_sum import Inboxes
+        from bireme.kernels.gpu.sharded_sum import NUM_PROGRAMS, Rooms
 
         self._others, self._spans = others, spans
         self._memory, self._handle = memory
-        device = self._memory.device
-        addresses = [
-            self._handle.get_buffer(peer, self._memory.shape, torch.uint8).data_ptr()
-            for peer in range(self._handle.world_size)
-        ]
-        self._inboxes = Inboxes(
-            torch.tensor(addresses, device=device),
-            torch.zeros(_MOST_ROWS, dtype=torch.int32, device=device),
-            self._handle.rank,
-            row_bytes // 4,
-            min(_MOST_POLLS, int(timeout_s * _POLLS_PER_S)),
+        device, rank, size = self._memory.device, self._handle.rank, self._handle.world_size
+        addresses = torch.tensor(
+            [
+                self._handle.get_buffer(peer, self._memory.shape, torch.uint8).data_ptr()
+                for peer in range(size)
+            ],
+            device=device,
+        )
+        polls = min(_MOST_POLLS, int(timeout_s * _POLLS_PER_S))
+        numbers = torch.zeros(_FEW_ROWS + NUM_PROGRAMS, dtype=torch.int32, device=device)
+        self._inboxes = Inboxes(addresses, numbers[:_FEW_ROWS], rank, row_bytes // 4, polls)
+        start = _inbox_bytes(size, row_bytes)
+        self._rooms = Rooms(
+            addresses + start, numbers[_FEW_ROWS:], self._memory[start:], rank, sum_bytes, polls
         )
         self._memory.zero_()
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have
@@ -64,6 +73,25 @@ class PeerGroup(TensorGroup):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return self._others.all_gather(x)
 
+    def place_of_addends(
+        self, num_rows: int, width: int, dtype: torch.dtype
+    ) -> torch.Tensor | None:
+        if num_rows <= _FEW_ROWS and num_rows * width * dtype.itemsize <= _FEW_BYTES:
+            return None
+        return self._rooms.addends(num_rows, width, dtype)
+
+    def _is_of_many_rows(self, addend: torch.Tensor) -> bool:
+        num_rows, width = addend.shape
+        return self.place_of_addends(num_rows, width, addend.dtype) is not None
+
+    def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        from bireme.kernels.gpu.sharded_sum import sharded_sum_add
+
+        if not self._is_of_many_rows(addend):
+            return super().all_reduce_add(addend, x)
+        with self._spans.span(SpanKind.ALL_REDUCE, addend.nbytes):
+            return sharded_sum_add(self._rooms, addend, x)
+
     def all_reduce_add_norm(
         self,
         addend: torch.Tensor,
@@ -73,11 +101,21 @@ class PeerGroup(TensorGroup):
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         from bireme.kernels.gpu.peer_sum import peer_sum_add_norm
+        from bireme.kernels.gpu.sharded_sum import sharded_sum_add_norm
 
-        if not self._inboxes.suits(addend):
+        is_large = self._is_of_many_rows(addend)
+        if not is_large and not self._inboxes.suits(addend):
             return super().all_reduce_add_norm(addend, x, weight, eps, offset)
         with self._spans.span(SpanKind.ALL_REDUCE, addend.nbytes):
+            if is_large:
+                return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset)
             return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset)
+
+
+def _inbox_bytes(num_ranks: int, row_bytes: int) -> int:
+    from bireme.kernels.gpu.peer_sum import Inboxes
+
+    return Inboxes.num_bytes(_FEW_ROWS, num_ranks, row_bytes // 4)
 
 
 def peer_group(
@@ -86,18 +124,21 @@ def peer_group(
     ranks: Sequence[int],
     rank: int,
     row_bytes: int,
+    sum_bytes: int,
     device: torch.device,
     store: Store,
     timeout_s: float,
     spans: SpanWriter,
 ) -> TensorGroup:
-    """For rows of up to `row_bytes`; `others` itself where these GPUs cannot write each other's memory."""
+    """For rows of up to `row_bytes`, and of up to `sum_bytes` together; `others` itself where these GPUs cannot write
+    each other's memory."""
     if not row_bytes or not has_kernels(device):
         return others
     if not have_peer_access(list(combinations(ranks, 2)), rank, device, store):
         return others
-    from bireme.kernels.gpu.peer_sum import Inboxes
+    from bireme.kernels.gpu.sharded_sum import Rooms
 
-    num_bytes = Inboxes.num_bytes(_MOST_ROWS, len(ranks), row_bytes // 4)
+    sum_bytes = min(_MOST_SUM_BYTES, sum_bytes) // _ALIGNMENT * _ALIGNMENT
+    num_bytes = _inbox_bytes(len(ranks), row_bytes) + Rooms.num_bytes(len(ranks), sum_bytes)
     memory = mapped(num_bytes, ranks, group, rank, device, store)
-    return PeerGroup(others, memory, row_bytes, timeout_s, spans)
+    return PeerGroup(others, memory, row_bytes, sum_bytes, timeout_s, spans)
