@@ -1,11 +1,13 @@
-"""A 7B shape on one GPU or two: decode by batch, prefill, throughput, and the start; beside floors of the hardware.
+"""A model's shape on GPUs: decode by batch, prefill, throughput, and the start, beside floors of the hardware.
 
     python benchmarks/decode_gpu.py --name 2x-h200 [--layouts 1,1 2,1 1,2] [--batches 1,8,32,64,128]
+    python benchmarks/decode_gpu.py --model llama-3-70b --layouts 2,1 --batches 1,64 --briefly
 
-Llama-2-7B's shape with made-up weights in bfloat16, greedy. Decode: prompts of 128 tokens, continued by 128; the
-median time between two tokens of a request. Prefill: the time to the first token of one prompt, the median of five
-after one that does not count. Throughput: 512 requests of 512 tokens continued by 128, at most 256 at once. Start: from
-the start of a process to its first token, with Triton's cache as the runs before left it, and with an empty one.
+The shape of one of `examples/configs` with made-up weights in bfloat16, greedy. Decode: prompts of 128 tokens,
+continued by 128; the median time between two tokens of a request. Prefill: the time to the first token of one prompt,
+the median of five after one that does not count. Throughput: 512 requests of 512 tokens continued by 128, at most 256
+at once. Start: from the start of a process to its first token, with Triton's cache as the runs before left it, and with
+an empty one. `--briefly` leaves the throughput and the start with an empty cache out.
 A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
 the cache of the requests that are there together) by what a large copy on one GPU reads and writes a second, over the
 ranks of a stage; of prefill the products of all tokens, and of attention, by the rate of a large product, over all
@@ -33,9 +35,8 @@ from bireme.bench.answer_times import Latencies
 from bireme.bench.throughput import measure_throughput
 from bireme.bench.workload import Workload
 
-MODEL = Path(__file__).parent.parent / "examples" / "configs" / "llama-2-7b"
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 INPUT_LEN, OUTPUT_LEN = 128, 128
-PREFILLS = (1024, 3584)
 LOAD = Workload(num_prompts=512, input_len=512, output_len=128, seed=5)
 
 
@@ -66,10 +67,10 @@ def flop_per_s() -> float:
     return 10 * 2 * 8192**3 / (float(marks[0].elapsed_time(marks[1])) / 1e3)
 
 
-def start_s(layout: str, environment: dict[str, str]) -> float:
+def start_s(model: str, layout: str, environment: dict[str, str]) -> float:
     """Until a process of its own has the first token."""
     start = time.monotonic()
-    command = [sys.executable, __file__, "--first-token", layout]
+    command = [sys.executable, __file__, "--model", model, "--first-token", layout]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, env={**os.environ, **environment}
     ) as process:
@@ -81,16 +82,16 @@ def start_s(layout: str, environment: dict[str, str]) -> float:
     return seconds
 
 
-def first_token(layout: str) -> None:
-    with LLM(**settings(layout)) as llm:
+def first_token(model: str, layout: str) -> None:
+    with LLM(**settings(model, layout)) as llm:
         llm.generate([[1] * 16], SamplingParams(temperature=0, max_tokens=1))
         print("first token", flush=True)
 
 
-def settings(layout: str) -> dict[str, Any]:
+def settings(model: str, layout: str) -> dict[str, Any]:
     tp, pp = (int(width) for width in layout.split(","))
     return {
-        "model": str(MODEL), "load_format": "dummy", "device": "cuda", "dtype": "bfloat16",
+        "model": str(CONFIGS / model), "load_format": "dummy", "device": "cuda", "dtype": "bfloat16",
         "tensor_parallel_size": tp, "pipeline_parallel_size": pp, "max_num_seqs": 256,
         "max_num_batched_tokens": 4096, "enable_prefix_caching": False,
     }  # fmt: skip
@@ -128,14 +129,14 @@ def prefill_flop(llm: LLM, num_tokens: int) -> int:
 
 
 def measure(
-    layout: str, batches: Sequence[int], read_bytes_per_s: float, rate: float
+    asked: argparse.Namespace, layout: str, read_bytes_per_s: float, rate: float
 ) -> dict[str, Any]:
     tp, pp = (int(width) for width in layout.split(","))
-    with LLM(**settings(layout)) as llm:
+    with LLM(**settings(asked.model, layout)) as llm:
         found: dict[str, Any] = {"tp": tp, "pp": pp}
         found["load_s"] = [loaded.seconds for loaded in llm.executor.loaded]
         found["decode"] = {}
-        for batch in batches:
+        for batch in numbers(asked.batches):
             gaps_s(llm, batch, 8, seed=batch)
             gaps = gaps_s(llm, batch, OUTPUT_LEN, seed=1000 + batch)
             floor_s = read_bytes(llm, -(-batch // pp)) / read_bytes_per_s / tp
@@ -145,17 +146,24 @@ def measure(
                 "floor_s": floor_s,
             }  # fmt: skip
         found["prefill"] = {}
-        for size in PREFILLS:
+        for size in numbers(asked.prefills):
             first_token_s(llm, size, seed=size)
             times = [first_token_s(llm, size, seed=size + 1 + index) for index in range(5)]
             floor_s = prefill_flop(llm, size) / rate / (tp * pp)
             found["prefill"][size] = {"ttft_s": times, "floor_s": floor_s}
-        gaps_s(llm, 256, 8, seed=3)
-        found["throughput"] = measure_throughput(llm, LOAD).as_json()
-    found["start_s"] = start_s(layout, {})
-    with tempfile.TemporaryDirectory() as folder:
-        found["start_with_empty_cache_s"] = start_s(layout, {"TRITON_CACHE_DIR": folder})
+        if not asked.briefly:
+            gaps_s(llm, 256, 8, seed=3)
+            found["throughput"] = measure_throughput(llm, LOAD).as_json()
+    found["start_s"] = start_s(asked.model, layout, {})
+    if not asked.briefly:
+        with tempfile.TemporaryDirectory() as folder:
+            cold = {"TRITON_CACHE_DIR": folder}
+            found["start_with_empty_cache_s"] = start_s(asked.model, layout, cold)
     return found
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def rows(found: dict[str, Any]) -> dict[str, str]:
@@ -176,10 +184,13 @@ def rows(found: dict[str, Any]) -> dict[str, str]:
         )
         spread = f"{1e3 * min(one['ttft_s']):.1f} to {1e3 * max(one['ttft_s']):.1f}"
         said[f"prefill 1 x {size}, ms"] = f"{1e3 * middle:.1f} ({share:.0%}; {spread})"
-    tokens_per_s = found["throughput"]["output_tokens_per_second"]
-    said["throughput, output tokens/s"] = f"{tokens_per_s:,.0f}"
-    cold = found["start_with_empty_cache_s"]
-    said["start to first token, s"] = f"{found['start_s']:.1f} ({cold:.1f} without a cache)"
+    if "throughput" in found:
+        tokens_per_s = found["throughput"]["output_tokens_per_second"]
+        said["throughput, output tokens/s"] = f"{tokens_per_s:,.0f}"
+    said["start to first token, s"] = f"{found['start_s']:.1f}"
+    if "start_with_empty_cache_s" in found:
+        cold = found["start_with_empty_cache_s"]
+        said["start to first token, s"] += f" ({cold:.1f} without a cache)"
     return said
 
 
@@ -196,23 +207,25 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--name", default="gpu")
+    parser.add_argument("--model", default="llama-2-7b", help="of examples/configs")
     parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
     parser.add_argument("--batches", default="1,8,32,64,128")
+    parser.add_argument("--prefills", default="1024,3584")
+    parser.add_argument("--briefly", action="store_true")
     parser.add_argument("--first-token", metavar="LAYOUT", help="only say when there is one")
-    arguments = parser.parse_args()
-    if arguments.first_token:
-        first_token(arguments.first_token)
+    asked = parser.parse_args()
+    if asked.first_token:
+        first_token(asked.model, asked.first_token)
         return
     read, rate = copy_bytes_per_s(), flop_per_s()
     torch.cuda.empty_cache()  # the ranks are processes of their own
-    batches = [int(size) for size in arguments.batches.split(",")]
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     results = []
-    for layout in arguments.layouts:
-        results.append(measure(layout, batches, read, rate))
+    for layout in asked.layouts:
+        results.append(measure(asked, layout, read, rate))
         print(table(results[-1:]), flush=True)
         record.write(  # each time: what was measured stays, whatever ends the next
-            f"decode-7b-{arguments.name}", ["torch", "triton"],
+            f"decode-{asked.model}-{asked.name}", ["torch", "triton"],
             {
                 "gpus": gpus, "copy_bytes_per_s": read, "flop_per_s": rate, "layouts": results,
                 "table": table(results).splitlines(),
