@@ -12,7 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
-KEPT: dict[str, Any] = json.loads((ROOT / "benchmarks/results/decode-16x1024.json").read_text())
+
+
+def kept(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    return found
+
+
+KEPT = kept("decode-16x1024")
 BATCHES = ("1", "8", "32")
 
 
@@ -29,7 +36,46 @@ def test_decoding_on_cpus(layout: str) -> None:
 
 
 def test_transformers_on_cpus() -> None:
-    kept = KEPT["peers"]["transformers"]["all cores"]
-    first, second, third = (told(kept, batch) for batch in BATCHES)
+    theirs = KEPT["peers"]["transformers"]["all cores"]
+    first, second, third = (told(theirs, batch) for batch in BATCHES)
     assert f"takes {first}, {second} and {third} on both" in README
     assert KEPT["command"] in README
+
+
+def row(name: str) -> list[str]:
+    (found,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.MULTILINE)
+    return str(found).split(" | ")
+
+
+def test_a_7b_shape_on_gpus() -> None:
+    layouts = [
+        *kept("decode-llama-2-7b-1x-h200")["layouts"],
+        *kept("decode-llama-2-7b-2x-h200")["layouts"],
+    ]
+    names = [f"tp {it['tp']} x pp {it['pp']}" for it in layouts]
+    assert f"| | {' | '.join(names)} |" in README
+    for batch in ("1", "8", "32", "64", "128"):
+        steps = [it["decode"][batch] for it in layouts]
+        assert row(f"decode, batch {batch}, ms a step") == [
+            f"{1e3 * it['step_s']:.2f} ({it['floor_s'] / it['step_s']:.0%})" for it in steps
+        ]
+    for size in ("1024", "3584"):
+        times = [(median(it["prefill"][size]["ttft_s"]), it["prefill"][size]) for it in layouts]
+        assert row(f"prefill 1 x {size}, ms") == [
+            f"{1e3 * took:.1f} ({it['floor_s'] / took:.0%})" for took, it in times
+        ]
+    assert row("throughput, output tokens/s") == [
+        f"{it['throughput']['output_tokens_per_second']:,.0f}" for it in layouts
+    ]
+    assert row("start to first token, s (without a cache)") == [
+        f"{it['start_s']:.1f} ({it['start_with_empty_cache_s']:.1f})" for it in layouts
+    ]
+
+
+def test_a_70b_shape_on_gpus() -> None:
+    (layout,) = kept("decode-llama-3-70b-2x-h200")["layouts"]
+    one, many = (1e3 * layout["decode"][batch]["step_s"] for batch in ("1", "64"))
+    prefill = 1e3 * median(layout["prefill"]["1024"]["ttft_s"])
+    said = f"takes {one:.1f} ms a step at batch 1, {many:.1f} at batch 64, {prefill:.0f} ms for a prompt"
+    assert said in README
+    assert f"{layout['start_s']:.1f} s from" in README
