@@ -10,7 +10,8 @@ import torch
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.models import attention
-from bireme.models.attention import PagedAttention, SequenceGroup, StepContext
+from bireme.models.attention import PagedAttention
+from bireme.models.step import SequenceGroup, StepContext
 from bireme.parallel.layout import HeadCut
 
 BLOCK, CONTEXT = 16, 48

@@ -22,8 +22,9 @@ from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
-from bireme.models.attention import PagedAttention, PagedStep, SequenceGroup, StepContext, Tile
+from bireme.models.attention import PagedAttention
 from bireme.models.rope import depends_on_length, inverse_frequencies
+from bireme.models.step import PagedStep, SequenceGroup, StepContext, Tile
 from bireme.parallel.layout import CacheKind, StepWork
 from bireme.request import SamplingSetup, ScheduledBatch, ScheduledPiece, SlotSetup
 

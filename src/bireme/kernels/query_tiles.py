@@ -20,15 +20,20 @@ def num_tiles(counts: Sequence[int]) -> int:
 @dataclass(frozen=True)
 class Tiles:
     """Where a step's runs lie: int32 [tiles, 3] of first row, its position, and rows; no rows in a tile that is of
-    no run. `has_other_rows`: the step has rows that are in no tile."""
+    no run. `has_other_rows`: the step has rows that are in no tile. Its first `num_singles` rows are in none, for
+    each is the one new token of its sequence."""
 
     on_device: torch.Tensor
     has_other_rows: bool = False
+    num_singles: int = 0
 
     @classmethod
     def of(cls, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tiles:
         """Of runs of `counts` tokens in the step's order, that begin at positions `starts`."""
-        return cls(torch.from_numpy(_cut(starts, counts)).to(device, non_blocking=True))
+        num_singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
+        cut = _cut(starts[num_singles:], counts[num_singles:], num_singles)
+        on_device = torch.from_numpy(cut).to(device, non_blocking=True)
+        return cls(on_device, num_singles > 0, num_singles)
 
     @classmethod
     def room(cls, most_tiles: int, device: torch.device) -> Tiles:
@@ -43,14 +48,14 @@ class Tiles:
         """From here on those of other runs."""
         device = self.on_device.device
         host = torch.zeros_like(self.on_device, device="cpu", pin_memory=device.type == "cuda")
-        cut = torch.from_numpy(_cut(starts, counts))
+        cut = torch.from_numpy(_cut(starts, counts, 0))
         host[: len(cut)] = cut
         self.on_device.copy_(host, non_blocking=True)
 
 
-def _cut(starts: Sequence[int], counts: Sequence[int]) -> NDArray[np.int32]:
-    """The last tiles of a run come first: they have most to do."""
-    found, row = [], 0
+def _cut(starts: Sequence[int], counts: Sequence[int], row: int) -> NDArray[np.int32]:
+    """Runs from `row` on; the last tiles of a run come first: they have most to do."""
+    found = []
     for start, count in zip(starts, counts, strict=True):
         found += [
             (row + first, start + first, min(TILE, count - first))
@@ -58,4 +63,4 @@ def _cut(starts: Sequence[int], counts: Sequence[int]) -> NDArray[np.int32]:
         ]
         row += count
     found.sort(key=lambda tile: -tile[1])
-    return np.array(found, dtype=np.int32)
+    return np.array(found, dtype=np.int32).reshape(-1, 3)

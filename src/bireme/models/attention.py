@@ -1,4 +1,4 @@
-"""Attention of one rank: its heads, its share of the cache, and what one step tells every layer.
+"""Attention of one rank: its heads, and its share of the cache.
 
 Shapes: T tokens of a step, H local query heads, K local KV heads, D head size, B sequences,
 t tokens a sequence, C context tokens.
@@ -7,7 +7,6 @@ t tokens a sequence, C context tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,107 +14,18 @@ from torch import nn
 
 from bireme.kernels.attention import (
     COPIED_BYTES,
-    attention_bias,
     grouped_query_attention,
 )
 from bireme.kernels.choice import suits_c, suits_c_attention
 from bireme.kernels.cpu.ops import decode_attention, rope_and_write
 from bireme.kernels.functional import apply_rope
-from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT, Scoring, tiled_attention
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
+from bireme.models.step import PagedStep, SequenceGroup, StepContext, Tile
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
 from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
 from bireme.parallel.mesh import Mesh, TensorGroup
-
-
-@dataclass
-class SequenceGroup:
-    """Sequences of a step with equal numbers of new tokens, attended to in one call: several with
-    one new token, or one.
-
-    rows [B, t] of the step's tokens, in their order; positions [B, t], none below `lowest`; context [B, C] places
-    of the cache for the layers of each window, padded with place 0. A long run of tokens is
-    attended to `num_at_once` at a time. `keeps_bias`: layers share the bias of the scores.
-    """
-
-    rows: torch.Tensor
-    positions: torch.Tensor
-    context: dict[int | None, torch.Tensor]
-    num_context: int
-    lowest: int
-    num_at_once: int
-    keeps_bias: bool = True
-    _biases: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
-
-    @property
-    def slices(self) -> list[tuple[int, int]]:
-        """Queries [first, last) that are attended to at a time."""
-        size, total = self.num_at_once, self.rows.shape[1]
-        return [(first, min(total, first + size)) for first in range(0, total, size)]
-
-    def seen(self, queries: tuple[int, int], window: int | None) -> tuple[int, int]:
-        """The positions that some of the queries look at."""
-        first, last = queries
-        stop = self.num_context - (self.rows.shape[1] - last)
-        return 0 if window is None else max(0, self.lowest + first - window + 1), stop
-
-    def bias(
-        self,
-        queries: tuple[int, int],
-        window: int | None,
-        slopes: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        """[B, 1 or H, queries, positions seen]"""
-        key = (queries[0], window)
-        if key in self._biases:
-            return self._biases[key]
-        positions = self.positions[:, slice(*queries)]
-        bias = attention_bias(positions, self.seen(queries, window), window, slopes, dtype)
-        if self.keeps_bias:
-            self._biases[key] = bias
-        return bias
-
-
-@dataclass
-class Tile:
-    """A fixed number of rows that a stage computes alike, whoever they belong to: positions [N], and
-    context [N, C] places of the cache for the layers of each window, C a multiple of a split. The
-    last rows may be padding: nothing of theirs is written."""
-
-    positions: torch.Tensor
-    context: dict[int | None, torch.Tensor]
-
-
-@dataclass
-class PagedStep:
-    """What the kernels of a GPU read the cache by: slots [T], and int32 [slots, blocks] by the layers' window.
-    `tiles` are the runs of new tokens; None where every row is the one new token of its sequence.
-    `is_probed`: somebody wants to see what every module makes."""
-
-    slots: torch.Tensor
-    tables: dict[int | None, torch.Tensor]
-    block_size: int
-    tiles: Tiles | None
-    is_probed: bool = False
-
-
-@dataclass
-class StepContext:
-    """What every layer of a stage must know of a step: positions [T], places [T] of the new keys in
-    the layers of each window, cos and sin [T, rotary_dim / 2], and the cache of each of the stage's
-    layers. `groups`, a `tile` or, on a GPU, `paged` say who attends to what."""
-
-    positions: torch.Tensor
-    places: dict[int | None, torch.Tensor]
-    groups: list[SequenceGroup]
-    caches: dict[int, PagedCache]
-    cos: torch.Tensor | None = None
-    sin: torch.Tensor | None = None
-    tile: Tile | None = None
-    paged: PagedStep | None = None
 
 
 def alibi_slopes(num_heads: int) -> torch.Tensor:
@@ -208,21 +118,34 @@ class PagedAttention(nn.Module):
         self, q: torch.Tensor, positions: torch.Tensor, step: PagedStep, cache: PagedCache
     ) -> torch.Tensor:
         """[T, H, D] -> [T, H * D], of tokens whose keys and values are written."""
-        from bireme.kernels.gpu.decode_attention import decode_attention
         from bireme.kernels.gpu.prefill_attention import prefill_attention
 
-        assert self._head_starts is not None
+        tiles = step.tiles
+        if tiles is None:
+            return self._decode_paged(q, positions, step, cache).flatten(1)
         assert self._head_map is not None
-        paged = cache.keys, cache.values, step.tables[self.window], step.block_size
-        scoring = self.scale, self.window, self.cap, self._slopes
-        if step.tiles is not None:
-            out = prefill_attention(q, *paged, step.slots, step.tiles, self._head_map, *scoring)
-        else:
-            most = max(map(self.cut.head_map.count, set(self.cut.head_map)))
-            out = decode_attention(
-                q, *paged, step.slots, positions, self._head_starts, most, *scoring
-            )
+        out = prefill_attention(
+            q, cache.keys, cache.values, step.tables[self.window], step.block_size, step.slots,
+            tiles, self._head_map, self.scale, self.window, self.cap, self._slopes,
+        )  # fmt: skip
+        if tiles.num_singles:
+            singles = slice(tiles.num_singles)
+            out[singles] = self._decode_paged(q[singles], positions[singles], step, cache)
         return out.flatten(1)
+
+    def _decode_paged(
+        self, q: torch.Tensor, positions: torch.Tensor, step: PagedStep, cache: PagedCache
+    ) -> torch.Tensor:
+        """[B, H, D] -> [B, H, D], of the step's first rows, each the one new token of its sequence."""
+        from bireme.kernels.gpu.decode_attention import decode_attention
+
+        assert self._head_starts is not None
+        most = max(map(self.cut.head_map.count, set(self.cut.head_map)))
+        return decode_attention(
+            q, cache.keys, cache.values, step.tables[self.window], step.block_size,
+            step.slots[: len(q)], positions, self._head_starts, most,
+            self.scale, self.window, self.cap, self._slopes,
+        )  # fmt: skip
 
     def _attend(self, q: torch.Tensor, group: SequenceGroup, cache: PagedCache) -> torch.Tensor:
         """[B, t, H, D] -> [B, t, H, D]"""

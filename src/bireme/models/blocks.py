@@ -15,7 +15,7 @@ from torch import nn
 from bireme.kernels.functional import ACTIVATIONS, gated, grouped_linear, rms_norm
 from bireme.kernels.linear import gated_linear
 from bireme.model_config import ModelConfig
-from bireme.models.attention import StepContext
+from bireme.models.step import StepContext
 from bireme.parallel import layout
 from bireme.parallel.layers import (
     MergedColumnParallelLinear,

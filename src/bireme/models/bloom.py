@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from bireme.model_config import ModelConfig
-from bireme.models.attention import Attention, StepContext
+from bireme.models.attention import Attention
 from bireme.models.blocks import MLP, Family, Head, Layer, LayerNorm, TokenEmbedding
+from bireme.models.step import StepContext
 from bireme.parallel.layers import VocabParallelEmbedding
 from bireme.parallel.layout import View
 from bireme.parallel.mesh import Mesh

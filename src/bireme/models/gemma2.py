@@ -8,8 +8,8 @@ from torch import nn
 
 from bireme.model_config import ModelConfig
 from bireme.models import llama
-from bireme.models.attention import StepContext
 from bireme.models.blocks import Family, Head, Layer, RMSNorm, TokenEmbedding
+from bireme.models.step import StepContext
 from bireme.parallel.layers import VocabParallelEmbedding
 from bireme.parallel.mesh import Mesh
 

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from bireme.model_config import ModelConfig
-from bireme.models.attention import Attention, StepContext
+from bireme.models.attention import Attention
 from bireme.models.blocks import MLP, Family, Head, Layer, LayerNorm, TokenEmbedding
+from bireme.models.step import StepContext
 from bireme.parallel.layers import ReplicatedParameter, VocabParallelEmbedding
 from bireme.parallel.layout import TRANSPOSE
 from bireme.parallel.mesh import Mesh

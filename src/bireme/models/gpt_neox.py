@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from bireme.model_config import ModelConfig
-from bireme.models.attention import Attention, StepContext
+from bireme.models.attention import Attention
 from bireme.models.blocks import MLP, Family, Head, Layer, LayerNorm, TokenEmbedding
+from bireme.models.step import StepContext
 from bireme.parallel.layers import VocabParallelEmbedding
 from bireme.parallel.layout import View
 from bireme.parallel.mesh import Mesh

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bireme.model_config import ModelConfig
-from bireme.models.attention import Attention, StepContext
+from bireme.models.attention import Attention
 from bireme.models.blocks import (
     MLP,
     Family,
@@ -18,6 +18,7 @@ from bireme.models.blocks import (
     TokenEmbedding,
     Unsummed,
 )
+from bireme.models.step import StepContext
 from bireme.parallel.layers import VocabParallelEmbedding
 from bireme.parallel.mesh import Mesh
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from bireme.model_config import ModelConfig
-from bireme.models.attention import Attention, StepContext
+from bireme.models.attention import Attention
 from bireme.models.blocks import MLP, Family, Head, Layer, LayerNorm
 from bireme.models.gpt2 import LearnedPositions
+from bireme.models.step import StepContext
 from bireme.parallel.layers import ReplicatedLinear, VocabParallelEmbedding
 from bireme.parallel.mesh import Mesh
 
