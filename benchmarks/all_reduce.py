@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bireme.parallel.collectives import join
-from bireme.parallel.shm import SegmentPlan, create_segment
+from bireme.parallel.segment_plan import SegmentPlan, create_segment
 from bireme.trace import SpanRing
 
 SIZES = (2 << 10, 16 << 10, 128 << 10, 1 << 20, 8 << 20)  # bytes

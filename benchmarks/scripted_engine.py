@@ -14,10 +14,11 @@ import threading
 from bireme.checkpoint.prepared import prepare_model
 from bireme.engine.engine import Engine
 from bireme.engine.engine_loop import run_engine
+from bireme.engine.front_end import FrontEnd
 from bireme.engine.input_processor import InputProcessor, ServedModel
 from bireme.engine.scheduler import Scheduler, SchedulerLimits
 from bireme.engine.scripted import ScriptedExecutor
-from bireme.engine.service import Commands, FrontEnd
+from bireme.engine.service_loop import Commands
 from bireme.engine.service_messages import Ready, Start, Stats
 from bireme.engine.setup import Setup, num_cores
 from bireme.parallel.layout import CacheKind

@@ -12,7 +12,8 @@ import msgspec
 import torch
 
 from bireme.errors import PeerLost
-from bireme.parallel.shm import CHUNK_BYTES, Segment, SegmentPlan, ShmGroup, join_group
+from bireme.parallel.segment_plan import CHUNK_BYTES, SegmentPlan
+from bireme.parallel.shm import Segment, ShmGroup, join_group
 from bireme.trace import SpanRing
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bireme.engine.pool import _environment
-from bireme.parallel.shm import SegmentPlan, create_segment
+from bireme.parallel.segment_plan import SegmentPlan, create_segment
 
 RANK = """
 import sys
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from bireme.errors import EngineError
 from bireme.parallel.collectives import join
-from bireme.parallel.shm import SegmentPlan
+from bireme.parallel.segment_plan import SegmentPlan
 from bireme.trace import SpanRing
 
 cpu = torch.device("cpu")

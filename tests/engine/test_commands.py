@@ -10,8 +10,9 @@ import msgspec
 
 from bireme import SamplingParams, StructuredOutputsParams
 from bireme.engine.engine_loop import EngineCommand
+from bireme.engine.front_end import FrontEnd
 from bireme.engine.messages import FrameReader, framed
-from bireme.engine.service import Commands, FrontEnd
+from bireme.engine.service_loop import Commands
 from bireme.engine.service_messages import Abort, Add, FromEngine, Refused, Stats, ToEngine
 from bireme.errors import RequestError
 from bireme.request import Request

@@ -17,14 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bireme.parallel.shm import (
-    CHUNK_BYTES,
-    Segment,
-    SegmentPlan,
-    _sum_into,
-    create_segment,
-    join_group,
-)
+from bireme.parallel.segment_plan import CHUNK_BYTES, SegmentPlan, create_segment
+from bireme.parallel.shm import Segment, _sum_into, join_group
 from bireme.parallel.shm_helper import load_helper
 from bireme.trace import SpanRing
 

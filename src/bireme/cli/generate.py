@@ -16,7 +16,7 @@ from bireme.cli.answers import print_json, print_text
 from bireme.cli.grouped import flattened
 from bireme.cli.ledger import show_run
 from bireme.cli.prompts import read_prompts
-from bireme.cli.ranks import print_ranks
+from bireme.cli.ranks import begin_ranks, print_ranks
 from bireme.errors import RequestError
 
 if TYPE_CHECKING:
@@ -103,26 +103,31 @@ def run(
         ignore_eos=ignore_eos, stop=stop, json_schema=json_schema, regex=regex, choice=choice,
         grammar=grammar, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
     )  # fmt: skip
-    from bireme.engine.llm import LLM
+    with begin_ranks(engine.keywords()) as pool:
+        from bireme.engine.llm import LLM  # and torch with it
 
-    llm = LLM(model, **engine.keywords())
-    ids = [_as_ids(llm, prompt, chat) for prompt in given]
-    params = [wanted if max_tokens is not None else _fitting(wanted, llm, prompt) for prompt in ids]
-    echoed = [_as_text(llm, prompt, chat) if echo else "" for prompt in given]
-    deltas = llm.stream(ids, params)  # refuses what cannot work before any process starts
-    with llm:
-        if not quiet and not as_json:
-            print_ranks(llm)
-        try:
-            if as_json:
-                print_json(deltas, echoed)
-            else:
-                print_text(deltas, len(given) * n, echoed, has_text=llm.has_tokenizer, quiet=quiet)
-        finally:
-            if trace is not None:  # of a rank that failed, too
-                llm.write_trace(trace)
-        if ledger:
-            show_run(llm)
+        llm = LLM(model, pool=pool, **engine.keywords())
+        ids = [_as_ids(llm, prompt, chat) for prompt in given]
+        params = [
+            wanted if max_tokens is not None else _fitting(wanted, llm, prompt) for prompt in ids
+        ]
+        echoed = [_as_text(llm, prompt, chat) if echo else "" for prompt in given]
+        deltas = llm.stream(ids, params)  # refuses what cannot work before a model is loaded
+        with llm:
+            if not quiet and not as_json:
+                print_ranks(llm)
+            try:
+                if as_json:
+                    print_json(deltas, echoed)
+                else:
+                    print_text(
+                        deltas, len(given) * n, echoed, has_text=llm.has_tokenizer, quiet=quiet
+                    )
+            finally:
+                if trace is not None:  # of a rank that failed, too
+                    llm.write_trace(trace)
+            if ledger:
+                show_run(llm)
 
 
 def _as_ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:

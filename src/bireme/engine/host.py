@@ -61,25 +61,33 @@ class EngineHost:
             tuple(layers_per_stage) if layers_per_stage is not None else None,
         )
         check_settings(settings, EngineHost.__init__.__kwdefaults__ or ())
-        self._prepare(str(model), EngineConfig(parallel=parallel, **settings), is_auto, pool)
+        config = EngineConfig(parallel=parallel, **settings)
+        self._prepare(str(model), config, is_auto, pool or WorkerPool(), is_own=pool is None)
 
     @classmethod
-    def of(cls, model: str, config: EngineConfig, *, is_auto: bool = False) -> Self:
-        """From settings that are put together already; `is_auto`: the smallest width that fits."""
+    def of(
+        cls,
+        model: str,
+        config: EngineConfig,
+        *,
+        is_auto: bool = False,
+        pool: WorkerPool | None = None,
+    ) -> Self:
+        """From settings that are put together already; `is_auto`: the smallest width that fits. `pool`, whose
+        processes may have been started, is its own from here on."""
         host = cls.__new__(cls)
-        host._prepare(model, config, is_auto, None)
+        host._prepare(model, config, is_auto, pool or WorkerPool(), is_own=True)
         return host
 
     def _prepare(
-        self, model: str, config: EngineConfig, is_auto: bool, pool: WorkerPool | None
+        self, model: str, config: EngineConfig, is_auto: bool, pool: WorkerPool, *, is_own: bool
     ) -> None:
         self.model: PreparedModel = prepare_model(
             model, needs_weights=config.load_format != "dummy"
         )
         self.config = resolve_auto_width(self.model, config) if is_auto else config
         self.plan = make_plan(self.model, self.config)
-        self._own_pool = pool is None
-        self._pool = pool or WorkerPool()
+        self._own_pool, self._pool = is_own, pool
         self._executor: WorkerExecutor | None = None
         self._engine: Engine | None = None
         self._spans: SpanRing | None = None  # the engine's own

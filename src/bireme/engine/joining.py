@@ -12,10 +12,9 @@ from bireme.engine.channel import QueueSteps, RingSteps, Steps, open_channel
 from bireme.engine.messages import Join
 from bireme.engine.pool import World
 from bireme.engine.setup import num_cores
-from bireme.parallel import shm
 from bireme.parallel.broadcast import RingPlan
 from bireme.parallel.counters import create_memory
-from bireme.parallel.shm import SegmentPlan
+from bireme.parallel.segment_plan import SegmentPlan, create_segment, is_supported
 from bireme.parallel.shm_helper import load_helper
 
 
@@ -42,7 +41,7 @@ class WorldPlan:
 
     @property
     def shares_memory(self) -> bool:
-        return self.transport != "distributed" and shm.is_supported()
+        return self.transport != "distributed" and is_supported()
 
 
 def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
@@ -88,7 +87,7 @@ def _segment(
         sampled_bytes=plan.sampled_bytes,
         is_compiled=is_compiled,
     )
-    fd, path = shm.create_segment(segment)
+    fd, path = create_segment(segment)
     held.callback(os.close, fd)
     return path, segment
 

@@ -20,7 +20,7 @@ from bireme.engine.channel import Steps
 from bireme.model_config import ModelConfig
 from bireme.parallel.broadcast import MAX_FRAME_BYTES
 from bireme.parallel.layout import CacheKind
-from bireme.parallel.shm import SegmentPlan
+from bireme.parallel.segment_plan import SegmentPlan
 from bireme.request import ScheduledBatch, StepMasks, StepOutput
 
 _LENGTH = struct.Struct("<I")

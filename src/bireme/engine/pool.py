@@ -39,6 +39,7 @@ from bireme.engine.messages import (
     frame,
 )
 from bireme.engine.process_stat import is_stopped
+from bireme.engine.setup import num_cores
 from bireme.errors import BiremeError, RankError, UserError
 from bireme.parallel.pipeline import stage_ranks
 from bireme.trace import Now, Span, SpanRing
@@ -55,6 +56,7 @@ class RankProcess:
     sock: socket.socket
     replies: ReplyReader
     spans: SpanRing
+    is_begun: bool = False  # a world has told it something
 
     def describe_end(self) -> str:
         try:
@@ -119,8 +121,20 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self, num_ranks: int) -> None:
+        """Has processes import what they need, before a world takes them; where there is a core for each, since
+        they would hold up who waits for them."""
+        if num_ranks <= num_cores():
+            self._live(num_ranks)
+
     def take(self, num_ranks: int) -> list[RankProcess]:
         """`num_ranks` live processes; the same ones every time, more where more are needed."""
+        ranks = self._live(num_ranks)
+        for rank in ranks:
+            rank.is_begun = True
+        return ranks
+
+    def _live(self, num_ranks: int) -> list[RankProcess]:
         if any(rank.process.poll() is not None for rank in self._processes):
             self.close()
         while len(self._processes) < num_ranks:
@@ -133,9 +147,11 @@ class WorkerPool:
             rank.process.kill()
 
     def close(self, grace_s: float = _EXIT_S) -> None:
-        """Ends all processes: closing their lifelines, then by force."""
+        """Ends all processes: closing their lifelines, then by force; at once those that hold nothing yet."""
         for rank in self._processes:
             rank.sock.close()
+            if not rank.is_begun:
+                rank.process.kill()
         deadline = time.monotonic() + grace_s
         try:
             for rank in self._processes:

@@ -20,12 +20,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from bireme.errors import PeerLost
-from bireme.parallel.links import HEADER_BYTES, LateChecks, Receiver, Sender, Stated, message_head
+from bireme.parallel.links import LateChecks, Receiver, Sender, message_head
 from bireme.parallel.mesh import Alone, Mesh, TensorGroup
+from bireme.parallel.message_header import HEADER_BYTES, Stated
 from bireme.parallel.peer_group import peer_group
 from bireme.parallel.peer_memory import RingPlan, connect, have_peer_access
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
-from bireme.parallel.shm import Ring, Segment, SegmentPlan, ShmReceiver, ShmSender, join_group
+from bireme.parallel.segment_plan import Ring, SegmentPlan
+from bireme.parallel.shm import Segment, ShmReceiver, ShmSender, join_group
 from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanWriter
 

@@ -24,14 +24,8 @@ from torch._C._distributed_c10d import (
 )
 
 from bireme.errors import EngineError
-from bireme.parallel.links import (
-    HEADER_BYTES,
-    LateChecks,
-    Receiver,
-    Sender,
-    Stated,
-    message_head,
-)
+from bireme.parallel.links import LateChecks, Receiver, Sender, message_head
+from bireme.parallel.message_header import HEADER_BYTES, Stated
 from bireme.parallel.pipeline import Edge
 from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanWriter

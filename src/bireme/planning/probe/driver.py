@@ -16,7 +16,7 @@ from bireme.engine.deadline import Patience
 from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
 from bireme.engine.pool import WorkerPool, World
 from bireme.errors import EngineError
-from bireme.parallel import shm
+from bireme.parallel.segment_plan import is_supported
 from bireme.planning.probe.messages import (
     ROW_BYTES,
     Describe,
@@ -40,7 +40,7 @@ def carrier(devices: Sequence[str], transport: Transport) -> str:
     """What sums and messages between ranks on `devices` go through."""
     if devices[0] != "cpu":
         return "nccl"  # and small sums, where GPUs map each other's memory, through that
-    return "shared memory" if transport == "auto" and shm.is_supported() else "gloo"
+    return "shared memory" if transport == "auto" and is_supported() else "gloo"
 
 
 @contextmanager
