@@ -22,7 +22,6 @@ from typing import NoReturn
 
 import msgspec
 
-import bireme
 from bireme.engine.channel import StepChannel
 from bireme.engine.clocks import Look, quickest
 from bireme.engine.culprit import Standing, find_culprit
@@ -68,7 +67,7 @@ class RankProcess:
 
 def _environment() -> dict[str, str]:
     """The caller's, with this package importable and gloo and NCCL kept on loopback."""
-    package_root = str(Path(bireme.__file__).parent.parent)
+    package_root = str(Path(__file__).parents[2])
     path = os.environ.get("PYTHONPATH")
     return {
         "GOMP_SPINCOUNT": "10000",  # about 30 us: a thread that spins longer starves other ranks
