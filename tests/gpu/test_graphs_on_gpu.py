@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA devices"),
 ]
-LENGTHS = [(3, 40), (50, 7), (17, 25), (1, 33), (80, 2)]  # of prompts, and of their answers
+LENGTHS = [(3, 40), (50, 7), (17, 25), (1, 33), (80, 2), (400, 12)]  # of prompts, and of answers
 Answers = list[tuple[list[int], list[float]]]
 
 

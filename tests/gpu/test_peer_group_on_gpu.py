@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -19,37 +20,49 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-WIDTH, MOST_ROWS, DTYPE = 4096, 1500, torch.bfloat16
+MOST_ROWS = 1500
+KINDS = [(4096, torch.bfloat16), (1000, torch.float16), (96, torch.float32)]  # width and dtype
 
 
-def given(seed: int, num_rows: int, device: torch.device) -> torch.Tensor:
-    """Addends of both ranks and the residual, [3, T, D]; the same on both."""
-    generator = torch.Generator().manual_seed(1000 * seed + num_rows)
-    return torch.randn(3, num_rows, WIDTH, generator=generator).to(DTYPE).to(device)
+@dataclass(frozen=True)
+class Rows:
+    """What is summed."""
+
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def given(self, seed: int, num_rows: int) -> torch.Tensor:
+        """Addends of both ranks and the residual, [3, T, D]; the same on both."""
+        generator = torch.Generator().manual_seed(1000 * seed + num_rows)
+        drawn = torch.randn(3, num_rows, self.width, generator=generator)
+        return drawn.to(self.dtype).to(self.device)
+
+    def sum(self, parts: torch.Tensor) -> torch.Tensor:
+        return (parts[0].float() + parts[1].float()).to(self.dtype)
 
 
 class Captured:
     """A sum; one with residual and norm, of an addend that lies where it is best put; one with that residual: as a
     graph of `num_rows`."""
 
-    def __init__(self, group: TensorGroup, num_rows: int, device: torch.device) -> None:
-        self.addend, self.x, self.other = torch.zeros(
-            3, num_rows, WIDTH, dtype=DTYPE, device=device
-        )
-        self.weight = torch.linspace(0.5, 2.0, WIDTH, device=device).to(DTYPE)
+    def __init__(self, group: TensorGroup, num_rows: int, rows: Rows) -> None:
+        self.rows, shape, dtype = rows, (num_rows, rows.width), rows.dtype
+        self.addend, self.x, self.other = torch.zeros(3, *shape, dtype=dtype, device=rows.device)
+        self.weight = torch.linspace(0.5, 2.0, rows.width, device=rows.device).to(dtype)
 
         def all_of_them() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             total = group.all_reduce(self.addend.clone())
-            place = group.place_of_addends(num_rows, WIDTH, DTYPE)
+            place = group.place_of_addends(*shape, dtype)
             addend = self.other.clone() if place is None else place.copy_(self.other)
             held, normed = group.all_reduce_add_norm(addend, self.x, self.weight, 1e-5)
             normed = normed.clone()  # it lies there until the next sum
             return total, normed, group.all_reduce_add(self.addend.clone(), held)
 
-        aside = torch.cuda.Stream(device)
+        aside = torch.cuda.Stream(rows.device)
         with torch.cuda.stream(aside):
             all_of_them()
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(rows.device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.made = all_of_them()
@@ -61,7 +74,7 @@ class Captured:
         for made in self.made:
             made.fill_(torch.nan)
         self.graph.replay()
-        added = (parts[0].float() + parts[1].float()).to(DTYPE)
+        added = self.rows.sum(parts)
         held = parts[2] + added
         assert torch.equal(self.made[0], added)
         normed = rms_norm_reference(held, self.weight, 1e-5)
@@ -69,34 +82,33 @@ class Captured:
         assert torch.equal(self.made[2], held + added)
 
 
-def work(rank: int, meeting: str) -> None:
+def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     device = torch.device(f"cuda:{rank}")
-    spans = SpanRing.create(1 << 12)
-    row_bytes = WIDTH * DTYPE.itemsize
+    rows, row_bytes = Rows(width, dtype, device), width * dtype.itemsize
     comm = join(
-        (2,), rank, Path(meeting), device, 60.0, spans,
-        row_bytes=row_bytes, sum_bytes=MOST_ROWS * row_bytes,
+        (2,), rank, Path(meeting), device, 60.0, SpanRing.create(1 << 12),
+        row_bytes=row_bytes, sum_bytes=-(-MOST_ROWS * row_bytes // 512) * 512,
     )  # fmt: skip
     group = comm.mesh.tensor
     assert isinstance(group, PeerGroup)
-    assert group.place_of_addends(MOST_ROWS + 1, WIDTH, DTYPE) is None
+    assert group.place_of_addends(MOST_ROWS + 5, width, dtype) is None
     sizes = (1, 8, 200, 301, MOST_ROWS, MOST_ROWS + 5)
-    graphs = {num_rows: Captured(group, num_rows, device) for num_rows in sizes}
+    graphs = {num_rows: Captured(group, num_rows, rows) for num_rows in sizes}
     for seed, (order, eager) in enumerate(product(product(sizes, sizes), (0, 1, 7, 256, 300))):
         for num_rows in order:
-            graphs[num_rows].check(rank, given(seed, num_rows, device))
+            graphs[num_rows].check(rank, rows.given(seed, num_rows))
             if eager:
-                parts = given(seed, eager, device)
-                added = (parts[0].float() + parts[1].float()).to(DTYPE)
+                parts = rows.given(seed, eager)
+                added = rows.sum(parts)
                 assert torch.equal(group.all_reduce(parts[rank].clone()), added)
-                assert torch.equal(
-                    group.all_reduce_add(parts[rank].clone(), parts[2]), parts[2] + added
-                )
+                whole = group.all_reduce_add(parts[rank].clone(), parts[2])
+                assert torch.equal(whole, parts[2] + added)
     torch.cuda.synchronize(device)
     for captured in graphs.values():
         captured.graph.reset()
     comm.leave()
 
 
-def test_graphs_and_launches_in_any_order(tmp_path: Path) -> None:
-    multiprocessing.spawn(work, (str(tmp_path / "meeting"),), nprocs=2)
+@pytest.mark.parametrize(("width", "dtype"), KINDS)
+def test_graphs_and_launches_in_any_order(tmp_path: Path, width: int, dtype: torch.dtype) -> None:
+    multiprocessing.spawn(work, (str(tmp_path / "meeting"), width, dtype), nprocs=2)

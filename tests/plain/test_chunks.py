@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bireme.engine.chunks import CPU_CHUNKS, GPU_CHUNKS, ChunkSizes, equal_chunk, tokens_at_once
+from bireme.engine.chunks import CPU_CHUNKS, GPU_CHUNKS, ChunkSizes, chunk_cost, chunk_tokens
 
 RATIO = 10_000.0
 
@@ -16,10 +16,10 @@ RATIO = 10_000.0
 def chunks(
     num_tokens: int, num_stages: int, most: int, sizes: ChunkSizes, ratio: float = RATIO
 ) -> list[int]:
-    budget = tokens_at_once(num_tokens, num_stages, most, sizes, ratio)
+    cost = chunk_cost(num_tokens, num_stages, most, sizes, ratio)
     found: list[int] = []
     while (start := sum(found)) < num_tokens:
-        found.append(min(equal_chunk(start, budget, ratio, 16, sizes), num_tokens - start))
+        found.append(chunk_tokens(start, num_tokens, most, cost, sizes, ratio))
     return found
 
 
@@ -33,8 +33,14 @@ def test_short_prompts_on_a_gpu(num_tokens: int, expected: list[int]) -> None:
 def test_a_long_prompt_is_cut_so_that_no_stage_works_alone_for_long() -> None:
     """m chunks of the same cost over p stages are p m / (m + p - 1) times as fast as one."""
     found = chunks(32768, 2, 8192, GPU_CHUNKS)
-    assert 15 <= len(found) <= 17
+    assert 15 <= len(found) <= 16
     assert 2 * len(found) / (len(found) + 1) > 1.85
+
+
+def test_what_a_step_may_have_at_most_is_no_reason_for_smaller_chunks_later() -> None:
+    found = chunks(100_000, 2, 8192, GPU_CHUNKS)
+    assert found[0] == 8192
+    assert len(found) <= 18
 
 
 def test_one_stage_takes_as_many_as_it_may() -> None:
@@ -48,15 +54,25 @@ def test_one_stage_takes_as_many_as_it_may() -> None:
     ratio=st.sampled_from([200.0, RATIO, math.inf]),
     sizes=st.sampled_from([CPU_CHUNKS, GPU_CHUNKS]),
 )
-def test_chunks_shrink_as_contexts_grow(
+def test_chunks_of_a_prompt(
     num_tokens: int, num_stages: int, most: int, ratio: float, sizes: ChunkSizes
 ) -> None:
     found = chunks(num_tokens, num_stages, most, sizes, ratio)
-    assert found == sorted(found, reverse=True)
+    assert sum(found) == num_tokens
     assert max(found) <= most
-    if most >= num_tokens:  # nothing is left over
-        assert len(found) <= max(1, round(num_tokens / sizes.least))
-    if max(found) < most:
-        assert len(found) <= max(1, min(round(num_tokens / sizes.least), 8 * num_stages))
-    whole = found[:-1]
-    assert all(size % sizes.multiple == 0 for size in whole if 16 < size < most)
+    count = max(1, min(round(num_tokens / sizes.least), 8 * num_stages))
+    if max(found) < most:  # no more of them than are wanted, and no tail
+        assert len(found) <= count
+    assert all(size % sizes.multiple == 0 for size in found[:-1] if size < most)
+
+
+@given(
+    num_tokens=st.integers(1000, 50_000),
+    num_stages=st.integers(2, 8),
+    ratio=st.sampled_from([2000.0, RATIO, math.inf]),
+)
+def test_chunks_cost_the_same(num_tokens: int, num_stages: int, ratio: float) -> None:
+    found = chunks(num_tokens, num_stages, num_tokens, CPU_CHUNKS, ratio)
+    starts = [sum(found[:index]) for index in range(len(found))]
+    costs = [n * (1 + (start + n / 2) / ratio) for n, start in zip(found, starts, strict=True)]
+    assert max(costs) < 1.1 * min(costs)

@@ -297,7 +297,7 @@ def test_setups_come_with_the_first_piece_of_a_request_only() -> None:
     assert second is not None
     assert [setup.slot for setup in first.setups] == [0]
     assert second.setups == []
-    assert (second.pieces[0].start, second.pieces[0].num_tokens) == (4, 4)
+    assert (second.pieces[0].start, second.pieces[0].num_tokens) == (4, 3)  # and 3 behind it
 
 
 def test_a_second_prompt_computes_only_what_the_first_did_not() -> None:

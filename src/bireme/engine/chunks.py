@@ -1,4 +1,8 @@
-"""How many tokens of prompts go into one step."""
+"""How many tokens of prompts go into one step.
+
+A token's own work is 1, and what it attends to is 1 / context_per_token a place: the first n tokens of a prompt cost
+n (1 + n / 2 / context_per_token).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ CHUNKS_PER_STAGE = 8  # of a long prompt: more, and what each costs beside its t
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """What suits a device. `least`: tokens about as quick, each, as those of a longer chunk. `multiple`: to which
-    steps are filled up anyway."""
+    """What suits a device. `least`: tokens about as quick, each, as those of a longer chunk. `multiple`: sizes that
+    its graphs and tiles are made for."""
 
     least: int = 256
     multiple: int = 1
@@ -21,30 +25,30 @@ CPU_CHUNKS = ChunkSizes()
 GPU_CHUNKS = ChunkSizes(least=384, multiple=64)
 
 
-def tokens_at_once(
+def chunk_cost(
     num_given: int, num_stages: int, most: int, sizes: ChunkSizes, context_per_token: float
-) -> int:
-    """At the beginning of prompts with `num_given` tokens in all: with stages, few enough that chunks of equal cost
-    follow one another through them and none works alone."""
+) -> float:
+    """Of each chunk of prompts with `num_given` tokens in all. With one stage that of the largest step at a prompt's
+    beginning; with more, so little that chunks follow one another through them and none works alone for long."""
     if num_stages == 1:
-        return most
+        return _cost(most, context_per_token)
     count = max(1, min(round(num_given / sizes.least), CHUNKS_PER_STAGE * num_stages))
-    cost = _cost(num_given, context_per_token) / count
-    return min(most, _aligned(_num_tokens(0, cost, context_per_token), sizes))
+    return _cost(num_given, context_per_token) / count
 
 
-def equal_chunk(
-    start: int, budget: int, context_per_token: float, least: int, sizes: ChunkSizes
+def chunk_tokens(
+    start: int, stop: int, most: int, cost: float, sizes: ChunkSizes, context_per_token: float
 ) -> int:
-    """Tokens from position `start` on that cost about as much as `budget` tokens at a prompt's beginning:
-    fewer where there is more to attend to, but at least `least` where the budget allows it."""
-    cost = _cost(budget, context_per_token)
-    num_tokens = _num_tokens(start, cost, context_per_token)
-    return min(budget, max(_aligned(num_tokens, sizes), least))
+    """Of a prompt's tokens [start, stop) those that cost about `cost`, at most `most`: as much as each chunk after
+    them, so that no small one is left over."""
+    left = _cost(stop, context_per_token) - _cost(start, context_per_token)
+    each = left / max(1, round(left / cost))
+    num_tokens = _num_tokens(start, each, context_per_token)
+    aligned = math.ceil(num_tokens / sizes.multiple - 1e-9) * sizes.multiple
+    return min(most, stop - start, aligned)
 
 
 def _cost(num_tokens: float, context_per_token: float) -> float:
-    """n tokens at a prompt's beginning cost n (1 + n / 2 / context_per_token)."""
     return num_tokens * (1 + num_tokens / 2 / context_per_token)
 
 
@@ -54,8 +58,3 @@ def _num_tokens(start: int, cost: float, context_per_token: float) -> float:
     if math.isinf(ratio):
         return cost
     return math.sqrt((ratio + start) ** 2 + 2 * ratio * cost) - ratio - start
-
-
-def _aligned(num_tokens: float, sizes: ChunkSizes) -> int:
-    """Rounded up: what a long prompt's chunks left over would be a chunk of its own."""
-    return math.ceil(num_tokens / sizes.multiple - 1e-9) * sizes.multiple

@@ -2,8 +2,8 @@
 
 A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request.
 What changes between steps lies on the device: ids, positions, block tables. Steps in which every sequence has one
-new token have graphs of their own. Of others, small ones have: large ones take a GPU longer than their launches take
-the host.
+new token have graphs of their own. Of others, small ones have, in which new tokens are runs of one: large ones take a
+GPU longer than their launches take the host.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -48,8 +48,10 @@ def prompt_graph_sizes(most: int) -> tuple[int, ...]:
 @contextmanager
 def _nothing_collected() -> Iterator[None]:
     """While a stream is captured nothing may be given back to the device, as the end of an earlier model's parts
-    would, whenever a collection comes upon them."""
+    would, whenever a collection comes upon them. So what can be is given back before, and after."""
     gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -57,6 +59,7 @@ def _nothing_collected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+        torch.cuda.empty_cache()
 
 
 def _counts(batch: ScheduledBatch) -> list[int]:
@@ -249,10 +252,17 @@ class StepGraphs:
 
     def _capture(self, function: Callable[[], T], *, is_marked: bool) -> _Graph[T]:
         """Without what `torch.cuda.graph` does each time: its stream is the first device's, and it gives all cached
-        memory back before."""
+        memory back."""
         graph = torch.cuda.CUDAGraph()
         with self._spans.capturing(is_marked=is_marked) as spans, torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            made = function()
+            try:
+                made = function()
+            except BaseException:
+                with suppress(
+                    RuntimeError
+                ):  # of a capture that is void; the first error tells more
+                    graph.capture_end()
+                raise
             graph.capture_end()
         return _Graph(graph, made, spans)

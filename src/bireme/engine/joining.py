@@ -26,7 +26,7 @@ def threads_per_rank(num_ranks: int) -> int:
 class WorldPlan:
     """Ranks by their stages' widths, one device each; the largest message from stage to stage, and
     of sampled ids back to the first (bytes). `has_peer_rings`: GPUs keep room for messages. `row_bytes` of a
-    token's hidden states that a tensor group sums."""
+    token's hidden states that a tensor group sums; `sum_bytes` of the largest sum that it keeps room for."""
 
     widths: tuple[int, ...]
     devices: tuple[str, ...]
@@ -38,6 +38,7 @@ class WorldPlan:
     start_timeout_s: float
     has_peer_rings: bool = False
     row_bytes: int = 0
+    sum_bytes: int = 0
 
     @property
     def shares_memory(self) -> bool:
@@ -67,7 +68,7 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
             segment=segment,
             peer_bytes=plan.hidden_bytes if plan.has_peer_rings else 0,
             row_bytes=plan.row_bytes,
-            sum_bytes=plan.hidden_bytes if plan.row_bytes else 0,
+            sum_bytes=plan.sum_bytes,
         )
         world.send(rank, command)
     world.gather(plan.start_timeout_s, "joining the other ranks")

@@ -29,7 +29,8 @@ _LENGTH = struct.Struct("<I")
 class Join(msgspec.Struct, frozen=True, tag=True):
     """Become `rank` of a world of sum(widths) ranks that meet at `store_path`, or share `segment`
     (its path and its plan); further commands come over `steps`. GPUs pass hidden states of up to
-    `peer_bytes` through one another's memory, and sum rows of up to `row_bytes` there, where they can."""
+    `peer_bytes` through one another's memory, and sum rows of up to `row_bytes`, and of up to `sum_bytes`
+    together, there, where they can."""
 
     widths: tuple[int, ...]
     rank: int

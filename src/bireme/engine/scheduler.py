@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bireme.engine.chunks import CPU_CHUNKS, ChunkSizes, equal_chunk, tokens_at_once
+from bireme.engine.chunks import CPU_CHUNKS, ChunkSizes, chunk_cost, chunk_tokens
 from bireme.engine.decode_groups import DecodeGroups
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.waiting_queue import Deadlines, OrderedRequests
@@ -250,10 +250,8 @@ class Scheduler:
             return
         limits = self.limits
         given = sum(state.num_given for state in self._prefilling)
-        most = tokens_at_once(
-            given, limits.pp_size, limits.max_num_batched_tokens, limits.chunks,
-            limits.context_per_token,
-        )  # fmt: skip
+        sizes, ratio = limits.chunks, limits.context_per_token
+        cost = chunk_cost(given, limits.pp_size, limits.max_num_batched_tokens, sizes, ratio)
         for state in self._prefilling:
             if budget <= 0:
                 return
@@ -262,10 +260,7 @@ class Scheduler:
             if state.is_new:
                 self._share_prefix(state, state.slot)
             start = state.num_computed
-            num_tokens = equal_chunk(
-                start, min(budget, most), limits.context_per_token, limits.block_size, limits.chunks
-            )
-            num_tokens = min(num_tokens, state.num_given - start)
+            num_tokens = chunk_tokens(start, state.num_given, budget, cost, sizes, ratio)
             blocks = self._grow(state, start, start + num_tokens)
             if blocks is None:
                 return

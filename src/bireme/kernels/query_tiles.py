@@ -20,8 +20,8 @@ def num_tiles(counts: Sequence[int]) -> int:
 @dataclass(frozen=True)
 class Tiles:
     """Where a step's runs lie: int32 [tiles, 3] of first row, its position, and rows; no rows in a tile that is of
-    no run. `has_other_rows`: the step has rows that are in no tile. Its first `num_singles` rows are in none, for
-    each is the one new token of its sequence."""
+    no run. The step's first `num_singles` rows are in none: each is the one new token of its sequence, and not
+    attended to by tiles. `has_other_rows`: there may be rows beside these that are in none."""
 
     on_device: torch.Tensor
     has_other_rows: bool = False
@@ -33,7 +33,7 @@ class Tiles:
         num_singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
         cut = _cut(starts[num_singles:], counts[num_singles:], num_singles)
         on_device = torch.from_numpy(cut).to(device, non_blocking=True)
-        return cls(on_device, num_singles > 0, num_singles)
+        return cls(on_device, num_singles=num_singles)
 
     @classmethod
     def room(cls, most_tiles: int, device: torch.device) -> Tiles:

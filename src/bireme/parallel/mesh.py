@@ -35,7 +35,7 @@ class TensorGroup(Protocol):
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + the sum over ranks of `addend` [T, D], which may be overwritten, and its RMSNorm, which lies there until
-        the next sum. Of x + the sum a rank may hold no more than it takes for the next sum of as many rows."""
+        the next sum. Of x + the sum a rank may hold no more than what the next sum of this shape and dtype takes."""
         return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ share of the rows on each rank (sequence parallelism, arXiv:2205.05198). Program
 before, when every rank's addends are there, and after, when all that was read has been read and all that was made has
 come. How often a program has met the others lies in memory and is counted up, so that eager steps and replays of any
 graphs may follow one another.
+The flags are written by atomics, which GPUs can use on one another's memory over NVLink.
 Shapes: T rows, D elements, W ranks.
 """
 
@@ -42,7 +43,7 @@ def _meet(
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "most_polls"])
 def sharded_sum_kernel(
     x, weight, total, rooms, meetings, T, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, ADDENDS: tl.constexpr,

@@ -39,7 +39,7 @@ _BATCHES = 4  # of a point, where it is slow enough; more where it is faster
 def carrier(devices: Sequence[str], transport: Transport) -> str:
     """What sums and messages between ranks on `devices` go through."""
     if devices[0] != "cpu":
-        return "nccl"  # and small sums, where GPUs map each other's memory, through that
+        return "nccl"  # and sums of a few rows, where GPUs map each other's memory, through that
     return "shared memory" if transport == "auto" and is_supported() else "gloo"
 
 
