@@ -259,9 +259,7 @@ class StepGraphs:
             try:
                 made = function()
             except BaseException:
-                with suppress(
-                    RuntimeError
-                ):  # of a capture that is void; the first error tells more
+                with suppress(RuntimeError):  # the capture is void: the first error tells why
                     graph.capture_end()
                 raise
             graph.capture_end()
