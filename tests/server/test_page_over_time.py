@@ -60,11 +60,11 @@ def test_the_last_steps_stay_when_the_server_is_at_rest(opened: Watched, keyed: 
     be_ready(page)
     Streaming(keyed, api_key=KEY, max_tokens=60).text()
     gantt = page.get_by_role(
-        "img", name=re.compile(r"^Last steps: \d\d steps of 4 ranks in .*, [3-9] s ago\.")
-    )
+        "img", name=re.compile(r"^Last steps: \d+ steps? of 4 ranks in .*, [3-9] s ago\.")
+    )  # as many as were made in the second before the page asked
     expect(gantt).to_be_visible()
-    expect(page.locator("#gantt .readout")).to_contain_text(re.compile(r"\d\d steps .* s ago$"))
-    assert gantt.locator('rect[class^="step-"]').count() > 4
+    expect(page.locator("#gantt .readout")).to_contain_text(re.compile(r"\d+ steps? .* s ago$"))
+    assert gantt.locator('rect[class^="step-"]').count() >= 4
     width, ends = gantt.evaluate(STEP_ENDS)
     assert max(ends) > 0.8 * width, "there is nothing of the rest behind them"
 
