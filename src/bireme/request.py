@@ -6,7 +6,9 @@ The engine sends a `ScheduledBatch` to every rank; the last stage's first rank a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import msgspec
@@ -105,6 +107,22 @@ class ScheduledPiece(msgspec.Struct, frozen=True, array_like=True):
     new_blocks: list[list[int]]
     samples: bool
     needs_mask: bool = False
+
+
+def asked_rows(pieces: Sequence[ScheduledPiece]) -> list[int]:
+    """Of a step's tokens those that anybody looks at behind the last layer: which yield a slot's next id, or, where
+    none does, the last."""
+    ends = list(accumulate(piece.num_tokens for piece in pieces))
+    rows = [end - 1 for piece, end in zip(pieces, ends, strict=True) if piece.samples]
+    return rows or [ends[-1] - 1]
+
+
+def asked_tokens(pieces: Sequence[ScheduledPiece]) -> list[ScheduledPiece]:
+    """The same tokens, each as a piece of its own."""
+    return [
+        ScheduledPiece(it.slot, it.start + it.num_tokens - 1, 1, None, [], samples=it.samples)
+        for it in [piece for piece in pieces if piece.samples] or pieces[-1:]
+    ]
 
 
 class ScheduledBatch(msgspec.Struct, frozen=True, array_like=True):

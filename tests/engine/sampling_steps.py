@@ -18,6 +18,7 @@ from bireme.request import (
     StepHeader,
     StepMasks,
     StepOutput,
+    asked_rows,
 )
 from thread_group import run_group
 
@@ -74,7 +75,9 @@ def run_steps(
             rows = [table[p.slot, p.start : p.start + p.num_tokens] for p in batch.pieces]
             x = shard_of(torch.cat(rows), shard)
             sampler.set_up(batch.setups)
-            chosen = sampler.choose(batch, x) if batch.sampling_slots else None
+            chosen = None
+            if batch.sampling_slots:
+                chosen = sampler.choose(batch, x[asked_rows(batch.pieces)])
             ids.append(chosen.ids.tolist() if chosen is not None else [])
             answer = sampler.answer(batch, x, chosen, answers=rank == 0)
             outputs.append(None if answer is None else answer.output())

@@ -51,8 +51,8 @@ def test_a_mixed_step(
     groups = [group(cache, [[0], [3], [4]], [0, 20, 47]), group(cache, [[1, 2]], [9])]
     step = StepContext(torch.arange(5), {}, groups, {0: cache})
     q = torch.randn(5, cut.num_local_heads, cut.head_dim).to(dtype)
-    by_c = layer.attend(q, step)
+    by_c = layer(q, step)
     monkeypatch.setattr(attention, "suits_c_attention", lambda *_: False)
-    by_torch = layer.attend(q, step)
+    by_torch = layer(q, step)
     assert not torch.equal(by_c, by_torch)  # they are two
     assert torch.allclose(by_c, by_torch, atol=1e-5 if dtype == torch.float32 else 3e-2)

@@ -23,6 +23,7 @@ SHAPE = {
 }  # fmt: skip
 ATTENTION = 64 * 64 + 2 * (32 * 64) + 64 * 64  # q, k and v, out
 LAYER = ATTENTION + 3 * 64 * 128
+BEHIND = 64 * 64 + 3 * 64 * 128  # attention
 HEAD = 256 * 64
 
 
@@ -48,10 +49,13 @@ def test_a_decode_of_one_request_is_counted_by_hand() -> None:
     assert whole.num_bytes([piece(9, 1)]) == 4 * (products + 64 + cached)
 
 
-def test_a_prompt_reads_weights_once_and_samples_once() -> None:
+def test_a_prompt_reads_weights_once_and_goes_through_the_last_layer_with_one_token() -> None:
     (whole,) = operations(config(), (1,))
     chunk = [piece(0, 6, samples=False)]
-    assert whole.flop(chunk) == 2 * 4 * LAYER * 6 + 4 * 64 * 4 * (1 + 2 + 3 + 4 + 5 + 6)
+    products = 3 * LAYER * 6 + (LAYER - BEHIND) * 6 + BEHIND
+    pairs = 3 * (1 + 2 + 3 + 4 + 5 + 6) + 6
+    assert whole.flop(chunk) == 2 * products + 4 * 64 * pairs
+    assert whole.flop([piece(0, 6)]) == whole.flop(chunk) + 2 * HEAD
     assert whole.num_bytes(chunk) == 4 * (4 * LAYER + 6 * 64 + 4 * 64 * (6 + 6))
     assert context_tokens(chunk) == 21
 
@@ -63,12 +67,14 @@ def test_a_window_bounds_what_is_looked_at() -> None:
     for one in (piece(0, 6), piece(2, 2), piece(9, 1), piece(1, 1)):
         positions = range(one.start, one.start + one.num_tokens)
         seen = sum(min(3, position + 1) for position in positions)
-        less = sum(position + 1 for position in positions) - seen
-        assert whole.flop([one]) - narrow.flop([one]) == 4 * 64 * 4 * less
+        less = 3 * (sum(position + 1 for position in positions) - seen)
+        less += max(0, positions[-1] + 1 - 3)  # in the last layer the last token alone looks back
+        assert whole.flop([one]) - narrow.flop([one]) == 4 * 64 * less
         places = {place for p in positions for place in range(max(0, p - 2), p + 1)}
         wide_places = positions[-1] + 1
         saved = whole.num_bytes([one]) - narrow.num_bytes([one])
-        assert saved == 4 * 4 * 64 * (wide_places - len(places))
+        of_last = max(0, wide_places - 3)
+        assert saved == 4 * 64 * (3 * (wide_places - len(places)) + of_last)
 
 
 def test_of_experts_a_token_goes_through_some() -> None:

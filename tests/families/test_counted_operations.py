@@ -38,5 +38,6 @@ def test_products_are_as_torch_counts_them(name: str, checkpoints: Checkpoints) 
         rank_operations(model.config, layout, layout.ranks[0], 2),
         attention_width=0,
         expert_elements=0,
+        asked_expert_elements=0,
     )
     assert counted.flop([piece]) == products

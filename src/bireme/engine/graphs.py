@@ -3,7 +3,8 @@
 A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request.
 What changes between steps lies on the device: ids, positions, block tables. Steps in which every sequence has one
 new token have graphs of their own. Of others, small ones have, in which new tokens are runs of one: large ones take a
-GPU longer than their launches take the host.
+GPU longer than their launches take the host. These leave out the last layer of all, which makes as many rows as are
+asked for, while the graph is still busy.
 """
 
 from __future__ import annotations
@@ -159,6 +160,10 @@ class StepGraphs:
         assert bucket.tiles is not None
         return num_tiles(_counts(batch)) <= len(bucket.tiles.on_device)
 
+    def leaves_last_layer(self, batch: ScheduledBatch) -> bool:
+        """Whether `run` of this batch is without the stage's last layer."""
+        return self._sampler is not None and not batch.is_decode
+
     def run(self, batch: ScheduledBatch, inputs: torch.Tensor | None) -> torch.Tensor:
         """The stage's layers, of ids [T] or hidden states [T, D], or of the slots' last ids -> [T, D]."""
         bucket, count = self._of(batch), batch.num_tokens
@@ -218,11 +223,12 @@ class StepGraphs:
     ) -> _Pair[torch.Tensor]:
         """Into `place`, or where what is made lies anyway."""
 
+        is_cut = tiles is not None and self._sampler is not None
+        run = self._model.begin if is_cut else self._model
+
         def layers() -> torch.Tensor:
             step = self._slots.paged(given[0], given[1], tiles)
-            made: torch.Tensor = self._model(
-                self._last_ids[given[0]] if inputs is None else inputs, step
-            )
+            made: torch.Tensor = run(self._last_ids[given[0]] if inputs is None else inputs, step)
             return made if place is None else place.copy_(made)
 
         return self._pair(layers, layers)

@@ -24,7 +24,7 @@ from bireme.model_config import ModelConfig
 from bireme.models.attention import PagedAttention
 from bireme.models.blocks import MoE, StageModel
 from bireme.parallel.collectives import Communicator
-from bireme.request import ScheduledBatch
+from bireme.request import ScheduledBatch, asked_rows
 from bireme.trace import SpanKind, SpanWriter
 
 
@@ -102,44 +102,55 @@ class ModelRunner:
             return self._execute(batch)
 
     def _execute(self, batch: ScheduledBatch) -> Answer | None:
-        mesh, header = self.comm.mesh, (batch.incarnation, batch.step_id)
+        mesh, header = self.comm.mesh, batch.header
         self._slots.apply(batch)
-        graphs = self._graphs_for(batch)
-        x = self._forward(batch, header) if graphs is None else self._replay(graphs, batch, header)
+        if self._sampler is not None and batch.setups:
+            with self.spans.span(SpanKind.SAMPLE):
+                self._sampler.set_up(batch.setups)
+        graphs, all_ = self._graphs_for(batch), self._asks_all(batch)
+        x = self._forward(batch, all_) if graphs is None else self._replay(graphs, batch, all_)
         if not mesh.is_last_stage:
             self.comm.hidden_sender.send(header, x)
         output = None
         if self._sampler is not None:
-            output = self._sample(self._sampler, batch, x, graphs)
+            output = self._sample(self._sampler, batch, x, graphs, has_all=all_)
         if mesh.is_first_stage and not mesh.is_last_stage and batch.sampling_slots:
             self._expected_ids.append((header, batch.sampling_slots))
         if self.capture is not None:
             self.capture.finish_step(batch)
         return output
 
-    def _forward(self, batch: ScheduledBatch, header: tuple[int, int]) -> torch.Tensor:
-        """The stage's layers, kernel by kernel -> [T, D]."""
+    def _asks_all(self, batch: ScheduledBatch) -> bool:
+        """Whether somebody looks at all rows behind the last layer of this stage, and not at `asked_rows` alone."""
+        if self._sampler is None or self._tiled is not None or self._is_probed:
+            return True
+        if self.capture is not None or self._sampler.tells_prompts(batch):
+            return True
+        return len(asked_rows(batch.pieces)) == batch.num_tokens
+
+    def _forward(self, batch: ScheduledBatch, asks_all: bool) -> torch.Tensor:
+        """The stage's layers, kernel by kernel -> [T, D], or [S, D] where rows [S] alone are asked for."""
         if self._tiled is not None:
-            x = self._input(batch, header)
+            x = self._input(batch)
             with self.spans.span(SpanKind.COMPUTE):
                 return self._tiled(x, batch.pieces)
-        step = self._slots.context(batch.pieces, is_probed=self._is_probed)
-        x = self._input(batch, header)
+        step = self._slots.context(batch.pieces, is_probed=self._is_probed, asks_all=asks_all)
+        x = self._input(batch)
         with self.spans.span(SpanKind.COMPUTE):
             made: torch.Tensor = self.model(x, step)
         return made
 
-    def _replay(
-        self, graphs: StepGraphs, batch: ScheduledBatch, header: tuple[int, int]
-    ) -> torch.Tensor:
-        """The same as a graph."""
+    def _replay(self, graphs: StepGraphs, batch: ScheduledBatch, asks_all: bool) -> torch.Tensor:
+        """The same as a graph, and what is not of it."""
         inputs = None
         if batch.is_decode and self.comm.hidden_receiver is None:
             self._await_ids(batch)
         else:
-            inputs = self._input(batch, header)
+            inputs = self._input(batch)
         with self.spans.span(SpanKind.COMPUTE):
             x = graphs.run(batch, inputs)
+            if graphs.leaves_last_layer(batch):
+                x = self.model.end(x, self._slots.context(batch.pieces, asks_all=asks_all))
         # what is on its way to the next stage must outlast the next replay
         return x if self.comm.mesh.is_last_stage else x.clone()
 
@@ -198,12 +209,12 @@ class ModelRunner:
 
     # --- inputs --------------------------------------------------------------------------------
 
-    def _input(self, batch: ScheduledBatch, header: tuple[int, int]) -> torch.Tensor:
+    def _input(self, batch: ScheduledBatch) -> torch.Tensor:
         """Ids [T] on the first stage, hidden states [T, D] on the others."""
         receiver = self.comm.hidden_receiver
         if receiver is not None:
             shape = (batch.num_tokens, self.config.hidden_size)
-            return receiver.receive(header, shape, self.dtype, self.device)
+            return receiver.receive(batch.header, shape, self.dtype, self.device)
         needed = self._await_ids(batch)
         given = [id_ for piece in batch.pieces for id_ in (piece.token_ids or [0])]
         ids = torch.tensor(given, dtype=torch.int64).to(self.device, non_blocking=True)
@@ -240,7 +251,10 @@ class ModelRunner:
             self._keep_ids(slots, ids)
 
     def _keep_ids(self, slots: list[int], ids: torch.Tensor) -> None:
-        self._last_ids.index_copy_(0, torch.tensor(slots).to(self.device, non_blocking=True), ids)
+        self._last_ids.index_copy_(0, self._on_device(slots), ids)
+
+    def _on_device(self, numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers).to(self.device, non_blocking=True)
 
     # --- output --------------------------------------------------------------------------------
 
@@ -250,19 +264,22 @@ class ModelRunner:
         batch: ScheduledBatch,
         x: torch.Tensor,
         graphs: StepGraphs | None,
+        *,
+        has_all: bool,
     ) -> Answer | None:
-        """Gives each piece that asks for it its next id, on every rank of the stage."""
+        """Gives each piece that asks for it its next id, on every rank of the stage. x has all rows [T, D], or those
+        [S, D] that are asked for."""
         if self.capture is not None:
             assert self.model.head is not None
             self.capture.add_logits(self._logits(x)[:, : self.model.head.logits.num_real])
         chosen = None
         with self.spans.span(SpanKind.SAMPLE):
-            sampler.set_up(batch.setups)
             if batch.sampling_slots:
                 if graphs is not None and batch.is_decode and sampler.is_plain(batch):
                     chosen = graphs.choose(batch)
                 else:
-                    chosen = sampler.choose(batch, x)
+                    rows = x[self._on_device(asked_rows(batch.pieces))] if has_all else x
+                    chosen = sampler.choose(batch, rows)
                     self._last_ids.index_copy_(0, chosen.slots, chosen.ids)
                 self.comm.sampled_sender.send(batch.header, chosen.ids)
             return sampler.answer(batch, x, chosen, answers=self.comm.mesh.answers)

@@ -24,9 +24,16 @@ from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
 from bireme.models.attention import PagedAttention
 from bireme.models.rope import depends_on_length, inverse_frequencies
-from bireme.models.step import PagedStep, SequenceGroup, StepContext, Tile
+from bireme.models.step import Asked, PagedStep, SequenceGroup, StepContext, Tile
 from bireme.parallel.layout import CacheKind, StepWork
-from bireme.request import SamplingSetup, ScheduledBatch, ScheduledPiece, SlotSetup
+from bireme.request import (
+    SamplingSetup,
+    ScheduledBatch,
+    ScheduledPiece,
+    SlotSetup,
+    asked_rows,
+    asked_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -172,13 +179,37 @@ class Slots:
 
     # --- a step's context ----------------------------------------------------------------------
 
-    def context(self, pieces: list[ScheduledPiece], *, is_probed: bool = False) -> StepContext:
-        """`is_probed`: somebody wants to see what every module makes."""
+    def context(
+        self, pieces: list[ScheduledPiece], *, is_probed: bool = False, asks_all: bool = True
+    ) -> StepContext:
+        """`is_probed`: somebody wants to see what every module makes. Without `asks_all` the last layer makes no other
+        rows than `asked_rows`."""
         slots, positions = rows_of(pieces)
+        asked = None if asks_all else np.array(asked_rows(pieces))
         if self._on_device is not None:
-            packed = torch.from_numpy(np.stack((slots, positions))).pin_memory()
-            given = packed.to(self._device, non_blocking=True)
-            return self.paged(given[0], given[1], self._tiles(pieces), is_probed=is_probed)
+            given = self._pinned(np.stack((slots, positions)))
+            step = self.paged(given[0], given[1], self._tiles(pieces), is_probed=is_probed)
+            if asked is not None:
+                rows = self._pinned(asked)
+                step.asked = Asked(rows, self.paged(given[0][rows], given[1][rows], None))
+            return step
+        step = self._gathered(pieces, slots, positions)
+        if asked is not None:
+            alone = self._gathered(asked_tokens(pieces), slots[asked], positions[asked])
+            step.asked = Asked(torch.from_numpy(asked), alone)
+        return step
+
+    def _pinned(self, numbers: NDArray[np.int64]) -> torch.Tensor:
+        """On the GPU, of which nothing is waited for."""
+        return torch.from_numpy(numbers).pin_memory().to(self._device, non_blocking=True)
+
+    def _gathered(
+        self,
+        pieces: list[ScheduledPiece],
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+    ) -> StepContext:
+        """By groups, whose contexts are gathered."""
         on_device = torch.from_numpy(positions).to(self._device)
         cos, sin = self._rotation(slots, on_device)
         return StepContext(

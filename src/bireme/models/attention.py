@@ -93,17 +93,16 @@ class PagedAttention(nn.Module):
             slopes = alibi_slopes(self.num_heads)[slice(*self.cut.queries)]
             self._slopes = slopes.to(device)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: StepContext
-    ) -> torch.Tensor:
-        """q [T, H, D], k and v [T, K, D] -> [T, H * D]."""
+    def write(self, k: torch.Tensor, v: torch.Tensor, step: StepContext) -> None:
+        """k and v [T, K, D], to the step's places."""
         places = step.places[self.window]
         step.caches[self.layer].write(places, k[: len(places)], v[: len(places)])
-        return self.attend(q, step)
 
-    def attend(self, q: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def forward(self, q: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, H, D] -> [T, H * D], of tokens whose keys and values are written."""
         cache = step.caches[self.layer]
+        if step.paged is not None:
+            return self.attend_paged(q, step.positions, step.paged, cache)
         if step.tile is not None:
             return self._attend_tile(q, step.tile, cache).flatten(1)
         if len(step.groups) == 1:  # its rows are the step's
@@ -117,7 +116,7 @@ class PagedAttention(nn.Module):
     def attend_paged(
         self, q: torch.Tensor, positions: torch.Tensor, step: PagedStep, cache: PagedCache
     ) -> torch.Tensor:
-        """[T, H, D] -> [T, H * D], of tokens whose keys and values are written."""
+        """The same by the kernels of a GPU."""
         from bireme.kernels.gpu.prefill_attention import prefill_attention
 
         tiles = step.tiles
@@ -286,28 +285,33 @@ class Attention(nn.Module):
 
     def _attended(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, hidden] -> [T, H * D]"""
-        rows, paged = self.qkv(x), step.paged
-        return self._attend(rows, step) if paged is None else self._attend_paged(rows, step, paged)
+        rows = self.qkv(x)
+        q = self._written(rows, step) if step.paged is None else self._written_paged(rows, step)
+        attended: torch.Tensor = self.paged(
+            step.of_asked(q), step if step.asked is None else step.asked.step
+        )
+        return attended
 
-    def _attend(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def _written(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """Queries [T, H, D] of projected rows; their keys and values are in the cache."""
         if self.q_norm is not None:
             rows = self._normed(rows)
         paged = self.paged
         rotation = (step.cos, step.sin) if step.cos is not None and step.sin is not None else None
         if suits_c(rows):
             cache, places = step.caches[paged.layer], step.places[paged.window]
-            q = rope_and_write(
+            return rope_and_write(
                 rows, paged.cut.num_local_heads, rotation, places, cache.keys, cache.values
             )
-            return paged.attend(q, step)
+        q: torch.Tensor
         num_queries, num_kv = paged.cut.num_local_heads, paged.cut.num_local_kv_heads
         heads = rows.unflatten(-1, (-1, self.head_dim))
         rotated, v = heads.split((num_queries + num_kv, num_kv), dim=1)
         if rotation is not None:
             rotated = apply_rope(rotated, *rotation)
         q, k = rotated.split((num_queries, num_kv), dim=1)
-        attended: torch.Tensor = paged(q, k, v, step)
-        return attended
+        paged.write(k, v, step)
+        return q
 
     def _normed(self, rows: torch.Tensor) -> torch.Tensor:
         """The same rows with their heads normed."""
@@ -316,20 +320,18 @@ class Attention(nn.Module):
         assert self.k_norm is not None
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1).flatten(1)
 
-    def _attend_paged(
-        self, rows: torch.Tensor, step: StepContext, paged: PagedStep
-    ) -> torch.Tensor:
+    def _written_paged(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """The same by the kernels of a GPU."""
         from bireme.kernels.gpu.rope_and_write import rope_and_write
 
         layer = self.paged
         cache, norms = step.caches[layer.layer], None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
-            if paged.is_probed:
+            if step.paged is not None and step.paged.is_probed:
                 rows, norms = self._normed(rows), None
         rotation = (step.cos, step.sin) if step.cos is not None and step.sin is not None else None
-        q = rope_and_write(
+        return rope_and_write(
             rows, layer.cut.num_local_heads, rotation, norms, step.places[layer.window],
             cache.keys, cache.values,
         )  # fmt: skip
-        return layer.attend_paged(q, step.positions, paged, cache)

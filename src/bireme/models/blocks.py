@@ -6,7 +6,7 @@ Shapes: T tokens, D hidden size, S sampled rows, V local vocabulary, E experts, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -251,7 +251,8 @@ class Unsummed:
 
 
 class Layer(nn.Module):
-    """One decoder layer: [T, D] -> [T, D], or `Unsummed` to `Unsummed` where it `takes_unsummed`."""
+    """One decoder layer: [T, D] -> [T, D], or `Unsummed` to `Unsummed` where it `takes_unsummed`; of the rows [S] that
+    the step asks for, if it asks for some."""
 
     takes_unsummed = False
 
@@ -298,19 +299,37 @@ class StageModel(nn.Module):
         return all(layer.takes_unsummed for layer in self.layers.values())
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        if self.embedding is not None:
-            x = self.embedding(x, step.positions)
+        """Where the step asks for some rows, the last layer makes these alone -> [S, D]."""
+        if step.asked is None:
+            return self._run(self._embedded(x, step), step, [*self.layers.values()])
+        return self.end(self.begin(x, replace(step, asked=None)), step)
+
+    def begin(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """All but the last layer."""
+        return self._run(self._embedded(x, step), step, [*self.layers.values()][:-1])
+
+    def end(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        """The last layer, of what the others made."""
+        return self._run(x, step, [*self.layers.values()][-1:])
+
+    def _embedded(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+        return x if self.embedding is None else self.embedding(x, step.positions)
+
+    def _run(self, x: torch.Tensor, step: StepContext, layers: Sequence[nn.Module]) -> torch.Tensor:
         if self.sums_late and not (step.paged is not None and step.paged.is_probed):
-            return self._unsummed(x, step)
-        for layer in self.layers.values():
+            return self._unsummed(x, step, layers)
+        for layer in layers:
             x = layer(x, step)
         return x
 
-    def _unsummed(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def _unsummed(
+        self, x: torch.Tensor, step: StepContext, layers: Sequence[nn.Module]
+    ) -> torch.Tensor:
         state = Unsummed(x)
-        for layer in self.layers.values():
+        for layer in layers:
             state = layer(state, step)
-        assert state.addend is not None
+        if state.addend is None:
+            return state.x
         return self._group.all_reduce_add(state.addend, state.x)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ class BloomLayer(Layer):
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         normed = self.input_layernorm(x)
-        x = (normed if self.has_residual_after_norm else x) + self.self_attention(normed, step)
+        attended = self.self_attention(normed, step)
+        x = step.of_asked(normed if self.has_residual_after_norm else x) + attended
         normed = self.post_attention_layernorm(x)
         out: torch.Tensor = (normed if self.has_residual_after_norm else x) + self.mlp(normed)
         return out

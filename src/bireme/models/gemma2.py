@@ -30,7 +30,8 @@ class Gemma2Layer(Layer):
         self.post_feedforward_layernorm = _norm(f"{name}.post_feedforward_layernorm", config)
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), step))
+        attended = self.self_attn(self.input_layernorm(x), step)
+        x = step.of_asked(x) + self.post_attention_layernorm(attended)
         out: torch.Tensor = x + self.post_feedforward_layernorm(
             self.mlp(self.pre_feedforward_layernorm(x))
         )

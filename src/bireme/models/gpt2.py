@@ -50,7 +50,7 @@ class GPT2Layer(Layer):
         )
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x), step)
+        x = step.of_asked(x) + self.attn(self.ln_1(x), step)
         out: torch.Tensor = x + self.mlp(self.ln_2(x))
         return out
 

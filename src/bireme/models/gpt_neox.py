@@ -36,6 +36,7 @@ class GPTNeoXLayer(Layer):
 
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         attended = self.attention(self.input_layernorm(x), step)
+        x = step.of_asked(x)
         base = x if self.has_parallel_residual else x + attended
         out: torch.Tensor = base + self.mlp(self.post_attention_layernorm(base))
         return out + attended if self.has_parallel_residual else out

@@ -75,7 +75,8 @@ class PreNormLayer(Layer):
     def forward(self, x: torch.Tensor | Unsummed, step: StepContext) -> torch.Tensor | Unsummed:
         if isinstance(x, Unsummed):
             return self._unsummed(x, step)
-        x = x + self.self_attn(self.input_layernorm(x), step)  # nothing outlives the sum
+        # nothing outlives the sum
+        x = step.of_asked(x) + self.self_attn(self.input_layernorm(x), step)
         out: torch.Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
@@ -83,7 +84,7 @@ class PreNormLayer(Layer):
         group = self.self_attn.group
         x, normed = self.input_layernorm.of_sum(state.x, state.addend, group)
         attended = self.self_attn.partial(normed, step)
-        x, normed = self.post_attention_layernorm.of_sum(x, attended, group)
+        x, normed = self.post_attention_layernorm.of_sum(step.of_asked(x), attended, group)
         return Unsummed(x, self.mlp.partial(normed))
 
 

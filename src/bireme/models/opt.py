@@ -29,10 +29,10 @@ class OPTLayer(Layer):
     def forward(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         out: torch.Tensor
         if self.is_norm_first:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), step)
+            x = step.of_asked(x) + self.self_attn(self.self_attn_layer_norm(x), step)
             out = x + self.mlp(self.final_layer_norm(x))
             return out
-        x = self.self_attn_layer_norm(x + self.self_attn(x, step))
+        x = self.self_attn_layer_norm(step.of_asked(x) + self.self_attn(x, step))
         out = self.final_layer_norm(x + self.mlp(x))
         return out
 

@@ -87,10 +87,20 @@ class PagedStep:
 
 
 @dataclass
+class Asked:
+    """Rows [S] of a step, whose hidden states are all that anybody asks for behind the last layer: this one needs no
+    more than the keys and values of the others. `step` says what these rows attend to."""
+
+    rows: torch.Tensor
+    step: StepContext
+
+
+@dataclass
 class StepContext:
     """What every layer of a stage must know of a step: positions [T], places [T] of the new keys in
     the layers of each window, cos and sin [T, rotary_dim / 2], and the cache of each of the stage's
-    layers. `groups`, a `tile` or, on a GPU, `paged` say who attends to what."""
+    layers. `groups`, a `tile` or, on a GPU, `paged` say who attends to what. A layer makes the rows that are `asked`
+    for, or all."""
 
     positions: torch.Tensor
     places: dict[int | None, torch.Tensor]
@@ -100,3 +110,8 @@ class StepContext:
     sin: torch.Tensor | None = None
     tile: Tile | None = None
     paged: PagedStep | None = None
+    asked: Asked | None = None
+
+    def of_asked(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, D] -> [S, D]"""
+        return x if self.asked is None else x[self.asked.rows]

@@ -7,9 +7,8 @@ are not, so that achieved rates are lower bounds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from bireme.model_config import ModelConfig
 from bireme.parallel.layout import (
@@ -20,7 +19,7 @@ from bireme.parallel.layout import (
     head_edges,
     vocabulary_width,
 )
-from bireme.request import ScheduledPiece
+from bireme.request import ScheduledPiece, asked_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,8 @@ class RankOperations:
     """One rank's share of every step.
 
     Elements: of matrices that each token is multiplied by, of the stacked experts, of the head, and of
-    a row of the embedding. A token goes through `experts_per_token` of `num_experts` experts.
+    a row of the embedding. A token goes through `experts_per_token` of `num_experts` experts. What is `asked` lies
+    behind the attention of the last layer of all, where tokens that nobody looks at are left out.
     """
 
     matrix_elements: int
@@ -40,26 +40,50 @@ class RankOperations:
     attention_width: int  # local query heads * head_dim
     kv: tuple[KVSpec, ...]
     item_bytes: int
+    asked_matrix_elements: int = 0
+    asked_expert_elements: int = 0
+    has_last_layer: bool = False
 
     def flop(self, pieces: Sequence[ScheduledPiece]) -> int:
-        """Floating-point operations, two a multiplication with its addition."""
+        """Floating-point operations, two a multiplication with its addition, of steps of which no more is looked at
+        than what is sampled."""
         num_tokens = sum(piece.num_tokens for piece in pieces)
         num_sampled = sum(piece.samples for piece in pieces)
-        experts = self.expert_elements * self.experts_per_token // max(1, self.num_experts)
-        products = (self.matrix_elements + experts) * num_tokens + self.head_elements * num_sampled
-        pairs = sum(_pairs(piece, spec.window) for spec in self.kv for piece in pieces)
+        whole = self.matrix_elements + self._met(self.expert_elements, 1)
+        asked = self.asked_matrix_elements + self._met(self.asked_expert_elements, 1)
+        products = (whole - asked) * num_tokens + asked * len(asked_tokens(pieces))
+        products += self.head_elements * num_sampled
+        pairs = sum(
+            _pairs(piece, spec.window)
+            for spec, lookers in self._lookers(pieces)
+            for piece in lookers
+        )
         return 2 * products + 4 * self.attention_width * pairs
+
+    def _met(self, expert_elements: int, num_tokens: int) -> int:
+        """Of a layer's experts those that tokens go through, each through others than the rest."""
+        used = min(self.num_experts, num_tokens * self.experts_per_token)
+        return expert_elements * used // max(1, self.num_experts)
+
+    def _lookers(
+        self, pieces: Sequence[ScheduledPiece]
+    ) -> Iterator[tuple[KVSpec, Sequence[ScheduledPiece]]]:
+        """By layer the tokens whose queries look at its cache."""
+        for spec in self.kv[: len(self.kv) - self.has_last_layer]:
+            yield spec, pieces
+        if self.has_last_layer:
+            yield self.kv[-1], asked_tokens(pieces)
 
     def num_bytes(self, pieces: Sequence[ScheduledPiece]) -> int:
         """Weights once, of experts those of as many tokens as there are, each with others; rows of the
         embedding; the cache of each context once, and that of the new tokens."""
         num_tokens = sum(piece.num_tokens for piece in pieces)
-        used = min(self.num_experts, num_tokens * self.experts_per_token)
         elements = self.matrix_elements + self.embedding_row_elements * num_tokens
-        elements += self.expert_elements * used // max(1, self.num_experts)
+        elements += self._met(self.expert_elements - self.asked_expert_elements, num_tokens)
+        elements += self._met(self.asked_expert_elements, len(asked_tokens(pieces)))
         elements += self.head_elements * any(piece.samples for piece in pieces)
-        for spec in self.kv:
-            read = sum(_num_seen(piece, spec.window) for piece in pieces)
+        for spec, lookers in self._lookers(pieces):
+            read = sum(_num_seen(piece, spec.window) for piece in lookers)
             elements += spec.elements_per_token * (read + num_tokens)
         return elements * self.item_bytes
 
@@ -80,9 +104,10 @@ def rank_operations(
     if config.embedding_dim != config.hidden_size:  # projected before the head
         head += config.embedding_dim * config.hidden_size
         params = [it for it in params if it.shape != (config.embedding_dim, config.hidden_size)]
+    asked = _behind_last_attention(params) if is_last else []
     return RankOperations(
-        matrix_elements=sum(prod(param.shape) for param in params if len(param.shape) == 2),
-        expert_elements=sum(prod(param.shape) for param in params if len(param.shape) == 3),
+        matrix_elements=_num_elements(params, 2),
+        expert_elements=_num_elements(params, 3),
         num_experts=moe.num_experts if moe else 0,
         experts_per_token=moe.num_experts_per_tok if moe else 0,
         head_elements=head if is_last else 0,
@@ -90,7 +115,21 @@ def rank_operations(
         attention_width=(edges[rank.tp_rank + 1] - edges[rank.tp_rank]) * config.head_dim,
         kv=rank.kv,
         item_bytes=item_bytes,
+        asked_matrix_elements=_num_elements(asked, 2),
+        asked_expert_elements=_num_elements(asked, 3),
+        has_last_layer=is_last,
     )
+
+
+def _num_elements(params: Sequence[ParamLayout], num_dims: int) -> int:
+    """Of matrices, or of stacked ones."""
+    return sum(param.num_elements for param in params if len(param.shape) == num_dims)
+
+
+def _behind_last_attention(params: Sequence[ParamLayout]) -> Sequence[ParamLayout]:
+    """Those that are used after the last queries, keys and values are made."""
+    heads = [at for at, it in enumerate(params) if (it.cut, it.unit) == ("column", "query head")]
+    return params[heads[-1] + 1 :]
 
 
 def _is_multiplied(param: ParamLayout, config: ModelConfig) -> bool:

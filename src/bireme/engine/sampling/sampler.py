@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 
@@ -70,17 +69,18 @@ class Sampler:
             self._adjustments.set_up(setup)
         self._columns.set_up(setups)
 
+    def tells_prompts(self, batch: ScheduledBatch) -> bool:
+        """True if a step, whose slots are set up, is to say how likely tokens of a prompt were."""
+        return bool(prompt_parts(batch.pieces, self._setups))
+
     def choose(self, batch: ScheduledBatch, x: torch.Tensor) -> Chosen:
-        """The next id of each slot that samples, from the hidden states [T, D] of the step."""
-        ends = accumulate(piece.num_tokens for piece in batch.pieces)
+        """The next id of each slot that samples, from their hidden states [S, D]."""
         sampled = [
-            (piece.slot, piece.start + piece.num_tokens, end - 1)
-            for piece, end in zip(batch.pieces, ends, strict=True)
-            if piece.samples
+            (piece.slot, piece.start + piece.num_tokens) for piece in batch.pieces if piece.samples
         ]
-        slots, positions, rows = (list(column) for column in zip(*sampled, strict=True))
-        on_device = torch.tensor([slots, positions, rows]).to(self._device, non_blocking=True)
-        logits = self._logits(x[on_device[2]]).float()
+        slots, positions = (list(column) for column in zip(*sampled, strict=True))
+        on_device = torch.tensor([slots, positions]).to(self._device, non_blocking=True)
+        logits = self._logits(x).float()
         adjusted = self._adjusted(batch, logits, slots, positions)
         groups = self._columns.groups(slots, on_device[0], on_device[1])
         ids = choose(adjusted, self._shard, groups, self._workspace_bytes)
@@ -107,7 +107,8 @@ class Sampler:
     def answer(
         self, batch: ScheduledBatch, x: torch.Tensor, chosen: Chosen | None, *, answers: bool
     ) -> Answer | None:
-        """What the rank that answers tells the engine; all others work on it too, and return None."""
+        """What the rank that answers tells the engine; all others work on it too, and return None. x [T, D] has all
+        rows where prompts are told of."""
         logprobs = self._logprobs(batch.sampling_slots, chosen) if chosen is not None else None
         prompts = prompt_parts(batch.pieces, self._setups)
         prompt_logprobs = self._prompt_logprobs(prompts, x) if prompts else None
