@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from planting import IDLE_S, NETWORK, Interval, Plant, Planted, check, hold, within
 
-from bireme.engine.pool import WorkerPool, World
+from bireme.engine.pool import WorkerPool
+from bireme.engine.world import World
 from bireme.observe.causes import Row
 from bireme.observe.ledger import make_ledger
 from bireme.vision.pipeline import RankSettings, VisionPipeline, micro_batch_sizes

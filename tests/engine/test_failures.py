@@ -19,7 +19,8 @@ import pytest
 
 from bireme import LLM, SamplingParams
 from bireme.engine.messages import Capture, Leave, send
-from bireme.engine.pool import WorkerPool, World
+from bireme.engine.pool import WorkerPool
+from bireme.engine.world import World
 from bireme.errors import EngineError, RankError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -306,7 +307,7 @@ KILLED = """
 import os, signal
 from bireme import LLM, SamplingParams
 from bireme.engine.executor import WorkerExecutor
-from bireme.engine.pool import World
+from bireme.engine.world import World
 
 def die(world, *_):
     print(*[rank.process.pid for rank in world.ranks], flush=True)

@@ -14,8 +14,9 @@ from bireme.checkpoint.prepared import prepare_model
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.joining import threads_per_rank
 from bireme.engine.messages import Command, Join
-from bireme.engine.pool import WorkerPool, World
+from bireme.engine.pool import WorkerPool
 from bireme.engine.prepare import DeviceMemory, smallest_fit
+from bireme.engine.world import World
 from bireme.errors import CapacityError
 from bireme.model_config import ModelConfig
 from bireme.models.registry import partition_layers

@@ -18,7 +18,8 @@ import pytest
 from bireme.engine.channel import RingSteps, open_channel, open_source
 from bireme.engine.deadline import Patience
 from bireme.engine.messages import Capture, Done, Output, Reply, ReplyReader, decode, frame
-from bireme.engine.pool import RankProcess, WorkerPool, World
+from bireme.engine.pool import RankProcess, WorkerPool
+from bireme.engine.world import World
 from bireme.errors import RankError
 from bireme.parallel.broadcast import RingPlan
 from bireme.parallel.counters import create_memory

@@ -30,8 +30,9 @@ from bireme.engine.messages import (
     RankUsage,
     ReadUsage,
 )
-from bireme.engine.pool import WorkerPool, World
+from bireme.engine.pool import WorkerPool
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
+from bireme.engine.world import World
 from bireme.errors import EngineError
 from bireme.kernels.cpu.library import library
 from bireme.model_config import ModelConfig

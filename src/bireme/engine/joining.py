@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from bireme.config import Transport
 from bireme.engine.channel import QueueSteps, RingSteps, Steps, open_channel
 from bireme.engine.messages import Join
-from bireme.engine.pool import World
 from bireme.engine.setup import num_cores
+from bireme.engine.world import World
 from bireme.parallel.broadcast import RingPlan
 from bireme.parallel.counters import create_memory
 from bireme.parallel.segment_plan import SegmentPlan, create_segment, is_supported

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bireme.engine.deadline import StepsInFlight
-from bireme.engine.pool import World
 from bireme.engine.rank_stats import RankBytes, RankStats, RankWatch
 from bireme.engine.service_messages import RingPlace
+from bireme.engine.world import World
 from bireme.errors import ConfigError, EngineError
 from bireme.parallel.counters import create_memory
 from bireme.parallel.pipeline import forward_schedule

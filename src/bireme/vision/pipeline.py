@@ -18,7 +18,8 @@ from bireme.config import Transport
 from bireme.engine.deadline import Patience, StepCost
 from bireme.engine.joining import WorldPlan, join_world
 from bireme.engine.messages import RankUsage, ReadUsage
-from bireme.engine.pool import WorkerPool, World
+from bireme.engine.pool import WorkerPool
+from bireme.engine.world import World
 from bireme.errors import EngineError, RequestError
 from bireme.parallel.counters import create_memory
 from bireme.parallel.mesh import Mesh

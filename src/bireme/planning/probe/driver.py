@@ -14,7 +14,8 @@ from bireme.cluster.topology import Point
 from bireme.config import Transport
 from bireme.engine.deadline import Patience
 from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
-from bireme.engine.pool import WorkerPool, World
+from bireme.engine.pool import WorkerPool
+from bireme.engine.world import World
 from bireme.errors import EngineError
 from bireme.parallel.segment_plan import is_supported
 from bireme.planning.probe.messages import (
