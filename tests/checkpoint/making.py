@@ -214,7 +214,7 @@ def load_rank(
         empty = torch.empty_like(getattr(module, attribute), device="cpu")
         empty.view(torch.uint8).fill_(0xAB)
         setattr(module, attribute, torch.nn.Parameter(empty, requires_grad=False))
-    return stage, load_parameters(stage, source, names)
+    return stage, load_parameters(stage, source, names, num_threads=4)
 
 
 def logical(bits: np.ndarray, source: Source) -> np.ndarray:

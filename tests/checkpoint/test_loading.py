@@ -16,9 +16,10 @@ from bireme.checkpoint.dummy import DummySource
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import TensorInfo
+from bireme.checkpoint.staging import parts
 from bireme.hf_config import from_hf
 from bireme.parallel.layers import named_layouts
-from bireme.parallel.layout import Source, as_slices, full_box
+from bireme.parallel.layout import Box, Source, as_slices, full_box, volume
 from checkpoint.making import LLAMA, Recipe, layout_of, load_rank, matched, shard_folder
 
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -105,3 +106,20 @@ def test_what_a_front_end_needs_comes_without_torch() -> None:
         [sys.executable, "-c", probe], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+BOXES = st.lists(
+    st.tuples(st.integers(0, 9), st.integers(1, 7)).map(lambda it: (it[0], it[0] + it[1])),
+    max_size=4,
+).map(tuple)
+
+
+@given(BOXES, st.integers(1, 50))
+def test_parts_are_the_box_in_its_order(box: Box, most: int) -> None:
+    order = np.arange(volume(tuple((0, stop) for _, stop in box))).reshape(
+        [stop for _, stop in box]
+    )
+    found = list(parts(box, most))
+    assert all(volume(part) <= most for part in found)
+    taken = np.concatenate([order[as_slices(part)].ravel() for part in found])
+    assert np.array_equal(taken, order[as_slices(box)].ravel())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +44,14 @@ class ReadStats:
     needed: int = 0
     fetched: int = 0
     verified: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def add(self, *, needed: int = 0, fetched: int = 0, verified: int = 0) -> None:
+        """From any thread."""
+        with self._lock:
+            self.needed += needed
+            self.fetched += fetched
+            self.verified += verified
 
 
 def where(file_name: str, key: str) -> str:
@@ -120,8 +129,7 @@ class VerifiedFile:
                 f"{self.path} is corrupt in its header: xxh3 {found}, the manifest says "
                 f"{self.stored.header_xxh3}; it holds {holds}"
             )
-        self._stats.fetched += len(header)
-        self._stats.verified += len(header)
+        self._stats.add(fetched=len(header), verified=len(header))
 
     def _verify(self, key: str, start: int, stop: int) -> None:
         """Verifies the chunks of a tensor that its bytes [start, stop) lie in."""
@@ -134,14 +142,14 @@ class VerifiedFile:
         first = info.start + chunk * CHUNK_BYTES
         last = min(info.stop, first + CHUNK_BYTES)
         found = xxhash.xxh3_64_hexdigest(self.file.raw(first, last))
-        self._stats.fetched += last - first
+        self._stats.add(fetched=last - first)
         if (expected := self._pieces[key].chunks[chunk]) != found:
             raise CheckpointError(
                 f"{self.path} is corrupt in bytes {first} to {last}: {self._label(key)} "
                 f"has xxh3 {found}, the manifest says {expected}"
             )
         self._verified.add((key, chunk))
-        self._stats.verified += last - first
+        self._stats.add(verified=last - first)
 
     def bits(self, piece: StoredPiece, part: Box) -> Bits:
         """The logical box `part` of a stored piece, its chunks verified, mapped."""
@@ -169,7 +177,7 @@ class Artifact:
     """A sharded checkpoint as a source of tensors, under the names of its own source.
 
     Where several files hold the same box, that of `rank` is read, so that at the artifact's own
-    layout each rank reads one file.
+    layout each rank reads one file. Threads may read at once, each a tensor of its own.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
@@ -178,6 +186,7 @@ class Artifact:
         self.stats = ReadStats()
         self._own_name = rank_file_name(rank, sum(self.manifest.layout.widths))
         self._open: dict[str, VerifiedFile] = {}
+        self._opening = threading.Lock()
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
@@ -199,13 +208,14 @@ class Artifact:
         return stored
 
     def _file(self, name: str) -> VerifiedFile:
-        if name not in self._open:
-            stored, expected = self._stored[name]
-            self._open[name] = VerifiedFile(self.folder, stored, expected, self.stats)
-        return self._open[name]
+        with self._opening:
+            if name not in self._open:
+                stored, expected = self._stored[name]
+                self._open[name] = VerifiedFile(self.folder, stored, expected, self.stats)
+            return self._open[name]
 
     def read(self, source: Source, box: Box, out: Bits) -> None:
-        self.stats.needed += volume(box) * out.itemsize
+        self.stats.add(needed=volume(box) * out.itemsize)
         for piece, part in self._cover(source, box):
             out[as_slices(relative(part, box))] = self._file(piece.file).bits(piece, part)
 
@@ -216,7 +226,7 @@ class Artifact:
         bits = self._file(cover[0][0].file).bits(*cover[0])
         if not bits.flags.c_contiguous:
             return None
-        self.stats.needed += bits.nbytes
+        self.stats.add(needed=bits.nbytes)
         return bits
 
     def _cover(self, source: Source, box: Box) -> list[tuple[StoredPiece, Box]]:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Self
+
 import numpy as np
 import torch
 from torch import nn
@@ -10,6 +16,7 @@ from bireme.checkpoint.drawn import draw
 from bireme.checkpoint.dummy import DummySource
 from bireme.checkpoint.names import NameMap
 from bireme.checkpoint.reader import TensorSource, bits_dtype
+from bireme.checkpoint.staging import BITS, Staging
 from bireme.config import DTYPE_BYTES
 from bireme.errors import CheckpointError, ConfigError
 from bireme.parallel.layers import named_layouts
@@ -17,7 +24,6 @@ from bireme.parallel.layout import Box, Piece, Source, as_slices, box_shape, vol
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 _FROM_FILE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BITS = {2: torch.uint16, 4: torch.uint32}
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -28,33 +34,75 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def load_parameters(model: nn.Module, source: TensorSource, names: NameMap) -> int:
-    """Reads every parameter's pieces into it, in its own dtype and on its device.
+def load_parameters(
+    model: nn.Module, source: TensorSource, names: NameMap, num_threads: int = 1
+) -> int:
+    """Reads every parameter's pieces into it, in its own dtype and on its device; up to `num_threads` read at once,
+    each a tensor of the source.
 
     Returns how many bytes they are in the source's own dtypes. `names` was matched strictly both
     ways before; a layout whose pieces overlap raises here.
     """
-    num_bytes = 0
+    wanted: dict[str, list[tuple[torch.Tensor, Piece]]] = {}
     for _, module, attribute, layout in named_layouts(model):
         layout.check()
         parameter = getattr(module, attribute).data
         if layout.num_padding:
             parameter.zero_()
         for piece in layout.pieces:
-            num_bytes += _fill(parameter, piece, source, names)
-            source.forget(names.in_file(piece.source.name))
-    return num_bytes
+            wanted.setdefault(piece.source.name, []).append((parameter, piece))
+    devices = {parameter.device for places in wanted.values() for parameter, _ in places}
+    device = devices.pop() if devices else torch.device("cpu")
+    is_drawn = device.type == "cuda" and type(source) is DummySource
+    with _Readers(source, names, device, 1 if is_drawn else num_threads) as readers:
+        return readers.read(wanted)
 
 
-def _fill(parameter: torch.Tensor, piece: Piece, source: TensorSource, names: NameMap) -> int:
-    target = parameter[as_slices(piece.local)]
-    for _ in range(len(piece.local) - len(piece.box)):  # the expert dim of stacked experts
-        target = target.squeeze(0)
-    return read_box(target, names.source(piece.source), piece.box, source)
+class _Readers:
+    """Threads that read tensors of a source, each with a way to the device of its own."""
+
+    def __init__(
+        self, source: TensorSource, names: NameMap, device: torch.device, num_threads: int
+    ) -> None:
+        self._source, self._names, self._device = source, names, device
+        self._own = threading.local()
+        self._pool = ThreadPoolExecutor(num_threads, initializer=self._begin)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _begin(self) -> None:
+        self._own.staging = Staging(self._device) if self._device.type == "cuda" else None
+
+    def read(self, wanted: Mapping[str, Sequence[tuple[torch.Tensor, Piece]]]) -> int:
+        return sum(self._pool.map(self._read_tensor, wanted, wanted.values()))
+
+    def _read_tensor(self, name: str, places: Sequence[tuple[torch.Tensor, Piece]]) -> int:
+        num_bytes = 0
+        for parameter, piece in places:
+            target = parameter[as_slices(piece.local)]
+            for _ in range(len(piece.local) - len(piece.box)):  # the expert dim of stacked experts
+                target = target.squeeze(0)
+            there = self._names.source(piece.source)
+            num_bytes += read_box(target, there, piece.box, self._source, self._own.staging)
+        self._source.forget(self._names.in_file(name))
+        return num_bytes
 
 
-def read_box(target: torch.Tensor, there: Source, box: Box, source: TensorSource) -> int:
-    """Fills `target` with the logical `box` of a tensor; returns its bytes in the source."""
+def read_box(
+    target: torch.Tensor,
+    there: Source,
+    box: Box,
+    source: TensorSource,
+    staging: Staging | None = None,
+) -> int:
+    """Fills `target` with the logical `box` of a tensor, by way of `staging` where there is one; returns its bytes
+    in the source."""
     file_dtype = source.tensors[there.name].dtype
     if file_dtype not in _FROM_FILE:
         raise CheckpointError(
@@ -64,7 +112,9 @@ def read_box(target: torch.Tensor, there: Source, box: Box, source: TensorSource
     if target.is_cuda and type(source) is DummySource:
         draw(source.seed, there, box, target)
     elif target.dtype == dtype and target.device.type == "cpu":
-        source.read(there, box, target.view(_BITS[dtype.itemsize]).numpy())
+        source.read(there, box, target.view(BITS[dtype.itemsize]).numpy())
+    elif staging is not None:
+        staging.fill(target, box, dtype, partial(source.read, there))
     else:
         bits = np.empty(box_shape(box), dtype=bits_dtype(file_dtype))
         source.read(there, box, bits)

@@ -46,6 +46,7 @@ from bireme.parallel.pipeline import stage_specs
 from bireme.request import ScheduledBatch, StepHeader, StepMasks
 from bireme.trace import SpanKind, SpanRing
 
+_MOST_READERS = 8  # threads that read weights at once
 _ANSWER_LOOK_S = 2e-5  # what a step's ids may lie there at most
 
 
@@ -161,7 +162,9 @@ class Worker(rank.Rank[Commands]):
         materialise(model, dtype, self._device)
         source = _open_source(command, model, mesh.rank)
         with self._spans.span(SpanKind.LOAD):
-            needed_bytes = load_parameters(model, source, command.names)
+            needed_bytes = load_parameters(
+                model, source, command.names, min(_MOST_READERS, torch.get_num_threads())
+            )
             if not command.config.deterministic:
                 pack_weights(model)
         config = command.config
