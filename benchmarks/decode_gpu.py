@@ -29,11 +29,16 @@ from typing import Any
 
 import record
 import torch
+from step_kinds import step_kinds
 
 from bireme import LLM, SamplingParams
 from bireme.bench.answer_times import Latencies
+from bireme.bench.step_log import logged
 from bireme.bench.throughput import measure_throughput
 from bireme.bench.workload import Workload
+from bireme.observe.causes import Row
+from bireme.observe.ledger import make_ledger
+from bireme.observe.window import whole_since
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 INPUT_LEN, OUTPUT_LEN = 128, 128
@@ -111,6 +116,25 @@ def first_token_s(llm: LLM, num_tokens: int, seed: int) -> float:
     return seen.told().requests[0].ttft_s
 
 
+def throughput(llm: LLM) -> dict[str, Any]:
+    """And where the time of the ranks went, as far back as their rings tell."""
+    start_ns = time.monotonic_ns()
+    with logged(llm.start()) as log:
+        result = measure_throughput(llm, LOAD)
+    llm.executor.usage()  # all spans are written by then
+    recorded, is_whole = whole_since(llm.recorded(), start_ns)
+    ledger = make_ledger(recorded)
+    return {
+        **result.as_json(),
+        "is_ledger_whole": is_whole,
+        "ledger": {
+            rank.name: {row.value: rank.share(row) for row in Row if rank.ns[row]}
+            for rank in ledger.ranks
+        },
+        "steps": step_kinds(ledger, log.batches),
+    }
+
+
 def read_bytes(llm: LLM, num_together: int) -> int:
     """Of all stages, in a step of so many requests that decode."""
     config = llm.model.config
@@ -153,7 +177,7 @@ def measure(
             found["prefill"][size] = {"ttft_s": times, "floor_s": floor_s}
         if not asked.briefly:
             gaps_s(llm, 256, 8, seed=3)
-            found["throughput"] = measure_throughput(llm, LOAD).as_json()
+            found["throughput"] = throughput(llm)
     found["start_s"] = start_s(asked.model, layout, {})
     if not asked.briefly:
         with tempfile.TemporaryDirectory() as folder:

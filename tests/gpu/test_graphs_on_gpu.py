@@ -19,13 +19,22 @@ Answers = list[tuple[list[int], list[float]]]
 
 
 def answers(
-    model: Path | str, pool: WorkerPool, *, has_logprobs: bool, **settings: object
+    model: Path | str,
+    pool: WorkerPool,
+    *,
+    has_logprobs: bool,
+    tells_prompts: bool = False,
+    **settings: object,
 ) -> Answers:
     """Ids, and their log-probabilities where they are asked for, of requests that run together."""
     prompts = [[5 + index % 40 for index in range(size)] for size, _ in LENGTHS]
     params = [
         SamplingParams(
-            temperature=0, max_tokens=count, ignore_eos=True, logprobs=0 if has_logprobs else None
+            temperature=0,
+            max_tokens=count,
+            ignore_eos=True,
+            logprobs=0 if has_logprobs else None,
+            prompt_logprobs=0 if tells_prompts else None,
         )
         for _, count in LENGTHS
     ]
@@ -41,6 +50,11 @@ def compare(model: Path | str, pool: WorkerPool, **layout: object) -> None:
     told = answers(model, pool, has_logprobs=True, **layout)
     launched = answers(model, pool, has_logprobs=True, enforce_eager=True, **layout)
     for (ids, logprobs), (other_ids, others) in zip(told, launched, strict=True):
+        assert ids == other_ids
+        assert logprobs == pytest.approx(others, abs=2e-4)
+    # the last layer makes all rows, and not those alone that are sampled
+    whole = answers(model, pool, has_logprobs=True, tells_prompts=True, **layout)
+    for (ids, logprobs), (other_ids, others) in zip(told, whole, strict=True):
         assert ids == other_ids
         assert logprobs == pytest.approx(others, abs=2e-4)
     quiet = answers(model, pool, has_logprobs=False, **layout)  # chosen in a graph too

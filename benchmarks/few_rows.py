@@ -1,0 +1,139 @@
+"""Products of a few rows by block sizes: which read weights fastest, beside cuBLAS and a copy.
+
+    python benchmarks/few_rows.py --name 1x-h200 [--models llama-2-7b llama-3-70b] [--widths 1,2] [--rows 8,32,64]
+
+Of each product of a model's layers, cut for each width: microseconds in a CUDA graph of products by weights that are
+in no cache, with what is chosen now, with the best of all block sizes, and by cuBLAS (of gated products with the gate's
+own kernel); and the share that the weight's bytes are of what a copy reads and writes in that time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+import triton
+from decode_gpu import copy_bytes_per_s
+
+from bireme.checkpoint.prepared import prepare_model
+from bireme.kernels.gpu.chain import chained
+from bireme.kernels.gpu.few_rows import few_rows_gated, few_rows_kernel, few_rows_linear
+from bireme.kernels.gpu.gated import silu_mul
+from bireme.model_config import ModelConfig
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+BLOCKS = list(product((32, 64, 128), (64, 128, 256), (3, 4, 6), (4,)))  # N, K, stages, warps
+NO_CACHE_BYTES = 400 << 20
+Block = tuple[int, int, int, int]
+
+
+def shapes(config: ModelConfig, width: int) -> dict[str, tuple[int, int, bool]]:
+    """Outputs, inputs, and whether the weight is a gate's and what it gates."""
+    hidden, columns = config.hidden_size, config.intermediate_size // width
+    heads = config.num_heads * config.head_dim // width
+    kv = config.num_kv_heads * config.head_dim // width
+    return {
+        "qkv": (heads + 2 * kv, hidden, False), "out": (hidden, heads, False),
+        "gate and up": (columns, hidden, True), "down": (hidden, columns, False),
+        "head": (config.vocab_size // width, hidden, False),
+    }  # fmt: skip
+
+
+def by_blocks(
+    x: torch.Tensor, weight: torch.Tensor, block: Block, *, is_gated: bool
+) -> torch.Tensor:
+    size_n, size_k, stages, warps = block
+    outputs = len(weight) // 2 if is_gated else len(weight)
+    out = x.new_empty(len(x), outputs)
+    few_rows_kernel[(triton.cdiv(outputs, size_n),)](
+        x, weight, weight, out, len(x), outputs, x.shape[1], x.stride(0),
+        BLOCK_T=max(16, triton.next_power_of_2(len(x))), BLOCK_N=size_n, BLOCK_K=size_k,
+        IS_GATED=is_gated, HAS_BIAS=False, **chained(x), num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def microseconds(run: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> float:
+    """Of one weight, all of them being gone through three times."""
+    run(weights[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for weight in weights:
+            run(weight)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    graph.replay()
+    marks[0].record()
+    for _ in range(3):
+        graph.replay()
+    marks[1].record()
+    torch.cuda.synchronize()
+    return float(marks[0].elapsed_time(marks[1])) * 1e3 / 3 / len(weights)
+
+
+def tried(
+    x: torch.Tensor, weights: list[torch.Tensor], *, is_gated: bool
+) -> Iterator[tuple[float, Block]]:
+    for block in BLOCKS:
+        try:
+            run = lambda weight: by_blocks(x, weight, block, is_gated=is_gated)  # noqa: B023, E731
+            yield microseconds(run, weights), block
+        except triton.runtime.errors.OutOfResources:
+            continue
+
+
+def measure(num_rows: int, shape: tuple[int, int, bool], bytes_per_s: float) -> dict[str, Any]:
+    outputs, inputs, is_gated = shape
+    rows = 2 * outputs if is_gated else outputs
+    count = max(2, NO_CACHE_BYTES // (2 * rows * inputs))
+    weights = [torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+    x = torch.randn(num_rows, inputs, device="cuda", dtype=torch.bfloat16)
+    if is_gated:
+        now = microseconds(lambda weight: few_rows_gated(x, weight), weights)
+        cublas = microseconds(lambda weight: silu_mul(x @ weight.T), weights)
+    else:
+        now = microseconds(lambda weight: few_rows_linear(x, weight), weights)
+        cublas = microseconds(lambda weight: x @ weight.T, weights)
+    best, block = min(tried(x, weights, is_gated=is_gated))
+    floor_us = 1e6 * weights[0].nbytes / bytes_per_s
+    return {
+        "rows": num_rows, "outputs": outputs, "inputs": inputs, "is_gated": is_gated,
+        "now_us": now, "best_us": best, "best_block": block, "cublas_us": cublas, "floor_us": floor_us,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", default="gpu")
+    parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3-70b"])
+    parser.add_argument("--widths", default="1,2")
+    parser.add_argument("--rows", default="8,32,64")
+    asked = parser.parse_args()
+    bytes_per_s, found = copy_bytes_per_s(), []
+    torch.cuda.empty_cache()
+    for model, width in product(asked.models, map(int, asked.widths.split(","))):
+        config = prepare_model(str(CONFIGS / model), needs_weights=False).config
+        for num_rows, (name, shape) in product(
+            map(int, asked.rows.split(",")), shapes(config, width).items()
+        ):
+            one = measure(num_rows, shape, bytes_per_s)
+            found.append({"model": model, "width": width, "product": name, **one})
+            print(
+                f"{model} / {width} {name:12} {num_rows:3} rows: now {one['now_us']:7.1f} us "
+                f"({one['floor_us'] / one['now_us']:.0%}), best {one['best_us']:7.1f} "
+                f"{one['best_block']}, cuBLAS {one['cublas_us']:7.1f}",
+                flush=True,
+            )
+    record.write(
+        f"few-rows-{asked.name}", ["torch", "triton"],
+        {"gpu": torch.cuda.get_device_name(), "copy_bytes_per_s": bytes_per_s, "products": found},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""How faithful the fast paths are: to the model in float32, to kernels that are launched one by one, and, where
+determinism is asked for, to themselves, with what that costs.
+
+    python benchmarks/fidelity.py --name 2x-h200 [--device cuda] [--layouts 1,1 2,1 1,2] [--prompts 64] [--tokens 64]
+
+`demo` in bfloat16, with the first words of paragraphs of this project's guide as prompts. For each layout: logits
+beside transformers' in float32, of prompts and of 32 tokens after each; answers of all prompts together beside those of
+`enforce_eager`; with `deterministic`, each answer alone, in smaller steps, and together, bit by bit with its
+log-probabilities, and the time from token to token of 8 requests beside the usual one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import record
+
+from bireme import LLM, SamplingParams
+from bireme.bench.answer_times import Latencies
+from bireme.bench.throughput import measure_throughput
+from bireme.bench.workload import Workload
+from bireme.checkpoint.prepared import prepare_model
+from bireme.config import EngineConfig, ParallelConfig
+from bireme.text.tokenizer import Tokenizer
+from bireme.verify import transformers_reference, verify
+
+MODEL = "demo"
+DTYPE: Literal["bfloat16"] = "bfloat16"
+GUIDE = Path(__file__).parent.parent / "docs" / "guide"
+MOST_PROMPT_TOKENS = 40
+Answers = list[tuple[list[int], list[float]]]
+
+
+def paragraphs(count: int) -> list[str]:
+    found = [
+        part
+        for path in sorted(GUIDE.glob("*.md"))
+        for part in path.read_text().split("\n\n")
+        if len(part) > 100 and part[0].isalpha()
+    ]
+    if len(found) < count:
+        raise ValueError(f"the guide has {len(found)} paragraphs; {count} were asked for")
+    return found[:count]
+
+
+def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, Any]:
+    tp, pp = (int(width) for width in layout.split(","))
+    return {
+        "model": MODEL, "device": asked.device, "dtype": DTYPE, "tensor_parallel_size": tp,
+        "pipeline_parallel_size": pp, "enable_prefix_caching": False, **more,
+    }  # fmt: skip
+
+
+def answers(llm: LLM, prompts: Sequence[list[int]], num_tokens: int) -> Answers:
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+    outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
+    return [
+        (it.token_ids, [here[id_].logprob for id_, here in zip(it.token_ids, it.logprobs or [], strict=True)])
+        for it in outputs
+    ]  # fmt: skip
+
+
+def agreement(one: Answers, other: Answers) -> dict[str, Any]:
+    """Of greedy answers: once two differ, what follows is of different contexts."""
+    same = [ids == others for (ids, _), (others, _) in zip(one, other, strict=True)]
+    before = [
+        next((at for at, (a, b) in enumerate(zip(ids, others, strict=True)) if a != b), len(ids))
+        for (ids, _), (others, _) in zip(one, other, strict=True)
+    ]
+    return {
+        "num_answers": len(same),
+        "share_of_answers_alike": sum(same) / len(same),
+        "share_of_tokens_before_a_difference": sum(before) / sum(len(ids) for ids, _ in one),
+    }
+
+
+def token_s(llm: LLM) -> float:
+    """From one token to the next, of 8 requests."""
+    seen = Latencies()
+    for seed in (1, 2):
+        seen = Latencies()
+        load = Workload(num_prompts=8, input_len=32, output_len=64, seed=seed)
+        measure_throughput(llm, load, seen=seen.note)
+    return statistics.median(seen.gaps_s)
+
+
+def determinism(
+    asked: argparse.Namespace, layout: str, prompts: Sequence[list[int]]
+) -> dict[str, Any]:
+    """Of some of the prompts: they are slow."""
+    some, num_tokens = prompts[:8], min(16, asked.tokens)
+    with LLM(**settings(asked, layout, deterministic=True)) as llm:
+        together = answers(llm, some, num_tokens)
+        alone = [answers(llm, [prompt], num_tokens)[0] for prompt in some]
+        seconds = token_s(llm)
+    with LLM(**settings(asked, layout, deterministic=True, max_num_batched_tokens=16)) as llm:
+        split = answers(llm, some, num_tokens)
+    return {"is_bitwise": together == alone == split, "token_s": seconds}
+
+
+def measure(
+    asked: argparse.Namespace, layout: str, prompts: list[list[int]], reference: Any
+) -> dict[str, Any]:
+    tp, pp = (int(width) for width in layout.split(","))
+    with LLM(**settings(asked, layout)) as llm:
+        usual, usual_s = answers(llm, prompts, asked.tokens), token_s(llm)
+    with LLM(**settings(asked, layout, enforce_eager=True)) as llm:
+        eager = answers(llm, prompts, asked.tokens)
+    config = EngineConfig(parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE)
+    told = verify(prepare_model(MODEL), config, prompts, reference=reference)
+    return {
+        "tp": tp, "pp": pp,
+        "beside_float32": {
+            "relative_difference": told.relative_difference, "tolerance": told.tolerance,
+            "relative_mean": told.relative_mean, "mean_tolerance": told.mean_tolerance,
+            "prefill_agreement": told.prefill_agreement, "decode_agreement": told.decode_agreement,
+            "is_same": told.is_same,
+        },
+        "beside_eager": agreement(usual, eager),
+        "token_s": usual_s,
+        "deterministic": determinism(asked, layout, prompts),
+    }  # fmt: skip
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """In Markdown."""
+    lines = [
+        "| | logits beside float32, in deviations | greedy, of prompts and decode | answers as eager |"
+        " deterministic bit by bit | its ms a token |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        logits, eager, fixed = one["beside_float32"], one["beside_eager"], one["deterministic"]
+        lines.append(
+            f"| tp {one['tp']}, pp {one['pp']} | {logits['relative_difference']:.1e} (at most "
+            f"{logits['tolerance']:.0e}) | {logits['prefill_agreement']:.2%}, "
+            f"{logits['decode_agreement']:.2%} | {eager['share_of_answers_alike']:.0%} of "
+            f"{eager['num_answers']} | {'yes' if fixed['is_bitwise'] else 'NO'} | "
+            f"{1e3 * fixed['token_s']:.2f} (usually {1e3 * one['token_s']:.2f}) |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", default="cpu")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    asked = parser.parse_args()
+    model = prepare_model(MODEL)
+    tokenizer = Tokenizer(model.folder)
+    prompts = [tokenizer.encode(text)[:MOST_PROMPT_TOKENS] for text in paragraphs(asked.prompts)]
+    reference = transformers_reference(model, prompts, 32, "float32")
+    results = []
+    for layout in asked.layouts:
+        results.append(measure(asked, layout, prompts, reference))
+        print("\n".join(table(results[-1:])), flush=True)
+    path = record.write(
+        f"fidelity-{asked.name}", ["torch", "triton", "transformers"],
+        {"layouts": results, "table": table(results)},
+    )  # fmt: skip
+    print(f"kept in {path}")
+
+
+if __name__ == "__main__":
+    main()
