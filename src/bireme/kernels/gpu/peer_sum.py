@@ -39,8 +39,7 @@ def peer_sum_kernel(
     addend, x, weight, total, normed, inboxes, numbers, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr,
     PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_X: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, SENDS: tl.constexpr, RECEIVES: tl.constexpr,
-    IS_CHAINED: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """`inboxes` int64 [W] addresses of int64 [rows, 2, W, PLACE]; `numbers` int32 [rows]. All rows are read as
     int32 words."""
@@ -51,72 +50,68 @@ def peer_sum_kernel(
     number = tl.load(numbers + row) + 1
     place = (row * 2 + (number & 1)) * W
     own = tl.load(addend + row * WORDS + at, mask=inside, other=0)
-    if SENDS:
-        told = (number.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
-        for step in tl.static_range(1, W):
-            peer = (RANK + step) % W
-            inbox = tl.load(inboxes + peer).to(tl.pointer_type(tl.int64))
-            to = inbox + (place + RANK) * PLACE + at
-            tl.store(to, told, mask=inside, cache_modifier=".wt")
-    if RECEIVES:
-        low, high = tl.zeros([SIZE], dtype=tl.float32), tl.zeros([SIZE], dtype=tl.float32)
-        if HAS_X:
-            kept = tl.load(x + row * WORDS + at, mask=inside, other=0)
-        if HAS_NORM:
-            scale = tl.load(weight + at, mask=inside, other=0)
-        mine = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
-        for rank in tl.static_range(W):  # in this order on every rank: all get the same
-            word = own
-            if rank != RANK:
-                source = mine + (place + rank) * PLACE + at
+    told = (number.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
+    for step in tl.static_range(1, W):
+        peer = (RANK + step) % W
+        inbox = tl.load(inboxes + peer).to(tl.pointer_type(tl.int64))
+        to = inbox + (place + RANK) * PLACE + at
+        tl.store(to, told, mask=inside, cache_modifier=".wt")
+    low, high = tl.zeros([SIZE], dtype=tl.float32), tl.zeros([SIZE], dtype=tl.float32)
+    if HAS_X:
+        kept = tl.load(x + row * WORDS + at, mask=inside, other=0)
+    if HAS_NORM:
+        scale = tl.load(weight + at, mask=inside, other=0)
+    mine = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
+    for rank in tl.static_range(W):  # in this order on every rank: all get the same
+        word = own
+        if rank != RANK:
+            source = mine + (place + rank) * PLACE + at
+            heard = tl.load(source, mask=inside, other=0, volatile=True)
+            missing = tl.max(tl.where(inside & ((heard >> 32).to(tl.int32) != number), 1, 0), 0)
+            polls = 0
+            while (missing > 0) & (polls < most_polls):
                 heard = tl.load(source, mask=inside, other=0, volatile=True)
                 missing = tl.max(tl.where(inside & ((heard >> 32).to(tl.int32) != number), 1, 0), 0)
-                polls = 0
-                while (missing > 0) & (polls < most_polls):
-                    heard = tl.load(source, mask=inside, other=0, volatile=True)
-                    missing = tl.max(
-                        tl.where(inside & ((heard >> 32).to(tl.int32) != number), 1, 0), 0
-                    )
-                    polls += 1
-                tl.device_assert(missing == 0, "a rank's part of a sum did not come in time")
-                word = heard.to(tl.int32)
-            if tl.float32 == DTYPE:
-                low += word.to(tl.float32, bitcast=True)
-            else:
-                one, other = _halves(word, DTYPE)
-                low += one
-                high += other
-        if HAS_X:
-            # the sum is rounded before it is added, as a separate one is
-            if tl.float32 == DTYPE:
-                low += kept.to(tl.float32, bitcast=True)
-            else:
-                one, other = _halves(kept, DTYPE)
-                low = low.to(DTYPE).to(tl.float32) + one
-                high = high.to(DTYPE).to(tl.float32) + other
+                polls += 1
+            tl.device_assert(missing == 0, "a rank's part of a sum did not come in time")
+            word = heard.to(tl.int32)
         if tl.float32 == DTYPE:
-            tl.store(total + row * WORDS + at, low.to(tl.int32, bitcast=True), mask=inside)
+            low += word.to(tl.float32, bitcast=True)
         else:
-            low, high = low.to(DTYPE).to(tl.float32), high.to(DTYPE).to(tl.float32)
-            tl.store(total + row * WORDS + at, _word(low, high, DTYPE), mask=inside)
-        if HAS_NORM:
-            if tl.float32 == DTYPE:
-                mean = tl.sum(low * low, 0) / WORDS
-                factor = scale.to(tl.float32, bitcast=True)
-                result = low * tl.rsqrt(mean + eps) * (factor + offset)
-                tl.store(normed + row * WORDS + at, result.to(tl.int32, bitcast=True), mask=inside)
-            else:
-                mean = tl.sum(low * low + high * high, 0) / (2 * WORDS)
-                shrink = tl.rsqrt(mean + eps)
-                low, high = low * shrink, high * shrink
-                one, other = _halves(scale, DTYPE)
-                if HAS_OFFSET:
-                    low, high = low * (one + offset), high * (other + offset)
-                else:  # rounded before it is scaled, as models were trained
-                    low = low.to(DTYPE).to(tl.float32) * one
-                    high = high.to(DTYPE).to(tl.float32) * other
-                tl.store(normed + row * WORDS + at, _word(low, high, DTYPE), mask=inside)
-        tl.store(numbers + row, number)
+            one, other = _halves(word, DTYPE)
+            low += one
+            high += other
+    if HAS_X:
+        # the sum is rounded before it is added, as a separate one is
+        if tl.float32 == DTYPE:
+            low += kept.to(tl.float32, bitcast=True)
+        else:
+            one, other = _halves(kept, DTYPE)
+            low = low.to(DTYPE).to(tl.float32) + one
+            high = high.to(DTYPE).to(tl.float32) + other
+    if tl.float32 == DTYPE:
+        tl.store(total + row * WORDS + at, low.to(tl.int32, bitcast=True), mask=inside)
+    else:
+        low, high = low.to(DTYPE).to(tl.float32), high.to(DTYPE).to(tl.float32)
+        tl.store(total + row * WORDS + at, _word(low, high, DTYPE), mask=inside)
+    if HAS_NORM:
+        if tl.float32 == DTYPE:
+            mean = tl.sum(low * low, 0) / WORDS
+            factor = scale.to(tl.float32, bitcast=True)
+            result = low * tl.rsqrt(mean + eps) * (factor + offset)
+            tl.store(normed + row * WORDS + at, result.to(tl.int32, bitcast=True), mask=inside)
+        else:
+            mean = tl.sum(low * low + high * high, 0) / (2 * WORDS)
+            shrink = tl.rsqrt(mean + eps)
+            low, high = low * shrink, high * shrink
+            one, other = _halves(scale, DTYPE)
+            if HAS_OFFSET:
+                low, high = low * (one + offset), high * (other + offset)
+            else:  # rounded before it is scaled, as models were trained
+                low = low.to(DTYPE).to(tl.float32) * one
+                high = high.to(DTYPE).to(tl.float32) * other
+            tl.store(normed + row * WORDS + at, _word(low, high, DTYPE), mask=inside)
+    tl.store(numbers + row, number)
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -178,9 +173,6 @@ def _run(
     normed: torch.Tensor | None,
     eps: float = 0.0,
     offset: float = 0.0,
-    *,
-    sends: bool = True,
-    receives: bool = True,
 ) -> None:
     own = addend.view(torch.int32)
     others = (own if it is None else it.view(torch.int32) for it in (x, weight, total, normed))
@@ -191,7 +183,7 @@ def _run(
         eps, offset, inboxes.most_polls,
         RANK=inboxes.rank, W=len(inboxes.addresses), WORDS=num_words, SIZE=size,
         PLACE=inboxes.num_words, DTYPE=_DTYPES[addend.dtype], HAS_X=x is not None,
-        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, SENDS=sends, RECEIVES=receives,
+        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0,
         num_warps=max(1, min(16, size // 256)), debug=True, sanitize_overflow=False,
         **chained(addend),
     )  # fmt: skip
