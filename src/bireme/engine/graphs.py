@@ -3,8 +3,8 @@
 A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request.
 What changes between steps lies on the device: ids, positions, block tables. Steps in which every sequence has one
 new token have graphs of their own. Of others, small ones have, in which new tokens are runs of one: large ones take a
-GPU longer than their launches take the host. These leave out the last layer of all, which makes as many rows as are
-asked for, while the graph is still busy.
+GPU longer than their launches take the host. All of these but the smallest leave out the last layer of all, which makes
+as many rows as are asked for, launched while the graph is still busy.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from bireme.engine.slots import Slots, rows_of
 from bireme.kernels.device_spans import CapturedSpans, DeviceSpans
 from bireme.kernels.query_tiles import TILE, Tiles, num_tiles
 from bireme.models.blocks import StageModel
+from bireme.models.step import StepContext
 from bireme.request import ScheduledBatch
 
 T = TypeVar("T")
@@ -98,13 +99,15 @@ class _Pair(Generic[T]):
 class _Bucket:
     """Graphs of one number of rows: int64 [2, rows] slots and positions; what comes in, ids [rows] or hidden
     states [rows, D] from the stage before, None where a slot's last id is meant; where the runs of tokens lie, None
-    where each row is one; what the stage's layers make of them; on the last stage, what is chosen greedily."""
+    where each row is one; what the stage's layers, or all but the last, make of them; on the last stage, what is
+    chosen greedily."""
 
     given: torch.Tensor
     inputs: torch.Tensor | None
     tiles: Tiles | None
     layers: _Pair[torch.Tensor]
     greedy: _Pair[torch.Tensor] | None
+    leaves_last_layer: bool = False
 
 
 class StepGraphs:
@@ -162,7 +165,7 @@ class StepGraphs:
 
     def leaves_last_layer(self, batch: ScheduledBatch) -> bool:
         """Whether `run` of this batch is without the stage's last layer."""
-        return self._sampler is not None and not batch.is_decode
+        return self._of(batch).leaves_last_layer
 
     def run(self, batch: ScheduledBatch, inputs: torch.Tensor | None) -> torch.Tensor:
         """The stage's layers, of ids [T] or hidden states [T, D], or of the slots' last ids -> [T, D]."""
@@ -196,14 +199,17 @@ class StepGraphs:
     def _decode_bucket(self, size: int) -> _Bucket:
         given = self._cleared(torch.empty(2, size, dtype=torch.int64, device=self._device))
         inputs = None if self._model.embedding is not None else self._hidden_rows(size)
-        pair = self._layers(given, inputs, None)
+        pair = self._layers(self._model, given, inputs, None)
         return _Bucket(given, inputs, None, pair, self._greedy(given[0], pair))
 
     def _prompt_bucket(self, size: int) -> _Bucket:
         given = self._cleared(self._prompt_given[: 2 * size].view(2, size))
         inputs, tiles = self._prompt_inputs[:size], self._tiles.first(size // TILE + _MOST_RUNS)
-        pair = self._layers(given, inputs, tiles, self._prompt_made[:size])
-        return _Bucket(given, inputs, tiles, pair, None)
+        # of so few tokens the last layer would need kernels that decode steps need not have compiled
+        leaves_last_layer = self._sampler is not None and size > self._prompt_sizes[0]
+        run = self._model.begin if leaves_last_layer else self._model
+        pair = self._layers(run, given, inputs, tiles, self._prompt_made[:size])
+        return _Bucket(given, inputs, tiles, pair, None, leaves_last_layer)
 
     def _cleared(self, given: torch.Tensor) -> torch.Tensor:
         """All rows of no request."""
@@ -216,6 +222,7 @@ class StepGraphs:
 
     def _layers(
         self,
+        run: Callable[[torch.Tensor, StepContext], torch.Tensor],
         given: torch.Tensor,
         inputs: torch.Tensor | None,
         tiles: Tiles | None,
@@ -223,12 +230,9 @@ class StepGraphs:
     ) -> _Pair[torch.Tensor]:
         """Into `place`, or where what is made lies anyway."""
 
-        is_cut = tiles is not None and self._sampler is not None
-        run = self._model.begin if is_cut else self._model
-
         def layers() -> torch.Tensor:
             step = self._slots.paged(given[0], given[1], tiles)
-            made: torch.Tensor = run(self._last_ids[given[0]] if inputs is None else inputs, step)
+            made = run(self._last_ids[given[0]] if inputs is None else inputs, step)
             return made if place is None else place.copy_(made)
 
         return self._pair(layers, layers)

@@ -107,7 +107,8 @@ class ModelRunner:
         if self._sampler is not None and batch.setups:
             with self.spans.span(SpanKind.SAMPLE):
                 self._sampler.set_up(batch.setups)
-        graphs, all_ = self._graphs_for(batch), self._asks_all(batch)
+        graphs = self._graphs_for(batch)
+        all_ = self._asks_all(batch, graphs)
         x = self._forward(batch, all_) if graphs is None else self._replay(graphs, batch, all_)
         if not mesh.is_last_stage:
             self.comm.hidden_sender.send(header, x)
@@ -120,9 +121,11 @@ class ModelRunner:
             self.capture.finish_step(batch)
         return output
 
-    def _asks_all(self, batch: ScheduledBatch) -> bool:
-        """Whether somebody looks at all rows behind the last layer of this stage, and not at `asked_rows` alone."""
+    def _asks_all(self, batch: ScheduledBatch, graphs: StepGraphs | None) -> bool:
+        """Whether the last layer of this stage makes all rows, and not `asked_rows` alone."""
         if self._sampler is None or self._tiled is not None or self._is_probed:
+            return True
+        if graphs is not None and not graphs.leaves_last_layer(batch):
             return True
         if self.capture is not None or self._sampler.tells_prompts(batch):
             return True

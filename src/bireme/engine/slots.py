@@ -187,7 +187,10 @@ class Slots:
         slots, positions = rows_of(pieces)
         asked = None if asks_all else np.array(asked_rows(pieces))
         if self._on_device is not None:
-            given = self._pinned(np.stack((slots, positions)))
+            # an even number, so that positions begin at a multiple of 16 bytes: kernels are made for that
+            packed = np.zeros((2, -(-len(slots) // 2) * 2), dtype=np.int64)
+            packed[:, : len(slots)] = slots, positions
+            given = self._pinned(packed)[:, : len(slots)]
             step = self.paged(given[0], given[1], self._tiles(pieces), is_probed=is_probed)
             if asked is not None:
                 rows = self._pinned(asked)

@@ -56,7 +56,7 @@ def one_row_kernel(
         tl.store(out + n, result.to(dtype), mask=is_output)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def few_rows_kernel(
     x, weight, bias, out, T, N, K, x_stride,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

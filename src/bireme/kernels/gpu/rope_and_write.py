@@ -14,7 +14,7 @@ from bireme.kernels.gpu.chain import await_before, chained
 _HEADS = 8  # of a program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_written"])
 def rope_and_write_kernel(
     qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, row_stride, num_written,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
