@@ -17,13 +17,15 @@ from typing import Any
 
 import record
 import torch
+import torch.nn.functional as F
 import triton
 from decode_gpu import copy_bytes_per_s
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained
-from bireme.kernels.gpu.few_rows import few_rows_gated, few_rows_kernel, few_rows_linear
+from bireme.kernels.gpu.few_rows import block_rows, few_rows_kernel
 from bireme.kernels.gpu.gated import silu_mul
+from bireme.kernels.linear import gated_linear, linear
 from bireme.model_config import ModelConfig
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
@@ -52,7 +54,7 @@ def by_blocks(
     out = x.new_empty(len(x), outputs)
     few_rows_kernel[(triton.cdiv(outputs, size_n),)](
         x, weight, weight, out, len(x), outputs, x.shape[1], x.stride(0),
-        BLOCK_T=max(16, triton.next_power_of_2(len(x))), BLOCK_N=size_n, BLOCK_K=size_k,
+        BLOCK_T=block_rows(len(x)), BLOCK_N=size_n, BLOCK_K=size_k,
         IS_GATED=is_gated, HAS_BIAS=False, **chained(x), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
@@ -94,10 +96,10 @@ def measure(num_rows: int, shape: tuple[int, int, bool], bytes_per_s: float) -> 
     weights = [torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     x = torch.randn(num_rows, inputs, device="cuda", dtype=torch.bfloat16)
     if is_gated:
-        now = microseconds(lambda weight: few_rows_gated(x, weight), weights)
+        now = microseconds(lambda weight: gated_linear(x, weight, F.silu), weights)
         cublas = microseconds(lambda weight: silu_mul(x @ weight.T), weights)
     else:
-        now = microseconds(lambda weight: few_rows_linear(x, weight), weights)
+        now = microseconds(lambda weight: linear(x, weight), weights)
         cublas = microseconds(lambda weight: x @ weight.T, weights)
     best, block = min(tried(x, weights, is_gated=is_gated))
     floor_us = 1e6 * weights[0].nbytes / bytes_per_s

@@ -5,8 +5,9 @@ determinism is asked for, to themselves, with what that costs.
 
 `demo` in bfloat16, with the first words of paragraphs of this project's guide as prompts. For each layout: logits
 beside transformers' in float32, of prompts and of 32 tokens after each; answers of all prompts together beside those of
-`enforce_eager`; with `deterministic`, each answer alone, in smaller steps, and together, bit by bit with its
-log-probabilities, and the time from token to token of 8 requests beside the usual one.
+`enforce_eager`, and beside those of requests that ask for their prompts' log-probabilities too, so that the last layer
+makes all rows, as it does for the logits; with `deterministic`, each answer alone, in smaller steps, and together, bit
+by bit with its log-probabilities, and the time from token to token of 8 requests beside the usual one.
 """
 
 from __future__ import annotations
@@ -55,8 +56,13 @@ def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, A
     }  # fmt: skip
 
 
-def answers(llm: LLM, prompts: Sequence[list[int]], num_tokens: int) -> Answers:
-    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0)
+def answers(
+    llm: LLM, prompts: Sequence[list[int]], num_tokens: int, *, tells_prompts: bool = False
+) -> Answers:
+    params = SamplingParams(
+        temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=0,
+        prompt_logprobs=0 if tells_prompts else None,
+    )  # fmt: skip
     outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
     return [
         (it.token_ids, [here[id_].logprob for id_, here in zip(it.token_ids, it.logprobs or [], strict=True)])
@@ -108,6 +114,7 @@ def measure(
     tp, pp = (int(width) for width in layout.split(","))
     with LLM(**settings(asked, layout)) as llm:
         usual, usual_s = answers(llm, prompts, asked.tokens), token_s(llm)
+        whole = answers(llm, prompts, asked.tokens, tells_prompts=True)
     with LLM(**settings(asked, layout, enforce_eager=True)) as llm:
         eager = answers(llm, prompts, asked.tokens)
     config = EngineConfig(parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE)
@@ -121,6 +128,7 @@ def measure(
             "is_same": told.is_same,
         },
         "beside_eager": agreement(usual, eager),
+        "beside_all_rows": agreement(usual, whole),
         "token_s": usual_s,
         "deterministic": determinism(asked, layout, prompts),
     }  # fmt: skip
@@ -129,17 +137,20 @@ def measure(
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """In Markdown."""
     lines = [
-        "| | logits beside float32, in deviations | greedy, of prompts and decode | answers as eager |"
+        "| | logits beside float32, in deviations | greedy, of prompts and decode | answers as eager,"
+        " as with all rows |"
         " deterministic bit by bit | its ms a token |",
         "|---|---|---|---|---|---|",
     ]
     for one in results:
         logits, eager, fixed = one["beside_float32"], one["beside_eager"], one["deterministic"]
+        whole = one["beside_all_rows"]
         lines.append(
             f"| tp {one['tp']}, pp {one['pp']} | {logits['relative_difference']:.1e} (at most "
             f"{logits['tolerance']:.0e}) | {logits['prefill_agreement']:.2%}, "
             f"{logits['decode_agreement']:.2%} | {eager['share_of_answers_alike']:.0%} of "
-            f"{eager['num_answers']} | {'yes' if fixed['is_bitwise'] else 'NO'} | "
+            f"{eager['num_answers']}, {whole['share_of_answers_alike']:.0%} | "
+            f"{'yes' if fixed['is_bitwise'] else 'NO'} | "
             f"{1e3 * fixed['token_s']:.2f} (usually {1e3 * one['token_s']:.2f}) |"
         )
     return lines
@@ -153,6 +164,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     asked = parser.parse_args()
+    if asked.prompts > EngineConfig().max_num_seqs:
+        parser.error(
+            f"--prompts {asked.prompts}: at most {EngineConfig().max_num_seqs} go together"
+        )
     model = prepare_model(MODEL)
     tokenizer = Tokenizer(model.folder)
     prompts = [tokenizer.encode(text)[:MOST_PROMPT_TOKENS] for text in paragraphs(asked.prompts)]

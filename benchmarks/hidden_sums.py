@@ -204,7 +204,7 @@ def milliseconds(run: Callable[[], object], group: TensorGroup, device: torch.de
     found = []
     for at in range(ROUNDS + 1):
         group.all_reduce(torch.zeros(1, 1024, device=device, dtype=DTYPE))
-        torch.cuda._sleep(40_000_000)
+        torch.cuda._sleep(120_000_000)  # some 60 ms, in which the host tells all that follows
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         marks[0].record()
         run()
@@ -214,14 +214,22 @@ def milliseconds(run: Callable[[], object], group: TensorGroup, device: torch.de
     return statistics.median(found)
 
 
-def check(layers: Layers, group: TensorGroup, exchange: Exchange, x: torch.Tensor) -> float:
-    """The largest difference of lanes' rows from those of plain sums."""
+def plainly(layers: Layers, group: TensorGroup, x: torch.Tensor, num_lanes: int) -> torch.Tensor:
+    """The same one thing after another."""
     expected, normed = x, x
     for phase in layers.phases:
-        parts = [phase(part) for part in normed.chunk(2)]
+        parts = [phase(part) for part in normed.chunk(num_lanes)]
         expected = expected + group.all_reduce(torch.cat(parts))
         normed = rms_norm_reference(expected, layers.norm, EPS)
-    return float((in_lanes(layers, exchange, x, 2).float() - normed.float()).abs().max())
+    return normed
+
+
+def check(name: str, found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, which is of roundings."""
+    difference = float((found.float() - expected.float()).abs().max())
+    if not difference < 0.1 * float(expected.float().abs().max()):
+        raise AssertionError(f"{name} differ by {difference}")
+    return difference
 
 
 def measure(
@@ -229,6 +237,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Of one model's layers."""
     device, counts = torch.device(f"cuda:{rank}"), [int(part) for part in asked.rows.split(",")]
+    if any(count % MOST_LANES for count in counts):
+        raise SystemExit(f"--rows {asked.rows}: numbers of rows are multiples of {MOST_LANES}")
     row_bytes = config.hidden_size * DTYPE.itemsize
     comm = join(
         (2,), rank, Path(meeting), device, 60.0, SpanRing.create(1 << 12),
@@ -252,15 +262,19 @@ def measure(
         generator = torch.Generator(device).manual_seed(num_rows)
         drawn = torch.randn(num_rows, config.hidden_size, device=device, generator=generator)
         x = drawn.to(DTYPE)
-        difference = check(layers, group, exchange, x)
         times = {
             "products": milliseconds(partial(alone, layers, x), group, device),
             "as now": milliseconds(partial(as_now, layers, group, x), group, device),
         }
+        now = as_now(layers, group, x).clone()
+        differences = {"as now": check("sums now", now, plainly(layers, group, x, 1))}
         for num_lanes in (2, MOST_LANES):
-            run = partial(in_lanes, layers, exchange, x, num_lanes)
-            times[f"{num_lanes} lanes"] = milliseconds(run, group, device)
-        found.append({"rows": num_rows, "largest_difference": difference, "ms": times})
+            run, name = partial(in_lanes, layers, exchange, x, num_lanes), f"{num_lanes} lanes"
+            times[name] = milliseconds(run, group, device)
+            expected = plainly(layers, group, x, num_lanes)
+            for _ in range(ROUNDS):
+                differences[name] = check(name, run(), expected)
+        found.append({"rows": num_rows, "largest_difference": differences, "ms": times})
         if not rank:
             print(found[-1], flush=True)
     comm.leave()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bireme.engine.graphs import graph_sizes
 from bireme.kernels import functional
 from bireme.kernels.attention import attention, attention_bias
+from bireme.kernels.gpu import chain, few_rows
 from bireme.kernels.gpu.decode_attention import decode_attention, num_splits
 from bireme.kernels.gpu.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear, suits
 from bireme.kernels.gpu.gated import silu_mul
@@ -223,3 +225,25 @@ def test_prefill_attention(
         torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes,
     )  # fmt: skip
     assert torch.equal(again, torch.cat((found, torch.zeros_like(q[:2]))))
+
+
+@pytest.mark.parametrize("most", [1, 2, 20, 33, 40, 64, 100, 256, 300])
+@pytest.mark.parametrize("num_kv_heads", [1, 4, 8, 32])
+def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs(
+    most: int, num_kv_heads: int
+) -> None:
+    """A last layer of the sampled rows of prompts compiles nothing amid a request."""
+
+    def kernels(count: int) -> set[tuple[object, ...]]:
+        is_chained, rows = count <= chain.MOST_ROWS, few_rows.block_rows(count)
+        found: set[tuple[object, ...]] = {
+            ("norm", is_chained), ("attention", num_splits(count, num_kv_heads), is_chained),
+        }  # fmt: skip
+        if count == 1:
+            return found | {("one row",)}
+        found |= {("linear", rows, is_chained)} if count <= few_rows.MOST_ROWS else set()
+        return found | {("gated", rows, is_chained)} if count <= few_rows.MOST_GATED_ROWS else found
+
+    compiled = set[tuple[object, ...]]().union(*map(kernels, graph_sizes(most)))
+    for count in range(1, most + 1):
+        assert kernels(count) <= compiled, count

@@ -66,7 +66,7 @@ class _Readers:
     ) -> None:
         self._source, self._names, self._device = source, names, device
         self._own = threading.local()
-        self._pool = ThreadPoolExecutor(num_threads, initializer=self._begin)
+        self._pool = ThreadPoolExecutor(num_threads)
 
     def __enter__(self) -> Self:
         return self
@@ -75,9 +75,17 @@ class _Readers:
         self._pool.shutdown(cancel_futures=True)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()  # of streams that nothing is done on any more
 
-    def _begin(self) -> None:
-        self._own.staging = Staging(self._device) if self._device.type == "cuda" else None
+    @property
+    def _staging(self) -> Staging | None:
+        """This thread's."""
+        if self._device.type != "cuda":
+            return None
+        if not hasattr(self._own, "staging"):
+            self._own.staging = Staging(self._device)
+        staging: Staging = self._own.staging
+        return staging
 
     def read(self, wanted: Mapping[str, Sequence[tuple[torch.Tensor, Piece]]]) -> int:
         return sum(self._pool.map(self._read_tensor, wanted, wanted.values()))
@@ -89,7 +97,7 @@ class _Readers:
             for _ in range(len(piece.local) - len(piece.box)):  # the expert dim of stacked experts
                 target = target.squeeze(0)
             there = self._names.source(piece.source)
-            num_bytes += read_box(target, there, piece.box, self._source, self._own.staging)
+            num_bytes += read_box(target, there, piece.box, self._source, self._staging)
         self._source.forget(self._names.in_file(name))
         return num_bytes
 

@@ -153,7 +153,8 @@ class ModelRunner:
         with self.spans.span(SpanKind.COMPUTE):
             x = graphs.run(batch, inputs)
             if graphs.leaves_last_layer(batch):
-                x = self.model.end(x, self._slots.context(batch.pieces, asks_all=asks_all))
+                step = self._slots.context(batch.pieces, asks_all=asks_all, is_of_last_layer=True)
+                x = self.model.end(x, step)
         # what is on its way to the next stage must outlast the next replay
         return x if self.comm.mesh.is_last_stage else x.clone()
 

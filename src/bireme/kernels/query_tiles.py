@@ -32,7 +32,10 @@ class Tiles:
         """Of runs of `counts` tokens in the step's order, that begin at positions `starts`."""
         num_singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
         cut = _cut(starts[num_singles:], counts[num_singles:], num_singles)
-        on_device = torch.from_numpy(cut).to(device, non_blocking=True)
+        host = torch.from_numpy(cut)
+        if device.type == "cuda":
+            host = host.pin_memory()  # or the host may wait for the stream
+        on_device = host.to(device, non_blocking=True)
         return cls(on_device, num_singles=num_singles)
 
     @classmethod

@@ -46,7 +46,7 @@ class RankOperations:
 
     def flop(self, pieces: Sequence[ScheduledPiece]) -> int:
         """Floating-point operations, two a multiplication with its addition, of steps of which no more is looked at
-        than what is sampled."""
+        than what is sampled: determinism and prompts' log-probabilities take more."""
         num_tokens = sum(piece.num_tokens for piece in pieces)
         num_sampled = sum(piece.samples for piece in pieces)
         whole = self.matrix_elements + self._met(self.expert_elements, 1)

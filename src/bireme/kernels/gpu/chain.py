@@ -13,7 +13,7 @@ import triton.language as tl
 
 from bireme.kernels.choice import is_hopper
 
-_MOST_ROWS = 32  # beyond which kernels take so long that it gains nothing
+MOST_ROWS = 32  # beyond which kernels take so long that it gains nothing
 
 
 @triton.jit
@@ -27,6 +27,6 @@ def await_before(IS_CHAINED: tl.constexpr):
 
 def chained(x: torch.Tensor) -> dict[str, Any]:
     """How a kernel of the rows x is launched."""
-    if len(x) > _MOST_ROWS or not is_hopper(x.device):
+    if len(x) > MOST_ROWS or not is_hopper(x.device):
         return {"IS_CHAINED": False}
     return {"IS_CHAINED": True, "launch_pdl": True}

@@ -17,7 +17,7 @@ _PROGRAMS = 4 * 132  # that fill a large GPU
 _MOST_SPLITS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "positions", "top", "mass"])
 def decode_attention_kernel(
     q, keys, values, table, slots, positions, head_starts, slopes, out, acc, top, mass,
     scale, cap, table_stride,
@@ -68,7 +68,7 @@ def decode_attention_kernel(
         tl.store(acc + of_head[:, None] * D + d[None, :], mixed, mask=q_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["top", "mass"])
 def join_splits_kernel(
     acc, top, mass, out,
     D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, IS_CHAINED: tl.constexpr,
@@ -86,9 +86,11 @@ def join_splits_kernel(
 
 
 def num_splits(num_sequences: int, num_kv_heads: int) -> int:
-    """A power of two that gives every multiprocessor work, and does not depend on the contexts: a graph
-    that was captured keeps it."""
-    wanted = _PROGRAMS // max(1, num_sequences * num_kv_heads)
+    """A power of two that gives every multiprocessor work, and does not depend on the contexts: a graph that was
+    captured keeps it. The same for all numbers of sequences up to a power of two: graphs of those numbers alone
+    have all kernels compiled."""
+    most_sequences = int(triton.next_power_of_2(num_sequences))
+    wanted = _PROGRAMS // max(1, most_sequences * num_kv_heads)
     return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
 
 

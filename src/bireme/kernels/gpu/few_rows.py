@@ -102,6 +102,11 @@ def suits(x: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False) -> b
     )
 
 
+def block_rows(num_rows: int) -> int:
+    """That a kernel is compiled for."""
+    return max(16, int(triton.next_power_of_2(num_rows)))
+
+
 def few_rows_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -130,7 +135,7 @@ def _product(
         return out
     few_rows_kernel[(triton.cdiv(num_outputs, 64),)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
-        BLOCK_T=max(16, triton.next_power_of_2(num_rows)), BLOCK_N=64, BLOCK_K=128, **flags,
+        BLOCK_T=block_rows(num_rows), BLOCK_N=64, BLOCK_K=128, **flags,
         num_warps=4, num_stages=4 if is_gated else 6,
     )  # fmt: skip
     return out
