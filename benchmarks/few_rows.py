@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import record
 import torch
 import torch.nn.functional as F
 import triton
-from decode_gpu import copy_bytes_per_s
+from decode_gpu import CONFIGS, copy_bytes_per_s, numbers
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained
@@ -28,7 +28,6 @@ from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.linear import gated_linear, linear
 from bireme.model_config import ModelConfig
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 BLOCKS = list(product((32, 64, 128), (64, 128, 256), (3, 4, 6), (4,)))  # N, K, stages, warps
 NO_CACHE_BYTES = 400 << 20
 Block = tuple[int, int, int, int]
@@ -83,7 +82,7 @@ def tried(
 ) -> Iterator[tuple[float, Block]]:
     for block in BLOCKS:
         try:
-            run = lambda weight: by_blocks(x, weight, block, is_gated=is_gated)  # noqa: B023, E731
+            run = partial(by_blocks, x, block=block, is_gated=is_gated)
             yield microseconds(run, weights), block
         except triton.runtime.errors.OutOfResources:
             continue
@@ -118,11 +117,9 @@ def main() -> None:
     asked = parser.parse_args()
     bytes_per_s, found = copy_bytes_per_s(), []
     torch.cuda.empty_cache()
-    for model, width in product(asked.models, map(int, asked.widths.split(","))):
+    for model, width in product(asked.models, numbers(asked.widths)):
         config = prepare_model(str(CONFIGS / model), needs_weights=False).config
-        for num_rows, (name, shape) in product(
-            map(int, asked.rows.split(",")), shapes(config, width).items()
-        ):
+        for num_rows, (name, shape) in product(numbers(asked.rows), shapes(config, width).items()):
             one = measure(num_rows, shape, bytes_per_s)
             found.append({"model": model, "width": width, "product": name, **one})
             print(

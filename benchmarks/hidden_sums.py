@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
+from decode_gpu import CONFIGS, numbers
 from torch._C._distributed_c10d import PrefixStore, _SymmetricMemory
 from torch.multiprocessing.spawn import spawn
 
@@ -40,7 +41,6 @@ from bireme.parallel.peer_group import PeerGroup
 from bireme.parallel.peer_memory import mapped
 from bireme.trace import SpanRing
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 DTYPE, EPS = torch.bfloat16, 1e-5
 NUM_LAYERS, ROUNDS, MOST_LANES = 8, 5, 4
 FLAG_BYTES = 512
@@ -236,9 +236,7 @@ def measure(
     rank: int, meeting: str, asked: argparse.Namespace, config: ModelConfig
 ) -> list[dict[str, Any]]:
     """Of one model's layers."""
-    device, counts = torch.device(f"cuda:{rank}"), [int(part) for part in asked.rows.split(",")]
-    if any(count % MOST_LANES for count in counts):
-        raise SystemExit(f"--rows {asked.rows}: numbers of rows are multiples of {MOST_LANES}")
+    device, counts = torch.device(f"cuda:{rank}"), numbers(asked.rows)
     row_bytes = config.hidden_size * DTYPE.itemsize
     comm = join(
         (2,), rank, Path(meeting), device, 60.0, SpanRing.create(1 << 12),
@@ -271,9 +269,13 @@ def measure(
         for num_lanes in (2, MOST_LANES):
             run, name = partial(in_lanes, layers, exchange, x, num_lanes), f"{num_lanes} lanes"
             times[name] = milliseconds(run, group, device)
-            expected = plainly(layers, group, x, num_lanes)
-            for _ in range(ROUNDS):
-                differences[name] = check(name, run(), expected)
+            for at in range(
+                ROUNDS
+            ):  # other rows each time: what a place still has of before is seen
+                other = x.roll(at + 1, 0)
+                expected = plainly(layers, group, other, num_lanes)
+                made = in_lanes(layers, exchange, other, num_lanes)
+                differences[name] = check(name, made, expected)
         found.append({"rows": num_rows, "largest_difference": differences, "ms": times})
         if not rank:
             print(found[-1], flush=True)
@@ -309,6 +311,8 @@ def main() -> None:
     parser.add_argument("--rows", default="1024,2048,3584")
     parser.add_argument("--write-flags", action="store_true", help="by the stream, not by a copy")
     asked = parser.parse_args()
+    if any(count % MOST_LANES for count in numbers(asked.rows)):
+        parser.error(f"--rows {asked.rows}: numbers of rows are multiples of {MOST_LANES}")
     with tempfile.TemporaryDirectory() as folder:
         kept = f"{folder}/found.json"
         spawn(work, (f"{folder}/meeting", asked, kept), nprocs=2)

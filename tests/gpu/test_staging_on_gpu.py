@@ -36,9 +36,10 @@ def test_a_box_is_what_the_source_has(
     """In a place within a larger tensor, behind what was done to it before."""
     whole = torch.randn(shape).to(there)
     bits = whole.view(BITS[there.itemsize]).numpy()
-    staging, size = Staging(DEVICE), tuple(stop - start for start, stop in box)
+    size = tuple(stop - start for start, stop in box)
     larger = torch.full([edge + 3 for edge in size], torch.nan, device=DEVICE, dtype=here)
     larger.zero_()
+    staging = Staging(DEVICE)
     place = tuple(slice(1, edge + 1) for edge in size)
 
     def read(part: Box, out: Bits) -> None:

@@ -26,7 +26,8 @@ def parts(box: Box, most: int) -> Iterator[Box]:
 
 
 class Staging:
-    """Of one thread: while one of its two buffers is copied to the device, the other is filled."""
+    """Of one thread: while one of its two buffers is copied to the device, the other is filled. What the device was
+    told before it was made comes before all copies."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.set_device(device)  # of this thread

@@ -7,6 +7,7 @@ Shapes: T tokens, D hidden size.
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 
 import torch
 
@@ -108,13 +109,14 @@ class ModelRunner:
             with self.spans.span(SpanKind.SAMPLE):
                 self._sampler.set_up(batch.setups)
         graphs = self._graphs_for(batch)
-        all_ = self._asks_all(batch, graphs)
-        x = self._forward(batch, all_) if graphs is None else self._replay(graphs, batch, all_)
+        has_all = self._asks_all(batch, graphs)
+        run = self._forward if graphs is None else partial(self._replay, graphs)
+        x = run(batch, asks_all=has_all)
         if not mesh.is_last_stage:
             self.comm.hidden_sender.send(header, x)
         output = None
         if self._sampler is not None:
-            output = self._sample(self._sampler, batch, x, graphs, has_all=all_)
+            output = self._sample(self._sampler, batch, x, graphs, has_all=has_all)
         if mesh.is_first_stage and not mesh.is_last_stage and batch.sampling_slots:
             self._expected_ids.append((header, batch.sampling_slots))
         if self.capture is not None:
@@ -123,15 +125,15 @@ class ModelRunner:
 
     def _asks_all(self, batch: ScheduledBatch, graphs: StepGraphs | None) -> bool:
         """Whether the last layer of this stage makes all rows, and not `asked_rows` alone."""
-        if self._sampler is None or self._tiled is not None or self._is_probed:
+        sampler = self._sampler
+        if sampler is None or len(asked_rows(batch.pieces)) == batch.num_tokens:
             return True
         if graphs is not None and not graphs.leaves_last_layer(batch):
             return True
-        if self.capture is not None or self._sampler.tells_prompts(batch):
-            return True
-        return len(asked_rows(batch.pieces)) == batch.num_tokens
+        is_seen = self._tiled is not None or self.capture is not None or self._is_probed
+        return is_seen or sampler.tells_prompts(batch)
 
-    def _forward(self, batch: ScheduledBatch, asks_all: bool) -> torch.Tensor:
+    def _forward(self, batch: ScheduledBatch, *, asks_all: bool) -> torch.Tensor:
         """The stage's layers, kernel by kernel -> [T, D], or [S, D] where rows [S] alone are asked for."""
         if self._tiled is not None:
             x = self._input(batch)
@@ -153,8 +155,7 @@ class ModelRunner:
         with self.spans.span(SpanKind.COMPUTE):
             x = graphs.run(batch, inputs)
             if graphs.leaves_last_layer(batch):
-                step = self._slots.context(batch.pieces, asks_all=asks_all, is_of_last_layer=True)
-                x = self.model.end(x, step)
+                x = self.model.end(x, self._slots.context(batch.pieces, asks_all=asks_all))
         # what is on its way to the next stage must outlast the next replay
         return x if self.comm.mesh.is_last_stage else x.clone()
 

@@ -185,10 +185,9 @@ class Slots:
         *,
         is_probed: bool = False,
         asks_all: bool = True,
-        is_of_last_layer: bool = False,
     ) -> StepContext:
         """`is_probed`: somebody wants to see what every module makes. Without `asks_all` the last layer makes no other
-        rows than `asked_rows`. `is_of_last_layer`: no other layer sees it."""
+        rows than `asked_rows`."""
         slots, positions = rows_of(pieces)
         asked = None if asks_all else np.array(asked_rows(pieces))
         if self._on_device is not None:
@@ -196,8 +195,7 @@ class Slots:
             packed = np.zeros((2, -(-len(slots) // 2) * 2), dtype=np.int64)
             packed[:, : len(slots)] = slots, positions
             given = self._pinned(packed)[:, : len(slots)]
-            tiles = self._tiles(pieces) if asks_all or not is_of_last_layer else None
-            step = self.paged(given[0], given[1], tiles, is_probed=is_probed)
+            step = self.paged(given[0], given[1], self._tiles(pieces), is_probed=is_probed)
             if asked is not None:
                 rows = self._pinned(asked)
                 step.asked = Asked(rows, self.paged(given[0][rows], given[1][rows], None))
