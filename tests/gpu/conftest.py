@@ -1,7 +1,8 @@
 """What the GPU tier shares: certificates that are kept, and the devices of a pair of ranks.
 
 BIREME_GPU_RESULTS names a file that takes the certificates with the hardware, the versions and the
-commit; the last ones are kept under benchmarks/results/.
+commit, or, of tests that run side by side, a file for each of pytest-xdist's workers; the last ones
+are kept under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def check(pool: WorkerPool) -> Iterator[Checker]:
     path = os.environ.get("BIREME_GPU_RESULTS")
     if path:
         result = {"environment": _environment(), "certificates": checker.certificates}
-        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+        kept, worker = Path(path), os.environ.get("PYTEST_XDIST_WORKER")
+        kept = kept.with_stem(f"{kept.stem}-{worker}") if worker else kept
+        kept.write_text(json.dumps(result, indent=1) + "\n")
 
 
 @pytest.fixture(scope="session")

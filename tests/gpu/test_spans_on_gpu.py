@@ -23,6 +23,7 @@ pytestmark = [
 ]
 DEVICE = torch.device("cuda:0")
 CYCLES = 40_000_000  # of about 1.5 to 2 GHz: some 20 ms
+LOOK_NS = 1_000_000  # as an empty event takes to come back where other processes use the GPU too
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def test_spans_are_when_the_device_worked_not_when_the_host_said_so(ring: SpanRi
     over_ns = time.monotonic_ns()
     first, second = of_kind(ring, SpanKind.COMPUTE)
     assert issued_ns - begun_ns < first.end_ns - first.start_ns, "the host did not wait"
+    begun_ns, over_ns = begun_ns - LOOK_NS, over_ns + LOOK_NS
     assert begun_ns <= first.start_ns < first.end_ns <= second.start_ns < second.end_ns <= over_ns
     steps = of_kind(ring, SpanKind.STEP)
     assert [step.step_id for step in steps] == [1, 2]

@@ -10,11 +10,12 @@ from itertools import combinations
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, _SymmetricMemory
+from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from bireme.kernels.choice import has_kernels
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
+from bireme.parallel.peer_window import Window, all_can_map
 from bireme.trace import SpanKind, SpanWriter
 
 # up to which it is quicker that every rank adds up all rows, between two H200s
@@ -33,16 +34,18 @@ class PeerGroup(TensorGroup):
         self,
         others: TensorGroup,
         memory: tuple[torch.Tensor, _SymmetricMemory],
+        window: Window | None,
         row_bytes: int,
         sum_bytes: int,
         timeout_s: float,
         spans: SpanWriter,
     ) -> None:
         from bireme.kernels.gpu.peer_sum import Inboxes
-        from bireme.kernels.gpu.sharded_sum import NUM_PROGRAMS, Rooms
+        from bireme.kernels.gpu.sharded_sum import NUM_PROGRAMS, Addends, Rooms
 
         self._others, self._spans = others, spans
         self._memory, self._handle = memory
+        self._window = window  # unmapped when nobody holds it
         device, rank, size = self._memory.device, self._handle.rank, self._handle.world_size
         addresses = torch.tensor(
             [
@@ -55,9 +58,16 @@ class PeerGroup(TensorGroup):
         numbers = torch.zeros(_FEW_ROWS + NUM_PROGRAMS, dtype=torch.int32, device=device)
         self._inboxes = Inboxes(addresses, numbers[:_FEW_ROWS], rank, row_bytes // 4, polls)
         start = _inbox_bytes(size, row_bytes)
+        if window is None:
+            behind = start + Rooms.num_bytes(size, sum_bytes)
+            added = Addends(addresses + behind, self._memory[behind:])
+        else:
+            sources = torch.tensor(window.sources, device=device)
+            added = Addends(sources, window.memory, window.part_bytes)
         self._rooms = Rooms(
-            addresses + start, numbers[_FEW_ROWS:], self._memory[start:], rank, sum_bytes, polls
-        )
+            addresses + start, numbers[_FEW_ROWS:], self._memory[start:], added, rank, sum_bytes,
+            polls,
+        )  # fmt: skip
         self._memory.zero_()
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have
         torch.cuda.synchronize(device)
@@ -140,5 +150,11 @@ def peer_group(
 
     sum_bytes = min(_MOST_SUM_BYTES, sum_bytes) // _ALIGNMENT * _ALIGNMENT
     num_bytes = _inbox_bytes(len(ranks), row_bytes) + Rooms.num_bytes(len(ranks), sum_bytes)
+    window, own_store = None, PrefixStore(f"window/{'-'.join(map(str, ranks))}", store)
+    if sum_bytes and len(ranks) == 2 and all_can_map(ranks, rank, own_store):
+        share_bytes = sum_bytes // 2 + row_bytes
+        window = Window(share_bytes, list(ranks).index(rank), device, own_store, timeout_s)
+    else:
+        num_bytes += sum_bytes  # for the addends
     memory = mapped(num_bytes, ranks, group, rank, device, store)
-    return PeerGroup(others, memory, row_bytes, sum_bytes, timeout_s, spans)
+    return PeerGroup(others, memory, window, row_bytes, sum_bytes, timeout_s, spans)

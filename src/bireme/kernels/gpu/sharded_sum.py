@@ -1,11 +1,13 @@
 """Sums of many rows over GPUs that map each other's memory: a rank adds up its share of the rows, and tells all others
 what it made of them.
 
-So each row crosses a link once on its way to the sum and once on its way back, and the residual and RMSNorm are of a
-share of the rows on each rank (sequence parallelism, arXiv:2205.05198). Programs of the same number on all ranks meet
-before, when every rank's addends are there, and after, when all that was read has been read and all that was made has
-come. How often a program has met the others lies in memory and is counted up, so that eager steps and replays of any
-graphs may follow one another.
+What it adds up lies with the other ranks or, where products write each row to the rank that it is for
+(`parallel/peer_window.py`), with itself: what is read over a link is waited for, while a product's writes are over when
+it is. So each row crosses a link once on its way to the sum and once on its way back, and the residual and RMSNorm are
+of a share of the rows on each rank (sequence parallelism, arXiv:2205.05198). Programs of the same number on all ranks
+meet before, when every rank's addends are there, and after, when all that was read has been read and all that was made
+has come. How often a program has met the others lies in memory and is counted up, so that eager steps and replays of
+any graphs may follow one another.
 The flags are written by atomics, which GPUs can use on one another's memory over NVLink.
 Shapes: T rows, D elements, W ranks.
 """
@@ -43,14 +45,14 @@ def _meet(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["T", "most_polls"])
+@triton.jit(do_not_specialize=["T", "skipped", "most_polls"])
 def sharded_sum_kernel(
-    x, weight, total, rooms, meetings, T, eps, offset, most_polls,
-    RANK: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, ADDENDS: tl.constexpr,
+    x, weight, total, rooms, addends, meetings, T, skipped, eps, offset, most_polls,
+    RANK: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, IS_OF_SHARE: tl.constexpr,
     RESULTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """`rooms` int64 [W] addresses of flags, of addends [T, D] ADDENDS bytes and of results [T, D] RESULTS bytes
-    behind them; `meetings` int32 [programs]."""
+    """`rooms` int64 [W] addresses of flags and, RESULTS bytes behind them, of results [T, D]; `addends` int64 [W], of
+    what each rank adds, `skipped` bytes before it: [T, D], or this rank's share of it; `meetings` int32 [programs]."""
     program = tl.program_id(0)
     meeting = tl.load(meetings + program) + 1
     _meet(rooms, meeting, most_polls, RANK, W)
@@ -59,14 +61,15 @@ def sharded_sum_kernel(
     inside = at < D
     if HAS_NORM:
         scale = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    for row in range(T * RANK // W + program, T * (RANK + 1) // W, tl.num_programs(0)):
+    first = T * RANK // W
+    for row in range(first + program, T * (RANK + 1) // W, tl.num_programs(0)):
         place = row * D + at
+        place_of_addend = place - first * D if IS_OF_SHARE else place
         kept = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         added = tl.zeros([SIZE], dtype=tl.float32)
         for rank in tl.static_range(W):
-            addends = tl.multiple_of(tl.load(rooms + rank) + ADDENDS, 16)
-            part = tl.load(addends.to(tl.pointer_type(dtype)) + place, mask=inside, other=0.0)
-            added += part.to(tl.float32)
+            start = tl.multiple_of(tl.load(addends + rank) + skipped, 16).to(tl.pointer_type(dtype))
+            added += tl.load(start + place_of_addend, mask=inside, other=0.0).to(tl.float32)
         # the sum is rounded before it is added, as a separate one is
         made = (kept + added.to(dtype).to(tl.float32)).to(dtype)
         if HAS_NORM:
@@ -85,46 +88,66 @@ def sharded_sum_kernel(
 
 
 @dataclass(frozen=True)
+class Addends:
+    """`place`, uint8, takes what this rank adds, [T, D]: from its start on or, where it is a window into the memory of
+    two ranks, so that the second one's rows begin at its byte `boundary`. `sources` int64 [W], on the device, are
+    where what each rank adds lies for this one to read: all of it or, of windows, the rows of this rank's share."""
+
+    sources: torch.Tensor
+    place: torch.Tensor
+    boundary: int | None = None
+
+    def of(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        row_bytes = width * dtype.itemsize
+        start = self.skipped(num_rows, row_bytes, 0)
+        return _rows(self.place, start, num_rows, width, dtype)
+
+    def skipped(self, num_rows: int, row_bytes: int, rank: int) -> int:
+        """Bytes at a source before what `rank` reads there."""
+        if self.boundary is None or rank:
+            return 0
+        return self.boundary - num_rows // 2 * row_bytes
+
+
+@dataclass(frozen=True)
 class Rooms:
     """Memory of every rank that all map: `addresses` int64 [W], on the device, of `num_bytes` each, zeroed before
-    anybody sums: flags, addends of up to `sum_bytes`, and as much for results. `own`, uint8, is this rank's;
-    `meetings` int32 [NUM_PROGRAMS], zeroed too. A rank waits for another `most_polls` times at most."""
+    anybody sums: flags, and results of up to `sum_bytes`. `own`, uint8, is this rank's; `meetings` int32
+    [NUM_PROGRAMS], zeroed too. A rank waits for another `most_polls` times at most."""
 
     addresses: torch.Tensor
     meetings: torch.Tensor
     own: torch.Tensor
+    added: Addends
     rank: int
     sum_bytes: int
     most_polls: int
 
     @staticmethod
     def num_bytes(num_ranks: int, sum_bytes: int) -> int:
-        return _flag_bytes(num_ranks) + 2 * sum_bytes
-
-    @property
-    def first_addend(self) -> int:
-        """Bytes before the addends."""
-        return _flag_bytes(len(self.addresses))
+        return _flag_bytes(num_ranks) + sum_bytes
 
     @property
     def first_result(self) -> int:
-        return self.first_addend + self.sum_bytes
+        """Bytes before the results."""
+        return _flag_bytes(len(self.addresses))
 
     def addends(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
         """Where a rank puts what it adds, [num_rows, width], before it sums; None where there is too little room."""
-        return self._part(self.first_addend, num_rows, width, dtype)
-
-    def results(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """Where what is made of a sum comes to lie, until the next one."""
-        return self._part(self.first_result, num_rows, width, dtype)
-
-    def _part(
-        self, first: int, num_rows: int, width: int, dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        num_bytes = num_rows * width * dtype.itemsize
-        if num_bytes > self.sum_bytes:
+        if num_rows * width * dtype.itemsize > self.sum_bytes:
             return None
-        return self.own[first : first + num_bytes].view(dtype).view(num_rows, width)
+        return self.added.of(num_rows, width, dtype)
+
+    def results(self, num_rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+        """Where what is made of a sum comes to lie, until the next one."""
+        return _rows(self.own, self.first_result, num_rows, width, dtype)
+
+
+def _rows(
+    memory: torch.Tensor, start: int, num_rows: int, width: int, dtype: torch.dtype
+) -> torch.Tensor:
+    num_bytes = num_rows * width * dtype.itemsize
+    return memory[start : start + num_bytes].view(dtype).view(num_rows, width)
 
 
 def _flag_bytes(num_ranks: int) -> int:
@@ -162,19 +185,19 @@ def _run(
 ) -> torch.Tensor:
     num_rows, width = addend.shape
     assert x.dtype == addend.dtype, "they lie side by side"
-    place, results = (
-        find(num_rows, width, addend.dtype) for find in (rooms.addends, rooms.results)
-    )
+    place = rooms.addends(num_rows, width, addend.dtype)
     assert place is not None
-    assert results is not None
+    results = rooms.results(num_rows, width, addend.dtype)
     if addend.data_ptr() != place.data_ptr():
         place.copy_(addend)
     size = triton.next_power_of_2(width)
     sharded_sum_kernel[(NUM_PROGRAMS,)](
         x.contiguous(), x if weight is None else weight, x if total is None else total,
-        rooms.addresses, rooms.meetings, num_rows, eps, offset, rooms.most_polls,
+        rooms.addresses, rooms.added.sources, rooms.meetings, num_rows,
+        rooms.added.skipped(num_rows, width * addend.dtype.itemsize, rooms.rank),
+        eps, offset, rooms.most_polls,
         RANK=rooms.rank, W=len(rooms.addresses), D=width, SIZE=size,
-        ADDENDS=rooms.first_addend, RESULTS=rooms.first_result,
+        IS_OF_SHARE=rooms.added.boundary is not None, RESULTS=rooms.first_result,
         HAS_NORM=weight is not None, HAS_OFFSET=offset != 0,
         num_warps=max(1, min(16, size // 512)), debug=True, sanitize_overflow=False,
     )  # fmt: skip
