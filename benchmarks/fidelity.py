@@ -7,8 +7,8 @@ determinism is asked for, to themselves, with what that costs.
 beside transformers' in float32, of prompts and of 32 tokens after each; answers of all prompts together beside those of
 `enforce_eager`, and beside those of requests that ask for their prompts' log-probabilities too, so that the last layer
 makes all rows, as it does for the logits; with `deterministic`, each answer alone, in smaller steps, and together, with
-log-probabilities to within what sums in float64 of another order differ by, which is far less than the last bit of a
-logit, and the time from token to token of 8 requests beside the usual one.
+the log-probabilities of its tokens to within what sums in float64 of another order differ by, and the time from token
+to token of 8 requests beside the usual one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODEL = "demo"
 DTYPE: Literal["bfloat16"] = "bfloat16"
 GUIDE = Path(__file__).parent.parent / "docs" / "guide"
 MOST_PROMPT_TOKENS = 40
-LAST_BIT = 1e-11  # of a logit moves log-probabilities by more; the order of sums in float64 by less
+ROUNDING = 1e-11  # of log-probabilities: the order of sums in float64 moves them by less
 Answers = list[tuple[list[int], list[float]]]
 
 
@@ -110,7 +110,7 @@ def determinism(
         split = answers(llm, some, num_tokens)
     apart = max(difference(together, other) for other in (alone, split))
     return {
-        "is_bitwise": apart < LAST_BIT,
+        "is_alike": apart < ROUNDING,
         "largest_logprob_difference": apart,
         "token_s": seconds,
     }
@@ -158,7 +158,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "| | logits beside float32, in deviations | greedy, of prompts and decode | answers as eager,"
         " as with all rows |"
-        " deterministic bit by bit | its ms a token |",
+        " deterministic: tokens, and their log-probabilities to 1e-11 | its ms a token |",
         "|---|---|---|---|---|---|",
     ]
     for one in results:
@@ -169,7 +169,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
             f"{logits['tolerance']:.0e}) | {logits['prefill_agreement']:.2%}, "
             f"{logits['decode_agreement']:.2%} | {eager['share_of_answers_alike']:.0%} of "
             f"{eager['num_answers']}, {whole['share_of_answers_alike']:.0%} | "
-            f"{'yes' if fixed['is_bitwise'] else 'NO'} | "
+            f"{'yes' if fixed['is_alike'] else 'NO'} | "
             f"{1e3 * fixed['token_s']:.2f} (usually {1e3 * one['token_s']:.2f}) |"
         )
     return lines

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-MOST_ROWS = 1500
+MOST_ROWS = 1501  # shares of two sizes
 KINDS = [(4096, torch.bfloat16), (1000, torch.float16), (96, torch.float32)]  # width and dtype
 
 
@@ -91,6 +91,7 @@ def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     )  # fmt: skip
     group = comm.mesh.tensor
     assert isinstance(group, PeerGroup)
+    assert group.has_window
     assert group.place_of_addends(MOST_ROWS + 5, width, dtype) is None
     sizes = (1, 8, 200, 301, MOST_ROWS, MOST_ROWS + 5)
     graphs = {num_rows: Captured(group, num_rows, rows) for num_rows in sizes}

@@ -7,7 +7,6 @@ import os
 import socket
 import weakref
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,8 +21,13 @@ _GRANULE = 2 << 20  # bytes that a GPU maps at once
 
 def all_can_map(ranks: Sequence[int], rank: int, store: Store) -> bool:
     """Whether all `ranks` can call the driver's memory mapping: torch's builds for CUDA bring what it takes."""
-    can = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
-    store.set(f"can/{rank}", str(int(can)))
+    try:
+        from cuda.bindings import driver  # noqa: F401
+    except ImportError:
+        can = "0"
+    else:
+        can = "1"
+    store.set(f"can/{rank}", can)
     return all(store.get(f"can/{peer}") == b"1" for peer in ranks)
 
 
@@ -41,7 +45,7 @@ class Window:
         for_peer = _exchange(from_peer, index, store, timeout_s)
         parts = [own, for_peer] if index == 0 else [for_peer, own]
         start = _map([*parts, from_peer], part_bytes, device)
-        weakref.finalize(self, _unmap, start, 3 * part_bytes).atexit = False
+        weakref.finalize(self, _unmap, start, 3 * part_bytes, device).atexit = False
         storage = torch._C._construct_storage_from_data_pointer(start, device, 2 * part_bytes)
         self.memory = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
         self.sources = [start + 2 * part_bytes] * 2
@@ -61,32 +65,44 @@ def _allocate(num_bytes: int, device: torch.device) -> Any:
 
 
 def _exchange(handle: Any, index: int, store: Store, timeout_s: float) -> Any:
-    """Gives the other rank a handle for its own; they travel as file descriptors."""
+    """Gives the other rank a handle for its own."""
     own = int(_call("cuMemExportToShareableHandle", handle, _shareable(), 0))
     try:
-        with _connected(index, store, timeout_s) as link:
-            socket.send_fds(link, [b"\0"], [own])
-            received = socket.recv_fds(link, 1, 1)[1]
-    except OSError as error:
-        raise EngineError(f"the other GPU's rank gave no memory for sums: {error}") from error
+        other = swap(own, index, store, timeout_s)
     finally:
         os.close(own)
-    if not received:
-        raise EngineError("the other GPU's rank gave no memory for sums: it closed the connection")
     try:
-        return _call("cuMemImportFromShareableHandle", received[0], _shareable())
+        return _call("cuMemImportFromShareableHandle", other, _shareable())
     finally:
-        os.close(received[0])
+        os.close(other)
+
+
+def swap(fd: int, index: int, store: Store, timeout_s: float) -> int:
+    """Gives the other of two ranks of a host an open file for one of its own, which the caller closes."""
+    try:
+        with _connected(index, store, timeout_s) as link:
+            socket.send_fds(link, [b"\0"], [fd])
+            received = socket.recv_fds(link, 1, 1)[1]
+    except OSError as error:
+        raise EngineError(f"two GPUs' ranks cannot exchange memory for sums: {error}") from error
+    if not received:
+        raise EngineError("two GPUs' ranks cannot exchange memory for sums: one left before")
+    return received[0]
 
 
 def _connected(index: int, store: Store, timeout_s: float) -> socket.socket:
     """To the other rank, over a socket that no other user can reach."""
     if index:
+        path = store.get("socket").decode()
         link = socket.socket(socket.AF_UNIX)
         link.settimeout(timeout_s)
-        link.connect(store.get("socket").decode())
+        try:
+            link.connect(path)
+        except OSError:
+            link.close()
+            raise
         return link
-    with TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listening:
+    with TemporaryDirectory(prefix="bireme-") as folder, socket.socket(socket.AF_UNIX) as listening:
         path = str(Path(folder) / "window")
         listening.settimeout(timeout_s)
         listening.bind(path)
@@ -114,7 +130,8 @@ def _map(parts: Sequence[Any], part_bytes: int, device: torch.device) -> int:
     return start
 
 
-def _unmap(start: int, num_bytes: int) -> None:
+def _unmap(start: int, num_bytes: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a product may be writing there
     _call("cuMemUnmap", start, num_bytes)
     _call("cuMemAddressFree", start, num_bytes)
 

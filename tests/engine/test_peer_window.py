@@ -1,0 +1,57 @@
+"""How two ranks of a host exchange what they map of each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+
+from bireme.errors import EngineError
+from bireme.parallel.peer_window import all_can_map, swap
+
+TIMEOUT_S = 20.0
+
+
+def test_each_gets_the_file_of_the_other(tmp_path: Path) -> None:
+    store = HashStore()
+
+    def exchanged(index: int) -> str:
+        own = tmp_path / f"of {index}"
+        own.write_text(own.name)
+        with own.open() as file:
+            received = swap(file.fileno(), index, store, TIMEOUT_S)
+        with os.fdopen(received) as other:
+            return other.read()
+
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(exchanged, (0, 1))) == ["of 1", "of 0"]
+    assert not Path(store.get("socket").decode()).exists()
+
+
+def test_a_rank_that_does_not_come_is_waited_for_no_longer() -> None:
+    with pytest.raises(EngineError, match="cannot exchange memory for sums: timed out"):
+        swap(0, 0, HashStore(), 0.1)
+
+
+def test_a_rank_that_leaves_before_it_gives_anything(tmp_path: Path) -> None:
+    store = HashStore()
+    with socket.socket(socket.AF_UNIX) as listening, ThreadPoolExecutor(1) as rank:
+        listening.bind(str(tmp_path / "socket"))
+        listening.listen(1)
+        store.set("socket", str(tmp_path / "socket"))
+        left = rank.submit(swap, 0, 1, store, TIMEOUT_S)
+        link = listening.accept()[0]
+        assert link.recv(1) == b"\0"
+        link.close()
+        with pytest.raises(EngineError, match="one left before"):
+            left.result()
+
+
+def test_both_must_be_able_to_map() -> None:
+    store = HashStore()
+    store.set("can/1", "0")
+    assert not all_can_map((0, 1), 0, store)
