@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -82,6 +83,18 @@ class Captured:
         assert torch.equal(self.made[2], held + added)
 
 
+def check_stores(device: torch.device) -> None:
+    """What ranks tell one another goes by 16 bytes, of which four are the number: no store or load is smaller."""
+    from bireme.kernels.gpu.peer_sum import peer_sum_kernel
+
+    compiled = peer_sum_kernel.device_caches[device.index][0].values()
+    assert compiled
+    for kernel in compiled:
+        told = re.findall(r"st\.global\.wt\S*|ld\.volatile\.global\S*", kernel.asm["ptx"])
+        assert {one[:2] for one in told} == {"st", "ld"}
+        assert all(one.endswith(".v4.b32") for one in told), told
+
+
 def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     device = torch.device(f"cuda:{rank}")
     rows, row_bytes = Rows(width, dtype, device), width * dtype.itemsize
@@ -105,6 +118,7 @@ def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
                 whole = group.all_reduce_add(parts[rank].clone(), parts[2])
                 assert torch.equal(whole, parts[2] + added)
     torch.cuda.synchronize(device)
+    check_stores(device)
     for captured in graphs.values():
         captured.graph.reset()
     comm.leave()

@@ -48,10 +48,15 @@ def test_gated_activation(columns: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
-@pytest.mark.parametrize("num_rows", [1, 2, 17, 40])
+@pytest.mark.parametrize("num_rows", [1, 2, 17, 40, 64])
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs"),
-    [(64, 512), (70, 600), (5, 40), *([(6000, 4096), (4096, 11008)] if HAS_GPU else [])],
+    [
+        (64, 512),
+        (70, 600),
+        (5, 40),
+        *([(6000, 4096), (4096, 11008), (16896, 256)] if HAS_GPU else []),
+    ],
 )
 def test_few_rows(
     num_rows: int, num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device
@@ -71,6 +76,10 @@ def test_few_rows_are_not_for_every_product(device: torch.device) -> None:
     x, weight = (torch.zeros(4, 32, dtype=torch.bfloat16, device=device) for _ in range(2))
     assert suits(x, weight)
     assert not suits(x.expand(MOST_ROWS, 4, 32).reshape(-1, 32), weight)
+    many = x.expand(MOST_ROWS // 4, 4, 32).reshape(-1, 32)  # all multiprocessors are to have work
+    assert suits(many, weight.expand(2112, 4, 32).reshape(-1, 32))
+    assert not suits(many, weight.expand(1200, 4, 32).reshape(-1, 32))
+    assert suits(many, weight, is_gated=True)
     assert not suits(x.float(), weight.float())
     assert not suits(x, weight.t().contiguous().t())
     assert not suits(x.t(), weight)
@@ -189,7 +198,7 @@ def test_attention_as_models_run(head_dim: int, dtype: torch.dtype, device: torc
 
 
 def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
-    assert [num_splits(*of) for of in ((1, 32), (1, 1), (64, 32), (8, 8))] == [16, 16, 1, 8]
+    assert [num_splits(*of) for of in ((1, 32), (1, 1), (64, 32), (8, 8))] == [8, 16, 1, 4]
 
 
 @pytest.mark.parametrize(
@@ -241,8 +250,7 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
         }  # fmt: skip
         if count == 1:
             return found | {("one row",)}
-        found |= {("linear", rows, is_chained)} if count <= few_rows.MOST_ROWS else set()
-        return found | {("gated", rows, is_chained)} if count <= few_rows.MOST_GATED_ROWS else found
+        return found | {("product", rows, is_chained)} if count <= few_rows.MOST_ROWS else found
 
     compiled = set[tuple[object, ...]]().union(*map(kernels, graph_sizes(most)))
     for count in range(1, most + 1):

@@ -13,7 +13,7 @@ import triton.language as tl
 from bireme.kernels.gpu.attend import attend_block
 from bireme.kernels.gpu.chain import await_before, chained
 
-_PROGRAMS = 4 * 132  # that fill a large GPU
+_PROGRAMS = 2 * 132  # that fill a large GPU
 _MOST_SPLITS = 16
 
 
@@ -127,9 +127,10 @@ def decode_attention(
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
         H=num_heads, K=num_kv_heads, D=head_dim, SIZE=size,
-        G=triton.next_power_of_2(max(16, num_shared)), N=64 if size <= 128 else 32,
+        G=triton.next_power_of_2(max(16, num_shared)), N=32,
         BLOCK_SIZE=block_size, SPLITS=splits, WINDOW=window or 0,
-        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, num_warps=4, num_stages=3,
+        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, num_warps=4,
+        num_stages=6 if size <= 128 else 3,
         **chained(q),
     )  # fmt: skip
     if splits > 1:

@@ -1,7 +1,7 @@
 """Products of a few rows by a weight, which take as long as the weight takes to be read.
 
 Each program streams some rows of the weight past all rows of x once. The sizes of blocks are those that read
-fastest on an H100, of 2 to 128 rows and 64 to 1,024 columns, over the shapes of a 7B model, whole and halved.
+fastest, of up to 32 rows on an H100, of more on an H200, over the shapes of models of 7B and 70B, whole and halved.
 Shapes: T rows, K inputs, N outputs.
 """
 
@@ -13,8 +13,9 @@ import triton.language as tl
 
 from bireme.kernels.gpu.chain import await_before, chained
 
-MOST_ROWS = 32  # beyond which cuBLAS is as fast
-MOST_GATED_ROWS = 64  # the same, for it does not save the activation's own kernel
+MOST_ROWS = 64  # beyond which cuBLAS is as fast
+_SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
+_MULTIPROCESSORS = 132  # of a Hopper GPU
 
 
 @triton.jit
@@ -91,10 +92,11 @@ def few_rows_kernel(
 
 
 def suits(x: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False) -> bool:
-    """Whether these kernels are for x [T, K] and weight [N, K]."""
+    """Whether these kernels are for x [T, K] and weight [N, K]. Of many rows they are for products whose activation
+    they save a kernel of its own, and for those that give all multiprocessors work: cuBLAS parts others by inputs."""
     return (
         x.dim() == 2
-        and 0 < len(x) <= (MOST_GATED_ROWS if is_gated else MOST_ROWS)
+        and 0 < len(x) <= (MOST_ROWS if is_gated or _busy(len(weight), 64) > 0.9 else _SURELY_ROWS)
         and x.dtype == weight.dtype
         and x.element_size() == 2
         and x.stride(1) == 1
@@ -105,6 +107,20 @@ def suits(x: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False) -> b
 def block_rows(num_rows: int) -> int:
     """That a kernel is compiled for."""
     return max(16, int(triton.next_power_of_2(num_rows)))
+
+
+def _busy(num_outputs: int, block: int) -> float:
+    """The share of multiprocessors that have a program, while the last ones run too."""
+    programs = triton.cdiv(num_outputs, block)
+    return float(programs / (_MULTIPROCESSORS * triton.cdiv(programs, _MULTIPROCESSORS)))
+
+
+def _blocks(num_rows: int, num_outputs: int, *, is_gated: bool) -> dict[str, int]:
+    """Sizes of blocks, and how they are pipelined."""
+    if num_rows > _SURELY_ROWS and _busy(num_outputs, 128) >= _busy(num_outputs, 64):
+        block_k = 64 if is_gated else 128
+        return {"BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 4}
+    return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4 if is_gated else 6}
 
 
 def few_rows_linear(
@@ -133,9 +149,9 @@ def _product(
             BLOCK_N=4, BLOCK_K=1024, **flags, num_warps=4 if is_gated else 2,
         )  # fmt: skip
         return out
-    few_rows_kernel[(triton.cdiv(num_outputs, 64),)](
+    blocks = _blocks(num_rows, num_outputs, is_gated=is_gated)
+    few_rows_kernel[(triton.cdiv(num_outputs, blocks["BLOCK_N"]),)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
-        BLOCK_T=block_rows(num_rows), BLOCK_N=64, BLOCK_K=128, **flags,
-        num_warps=4, num_stages=4 if is_gated else 6,
+        BLOCK_T=block_rows(num_rows), **blocks, **flags,
     )  # fmt: skip
     return out

@@ -1,10 +1,10 @@
 """Sums of rows over GPUs that map each other's memory, with the residual's addition and RMSNorm behind it.
 
-Every rank writes its rows into every other's memory, each 4 bytes beside the number of the sum, in one store of
-8 bytes: where the number has come, so has the row (NCCL's LL protocol). Nobody waits for more than the rows
-themselves, and nothing is to be cleared. A row's number lies in memory and is counted up by each sum, so that
-eager steps and replays of any graphs may follow one another; its parity chooses one of two places, and a rank is
-in its next sum only after it has read all of this one.
+Every rank writes its rows into every other's memory, each 12 bytes beside the number of the sum, in one store of
+16 bytes, which NVLink does not part: where the number has come, so have they (as in NCCL's protocols LL and LL128, with
+stores of 8 and 128 bytes). Nobody waits for more than the rows themselves, and nothing is to be cleared. A row's number
+lies in memory and is counted up by each sum, so that eager steps and replays of any graphs may follow one another; its
+parity chooses one of two places, and a rank is in its next sum only after it has read all of this one.
 Shapes: T rows, D elements, W ranks.
 """
 
@@ -35,46 +35,56 @@ def _word(low, high, dtype: tl.constexpr):
 
 
 @triton.jit
+def _hear(source, number, told):
+    """What lies there, and whether all of it is of this sum."""
+    heard = tl.load(source, mask=told, other=0, volatile=True)
+    is_old = told & (tl.arange(0, 4) == 3)[None, :] & (heard != number)
+    return heard, tl.max(tl.max(is_old.to(tl.int32), 1), 0) == 0
+
+
+@triton.jit
 def peer_sum_kernel(
     addend, x, weight, total, normed, inboxes, numbers, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr,
     PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_X: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, IS_CHAINED: tl.constexpr, IS_PARTED: tl.constexpr,
 ):  # fmt: skip
-    """`inboxes` int64 [W] addresses of int64 [rows, 2, W, PLACE]; `numbers` int32 [rows]. All rows are read as
-    int32 words."""
+    """`inboxes` int64 [W] addresses of int32 [rows, 2, W, PLACE]; `numbers` int32 [rows]. All rows are read as
+    int32 words, three beside a fourth, which is the number where ranks tell one another. IS_PARTED: a store of 16
+    bytes is no single one."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, SIZE)
-    inside = at < WORDS
+    group, part = tl.arange(0, SIZE)[:, None], tl.arange(0, 4)[None, :]
+    at = group * 3 + part
+    inside = (part < 3) & (at < WORDS)
+    told = (group * 3 < WORDS) & (part < 4)
     await_before(IS_CHAINED)
     number = tl.load(numbers + row) + 1
     place = (row * 2 + (number & 1)) * W
     own = tl.load(addend + row * WORDS + at, mask=inside, other=0)
-    told = (number.to(tl.int64) << 32) | (own.to(tl.int64) & 0xFFFFFFFF)
     for step in tl.static_range(1, W):
         peer = (RANK + step) % W
-        inbox = tl.load(inboxes + peer).to(tl.pointer_type(tl.int64))
-        to = inbox + (place + RANK) * PLACE + at
-        tl.store(to, told, mask=inside, cache_modifier=".wt")
-    low, high = tl.zeros([SIZE], dtype=tl.float32), tl.zeros([SIZE], dtype=tl.float32)
+        inbox = tl.load(inboxes + peer).to(tl.pointer_type(tl.int32))
+        to = tl.multiple_of(inbox + (place + RANK) * PLACE, 16) + group * 4 + part
+        tl.store(to, tl.where(part == 3, number, own), mask=told, cache_modifier=".wt")
+    low, high = tl.zeros([SIZE, 4], dtype=tl.float32), tl.zeros([SIZE, 4], dtype=tl.float32)
     if HAS_X:
         kept = tl.load(x + row * WORDS + at, mask=inside, other=0)
     if HAS_NORM:
         scale = tl.load(weight + at, mask=inside, other=0)
-    mine = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int64))
+    mine = tl.load(inboxes + RANK).to(tl.pointer_type(tl.int32))
     for rank in tl.static_range(W):  # in this order on every rank: all get the same
         word = own
         if rank != RANK:
-            source = mine + (place + rank) * PLACE + at
-            heard = tl.load(source, mask=inside, other=0, volatile=True)
-            missing = tl.max(tl.where(inside & ((heard >> 32).to(tl.int32) != number), 1, 0), 0)
+            source = tl.multiple_of(mine + (place + rank) * PLACE, 16) + group * 4 + part
+            heard, is_there = _hear(source, number, told)
             polls = 0
-            while (missing > 0) & (polls < most_polls):
-                heard = tl.load(source, mask=inside, other=0, volatile=True)
-                missing = tl.max(tl.where(inside & ((heard >> 32).to(tl.int32) != number), 1, 0), 0)
+            while (not is_there) & (polls < most_polls):
+                heard, is_there = _hear(source, number, told)
                 polls += 1
-            tl.device_assert(missing == 0, "a rank's part of a sum did not come in time")
-            word = heard.to(tl.int32)
+            tl.device_assert(is_there, "a rank's part of a sum did not come in time")
+            if IS_PARTED:
+                heard, is_there = _hear(source, number, told)
+            word = tl.where(inside, heard, 0)
         if tl.float32 == DTYPE:
             low += word.to(tl.float32, bitcast=True)
         else:
@@ -96,12 +106,12 @@ def peer_sum_kernel(
         tl.store(total + row * WORDS + at, _word(low, high, DTYPE), mask=inside)
     if HAS_NORM:
         if tl.float32 == DTYPE:
-            mean = tl.sum(low * low, 0) / WORDS
+            mean = tl.sum(tl.sum(low * low, 1), 0) / WORDS
             factor = scale.to(tl.float32, bitcast=True)
             result = low * tl.rsqrt(mean + eps) * (factor + offset)
             tl.store(normed + row * WORDS + at, result.to(tl.int32, bitcast=True), mask=inside)
         else:
-            mean = tl.sum(low * low + high * high, 0) / (2 * WORDS)
+            mean = tl.sum(tl.sum(low * low + high * high, 1), 0) / (2 * WORDS)
             shrink = tl.rsqrt(mean + eps)
             low, high = low * shrink, high * shrink
             one, other = _halves(scale, DTYPE)
@@ -115,6 +125,11 @@ def peer_sum_kernel(
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def _num_groups(num_words: int) -> int:
+    """Of three words that are told together."""
+    return -(-num_words // 3)
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,7 @@ class Inboxes:
 
     @staticmethod
     def num_bytes(num_rows: int, num_ranks: int, num_words: int) -> int:
-        return num_rows * 2 * num_ranks * num_words * 8
+        return num_rows * 2 * num_ranks * 16 * _num_groups(num_words)
 
     def suits(self, x: torch.Tensor) -> bool:
         """Whether x [T, D] can be summed through them."""
@@ -177,13 +192,14 @@ def _run(
     own = addend.view(torch.int32)
     others = (own if it is None else it.view(torch.int32) for it in (x, weight, total, normed))
     num_words = own.shape[1]
-    size = triton.next_power_of_2(num_words)
+    size = max(32, triton.next_power_of_2(_num_groups(num_words)))
     peer_sum_kernel[(len(addend),)](
         own, *others, inboxes.addresses, inboxes.numbers,
         eps, offset, inboxes.most_polls,
         RANK=inboxes.rank, W=len(inboxes.addresses), WORDS=num_words, SIZE=size,
-        PLACE=inboxes.num_words, DTYPE=_DTYPES[addend.dtype], HAS_X=x is not None,
-        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0,
-        num_warps=max(1, min(16, size // 256)), debug=True, sanitize_overflow=False,
+        PLACE=4 * _num_groups(inboxes.num_words), DTYPE=_DTYPES[addend.dtype], HAS_X=x is not None,
+        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, IS_PARTED=not addend.is_cuda,
+        # a thread has the 16 bytes of one store whole, so that there are no more threads than stores
+        num_warps=min(8, size // 32), debug=True, sanitize_overflow=False,
         **chained(addend),
     )  # fmt: skip
