@@ -13,7 +13,7 @@ import triton.language as tl
 from bireme.kernels.gpu.attend import attend_block
 from bireme.kernels.gpu.chain import await_before, chained
 
-_PROGRAMS = 2 * 132  # that fill a large GPU
+_PROGRAMS = 2 * 132  # that a large GPU has at once
 _MOST_SPLITS = 16
 
 
@@ -85,13 +85,14 @@ def join_splits_kernel(
     tl.store(out + of_head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
 
 
-def num_splits(num_sequences: int, num_kv_heads: int) -> int:
-    """A power of two that gives every multiprocessor work, and does not depend on the contexts: a graph that was
-    captured keeps it. The same for all numbers of sequences up to a power of two: graphs of those numbers alone
-    have all kernels compiled."""
+def parts(num_sequences: int, num_kv_heads: int) -> tuple[int, int]:
+    """Splits of a context, and positions that a program reads at once. A power of two of splits gives every
+    multiprocessor work, whatever the contexts: a graph that was captured keeps it. The same for all numbers of
+    sequences up to a power of two: graphs of those numbers alone have all kernels compiled."""
     most_sequences = int(triton.next_power_of_2(num_sequences))
     wanted = _PROGRAMS // max(1, most_sequences * num_kv_heads)
-    return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
+    splits = min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
+    return splits, 32 if wanted else 64  # programs that wait for none before them have less to hide
 
 
 def decode_attention(
@@ -116,21 +117,22 @@ def decode_attention(
     """
     num_sequences, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
-    splits = num_splits(num_sequences, num_kv_heads)
+    splits, at_once = parts(num_sequences, num_kv_heads)
     out = torch.empty_like(q)
     of_heads = num_sequences * num_heads * splits
     acc = q.new_empty(of_heads * head_dim if splits > 1 else 1, dtype=torch.float32)
     top, mass = q.new_empty(2, of_heads if splits > 1 else 1, dtype=torch.float32).unbind(0)
     size = triton.next_power_of_2(max(16, head_dim))
+    at_once = at_once if size <= 128 else 32
     decode_attention_kernel[(num_sequences, num_kv_heads, splits)](
         q, keys, values, table, slots, positions, head_starts,
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
         H=num_heads, K=num_kv_heads, D=head_dim, SIZE=size,
-        G=triton.next_power_of_2(max(16, num_shared)), N=32,
+        G=triton.next_power_of_2(max(16, num_shared)), N=at_once,
         BLOCK_SIZE=block_size, SPLITS=splits, WINDOW=window or 0,
         HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, num_warps=4,
-        num_stages=6 if size <= 128 else 3,
+        num_stages=6 if at_once * size <= 32 * 128 else 3,
         **chained(q),
     )  # fmt: skip
     if splits > 1:

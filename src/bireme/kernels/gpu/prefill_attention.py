@@ -15,18 +15,14 @@ from bireme.kernels.query_tiles import TILE, Tiles
 
 
 @triton.jit
-def prefill_attention_kernel(
-    q, keys, values, table, slots, tiles, head_map, slopes, out, scale, cap, table_stride,
+def _attend_tile(
+    row, position, count, head, q, keys, values, table, slots, head_map, slopes, out, scale, cap,
+    table_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(1), tl.program_id(0)
-    row = tl.load(tiles + tile * 3).to(tl.int64)  # its first, in the step
-    position = tl.load(tiles + tile * 3 + 1)  # of that row
-    count = tl.load(tiles + tile * 3 + 2)  # of rows
-    if count == 0:
-        return
+    """Rows [row, row + count) of a step, the first of them at `position`."""
     slot = tl.load(slots + row).to(tl.int64)
     kv = tl.load(head_map + head)
 
@@ -71,6 +67,29 @@ def prefill_attention_kernel(
     tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
 
 
+@triton.jit(do_not_specialize=["num_tiles"])
+def prefill_attention_kernel(
+    q, keys, values, table, slots, tiles, head_map, slopes, out, num_tiles, scale, cap,
+    table_stride,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """A program has every so manieth tile of its head, up to the first that is of no run."""
+    tile, head = tl.program_id(1), tl.program_id(0)
+    count = tl.load(tiles + tile * 3 + 2)
+    while count > 0:
+        row = tl.load(tiles + tile * 3).to(tl.int64)
+        position = tl.load(tiles + tile * 3 + 1)
+        _attend_tile(
+            row, position, count, head, q, keys, values, table, slots, head_map, slopes, out,
+            scale, cap, table_stride,
+            H, K, D, SIZE, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES,
+        )  # fmt: skip
+        tile += tl.num_programs(1)
+        count = tl.load(tiles + tile * 3 + 2, mask=tile < num_tiles, other=0)
+
+
 def prefill_attention(
     q: torch.Tensor,
     keys: torch.Tensor,
@@ -92,9 +111,10 @@ def prefill_attention(
     out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
     size = triton.next_power_of_2(max(16, head_dim))
     is_wide = q.dtype == torch.float32 or size > 128
-    prefill_attention_kernel[(num_heads, len(tiles.on_device))](
+    num_tiles = len(tiles.on_device)
+    prefill_attention_kernel[(num_heads, min(num_tiles, -(-len(q) // TILE)))](
         q, keys, values, table, slots, tiles.on_device, head_map,
-        slopes if slopes is not None else q, out, scale, cap or 0.0, table.stride(0),
+        slopes if slopes is not None else q, out, num_tiles, scale, cap or 0.0, table.stride(0),
         H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=32 if is_wide else 64,
         BLOCK_SIZE=block_size, WINDOW=window or 0, HAS_CAP=cap is not None,
         HAS_SLOPES=slopes is not None, num_warps=4, num_stages=1 if is_wide else 2,
