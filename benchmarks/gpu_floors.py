@@ -1,0 +1,59 @@
+"""What no program on a GPU is quicker than: bytes by the rate of a copy, operations by that of a large product."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bireme import LLM
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def copy_bytes_per_s() -> float:
+    """Read and written by a copy on one GPU."""
+    source = torch.randn(1 << 29, device="cuda").half()
+    target = torch.empty_like(source)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    target.copy_(source)
+    marks[0].record()
+    for _ in range(10):
+        target.copy_(source)
+    marks[1].record()
+    torch.cuda.synchronize()
+    return 10 * 2 * source.nbytes / (float(marks[0].elapsed_time(marks[1])) / 1e3)
+
+
+def flop_per_s() -> float:
+    """Of a product of two large matrices in bfloat16."""
+    x = torch.randn(8192, 8192, device="cuda").bfloat16()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    x @ x
+    marks[0].record()
+    for _ in range(10):
+        x @ x
+    marks[1].record()
+    torch.cuda.synchronize()
+    return 10 * 2 * 8192**3 / (float(marks[0].elapsed_time(marks[1])) / 1e3)
+
+
+def read_bytes(llm: LLM, num_together: int, context: int = 0) -> int:
+    """Of all stages, in a step of so many requests that decode, with so many tokens of context each."""
+    config = llm.model.config
+    weights = sum(loaded.weight_bytes for loaded in llm.executor.loaded)
+    embedding = 2 * config.vocab_size * config.hidden_size
+    token = 4 * config.num_layers * config.num_kv_heads * config.head_dim
+    return weights - embedding + num_together * (context) * token
+
+
+def prefill_flop(llm: LLM, num_tokens: int) -> int:
+    """Two an element of the weights and token, the head's for the last one alone, and causal attention's."""
+    config = llm.model.config
+    head = config.vocab_size * config.hidden_size
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
+    return (read_bytes(llm, 0) - 2 * head) * num_tokens + 2 * head + attention

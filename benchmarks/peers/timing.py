@@ -1,0 +1,79 @@
+"""What all peers are asked, in environments of their own that may lack everything else here.
+
+Of a batch of prompts it is asked how long tokens take that are continued by so many; a step is the difference between
+a long and a short generation, over the tokens between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+SHORT = 8  # tokens
+MOST_ID = 31000
+
+Generate = Callable[[list[list[int]], int], object]  # prompts, and new tokens of each
+
+
+def asked_for(description: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("model", help="a folder with a config.json")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layout", default="1,1", help="tp,pp")
+    parser.add_argument("--batches", default="")
+    parser.add_argument("--prefills", default="", help="lengths of prompts")
+    parser.add_argument("--load", default="", help="requests,tokens in,tokens out")
+    parser.add_argument("--input-len", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON, for its model")
+    return parser.parse_args()
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    """No two that begin alike, so that no cache of prefixes helps."""
+    return [[(7 * row + 3 * at + 1) % MOST_ID for at in range(length)] for row in range(count)]
+
+
+def seconds(generate: Generate, given: list[list[int]], num_tokens: int) -> float:
+    start = time.perf_counter()
+    generate(given, num_tokens)
+    return time.perf_counter() - start
+
+
+def measured(asked: argparse.Namespace, generate: Generate) -> dict[str, Any]:
+    """Seconds of a step by batch, and to the first token by length of a prompt, of each round after one that does not
+    count; of a load all at once."""
+    found: dict[str, Any] = {"step_s": {}, "first_token_s": {}}
+    for batch in numbers(asked.batches):
+        given = prompts(batch, asked.input_len)
+        for num_tokens in (SHORT, SHORT + asked.tokens):
+            seconds(generate, given, num_tokens)
+        found["step_s"][batch] = [
+            (seconds(generate, given, SHORT + asked.tokens) - seconds(generate, given, SHORT))
+            / asked.tokens
+            for _ in range(asked.rounds)
+        ]
+    for length in numbers(asked.prefills):
+        given = prompts(1, length)
+        seconds(generate, given, 1)
+        found["first_token_s"][length] = [seconds(generate, given, 1) for _ in range(asked.rounds)]
+    if asked.load:
+        count, input_len, output_len = numbers(asked.load)
+        taken_s = seconds(generate, prompts(count, input_len), output_len)
+        found["output_tokens_per_s"] = count * output_len / taken_s
+    return found
+
+
+def tell(found: dict[str, Any], packages: Sequence[str]) -> None:
+    """A line of JSON, the last one."""
+    versions = {name: version(name) for name in packages}
+    print(json.dumps({**found, "versions": versions}), flush=True)
