@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bireme.errors import UserError
-from bireme.observe.kernel_trace import kernel_share
+from bireme.observe.kernel_trace import KernelTimes, kernel_share, kernel_times
 
 
 def written(path: Path, *kernels: tuple[str, float, float]) -> Path:
@@ -29,6 +29,21 @@ def test_it_is_of_the_time_outside_of_collectives(tmp_path: Path) -> None:
 def test_kernels_beside_each_other_count_once(tmp_path: Path) -> None:
     trace = written(tmp_path / "t", ("b", 5, 10), ("a", 0, 10), ("c", 20, 10))
     assert kernel_share(trace) == pytest.approx(25 / 30)
+
+
+def test_every_microsecond_is_in_one_part(tmp_path: Path) -> None:
+    trace = written(
+        tmp_path / "t",
+        ("gemm", 0, 10),
+        ("gemm", 12, 8),
+        ("peer_sum_kernel", 15, 10),
+        ("gemm", 45, 5),
+    )
+    found = kernel_times(trace)
+    assert found is not None
+    micro = KernelTimes(*(1e6 * value for value in vars(found).values()))
+    expected = KernelTimes(whole_s=50, exchange_s=10, other_s=18, between_s=2, pause_s=20)
+    assert vars(micro) == pytest.approx(vars(expected))
 
 
 def test_without_a_kernel_nothing_is_known(tmp_path: Path) -> None:

@@ -83,7 +83,6 @@ class ModelRunner:
         self._graphs: StepGraphs | None = None
         self._num_slots, self._most_tokens = cache.num_slots, most_tokens
         self.capture: StepCapture | None = None
-        self.is_profiled = False  # by who sees nothing of what a graph replays
         self.are_layers_timed = False
         model.sums_late = model.takes_unsummed and has_kernels(device)
 
@@ -160,8 +159,8 @@ class ModelRunner:
         return x if self.comm.mesh.is_last_stage else x.clone()
 
     def _graphs_for(self, batch: ScheduledBatch) -> StepGraphs | None:
-        graphs, is_seen = self._graphs, self._is_probed or self.is_profiled
-        return None if graphs is None or is_seen or not graphs.take(batch) else graphs
+        graphs = self._graphs
+        return None if graphs is None or self._is_probed or not graphs.take(batch) else graphs
 
     @property
     def _is_probed(self) -> bool:

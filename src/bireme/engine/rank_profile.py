@@ -117,11 +117,11 @@ class KernelTrace:
         self._profiler.start()
 
     def finish(self) -> list[OperatorSeen]:
-        """The operators that took most, those inside them apart."""
+        """What took most: operators, those inside them apart, or on a GPU the kernels, in graphs as elsewhere."""
         self._profiler.stop()
         self._profiler.export_chrome_trace(str(self._path))
-        # kernels have entries of their own beside the operators that they are counted with
-        events = [it for it in self._profiler.key_averages() if it.device_type.name == "CPU"]
+        wanted = "CUDA" if self._is_cuda else "CPU"
+        events = [it for it in self._profiler.key_averages() if it.device_type.name == wanted]
         found = [self._operator(event) for event in events]
         found.sort(key=lambda one: -one.self_s)
         return [one for one in found[:NUM_OPERATORS] if one.self_s > 0]
@@ -129,7 +129,7 @@ class KernelTrace:
     def _operator(self, event: Any) -> OperatorSeen:
         own, whole = event.self_cpu_time_total, event.cpu_time_total
         if self._is_cuda:
-            own, whole = event.self_device_time_total, event.device_time_total
+            own = whole = event.self_device_time_total
         return OperatorSeen(event.key, event.count, own / 1e6, whole / 1e6)
 
 

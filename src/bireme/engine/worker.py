@@ -215,7 +215,7 @@ class Worker(rank.Rank[Commands]):
         assert comm is not None
         path = None if kernels is None else Path(kernels.replace("{rank}", str(comm.mesh.rank)))
         reset_peak(self._device)
-        runner.is_profiled, runner.are_layers_timed = True, kernels is None
+        runner.are_layers_timed = kernels is None
         self._profile = RankProfile(runner.model, self._device, path)
         return Done()
 
@@ -224,7 +224,7 @@ class Worker(rank.Rank[Commands]):
         if profile is None:
             raise EngineError("a profile was to end that had not begun")
         runner = self._ready()
-        runner.is_profiled = runner.are_layers_timed = False
+        runner.are_layers_timed = False
         return Profiled(*profile.finish())
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from bireme.errors import UserError
+
+# how names of kernels begin in which ranks wait for one another
+_EXCHANGES = ("nccl", "peer_sum", "sharded_sum")
 
 
 class _Event(msgspec.Struct):
@@ -20,20 +24,49 @@ class _Trace(msgspec.Struct):
     events: list[_Event] = msgspec.field(name="traceEvents")
 
 
-def kernel_share(path: Path) -> float | None:
-    """Of the time between its first and its last kernel, that of collectives left out; None where it ran
-    none. UserError where the file is no such trace."""
+_PAUSE_US = 10.0  # a shorter one is between kernels that were launched together
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks,
+    in others, and in none, between kernels that were launched together and otherwise."""
+
+    whole_s: float
+    exchange_s: float
+    other_s: float
+    between_s: float
+    pause_s: float
+
+
+def kernel_times(path: Path) -> KernelTimes | None:
+    """None where there is no kernel. UserError where the file is no such trace."""
     try:
         trace = msgspec.json.decode(path.read_bytes(), type=_Trace)
     except msgspec.MsgspecError as error:
         raise UserError(f"{path} is no trace of torch.profiler's: {error}; profile again") from None
-    kernels = [it for it in trace.events if it.cat == "kernel"]
+    kernels = sorted((it for it in trace.events if it.cat == "kernel"), key=lambda it: it.ts)
     if not kernels:
         return None
-    whole = max(it.ts + it.dur for it in kernels) - min(it.ts for it in kernels)
-    exchanging = _covered([it for it in kernels if it.name.startswith("nccl")])
-    rest = whole - exchanging
-    return (_covered(kernels) - exchanging) / rest if rest > 0 else None
+    at, between, pause = kernels[0].ts, 0.0, 0.0
+    for it in kernels:
+        gap = max(0.0, it.ts - at)
+        if gap < _PAUSE_US:
+            between += gap
+        else:
+            pause += gap
+        at = max(at, it.ts + it.dur)
+    whole = at - kernels[0].ts
+    exchange = _covered([it for it in kernels if it.name.startswith(_EXCHANGES)])
+    other = whole - between - pause - exchange
+    return KernelTimes(whole / 1e6, exchange / 1e6, other / 1e6, between / 1e6, pause / 1e6)
+
+
+def kernel_share(path: Path) -> float | None:
+    """Of the time between its first and its last kernel, that of collectives left out; None where it ran none."""
+    found = kernel_times(path)
+    rest_s = 0.0 if found is None else found.whole_s - found.exchange_s
+    return None if found is None or rest_s <= 0 else found.other_s / rest_s
 
 
 def _covered(events: list[_Event]) -> float:

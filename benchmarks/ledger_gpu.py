@@ -1,0 +1,151 @@
+"""The ledger of decode steps that are CUDA graphs beside what torch.profiler saw of them, and what spans cost.
+
+    python benchmarks/ledger_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 1,1 2,1 1,2] [--batches 8,64]
+
+Shares of a rank's time. The ledger: collectives, work, and the rest, in which the GPU has none. The profiler: kernels
+that ranks exchange by, other kernels with what lies between those that were launched together, and pauses. Then the
+time from token to token of the first layout and batch with spans and without (nobody can ask for that: they are patched
+away here), in turn, each in processes of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import record
+from decode_gpu import gaps_s, settings
+from gpu_floors import numbers
+
+from bireme import LLM
+from bireme.observe.causes import Row
+from bireme.observe.kernel_trace import kernel_times
+from bireme.observe.ledger import RankLedger, make_ledger
+from bireme.observe.window import whole_since
+
+NUM_TOKENS, ROUNDS = 48, 3
+WITHOUT_SPANS = """
+from contextlib import nullcontext
+from bireme.kernels.device_spans import DeviceSpans
+from bireme.trace import SpanRing
+
+NOTHING = nullcontext()
+for spans in (SpanRing, DeviceSpans):
+    spans.span = spans.aside = lambda self, kind, num_bytes=0, step_id=None: NOTHING
+"""
+
+
+def shares_by_ledger(rank: RankLedger) -> dict[str, float]:
+    collective = rank.share(Row.COLLECTIVE_MOVE) + rank.share(Row.COLLECTIVE_WAIT)
+    work = rank.share(Row.COMPUTE)
+    return {"collective": collective, "work": work, "rest": 1 - collective - work}
+
+
+def shares_by_profiler(path: Path) -> dict[str, float]:
+    found = kernel_times(path)
+    assert found is not None, path
+    return {
+        "collective": found.exchange_s / found.whole_s,
+        "work": (found.other_s + found.between_s) / found.whole_s,
+        "rest": found.pause_s / found.whole_s,
+        "between kernels": found.between_s / found.whole_s,
+    }
+
+
+def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
+    """Of each rank."""
+    gaps_s(llm, batch, NUM_TOKENS, seed=1)
+    llm.executor.begin_profile(folder / f"{batch}-rank-{{rank}}.json")
+    start_ns = time.monotonic_ns()
+    gaps_s(llm, batch, NUM_TOKENS, seed=2)
+    llm.executor.end_profile()
+    recorded, is_whole = whole_since(llm.recorded(), start_ns)
+    found = []
+    for index, rank in enumerate(make_ledger(recorded).ranks):
+        ours = shares_by_ledger(rank)
+        theirs = shares_by_profiler(folder / f"{batch}-rank-{index}.json")
+        apart = max(abs(ours[name] - theirs[name]) for name in ours)
+        found.append(
+            {
+                "rank": rank.name, "batch": batch, "is_whole": is_whole, "ledger": ours,
+                "profiler": theirs, "largest_difference": apart,
+            }
+        )  # fmt: skip
+    return found
+
+
+def step_s(model: str, layout: str, batch: int, *, has_spans: bool) -> float:
+    """Of processes of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = [folder, os.environ.get("PYTHONPATH", "")]
+        if not has_spans:
+            (Path(folder) / "sitecustomize.py").write_text(WITHOUT_SPANS)
+        command = [sys.executable, __file__, "--model", model, "--step", layout, str(batch)]
+        done = subprocess.run(
+            command, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+            stdout=subprocess.PIPE, text=True, check=True,
+        )  # fmt: skip
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def tell_step(model: str, layout: str, batch: int) -> None:
+    with LLM(**settings(model, layout)) as llm:
+        gaps_s(llm, batch, NUM_TOKENS, seed=1)
+        found = [statistics.median(gaps_s(llm, batch, NUM_TOKENS, seed)) for seed in range(5)]
+    print(json.dumps(statistics.median(found)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", default="gpu")
+    parser.add_argument("--model", default="llama-2-7b")
+    parser.add_argument("--layouts", nargs="+", default=["2,1", "1,1", "1,2"])
+    parser.add_argument("--batches", default="8,64")
+    parser.add_argument("--step", nargs=2, metavar=("LAYOUT", "BATCH"), help="only tell this")
+    asked = parser.parse_args()
+    if asked.step:
+        tell_step(asked.model, asked.step[0], int(asked.step[1]))
+        return
+    found: dict[str, Any] = {}
+    for layout in asked.layouts:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            LLM(**settings(asked.model, layout)) as llm,
+        ):
+            ranks = [
+                one
+                for batch in numbers(asked.batches)
+                for one in beside_profiler(llm, batch, Path(folder))
+            ]
+        found[layout] = ranks
+        for one in ranks:
+            rows = ", ".join(
+                f"{name} {share:.1%} ({one['profiler'][name]:.1%})"
+                for name, share in one["ledger"].items()
+            )
+            print(f"{layout} batch {one['batch']} {one['rank']}: {rows}", flush=True)
+    layout, batch = asked.layouts[0], numbers(asked.batches)[0]
+    costs: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(ROUNDS):
+        for has_spans, seconds in costs.items():
+            seconds.append(step_s(asked.model, layout, batch, has_spans=has_spans))
+    with_spans, without = (statistics.median(costs[it]) for it in (True, False))
+    print(
+        f"{layout} batch {batch}: {1e3 * with_spans:.3f} ms with spans, {1e3 * without:.3f} without"
+    )
+    record.write(
+        f"ledger-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
+        {"shares": found, "step_s": {"with spans": costs[True], "without": costs[False]}},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
