@@ -1,0 +1,61 @@
+"""What a second GPU as a second stage gives, beside one GPU: a load that its cache limits, and a long prompt.
+
+    python benchmarks/stages_gpu.py --name 2x-h200
+
+The shape of `examples/configs/llama-2-7b` with room for long prompts, made-up weights, bfloat16, greedy. The load: more
+requests than one GPU's cache has room for, contexts of which are most of what a step reads. The prompt: seconds to its
+first token, the median of three after one that does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import record
+from decode_gpu import first_token_s, settings
+from gpu_floors import CONFIGS
+
+from bireme import LLM
+from bireme.bench.throughput import measure_throughput
+from bireme.bench.workload import Workload
+
+LAYOUTS = ["1,1", "1,2"]
+PROMPT_LEN = 32768
+LOAD = Workload(num_prompts=384, input_len=1024, output_len=384, seed=5)
+
+
+def measure(folder: Path, layout: str) -> dict[str, Any]:
+    wanted = {**settings(str(folder), layout), "max_num_seqs": LOAD.num_prompts}
+    with LLM(**wanted) as llm:
+        first_token_s(llm, PROMPT_LEN, seed=0)
+        times = [first_token_s(llm, PROMPT_LEN, seed=seed) for seed in (1, 2, 3)]
+        result = measure_throughput(llm, LOAD)
+    return {"ttft_s": times, "throughput": result.as_json()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", default="gpu")
+    asked = parser.parse_args()
+    config = json.loads((CONFIGS / "llama-2-7b" / "config.json").read_text())
+    with tempfile.TemporaryDirectory() as folder:
+        long = {**config, "max_position_embeddings": 2 * PROMPT_LEN}
+        (Path(folder) / "config.json").write_text(json.dumps(long))
+        found = {layout: measure(Path(folder), layout) for layout in LAYOUTS}
+    one, two = found.values()
+    rates = [it["throughput"]["output_tokens_per_second"] for it in (one, two)]
+    times = [statistics.median(it["ttft_s"]) for it in (one, two)]
+    print(f"tokens/s: {rates[0]:,.0f} and {rates[1]:,.0f}: {rates[1] / rates[0]:.2f} x")
+    print(
+        f"first token of {PROMPT_LEN}: {times[0]:.3f} and {times[1]:.3f} s: {times[0] / times[1]:.2f} x"
+    )
+    record.write(f"stages-llama-2-7b-{asked.name}", ["torch", "triton"], {"layouts": found})
+
+
+if __name__ == "__main__":
+    main()
