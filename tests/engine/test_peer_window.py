@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 from bireme.errors import EngineError
-from bireme.parallel.peer_window import all_can_map, swap
+from bireme.parallel.peer_window import open_window, swap
 
 TIMEOUT_S = 20.0
 
@@ -51,7 +52,11 @@ def test_a_rank_that_leaves_before_it_gives_anything(tmp_path: Path) -> None:
             left.result()
 
 
-def test_both_must_be_able_to_map() -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory of a GPU could be had")
+def test_both_do_without_where_one_has_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     store = HashStore()
-    store.set("can/1", "0")
-    assert not all_can_map((0, 1), 0, store)
+    store.set("allocated/1", "1")
+    device = torch.device("cuda:0")
+    assert open_window(1, (0, 1), 0, device, store, TIMEOUT_S) is None
+    assert store.get("allocated/0") == b"0"
+    assert "sums of prompts go over links instead" in caplog.text

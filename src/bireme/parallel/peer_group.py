@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 from bireme.kernels.choice import has_kernels
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
-from bireme.parallel.peer_window import Window, all_can_map
+from bireme.parallel.peer_window import Window, open_window
 from bireme.trace import SpanKind, SpanWriter
 
 # up to which it is quicker that every rank adds up all rows, between two H200s
@@ -156,10 +156,10 @@ def peer_group(
     sum_bytes = min(_MOST_SUM_BYTES, sum_bytes) // _ALIGNMENT * _ALIGNMENT
     num_bytes = _inbox_bytes(len(ranks), row_bytes) + Rooms.num_bytes(len(ranks), sum_bytes)
     window, own_store = None, PrefixStore(f"window/{'-'.join(map(str, ranks))}", store)
-    if sum_bytes and len(ranks) == 2 and all_can_map(ranks, rank, own_store):
+    if sum_bytes and len(ranks) == 2:
         share_bytes = sum_bytes // 2 + row_bytes
-        window = Window(share_bytes, list(ranks).index(rank), device, own_store, timeout_s)
-    else:
+        window = open_window(share_bytes, ranks, rank, device, own_store, timeout_s)
+    if window is None:
         num_bytes += sum_bytes  # for the addends
     memory = mapped(num_bytes, ranks, group, rank, device, store)
     return PeerGroup(others, memory, window, row_bytes, sum_bytes, timeout_s, spans)

@@ -3,46 +3,66 @@ each row to the rank that it is for."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import Store
 
 from bireme.errors import EngineError
 
+T = TypeVar("T")
 _GRANULE = 2 << 20  # bytes that a GPU maps at once
 
 
-def all_can_map(ranks: Sequence[int], rank: int, store: Store) -> bool:
-    """Whether all `ranks` can call the driver's memory mapping: torch's builds for CUDA bring what it takes."""
-    try:
-        from cuda.bindings import driver  # noqa: F401
-    except ImportError:
-        can = "0"
-    else:
-        can = "1"
-    store.set(f"can/{rank}", can)
-    return all(store.get(f"can/{peer}") == b"1" for peer in ranks)
+def open_window(
+    num_bytes: int,
+    ranks: Sequence[int],
+    rank: int,
+    device: torch.device,
+    store: Store,
+    timeout_s: float,
+) -> Window | None:
+    """Made by two ranks together, with room for `num_bytes` in a part. None where the driver of one of them refuses,
+    which its log tells: both do without then."""
+    part_bytes = -(-num_bytes // _GRANULE) * _GRANULE
+    index = list(ranks).index(rank)
+    with ExitStack() as handles:  # what is mapped stays when its handle goes
+        own = _tried(lambda: [_allocate(part_bytes, device, handles) for _ in range(2)])
+        if not _all_have("allocated", own is not None, ranks, rank, store):
+            return None
+        assert own is not None
+
+        def window() -> Window:
+            for_peer = _exchange(own[1], index, store, timeout_s, handles)
+            return Window(own[0], for_peer, own[1], index, part_bytes, device)
+
+        made = _tried(window)
+    return made if _all_have("mapped", made is not None, ranks, rank, store) else None
 
 
 class Window:
     """Of one of two ranks: `memory`, uint8, whose first `part_bytes` are the first rank's and the others the second's,
     both to be filled by this rank; `sources` are the addresses here of what the first and what the second rank filled
-    for this one. Room for `num_bytes` in a part; valid for as long as this object lives. Both ranks make it together.
-    """
+    for this one. Valid for as long as this object lives."""
 
     def __init__(
-        self, num_bytes: int, index: int, device: torch.device, store: Store, timeout_s: float
+        self,
+        own: Any,
+        for_peer: Any,
+        from_peer: Any,
+        index: int,
+        part_bytes: int,
+        device: torch.device,
     ) -> None:
-        self.part_bytes = part_bytes = -(-num_bytes // _GRANULE) * _GRANULE
-        own, from_peer = (_allocate(part_bytes, device) for _ in range(2))
-        for_peer = _exchange(from_peer, index, store, timeout_s)
+        self.part_bytes = part_bytes
         parts = [own, for_peer] if index == 0 else [for_peer, own]
         start = _map([*parts, from_peer], part_bytes, device)
         weakref.finalize(self, _unmap, start, 3 * part_bytes, device).atexit = False
@@ -52,7 +72,20 @@ class Window:
         self.sources[index] = start + index * part_bytes
 
 
-def _allocate(num_bytes: int, device: torch.device) -> Any:
+def _tried(make: Callable[[], T]) -> T | None:
+    try:
+        return make()
+    except (EngineError, ImportError) as error:  # torch's builds for CUDA bring what it takes
+        logging.getLogger(__name__).warning("sums of prompts go over links instead: %s", error)
+        return None
+
+
+def _all_have(name: str, has: bool, ranks: Sequence[int], rank: int, store: Store) -> bool:
+    store.set(f"{name}/{rank}", "1" if has else "0")
+    return all(store.get(f"{name}/{peer}") == b"1" for peer in ranks)
+
+
+def _allocate(num_bytes: int, device: torch.device, handles: ExitStack) -> Any:
     """A handle of memory of a GPU, which another process can be given."""
     from cuda.bindings import driver
 
@@ -61,10 +94,12 @@ def _allocate(num_bytes: int, device: torch.device) -> Any:
     asked.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     asked.location.id = device.index
     asked.requestedHandleTypes = _shareable()
-    return _call("cuMemCreate", num_bytes, asked, 0)
+    handle = _call("cuMemCreate", num_bytes, asked, 0)
+    handles.callback(_call, "cuMemRelease", handle)
+    return handle
 
 
-def _exchange(handle: Any, index: int, store: Store, timeout_s: float) -> Any:
+def _exchange(handle: Any, index: int, store: Store, timeout_s: float, handles: ExitStack) -> Any:
     """Gives the other rank a handle for its own."""
     own = int(_call("cuMemExportToShareableHandle", handle, _shareable(), 0))
     try:
@@ -72,9 +107,11 @@ def _exchange(handle: Any, index: int, store: Store, timeout_s: float) -> Any:
     finally:
         os.close(own)
     try:
-        return _call("cuMemImportFromShareableHandle", other, _shareable())
+        imported = _call("cuMemImportFromShareableHandle", other, _shareable())
     finally:
         os.close(other)
+    handles.callback(_call, "cuMemRelease", imported)
+    return imported
 
 
 def swap(fd: int, index: int, store: Store, timeout_s: float) -> int:
@@ -114,19 +151,22 @@ def _connected(index: int, store: Store, timeout_s: float) -> socket.socket:
 
 
 def _map(parts: Sequence[Any], part_bytes: int, device: torch.device) -> int:
-    """Where they lie, one behind the other. What is mapped stays when its handle goes."""
+    """Where they lie, one behind the other."""
     from cuda.bindings import driver
 
     num_bytes = len(parts) * part_bytes
-    start = int(_call("cuMemAddressReserve", num_bytes, 0, 0, 0))
-    for at, part in enumerate(parts):
-        _call("cuMemMap", start + at * part_bytes, part_bytes, 0, part, 0)
-        _call("cuMemRelease", part)
     access = driver.CUmemAccessDesc()
     access.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     access.location.id = device.index
     access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-    _call("cuMemSetAccess", start, num_bytes, [access], 1)
+    with ExitStack() as undo:
+        start = int(_call("cuMemAddressReserve", num_bytes, 0, 0, 0))
+        undo.callback(_call, "cuMemAddressFree", start, num_bytes)
+        for at, part in enumerate(parts):
+            _call("cuMemMap", start + at * part_bytes, part_bytes, 0, part, 0)
+            undo.callback(_call, "cuMemUnmap", start + at * part_bytes, part_bytes)
+        _call("cuMemSetAccess", start, num_bytes, [access], 1)
+        undo.pop_all()
     return start
 
 
