@@ -85,10 +85,12 @@ def peers_step_s(
     if importlib.util.find_spec("transformers") is not None:
         told = told_by_peer("transformers", sys.executable, [str(folder), *options], {})
         found["transformers"] = {"all cores": told["step_s"], "versions": told["versions"]}
-    for tp, pp in LAYOUTS if vllm else []:
+    if vllm is None:
+        return found
+    for tp, pp in LAYOUTS:
         settings = json.dumps({"max_model_len": 512, "max_num_seqs": 32})
         told = told_by_peer(
-            "vllm", str(vllm),
+            "vllm", vllm,
             [str(folder), *options, "--layout", f"{tp},{pp}", "--settings", settings],
             {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if tp * pp > 1 else "auto"},
         )  # fmt: skip

@@ -66,6 +66,7 @@ def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
     llm.executor.begin_profile(folder / f"{batch}-rank-{{rank}}.json")
     start_ns = time.monotonic_ns()
     gaps_s(llm, batch, NUM_TOKENS, seed=2)
+    llm.executor.usage()  # all spans are written by then
     llm.executor.end_profile()
     recorded, is_whole = whole_since(llm.recorded(), start_ns)
     found = []

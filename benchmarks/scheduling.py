@@ -18,8 +18,9 @@ from random import Random
 
 import record
 
+from bireme.engine.limits import SchedulerLimits
 from bireme.engine.messages import Execute, frame
-from bireme.engine.scheduler import Scheduler, SchedulerLimits
+from bireme.engine.scheduler import Scheduler
 from bireme.parallel.layout import CacheKind
 from bireme.request import Request, ScheduledBatch, StepOutput
 from bireme.sampling_params import SamplingParams

@@ -16,7 +16,8 @@ from bireme.engine.engine import Engine
 from bireme.engine.engine_loop import run_engine
 from bireme.engine.front_end import FrontEnd
 from bireme.engine.input_processor import InputProcessor, ServedModel
-from bireme.engine.scheduler import Scheduler, SchedulerLimits
+from bireme.engine.limits import SchedulerLimits
+from bireme.engine.scheduler import Scheduler
 from bireme.engine.scripted import ScriptedExecutor
 from bireme.engine.service_loop import Commands
 from bireme.engine.service_messages import Ready, Start, Stats

@@ -28,8 +28,9 @@ from bireme.hf_config import from_hf
 from bireme.model_config import ModelConfig
 from bireme.models.blocks import StageModel
 from bireme.models.registry import build_stage, model_layout, partition_layers
+from bireme.parallel.boxes import as_slices
 from bireme.parallel.layers import named_layouts
-from bireme.parallel.layout import ModelLayout, Source, as_slices
+from bireme.parallel.layout import ModelLayout, Source
 from bireme.parallel.mesh import Mesh
 
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -18,8 +18,9 @@ from bireme.checkpoint.opener import open_folder
 from bireme.checkpoint.reader import TensorInfo
 from bireme.checkpoint.staging import parts
 from bireme.hf_config import from_hf
+from bireme.parallel.boxes import Box, as_slices, full_box, volume
 from bireme.parallel.layers import named_layouts
-from bireme.parallel.layout import Box, Source, as_slices, full_box, volume
+from bireme.parallel.layout import Source
 from checkpoint.making import LLAMA, Recipe, layout_of, load_rank, matched, shard_folder
 
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

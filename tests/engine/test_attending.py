@@ -12,7 +12,7 @@ from bireme.kvcache.paged_cache import PagedCache
 from bireme.models import attention
 from bireme.models.attention import PagedAttention
 from bireme.models.step import SequenceGroup, StepContext
-from bireme.parallel.layout import HeadCut
+from bireme.parallel.cuts import HeadCut
 
 BLOCK, CONTEXT = 16, 48
 

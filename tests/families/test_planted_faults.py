@@ -21,8 +21,8 @@ from local_world import LocalExecutor
 import bireme.verify.comparison
 from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.engine.executor import WorkerPlan
+from bireme.parallel.cuts import HeadCut
 from bireme.parallel.layers import RowParallelLinear, named_layouts
-from bireme.parallel.layout import HeadCut
 from bireme.parallel.pipeline import StageSpec
 from bireme.verify import Certificate, verify
 from thread_group import ThreadGroup

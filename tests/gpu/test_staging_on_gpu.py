@@ -8,7 +8,7 @@ import torch
 
 from bireme.checkpoint.reader import Bits
 from bireme.checkpoint.staging import BITS, Staging
-from bireme.parallel.layout import Box, as_slices, full_box
+from bireme.parallel.boxes import Box, as_slices, full_box
 
 pytestmark = [
     pytest.mark.gpu,

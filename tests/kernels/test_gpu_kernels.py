@@ -9,7 +9,7 @@ from bireme.engine.graphs import graph_sizes
 from bireme.kernels import functional
 from bireme.kernels.attention import attention, attention_bias
 from bireme.kernels.gpu import chain, few_rows
-from bireme.kernels.gpu.decode_attention import decode_attention, parts
+from bireme.kernels.gpu.decode_attention import block_positions, decode_attention, num_splits
 from bireme.kernels.gpu.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear, suits
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
@@ -198,8 +198,10 @@ def test_attention_as_models_run(head_dim: int, dtype: torch.dtype, device: torc
 
 
 def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
-    found = [parts(*of) for of in ((1, 32), (1, 1), (64, 32), (8, 8), (64, 4))]
-    assert found == [(8, 32), (16, 32), (1, 64), (4, 32), (1, 32)]
+    steps = [(1, 32), (1, 1), (64, 32), (8, 8), (64, 4)]  # sequences and KV heads
+    assert [num_splits(*step) for step in steps] == [8, 16, 1, 4, 1]
+    assert [block_positions(*step, 128) for step in steps] == [32, 32, 64, 32, 32]
+    assert block_positions(64, 32, 256) == 32
 
 
 @pytest.mark.parametrize(
@@ -247,7 +249,8 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
     def kernels(count: int) -> set[tuple[object, ...]]:
         is_chained, rows = count <= chain.MOST_ROWS, few_rows.block_rows(count)
         found: set[tuple[object, ...]] = {
-            ("norm", is_chained), ("attention", *parts(count, num_kv_heads), is_chained),
+            ("norm", is_chained),
+            ("attention", num_splits(count, num_kv_heads), block_positions(count, num_kv_heads, 128), is_chained),
         }  # fmt: skip
         if count == 1:
             return found | {("one row",)}

@@ -11,7 +11,7 @@ from bireme.kernels.query_tiles import Tiles
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.models.attention import PagedAttention
 from bireme.models.step import PagedStep
-from bireme.parallel.layout import HeadCut
+from bireme.parallel.cuts import HeadCut
 
 BLOCK = 8
 

@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 
 from bireme.engine.engine import Engine
-from bireme.engine.scheduler import Scheduler, SchedulerLimits
+from bireme.engine.limits import SchedulerLimits
+from bireme.engine.scheduler import Scheduler
 from bireme.engine.scripted import ScriptedExecutor
 from bireme.errors import EngineError
 from bireme.parallel.layout import CacheKind

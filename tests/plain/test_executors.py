@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 
 from bireme.engine.engine import Engine
-from bireme.engine.scheduler import Scheduler, SchedulerLimits
+from bireme.engine.limits import SchedulerLimits
+from bireme.engine.scheduler import Scheduler
 from bireme.engine.scripted import ScriptedExecutor
 from bireme.engine.simulated import SimulatedExecutor, StageWork, VirtualClock
 from bireme.engine.streams import PromptStream

@@ -10,25 +10,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bireme.errors import ConfigError
-from bireme.parallel.layout import (
-    MLP_UNITS,
-    HeadCut,
-    Piece,
-    Source,
-    View,
+from bireme.parallel.boxes import (
     as_slices,
     box_shape,
     check_disjoint,
-    column_edges,
     full_box,
-    head_edges,
     intersect,
     relative,
     union_volume,
-    vocabulary_range,
-    vocabulary_width,
     volume,
 )
+from bireme.parallel.cuts import (
+    MLP_UNITS,
+    HeadCut,
+    column_edges,
+    head_edges,
+    vocabulary_range,
+    vocabulary_width,
+)
+from bireme.parallel.layout import Piece, Source, View
 
 HEADS = st.tuples(st.integers(1, 12), st.integers(1, 6)).map(
     lambda pair: (pair[0] * pair[1], pair[0])

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from replay import VOCABULARY, PrefixMatcher, ReplayExecutor, continued, prefixes
 
 from bireme.engine.engine import Engine
-from bireme.engine.scheduler import PRIORITY_SPAN_S, Scheduler, SchedulerLimits
+from bireme.engine.limits import SchedulerLimits
+from bireme.engine.scheduler import PRIORITY_SPAN_S, Scheduler
 from bireme.errors import CapacityError
 from bireme.parallel.layout import CacheKind
 from bireme.request import Request, ScheduledBatch, StepOutput

@@ -24,10 +24,8 @@ from bireme.checkpoint.manifest import (
 )
 from bireme.checkpoint.reader import Bits, SafetensorsFile, TensorInfo, bits_dtype, part_of
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import (
+from bireme.parallel.boxes import (
     Box,
-    Source,
-    View,
     as_slices,
     box_shape,
     intersect,
@@ -35,6 +33,7 @@ from bireme.parallel.layout import (
     union_volume,
     volume,
 )
+from bireme.parallel.layout import Source, View
 
 
 @dataclass

@@ -8,7 +8,8 @@ import torch
 
 from bireme.checkpoint.dummy import key_of, scale_of
 from bireme.kernels.noise import mix_
-from bireme.parallel.layout import Box, Source, box_shape
+from bireme.parallel.boxes import Box, box_shape
+from bireme.parallel.layout import Source
 
 _ELEMENTS = 1 << 25  # at once
 _GOLDEN = 0x9E3779B9 - 2**32

@@ -13,7 +13,8 @@ import numpy as np
 import xxhash
 
 from bireme.checkpoint.reader import Bits, TensorInfo
-from bireme.parallel.layout import Box, Source, box_shape
+from bireme.parallel.boxes import Box, box_shape
+from bireme.parallel.layout import Source
 
 _MIX = (np.uint32(0x7FEB352D), np.uint32(0x846CA68B))  # Wellons' lowbias32
 _BLOCK_ELEMENTS = 1 << 20

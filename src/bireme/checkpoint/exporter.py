@@ -23,7 +23,8 @@ from bireme.checkpoint.writer import (
     write_file,
 )
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import Box, Source, as_slices, box_shape
+from bireme.parallel.boxes import Box, as_slices, box_shape
+from bireme.parallel.layout import Source
 
 
 def export(artifact: Artifact, out: Path, progress: Progress = lambda _: None) -> None:

@@ -19,8 +19,9 @@ from bireme.checkpoint.reader import TensorSource, bits_dtype
 from bireme.checkpoint.staging import BITS, Staging
 from bireme.config import DTYPE_BYTES
 from bireme.errors import CheckpointError, ConfigError
+from bireme.parallel.boxes import Box, as_slices, box_shape, volume
 from bireme.parallel.layers import named_layouts
-from bireme.parallel.layout import Box, Piece, Source, as_slices, box_shape, volume
+from bireme.parallel.layout import Piece, Source
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}
 _FROM_FILE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -20,7 +20,8 @@ import xxhash
 from bireme.checkpoint.files import SAFETENSORS, is_inside
 from bireme.checkpoint.reader import ITEM_BYTES
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import Box, View, full_box, intersect
+from bireme.parallel.boxes import Box, full_box, intersect
+from bireme.parallel.layout import View
 
 FORMAT = "bireme-sharded-checkpoint"
 VERSION = 1

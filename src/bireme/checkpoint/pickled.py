@@ -16,7 +16,8 @@ import torch
 from bireme.checkpoint.files import PICKLED
 from bireme.checkpoint.reader import Bits, TensorInfo, bits_dtype, copy_view, mapped_part
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import Box, Source
+from bireme.parallel.boxes import Box
+from bireme.parallel.layout import Source
 
 _MAX_MAPPED_BYTES = 64 * 1024 * 1024
 _DTYPES = {

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from bireme.checkpoint.files import PICKLED, SAFETENSORS
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import Box, Source, as_slices, box_shape
+from bireme.parallel.boxes import Box, as_slices, box_shape
+from bireme.parallel.layout import Source
 
 Bits = NDArray[np.unsignedinteger[Any]]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from bireme.checkpoint.reader import Bits
-from bireme.parallel.layout import Box, as_slices, box_shape, relative, volume
+from bireme.parallel.boxes import Box, as_slices, box_shape, relative, volume
 
 BITS = {2: torch.uint16, 4: torch.uint32}
 _PART_BYTES = 4 << 20

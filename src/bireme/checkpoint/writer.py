@@ -18,7 +18,8 @@ import xxhash
 from bireme.checkpoint.manifest import CHUNK_BYTES, StoredFile, StoredPiece
 from bireme.checkpoint.reader import MappedSource, TensorInfo, bits_dtype
 from bireme.errors import CheckpointError
-from bireme.parallel.layout import Box, Source, View, box_shape, full_box, volume
+from bireme.parallel.boxes import Box, box_shape, full_box, volume
+from bireme.parallel.layout import Source, View
 
 SLAB_BYTES = 1024 * 1024
 TRANSPOSED_SLAB_BYTES = 8 * 1024 * 1024  # wider, or each cache line of the file is read many times

@@ -178,7 +178,9 @@ def _rates(found: Iterable[RankRate]) -> Table:
 
 def _operators(found: Profile) -> Table:
     """Of the rank that took most."""
-    table = _table("operators of the slowest rank; ms", "", "calls", "own", "in all")
+    table = _table(
+        "operators, on GPUs kernels, of the slowest rank; ms", "", "calls", "own", "in all"
+    )
     totals: dict[int, float] = {}
     for one in found.operators:
         totals[one.rank] = totals.get(one.rank, 0.0) + one.self_s

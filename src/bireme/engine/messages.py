@@ -163,7 +163,7 @@ class LayerSeen(msgspec.Struct, frozen=True, array_like=True):
 
 
 class OperatorSeen(msgspec.Struct, frozen=True, array_like=True):
-    """`self_s` without the operators inside it."""
+    """Or a kernel of a GPU. `self_s` without the operators inside it."""
 
     name: str
     count: int

@@ -28,7 +28,7 @@ from bireme.engine.budget import (
 from bireme.engine.chunks import CPU_CHUNKS, GPU_CHUNKS
 from bireme.engine.executor import WorkerPlan
 from bireme.engine.input_processor import ServedModel
-from bireme.engine.scheduler import SchedulerLimits
+from bireme.engine.limits import SchedulerLimits
 from bireme.errors import CapacityError, ConfigError
 from bireme.model_config import ModelConfig
 from bireme.models.registry import model_layout, rank_layouts

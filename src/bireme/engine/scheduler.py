@@ -11,18 +11,19 @@ goes first. Where the cache is full, the youngest gives its blocks back and is c
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bireme.engine.chunks import CPU_CHUNKS, ChunkSizes, chunk_cost, chunk_tokens
+from bireme.engine.chunks import chunk_cost, chunk_tokens
 from bireme.engine.decode_groups import DecodeGroups
+from bireme.engine.limits import SchedulerLimits
+from bireme.engine.prefixes import Prefixes
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.waiting_queue import Deadlines, OrderedRequests
 from bireme.errors import CapacityError, RequestError
-from bireme.kvcache.block_manager import BlockManager, block_keys
+from bireme.kvcache.block_manager import BlockManager
 from bireme.parallel.layout import CacheKind
 from bireme.request import (
     WARM_UP_STEP,
@@ -36,23 +37,6 @@ from bireme.request import (
 
 PRIORITY_SPAN_S = 30.0
 _STEPS_AHEAD = 2  # a stage, that prompts which have begun may fill: they cannot be overtaken
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerLimits:
-    """`context_per_token`: the context length (tokens) at which attending to it costs a token as
-    much as the rest of its work. `depends_on_length`: keys and values are those of requests with
-    the same longest length only."""
-
-    pp_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    block_size: int
-    max_num_waiting: int | None = None
-    has_prefix_caching: bool = True
-    context_per_token: float = math.inf
-    depends_on_length: bool = False
-    chunks: ChunkSizes = CPU_CHUNKS
 
 
 @dataclass(slots=True)
@@ -80,6 +64,9 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, kinds: Sequence[CacheKind]) -> None:
         self.limits = limits
         self.blocks = BlockManager(kinds, limits.block_size)
+        self._prefixes = Prefixes(
+            self.blocks, is_on=limits.has_prefix_caching, depends_on_length=limits.depends_on_length
+        )
         self.max_in_flight = limits.pp_size + 1
         self.num_preemptions = 0
         self.num_prefix_queries = self.num_prefix_hits = 0  # tokens
@@ -258,7 +245,7 @@ class Scheduler:
             if state.slot is None or (state.is_new and state.group != group):
                 continue
             if state.is_new:
-                self._share_prefix(state, state.slot)
+                self._prefixes.share(state, state.slot)
             start = state.num_computed
             num_tokens = chunk_tokens(start, state.num_given, budget, cost, sizes, ratio)
             blocks = self._grow(state, start, start + num_tokens)
@@ -291,24 +278,13 @@ class Scheduler:
         ids = state.token_ids[start:stop]
         masked = samples and state.needs_mask
         choice.pieces.append(ScheduledPiece(slot, start, num_tokens, ids, blocks, samples, masked))
-        self._publish(state)
+        self._prefixes.publish(state)
         if samples:
             choice.sampled.append(state)
             state.num_in_flight += 1
             state.last_step_id = self._next_step_id
             self._prefilling.remove(state)
             self._groups.begin_decoding(state)
-
-    def _publish(self, state: RequestState) -> None:
-        """Blocks that are full, under way, and whose tokens are known can be shared."""
-        if not self.limits.has_prefix_caching or state.slot is None:
-            return
-        known = min(state.num_computed, len(state.token_ids)) // self.limits.block_size
-        if known <= state.num_published:
-            return
-        self._extend_keys(state)
-        first, state.num_published = state.num_published, known
-        self.blocks.publish(state.slot, first, state.keys[first:known])
 
     def update(self, output: StepOutput) -> list[News]:
         """Takes the oldest batch's output; what it brought to requests that have not ended."""
@@ -340,7 +316,7 @@ class Scheduler:
             if state.finish_reason is not None:
                 return ids[: index + 1]
         if len(state.token_ids) >= (state.num_published + 1) * self.limits.block_size:
-            self._publish(state)
+            self._prefixes.publish(state)
         return ids
 
     # --- admission and preemption --------------------------------------------------------------
@@ -356,7 +332,7 @@ class Scheduler:
         pending, reserve = sum(state.num_uncomputed for state in self._prefilling), self._reserve()
         while self._waiting and self._free_slots and pending < most:
             state = self._waiting.first
-            keys, num_tokens = self._cached_keys(state), len(state.token_ids)
+            keys, num_tokens = self._prefixes.cached_keys(state), len(state.token_ids)
             if not self.blocks.can_start(keys, num_tokens + 1, chunk, reserve):
                 self._refused = (state, available)
                 return
@@ -377,27 +353,6 @@ class Scheduler:
         none = (0,) * self.blocks.num_kinds
         return [sum(counts) + self.num_running for counts in zip(none, *missing, strict=True)]
 
-    def _cached_keys(self, state: RequestState) -> list[bytes]:
-        """Of the full blocks that it need not compute; its last token is computed in any case."""
-        if not self.limits.has_prefix_caching:
-            return []
-        self._extend_keys(state)
-        if state.request.params.prompt_logprobs is not None:
-            return []
-        most = (len(state.token_ids) - 1) // self.limits.block_size
-        return state.keys[: self.blocks.num_cached_blocks(state.keys[:most])]
-
-    def _extend_keys(self, state: RequestState) -> None:
-        size, keys = self.limits.block_size, state.keys
-        if len(state.token_ids) >= (len(keys) + 1) * size:
-            parent = keys[-1] if keys else self._root(state)
-            keys += block_keys(parent, state.token_ids[len(keys) * size :], size)
-
-    def _root(self, state: RequestState) -> bytes:
-        """Where rotary frequencies depend on a request's longest length, so do its keys and values."""
-        salt = state.request.max_len if self.limits.depends_on_length else 0
-        return salt.to_bytes(8, "little")
-
     def _start(self, state: RequestState, num_cached_blocks: int) -> None:
         slot = state.slot = self._free_slots.pop()
         state.is_new, state.num_computed = True, 0
@@ -407,14 +362,6 @@ class Scheduler:
         self._slots[slot] = state
         self._groups.join(state)
         self._prefilling.add(state)
-
-    def _share_prefix(self, state: RequestState, slot: int) -> None:
-        """Just before its first chunk: even a prompt of the same batch may have begun alike."""
-        keys = self._cached_keys(state)
-        self.blocks.release(slot)  # where it could not begin before, what it shared then
-        state.shared = self.blocks.start(slot, keys)
-        state.num_published = len(keys)
-        state.num_computed = state.num_cached = state.num_places = self.blocks.num_held(slot)
 
     def _preempt(self, state: RequestState) -> None:
         """Back to the queue, at the place that it had; what it computed stays cached for a while."""

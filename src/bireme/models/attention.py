@@ -23,8 +23,9 @@ from bireme.kernels.tiled_attention import SPLIT, Scoring, tiled_attention
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.models.step import PagedStep, SequenceGroup, StepContext, Tile
+from bireme.parallel.cuts import HeadCut, head_edges
 from bireme.parallel.layers import QKVParallelLinear, RowParallelLinear
-from bireme.parallel.layout import IDENTITY, HeadCut, KVSpec, StepWork, View, head_edges
+from bireme.parallel.layout import IDENTITY, KVSpec, StepWork, View
 from bireme.parallel.mesh import Mesh, TensorGroup
 
 

@@ -17,6 +17,7 @@ from bireme.kernels.linear import gated_linear
 from bireme.model_config import ModelConfig
 from bireme.models.step import StepContext
 from bireme.parallel import layout
+from bireme.parallel.cuts import column_edges
 from bireme.parallel.layers import (
     MergedColumnParallelLinear,
     ParallelHead,
@@ -91,7 +92,7 @@ class MLP(nn.Module):
             fused_name, ups, mesh, config.hidden_size, size,
             num_parts=2 if is_gated else 1, bias=config.has_mlp_bias, view=view,
         )  # fmt: skip
-        edges = layout.column_edges(size, mesh.tp_size)
+        edges = column_edges(size, mesh.tp_size)
         cut = (edges[mesh.tp_rank], edges[mesh.tp_rank + 1])
         self.num_columns = cut[1] - cut[0]
         self.down = RowParallelLinear(
@@ -144,7 +145,7 @@ class MoE(ParallelModule):
         self.mesh, self.moe = mesh, moe
         self.activation = ACTIVATIONS[config.activation]
         self.gate = ReplicatedLinear(f"{name}.gate", (moe.num_experts, hidden))
-        edges = layout.column_edges(moe.intermediate_size, mesh.tp_size)
+        edges = column_edges(moe.intermediate_size, mesh.tp_size)
         cut = (edges[mesh.tp_rank], edges[mesh.tp_rank + 1])
         up_shape, down_shape = (moe.intermediate_size, hidden), (hidden, moe.intermediate_size)
         ups, downs = [], []

@@ -1,4 +1,4 @@
-"""How much of its time a GPU ran kernels, from a Chrome trace of torch.profiler's."""
+"""Where a GPU's time went by its kernels, from a Chrome trace of torch.profiler's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bireme.errors import UserError
 
 # how names of kernels begin in which ranks wait for one another
 _EXCHANGES = ("nccl", "peer_sum", "sharded_sum")
+_PAUSE_US = 10.0  # a shorter one is between kernels that were launched together
 
 
 class _Event(msgspec.Struct):
@@ -22,9 +23,6 @@ class _Event(msgspec.Struct):
 
 class _Trace(msgspec.Struct):
     events: list[_Event] = msgspec.field(name="traceEvents")
-
-
-_PAUSE_US = 10.0  # a shorter one is between kernels that were launched together
 
 
 @dataclass(frozen=True)

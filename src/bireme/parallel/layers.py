@@ -16,7 +16,8 @@ from torch import nn
 from bireme.kernels.functional import softcap
 from bireme.kernels.linear import can_be_packed, linear, pack
 from bireme.parallel import layout
-from bireme.parallel.layout import IDENTITY, HeadCut, ParamLayout, Rows, Source, View
+from bireme.parallel.cuts import HeadCut, column_edges, vocabulary_range
+from bireme.parallel.layout import IDENTITY, ParamLayout, Rows, Source, View
 from bireme.parallel.mesh import Mesh
 
 
@@ -170,7 +171,7 @@ class MergedColumnParallelLinear(ColumnParallelLinear):
         bias: bool = False,
         view: View = IDENTITY,
     ) -> None:
-        edges = layout.column_edges(out_features, mesh.tp_size)
+        edges = column_edges(out_features, mesh.tp_size)
         cut = (edges[mesh.tp_rank], edges[mesh.tp_rank + 1])
 
         def rows(suffix: str, rest: tuple[int, ...]) -> list[Rows]:
@@ -242,7 +243,7 @@ class VocabParallelEmbedding(ParallelModule):
         self.add(
             "weight", layout.vocabulary_layout(f"{name}.weight", source, mesh.tp_size, mesh.tp_rank)
         )
-        self.first, self.last = layout.vocabulary_range(vocab_size, mesh.tp_size, mesh.tp_rank)
+        self.first, self.last = vocabulary_range(vocab_size, mesh.tp_size, mesh.tp_rank)
 
     weight: nn.Parameter
 
@@ -276,7 +277,7 @@ class ParallelHead(ParallelModule):
     ) -> None:
         super().__init__()
         self.cap = cap
-        first, last = layout.vocabulary_range(vocab_size, mesh.tp_size, mesh.tp_rank)
+        first, last = vocabulary_range(vocab_size, mesh.tp_size, mesh.tp_rank)
         self.first_id, self.num_real = first, last - first
         self._tied = [tied] if tied is not None else []  # a list: not registered a second time
         if tied is None:

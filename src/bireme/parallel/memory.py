@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bireme.model_config import ModelConfig
-from bireme.parallel.layout import RankLayout, vocabulary_width
+from bireme.parallel.cuts import vocabulary_width
+from bireme.parallel.layout import RankLayout
 
 # of a sampled row, its sums and their copies (`engine/sampling/choosing.py`)
 _HISTOGRAM_BYTES = 4 * 8 * 2048

@@ -11,14 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from bireme.model_config import ModelConfig
-from bireme.parallel.layout import (
-    KVSpec,
-    ModelLayout,
-    ParamLayout,
-    RankLayout,
-    head_edges,
-    vocabulary_width,
-)
+from bireme.parallel.cuts import head_edges, vocabulary_width
+from bireme.parallel.layout import KVSpec, ModelLayout, ParamLayout, RankLayout
 from bireme.request import ScheduledPiece, asked_tokens
 
 

@@ -17,14 +17,9 @@ from safetensors.torch import load_file
 
 from bireme.checkpoint.reader import TensorSource, bits_dtype
 from bireme.engine.executor import WorkerPlan
-from bireme.parallel.layout import (
-    ModelLayout,
-    ParamLayout,
-    Source,
-    box_shape,
-    full_box,
-    vocabulary_range,
-)
+from bireme.parallel.boxes import box_shape, full_box
+from bireme.parallel.cuts import vocabulary_range
+from bireme.parallel.layout import ModelLayout, ParamLayout, Source
 from bireme.verify.certificate import Departure, Tolerance
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from bireme.checkpoint.dummy import DummySource, uniform
 from bireme.checkpoint.loader import read_box
 from bireme.checkpoint.reader import Bits, Checkpoint, TensorSource
 from bireme.errors import CheckpointError, ConfigError
-from bireme.parallel.layout import Box, Source, full_box
+from bireme.parallel.boxes import Box, full_box
+from bireme.parallel.layout import Source
 from bireme.vision import huggingface
 from bireme.vision.flattening import own_name
 from bireme.vision.model import VisionModel

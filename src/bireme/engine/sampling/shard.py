@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bireme.parallel.layout import vocabulary_range, vocabulary_width
+from bireme.parallel.cuts import vocabulary_range, vocabulary_width
 from bireme.parallel.mesh import TensorGroup
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from bireme.kernels.choice import is_hopper
 
-MOST_ROWS = 64  # beyond which kernels take so long that it gains nothing
+MOST_ROWS = 64  # of more, kernels take so long that it gains little
 
 
 @triton.jit

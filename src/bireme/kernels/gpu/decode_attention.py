@@ -85,14 +85,24 @@ def join_splits_kernel(
     tl.store(out + of_head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
 
 
-def parts(num_sequences: int, num_kv_heads: int) -> tuple[int, int]:
-    """Splits of a context, and positions that a program reads at once. A power of two of splits gives every
-    multiprocessor work, whatever the contexts: a graph that was captured keeps it. The same for all numbers of
+def _most_splits(num_sequences: int, num_kv_heads: int) -> int:
+    """With which all programs are there at once; 0 where they are not even with one. The same for all numbers of
     sequences up to a power of two: graphs of those numbers alone have all kernels compiled."""
     most_sequences = int(triton.next_power_of_2(num_sequences))
-    wanted = _PROGRAMS // max(1, most_sequences * num_kv_heads)
-    splits = min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
-    return splits, 32 if wanted else 64  # programs that wait for none before them have less to hide
+    return _PROGRAMS // max(1, most_sequences * num_kv_heads)
+
+
+def num_splits(num_sequences: int, num_kv_heads: int) -> int:
+    """A power of two that gives every multiprocessor work, and does not depend on the contexts: a graph that was
+    captured keeps it."""
+    wanted = _most_splits(num_sequences, num_kv_heads)
+    return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
+
+
+def block_positions(num_sequences: int, num_kv_heads: int, head_dim: int) -> int:
+    """Of a context, that a program attends to at a time: smaller blocks begin sooner, larger ones take less in all,
+    where programs follow one another."""
+    return 32 if head_dim > 128 or _most_splits(num_sequences, num_kv_heads) else 64
 
 
 def decode_attention(
@@ -117,22 +127,22 @@ def decode_attention(
     """
     num_sequences, num_heads, head_dim = q.shape
     num_kv_heads = keys.shape[1]
-    splits, at_once = parts(num_sequences, num_kv_heads)
+    splits = num_splits(num_sequences, num_kv_heads)
+    block = block_positions(num_sequences, num_kv_heads, head_dim)
     out = torch.empty_like(q)
     of_heads = num_sequences * num_heads * splits
     acc = q.new_empty(of_heads * head_dim if splits > 1 else 1, dtype=torch.float32)
     top, mass = q.new_empty(2, of_heads if splits > 1 else 1, dtype=torch.float32).unbind(0)
     size = triton.next_power_of_2(max(16, head_dim))
-    at_once = at_once if size <= 128 else 32
     decode_attention_kernel[(num_sequences, num_kv_heads, splits)](
         q, keys, values, table, slots, positions, head_starts,
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
         H=num_heads, K=num_kv_heads, D=head_dim, SIZE=size,
-        G=triton.next_power_of_2(max(16, num_shared)), N=at_once,
+        G=triton.next_power_of_2(max(16, num_shared)), N=block,
         BLOCK_SIZE=block_size, SPLITS=splits, WINDOW=window or 0,
         HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, num_warps=4,
-        num_stages=6 if at_once * size <= 32 * 128 else 3,
+        num_stages=6 if block * size <= 32 * 128 else 3,  # as many as have room
         **chained(q),
     )  # fmt: skip
     if splits > 1:

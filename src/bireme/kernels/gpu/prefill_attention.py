@@ -75,7 +75,7 @@ def prefill_attention_kernel(
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """A program has every so manieth tile of its head, up to the first that is of no run."""
+    """Programs of a head take its tiles in turn, up to the first that is of no run."""
     tile, head = tl.program_id(1), tl.program_id(0)
     count = tl.load(tiles + tile * 3 + 2)
     while count > 0:

@@ -14,8 +14,9 @@ from bireme.checkpoint.loader import torch_dtype
 from bireme.checkpoint.reader import Checkpoint, bits_dtype
 from bireme.errors import EngineError
 from bireme.kernels.linear import can_be_packed, linear, pack
+from bireme.parallel.boxes import full_box
 from bireme.parallel.collectives import Communicator
-from bireme.parallel.layout import Source, full_box
+from bireme.parallel.layout import Source
 from bireme.planning.probe.messages import (
     ROW_BYTES,
     AllReduce,
