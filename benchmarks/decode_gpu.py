@@ -9,9 +9,9 @@ Decode: prompts of 128 tokens, continued by 128; the median time between two tok
 the first token of one prompt, the median of five after one that does not count. Throughput: 512 requests of 512 tokens
 continued by 128, at most 256 at once. Start: from the start of a process to its first token, with Triton's cache as the
 runs before left it, and with an empty one. `--briefly` leaves the throughput and the start with an empty cache out.
-With `--vllm`, an interpreter that has vLLM, each layout is followed by vLLM's at the same settings: the mean of a step
-between a long and a short generation, and its constructor's time as its start; with `--transformers` one GPU is, by
-what it compiles.
+With `--vllm`, an interpreter that has vLLM, each layout is followed by vLLM's at the same settings, and by ours timed
+as it is: the mean of a step between a long and a short generation, prompts from outside, and the constructor's time as
+the start; with `--transformers` one GPU is, by what it compiles.
 A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
 the cache of the requests that are there together) by what a large copy on one GPU reads and writes a second, over the
 ranks of a stage; of prefill the products of all tokens, and of attention, by the rate of a large product, over all
@@ -49,6 +49,7 @@ from bireme.observe.window import whole_since
 
 LIMITS = ("max_num_seqs", "max_num_batched_tokens")
 INPUT_LEN, OUTPUT_LEN = 128, 128
+PEER_ROUNDS = 3
 CONTEXT = INPUT_LEN + OUTPUT_LEN // 2  # of a request that decodes, on average
 LOAD = Workload(num_prompts=512, input_len=512, output_len=128, seed=5)
 
@@ -147,7 +148,6 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             cold = {"TRITON_CACHE_DIR": folder}
             found["start_with_empty_cache_s"] = start_s(asked.model, layout, cold)
-    found["peers"] = peers(asked, layout)
     return found
 
 
@@ -157,14 +157,15 @@ def peers(asked: argparse.Namespace, layout: str) -> dict[str, Any]:
     options = [
         str(CONFIGS / asked.model), "--device", "cuda", "--layout", layout,
         "--batches", asked.batches, "--tokens", str(OUTPUT_LEN), "--input-len", str(INPUT_LEN),
-        "--rounds", "3",
+        "--rounds", str(PEER_ROUNDS),
     ]  # fmt: skip
     found: dict[str, Any] = {}
     if asked.vllm:
-        load = f"{LOAD.num_prompts},{LOAD.input_len},{LOAD.output_len}"
         more = ["--prefills", asked.prefills, "--settings", json.dumps(limits)]
-        more += [] if asked.briefly else ["--load", load]
-        found["vllm"] = told_by_peer("vllm", asked.vllm, [*options, *more], {})
+        if not asked.briefly:
+            more += ["--load", f"{LOAD.num_prompts},{LOAD.input_len},{LOAD.output_len}"]
+        for name, python in (("bireme", sys.executable), ("vllm", asked.vllm)):
+            found[name] = told_by_peer(name, python, [*options, *more], {})
     if asked.transformers and layout == "1,1":
         found["transformers"] = told_by_peer("transformers", sys.executable, options, {})
     return found
@@ -218,7 +219,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     for found in results:
         layout = f"tp {found['tp']}, pp {found['pp']}"
         columns[layout] = rows(found)
-        for peer, told in found["peers"].items():
+        for peer, told in found.get("peers", {}).items():
             columns[f"{peer} {told['versions'][peer]}, {layout}"] = peer_rows(told)
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in rows(results[0]):
@@ -245,17 +246,24 @@ def main() -> None:
     read, rate = copy_bytes_per_s(), flop_per_s()
     torch.cuda.empty_cache()  # the ranks are processes of their own
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    results = []
-    for layout in asked.layouts:
-        results.append(measure(asked, layout, read, rate))
+    results: list[dict[str, Any]] = []
+
+    def keep() -> None:
         print(table(results[-1:]), flush=True)
-        record.write(  # each time: what was measured stays, whatever ends the next
+        record.write(
             f"decode-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
             {
                 "gpus": gpus, "copy_bytes_per_s": read, "flop_per_s": rate, "layouts": results,
                 "table": table(results).splitlines(),
             },
         )  # fmt: skip
+
+    for layout in asked.layouts:
+        results.append(measure(asked, layout, read, rate))
+        keep()  # what was measured stays, whatever ends the next
+        if asked.vllm or asked.transformers:
+            results[-1]["peers"] = peers(asked, layout)
+            keep()
 
 
 if __name__ == "__main__":

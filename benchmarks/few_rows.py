@@ -28,7 +28,7 @@ from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.linear import gated_linear, linear
 from bireme.model_config import ModelConfig
 
-BLOCKS = list(product((32, 64, 128), (64, 128, 256), (3, 4, 6), (4,)))  # N, K, stages, warps
+BLOCKS = list(product((32, 64, 128), (64, 128, 256), (3, 4, 6), (4, 8)))  # N, K, stages, warps
 NO_CACHE_BYTES = 400 << 20
 Block = tuple[int, int, int, int]
 

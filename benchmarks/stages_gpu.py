@@ -3,7 +3,8 @@
     python benchmarks/stages_gpu.py --name 2x-h200
 
 The shape of `examples/configs/llama-2-7b` with room for long prompts, made-up weights, bfloat16, greedy. The load: more
-requests than one GPU's cache has room for, contexts of which are most of what a step reads. The prompt: seconds to its
+requests than one GPU's cache has room for, and as many as two have; contexts are most of what a step reads; the better
+of two runs after a short one that does not count. The prompt: seconds to its
 first token, the median of three after one that does not count.
 """
 
@@ -26,7 +27,9 @@ from bireme.bench.workload import Workload
 
 LAYOUTS = ["1,1", "1,2"]
 PROMPT_LEN = 32768
-LOAD = Workload(num_prompts=384, input_len=1024, output_len=384, seed=5)
+LOAD = Workload(num_prompts=300, input_len=1024, output_len=384, seed=5)
+SHORT_LOAD = Workload(num_prompts=300, input_len=1024, output_len=4, seed=6)
+ROUNDS = 2
 
 
 def measure(folder: Path, layout: str) -> dict[str, Any]:
@@ -34,8 +37,9 @@ def measure(folder: Path, layout: str) -> dict[str, Any]:
     with LLM(**wanted) as llm:
         first_token_s(llm, PROMPT_LEN, seed=0)
         times = [first_token_s(llm, PROMPT_LEN, seed=seed) for seed in (1, 2, 3)]
-        result = measure_throughput(llm, LOAD)
-    return {"ttft_s": times, "throughput": result.as_json()}
+        measure_throughput(llm, SHORT_LOAD)
+        loads = [measure_throughput(llm, LOAD).as_json() for _ in range(ROUNDS)]
+    return {"ttft_s": times, "throughput": loads}
 
 
 def main() -> None:
@@ -48,7 +52,9 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(long))
         found = {layout: measure(Path(folder), layout) for layout in LAYOUTS}
     one, two = found.values()
-    rates = [it["throughput"]["output_tokens_per_second"] for it in (one, two)]
+    rates = [
+        max(load["output_tokens_per_second"] for load in it["throughput"]) for it in (one, two)
+    ]
     times = [statistics.median(it["ttft_s"]) for it in (one, two)]
     print(f"tokens/s: {rates[0]:,.0f} and {rates[1]:,.0f}: {rates[1] / rates[0]:.2f} x")
     print(

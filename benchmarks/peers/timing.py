@@ -68,12 +68,13 @@ def measured(asked: argparse.Namespace, generate: Generate) -> dict[str, Any]:
         found["first_token_s"][length] = [seconds(generate, given, 1) for _ in range(asked.rounds)]
     if asked.load:
         count, input_len, output_len = numbers(asked.load)
+        generate(prompts(count, input_len), SHORT)
         taken_s = seconds(generate, prompts(count, input_len), output_len)
         found["output_tokens_per_s"] = count * output_len / taken_s
     return found
 
 
-def tell(found: dict[str, Any], packages: Sequence[str]) -> None:
-    """A line of JSON, the last one."""
-    versions = {name: version(name) for name in packages}
+def tell(found: dict[str, Any], packages: Sequence[str], **own: str) -> None:
+    """A line of JSON, the last one; with versions of installed packages, and of what says its own."""
+    versions = {**{name: version(name) for name in packages}, **own}
     print(json.dumps({**found, "versions": versions}), flush=True)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 def main() -> None:
     asked = asked_for(__doc__)
     config = AutoConfig.from_pretrained(asked.model)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or it would go on uncompiled
     with torch.device(asked.device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     more = {"cache_implementation": "static"} if asked.device == "cuda" else {}

@@ -9,6 +9,7 @@ from bireme.engine.graphs import graph_sizes
 from bireme.kernels import functional
 from bireme.kernels.attention import attention, attention_bias
 from bireme.kernels.gpu import chain, few_rows
+from bireme.kernels.gpu import prefill_attention as prefill_attention_module
 from bireme.kernels.gpu.decode_attention import block_positions, decode_attention, num_splits
 from bireme.kernels.gpu.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear, suits
 from bireme.kernels.gpu.gated import silu_mul
@@ -204,13 +205,20 @@ def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
     assert block_positions(64, 32, 256) == 32
 
 
+@pytest.mark.parametrize("num_programs", [528, 5])  # of all tiles, or of several each
 @pytest.mark.parametrize(
     ("window", "cap", "has_slopes"),
     [(None, None, False), (20, None, False), (None, 5.0, False), (7, 3.0, True)],
 )
 def test_prefill_attention(
-    window: int | None, cap: float | None, has_slopes: bool, device: torch.device
+    window: int | None,
+    cap: float | None,
+    has_slopes: bool,
+    num_programs: int,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(prefill_attention_module, "_PROGRAMS", num_programs)
     head_map, block_size, head_dim = [0, 1, 1, 1, 2], 8, 24
     lengths, counts = [150, 70, 33, 1], [140, 1, 33, 1]  # contexts, and how much of them is new
     keys, values, table, places = _paged(lengths, block_size, 3, head_dim, device)

@@ -42,7 +42,7 @@ def test_every_microsecond_is_in_one_part(tmp_path: Path) -> None:
     found = kernel_times(trace)
     assert found is not None
     micro = KernelTimes(*(1e6 * value for value in vars(found).values()))
-    expected = KernelTimes(whole_s=50, exchange_s=10, other_s=18, between_s=2, pause_s=20)
+    expected = KernelTimes(whole_s=50, exchange_s=5, other_s=23, between_s=2, pause_s=20)
     assert vars(micro) == pytest.approx(vars(expected))
 
 

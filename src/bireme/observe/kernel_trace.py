@@ -27,8 +27,8 @@ class _Trace(msgspec.Struct):
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks,
-    in others, and in none, between kernels that were launched together and otherwise."""
+    """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks
+    and no other, in others, and in none, between kernels that were launched together and otherwise."""
 
     whole_s: float
     exchange_s: float
@@ -55,8 +55,9 @@ def kernel_times(path: Path) -> KernelTimes | None:
             pause += gap
         at = max(at, it.ts + it.dur)
     whole = at - kernels[0].ts
-    exchange = _covered([it for it in kernels if it.name.startswith(_EXCHANGES)])
-    other = whole - between - pause - exchange
+    # a kernel may be launched while the one before still runs, and only wait: that is the other's time
+    other = _covered([it for it in kernels if not it.name.startswith(_EXCHANGES)])
+    exchange = whole - between - pause - other
     return KernelTimes(whole / 1e6, exchange / 1e6, other / 1e6, between / 1e6, pause / 1e6)
 
 

@@ -72,11 +72,6 @@ class PeerGroup(TensorGroup):
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have
         torch.cuda.synchronize(device)
 
-    @property
-    def has_window(self) -> bool:
-        """Whether products write rows to the rank that adds them up."""
-        return self._window is not None
-
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         from bireme.kernels.gpu.peer_sum import peer_sum
 

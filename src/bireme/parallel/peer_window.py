@@ -75,8 +75,14 @@ class Window:
 def _tried(make: Callable[[], T]) -> T | None:
     try:
         return make()
-    except (EngineError, ImportError) as error:  # torch's builds for CUDA bring what it takes
-        logging.getLogger(__name__).warning("sums of prompts go over links instead: %s", error)
+    except (
+        RuntimeError,
+        OSError,
+        ImportError,
+    ) as error:  # of the driver, its bindings, and the store
+        logging.getLogger(__name__).warning(
+            "for sums of prompts ranks read each other's rows, and do not write them: %s", error
+        )
         return None
 
 

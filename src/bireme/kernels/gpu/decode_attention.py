@@ -93,8 +93,8 @@ def _most_splits(num_sequences: int, num_kv_heads: int) -> int:
 
 
 def num_splits(num_sequences: int, num_kv_heads: int) -> int:
-    """A power of two that gives every multiprocessor work, and does not depend on the contexts: a graph that was
-    captured keeps it."""
+    """A power of two, the next one, that gives every multiprocessor work, and does not depend on the contexts: a graph
+    that was captured keeps it."""
     wanted = _most_splits(num_sequences, num_kv_heads)
     return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
 

@@ -13,6 +13,8 @@ import triton.language as tl
 from bireme.kernels.gpu.attend import attend_block
 from bireme.kernels.query_tiles import TILE, Tiles
 
+_PROGRAMS = 4 * 132  # that a large GPU has at once, or a few more
+
 
 @triton.jit
 def _attend_tile(
@@ -112,7 +114,8 @@ def prefill_attention(
     size = triton.next_power_of_2(max(16, head_dim))
     is_wide = q.dtype == torch.float32 or size > 128
     num_tiles = len(tiles.on_device)
-    prefill_attention_kernel[(num_heads, min(num_tiles, -(-len(q) // TILE)))](
+    columns = max(-(-len(q) // TILE), _PROGRAMS // num_heads)  # many runs may be short
+    prefill_attention_kernel[(num_heads, min(num_tiles, columns))](
         q, keys, values, table, slots, tiles.on_device, head_map,
         slopes if slopes is not None else q, out, num_tiles, scale, cap or 0.0, table.stride(0),
         H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=32 if is_wide else 64,

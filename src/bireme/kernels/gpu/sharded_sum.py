@@ -49,7 +49,7 @@ def _meet(
 def sharded_sum_kernel(
     x, weight, total, rooms, addends, meetings, T, skipped, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, IS_OF_SHARE: tl.constexpr,
-    RESULTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    IS_ALIGNED: tl.constexpr, RESULTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr,
 ):  # fmt: skip
     """`rooms` int64 [W] addresses of flags and, RESULTS bytes behind them, of results [T, D]; `addends` int64 [W], of
     what each rank adds, `skipped` bytes before it: [T, D], or this rank's share of it; `meetings` int32 [programs]."""
@@ -68,8 +68,11 @@ def sharded_sum_kernel(
         kept = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         added = tl.zeros([SIZE], dtype=tl.float32)
         for rank in tl.static_range(W):
-            start = tl.multiple_of(tl.load(addends + rank) + skipped, 16).to(tl.pointer_type(dtype))
-            added += tl.load(start + place_of_addend, mask=inside, other=0.0).to(tl.float32)
+            start = tl.load(addends + rank) + skipped
+            if IS_ALIGNED:
+                start = tl.multiple_of(start, 16)
+            source = start.to(tl.pointer_type(dtype)) + place_of_addend
+            added += tl.load(source, mask=inside, other=0.0).to(tl.float32)
         # the sum is rounded before it is added, as a separate one is
         made = (kept + added.to(dtype).to(tl.float32)).to(dtype)
         if HAS_NORM:
@@ -190,14 +193,15 @@ def _run(
     results = rooms.results(num_rows, width, addend.dtype)
     if addend.data_ptr() != place.data_ptr():
         place.copy_(addend)
-    size = triton.next_power_of_2(width)
+    size, row_bytes = triton.next_power_of_2(width), width * addend.dtype.itemsize
     sharded_sum_kernel[(NUM_PROGRAMS,)](
         x.contiguous(), x if weight is None else weight, x if total is None else total,
         rooms.addresses, rooms.added.sources, rooms.meetings, num_rows,
-        rooms.added.skipped(num_rows, width * addend.dtype.itemsize, rooms.rank),
+        rooms.added.skipped(num_rows, row_bytes, rooms.rank),
         eps, offset, rooms.most_polls,
         RANK=rooms.rank, W=len(rooms.addresses), D=width, SIZE=size,
-        IS_OF_SHARE=rooms.added.boundary is not None, RESULTS=rooms.first_result,
+        IS_OF_SHARE=rooms.added.boundary is not None, IS_ALIGNED=row_bytes % 16 == 0,
+        RESULTS=rooms.first_result,
         HAS_NORM=weight is not None, HAS_OFFSET=offset != 0,
         num_warps=max(1, min(16, size // 512)), debug=True, sanitize_overflow=False,
     )  # fmt: skip
