@@ -32,6 +32,7 @@ from torch._C._distributed_c10d import PrefixStore, _SymmetricMemory
 from torch.multiprocessing.spawn import spawn
 
 from bireme.checkpoint.prepared import prepare_model
+from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.functional import rms_norm_reference
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.model_config import ModelConfig
@@ -239,7 +240,7 @@ def measure(
     device, counts = torch.device(f"cuda:{rank}"), numbers(asked.rows)
     row_bytes = config.hidden_size * DTYPE.itemsize
     comm = join(
-        (2,), rank, Path(meeting), device, 60.0, SpanRing.create(1 << 12),
+        (2,), rank, Path(meeting), device, 60.0, DeviceSpans(SpanRing.create(1 << 12), device),
         row_bytes=row_bytes, sum_bytes=max(counts) * row_bytes,
     )  # fmt: skip
     group = comm.mesh.tensor

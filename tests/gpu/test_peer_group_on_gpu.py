@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import multiprocessing
 
+from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.functional import rms_norm_reference
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
@@ -99,7 +100,7 @@ def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     device = torch.device(f"cuda:{rank}")
     rows, row_bytes = Rows(width, dtype, device), width * dtype.itemsize
     comm = join(
-        (2,), rank, Path(meeting), device, 60.0, SpanRing.create(1 << 12),
+        (2,), rank, Path(meeting), device, 60.0, DeviceSpans(SpanRing.create(1 << 12), device),
         row_bytes=row_bytes, sum_bytes=-(-MOST_ROWS * row_bytes // 512) * 512,
     )  # fmt: skip
     group = comm.mesh.tensor

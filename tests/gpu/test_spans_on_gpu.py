@@ -89,6 +89,28 @@ def test_collectives_are_marked_in_some_steps_and_counted_in_all(ring: SpanRing)
     assert total.ns == SAMPLED_EVERY * sum(span.end_ns - span.start_ns for span in marked)
 
 
+def test_a_graphs_collectives_are_when_its_replays_came_to_them(ring: SpanRing) -> None:
+    spans, graph = DeviceSpans(ring, DEVICE), torch.cuda.CUDAGraph()
+    with spans.capturing() as captured, torch.cuda.graph(graph):
+        torch.cuda._sleep(CYCLES)
+        with spans.span(SpanKind.ALL_GATHER, 100):
+            torch.cuda._sleep(2 * CYCLES)
+    for step_id in range(SAMPLED_EVERY + 1):  # nothing is collected in between but at steps' starts
+        spans.set_step(step_id, 0)
+        with spans.span(SpanKind.STEP):
+            graph.replay()
+            spans.replayed(captured)
+    spans.flush()
+    steps, gathers = of_kind(ring, SpanKind.STEP), of_kind(ring, SpanKind.ALL_GATHER)
+    assert [span.step_id for span in gathers] == [0, SAMPLED_EVERY]
+    for step, span in zip((steps[0], steps[-1]), gathers, strict=True):
+        step_ns = step.end_ns - step.start_ns
+        assert abs(span.end_ns - step.end_ns) < step_ns / 20
+        assert span.end_ns - span.start_ns == pytest.approx(2 / 3 * step_ns, rel=0.05)
+    total = ring.totals()[SpanKind.ALL_GATHER]
+    assert (total.num_bytes, total.num_spans) == (100 * (SAMPLED_EVERY + 1), SAMPLED_EVERY + 1)
+
+
 def test_nvtx_ranges_bear_the_names_of_spans(tmp_path: Path) -> None:
     compiler, headers = shutil.which("cc"), nvtx_headers()
     if compiler is None or headers is None:

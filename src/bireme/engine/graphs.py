@@ -76,23 +76,10 @@ class _Graph(Generic[T]):
     made: T
     spans: CapturedSpans
 
-
-@dataclass(frozen=True)
-class _Pair(Generic[T]):
-    """The same twice: the second marks its collectives. There is one where there are no collectives."""
-
-    plain: _Graph[T]
-    marked: _Graph[T]
-
-    def close(self) -> None:
-        for graph in {id(self.plain): self.plain, id(self.marked): self.marked}.values():
-            graph.graph.reset()
-
     def replay(self, spans: DeviceSpans) -> T:
-        chosen = self.marked if spans.is_sampled_step else self.plain
-        chosen.graph.replay()
-        spans.replayed(chosen.spans)
-        return chosen.made
+        self.graph.replay()
+        spans.replayed(self.spans)
+        return self.made
 
 
 @dataclass(frozen=True)
@@ -105,8 +92,8 @@ class _Bucket:
     given: torch.Tensor
     inputs: torch.Tensor | None
     tiles: Tiles | None
-    layers: _Pair[torch.Tensor]
-    greedy: _Pair[torch.Tensor] | None
+    layers: _Graph[torch.Tensor]
+    greedy: _Graph[torch.Tensor] | None
     leaves_last_layer: bool = False
 
 
@@ -149,9 +136,9 @@ class StepGraphs:
         """Before the groups are left that their collectives are of: NCCL would wait for them."""
         for buckets in (self._prompts, self._decodes):
             for bucket in buckets.values():
-                for pair in (bucket.layers, bucket.greedy):
-                    if pair is not None:
-                        pair.close()
+                for captured in (bucket.layers, bucket.greedy):
+                    if captured is not None:
+                        captured.graph.reset()
             buckets.clear()
 
     def take(self, batch: ScheduledBatch) -> bool:
@@ -199,8 +186,8 @@ class StepGraphs:
     def _decode_bucket(self, size: int) -> _Bucket:
         given = self._cleared(torch.empty(2, size, dtype=torch.int64, device=self._device))
         inputs = None if self._model.embedding is not None else self._hidden_rows(size)
-        pair = self._layers(self._model, given, inputs, None)
-        return _Bucket(given, inputs, None, pair, self._greedy(given[0], pair))
+        layers = self._layers(self._model, given, inputs, None)
+        return _Bucket(given, inputs, None, layers, self._greedy(given[0], layers.made))
 
     def _prompt_bucket(self, size: int) -> _Bucket:
         given = self._cleared(self._prompt_given[: 2 * size].view(2, size))
@@ -208,8 +195,8 @@ class StepGraphs:
         # of so few tokens the last layer would need kernels that decode steps need not have compiled
         leaves_last_layer = self._sampler is not None and size > self._prompt_sizes[0]
         run = self._model.begin if leaves_last_layer else self._model
-        pair = self._layers(run, given, inputs, tiles, self._prompt_made[:size])
-        return _Bucket(given, inputs, tiles, pair, None, leaves_last_layer)
+        layers = self._layers(run, given, inputs, tiles, self._prompt_made[:size])
+        return _Bucket(given, inputs, tiles, layers, None, leaves_last_layer)
 
     def _cleared(self, given: torch.Tensor) -> torch.Tensor:
         """All rows of no request."""
@@ -227,7 +214,7 @@ class StepGraphs:
         inputs: torch.Tensor | None,
         tiles: Tiles | None,
         place: torch.Tensor | None = None,
-    ) -> _Pair[torch.Tensor]:
+    ) -> _Graph[torch.Tensor]:
         """Into `place`, or where what is made lies anyway."""
 
         def layers() -> torch.Tensor:
@@ -235,36 +222,32 @@ class StepGraphs:
             made = run(self._last_ids[given[0]] if inputs is None else inputs, step)
             return made if place is None else place.copy_(made)
 
-        return self._pair(layers, layers)
+        return self._graph(layers)
 
-    def _greedy(self, slots: torch.Tensor, made: _Pair[torch.Tensor]) -> _Pair[torch.Tensor] | None:
-        """Each of the pair takes what its own layers made."""
+    def _greedy(self, slots: torch.Tensor, made: torch.Tensor) -> _Graph[torch.Tensor] | None:
         sampler = self._sampler
         if sampler is None:
             return None
 
-        def choose(x: torch.Tensor) -> torch.Tensor:
-            ids = sampler.likeliest(x)
+        def choose() -> torch.Tensor:
+            ids = sampler.likeliest(made)
             self._last_ids.index_copy_(0, slots, ids)
             return ids
 
-        return self._pair(lambda: choose(made.plain.made), lambda: choose(made.marked.made))
+        return self._graph(choose)
 
-    def _pair(self, function: Callable[[], T], marked: Callable[[], T]) -> _Pair[T]:
+    def _graph(self, function: Callable[[], T]) -> _Graph[T]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             function()  # kernels are compiled and libraries make their plans, which cannot be captured
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        plain = self._capture(function, is_marked=False)
-        if not plain.spans.counts:
-            return _Pair(plain, plain)
-        return _Pair(plain, self._capture(marked, is_marked=True))
+        return self._capture(function)
 
-    def _capture(self, function: Callable[[], T], *, is_marked: bool) -> _Graph[T]:
+    def _capture(self, function: Callable[[], T]) -> _Graph[T]:
         """Without what `torch.cuda.graph` does each time: its stream is the first device's, and it gives all cached
         memory back."""
         graph = torch.cuda.CUDAGraph()
-        with self._spans.capturing(is_marked=is_marked) as spans, torch.cuda.stream(self._stream):
+        with self._spans.capturing() as spans, torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 made = function()

@@ -5,7 +5,8 @@ ends; their times are mapped to CLOCK_MONOTONIC of the host, and the records are
 has passed them. Each span is an NVTX range of the same name as well.
 
 Two events and their times cost the host about 20 us, so that the many collectives of a step are marked in
-one step of `SAMPLED_EVERY` alone; the others are counted.
+one step of `SAMPLED_EVERY` alone; the others are counted. In CUDA graphs they are stamped by kernels (`gpu/stamp.py`),
+their own where they can: events would keep those from being chained.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +24,7 @@ from bireme.trace import SpanKind, SpanRing
 
 _ANCHOR_EVERY_NS = 1_000_000_000  # a drift of 1 us was measured in a second
 _ANCHOR_TRIES = 5
+_MOST_STAMPED = 4096  # sums of a graph
 SAMPLED_EVERY = 16
 _SAMPLED = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
 
@@ -31,6 +34,13 @@ class DeviceClock:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
+        self._stamp: torch.Tensor | None = None
+        self._stamp_behind_ns = 0
+        self._anchor()
+
+    def look_at_stamps(self, place: torch.Tensor) -> None:
+        """From here on too; by stamps that are written to `place`, int64 [1]."""
+        self._stamp = place
         self._anchor()
 
     def keep(self) -> None:
@@ -43,10 +53,19 @@ class DeviceClock:
         elapsed_ms: float = self._event.elapsed_time(event)
         return self._anchor_ns + round(elapsed_ms * 1e6)
 
+    def host_ns_of_stamp(self, stamp: int) -> int:
+        """Of a time that a kernel took of the device's own clock."""
+        return stamp + self._stamp_behind_ns
+
     def _anchor(self) -> None:
         self._event, self._anchor_ns = min(
             (self._look() for _ in range(_ANCHOR_TRIES)), key=lambda look: look[2]
         )[:2]
+        if self._stamp is not None:
+            # an event is never passed before the stamp that it follows
+            self._stamp_behind_ns = min(
+                self._look_at_stamp(self._stamp) for _ in range(_ANCHOR_TRIES)
+            )
 
     def _look(self) -> tuple[torch.cuda.Event, int, int]:
         """An event, when it was on the host's clock, and how sure that is not (nanoseconds)."""
@@ -57,29 +76,57 @@ class DeviceClock:
         end_ns = time.monotonic_ns()
         return event, (start_ns + end_ns) // 2, end_ns - start_ns
 
+    def _look_at_stamp(self, place: torch.Tensor) -> int:
+        """How far the clock of stamps is behind the host's, or a little more (nanoseconds)."""
+        from bireme.kernels.gpu.stamp import look_at_clock
+
+        event = torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._stream):
+            look_at_clock(place)
+            event.record()
+            stamp = int(place.item())
+        return self.host_ns(event) - stamp
+
+
+class _Events(NamedTuple):
+    """Around a span."""
+
+    start: torch.cuda.Event
+    end: torch.cuda.Event
+
+    def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
+        return clock.host_ns(self.start), clock.host_ns(self.end)
+
+
+class _Stamps(NamedTuple):
+    """A row of int64 [N, 2] that is copied from the device."""
+
+    copy: torch.Tensor
+    row: int
+
+    def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
+        start, end = self.copy[self.row].tolist()
+        return clock.host_ns_of_stamp(start), clock.host_ns_of_stamp(end)
+
 
 @dataclass(slots=True)
 class _Marked:
-    """A span that the device has yet to pass. Events of a graph are passed again at its next replay."""
+    """A span that the device has yet to pass; it has, and tells when, once `over` is."""
 
     kind: SpanKind
     outer: int
     num_bytes: int
     step_id: int
     incarnation: int
-    start: torch.cuda.Event
-    end: torch.cuda.Event
-    is_of_graph: bool = False
+    over: torch.cuda.Event
+    times: _Events | _Stamps
 
 
 @dataclass
 class CapturedSpans:
-    """The collectives inside a CUDA graph, in their order; with events around each where it is one of those
-    that are replayed to be looked at."""
+    """The collectives inside a CUDA graph, in the order of their stamps, with their bytes."""
 
-    is_marked: bool
     counts: list[tuple[SpanKind, int]] = field(default_factory=list)
-    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
 
 class DeviceSpans:
@@ -93,6 +140,10 @@ class DeviceSpans:
         self._free: list[torch.cuda.Event] = []
         self._num_steps = 0
         self._captured: CapturedSpans | None = None
+        self._has_stamps = False
+        stamps = torch.zeros(_MOST_STAMPED + 2, 2, dtype=torch.int64, device=device)
+        # of the graph that was replayed last; of kernels that are in none, which nobody reads; of the clock
+        self._stamps, self._unread, self._looked = stamps[:-2], stamps[-2], stamps[-1]
 
     def set_step(self, step_id: int, incarnation: int) -> None:
         self.collect()
@@ -103,7 +154,7 @@ class DeviceSpans:
         self, kind: SpanKind, num_bytes: int = 0, step_id: int | None = None
     ) -> AbstractContextManager[None]:
         if self._captured is not None:
-            return _within_graph(self._captured, kind, num_bytes)
+            return self._within_graph(kind, num_bytes)
         if kind in _SAMPLED and not self.is_sampled_step:
             return self._counted(kind, num_bytes)
         return _DeviceSpan(self, kind, num_bytes, step_id, is_aside=False)
@@ -114,9 +165,42 @@ class DeviceSpans:
         return self._num_steps % SAMPLED_EVERY == 1
 
     @contextmanager
-    def capturing(self, *, is_marked: bool) -> Iterator[CapturedSpans]:
+    def stamped(self, kind: SpanKind, num_bytes: int) -> Iterator[torch.Tensor]:
+        """A span of one kernel that stamps its own times into int64 [2]."""
+        if self._captured is not None:
+            yield self._next_stamps(self._captured, kind, num_bytes)
+            return
+        with self.span(kind, num_bytes):
+            yield self._unread
+
+    @contextmanager
+    def _within_graph(self, kind: SpanKind, num_bytes: int) -> Iterator[None]:
+        if kind not in _SAMPLED or self._captured is None:
+            yield
+            return
+        from bireme.kernels.gpu.stamp import note_time
+
+        stamps = self._next_stamps(self._captured, kind, num_bytes)
+        note_time(stamps)
+        yield
+        note_time(stamps[1:])
+
+    def _next_stamps(self, captured: CapturedSpans, kind: SpanKind, num_bytes: int) -> torch.Tensor:
+        row = len(captured.counts)
+        assert row < _MOST_STAMPED, f"a graph has more than {_MOST_STAMPED} collectives"
+        captured.counts.append((kind, num_bytes))
+        return self._stamps[row]
+
+    @contextmanager
+    def capturing(self) -> Iterator[CapturedSpans]:
         """What runs within is captured in a CUDA graph: its spans are told by `replayed`."""
-        self._captured = CapturedSpans(is_marked)
+        from bireme.kernels.gpu.stamp import note_time
+
+        if not self._has_stamps:
+            self._has_stamps = True
+            self._clock.look_at_stamps(self._looked[:1])
+            note_time(self._unread)  # it is compiled before it is captured
+        self._captured = CapturedSpans()
         try:
             yield self._captured
         finally:
@@ -124,16 +208,22 @@ class DeviceSpans:
 
     def replayed(self, captured: CapturedSpans) -> None:
         """Of a graph that was launched just now."""
-        step_id, incarnation = self._ring.step
-        if not captured.is_marked:
+        if not captured.counts:
+            return
+        if not self.is_sampled_step:
             for kind, num_bytes in captured.counts:
                 self._ring.count(kind, num_bytes)
             return
-        for (kind, num_bytes), (start, end) in zip(captured.counts, captured.events, strict=True):
+        step_id, incarnation = self._ring.step
+        copy = torch.empty(len(captured.counts), 2, dtype=torch.int64, pin_memory=True)
+        copy.copy_(self._stamps[: len(copy)], non_blocking=True)
+        over = torch.cuda.Event()
+        over.record()
+        for row, (kind, num_bytes) in enumerate(captured.counts):
             outer = self._ring.begin(kind)
             self._ring.end(outer)
             self._pending.append(
-                _Marked(kind, outer, num_bytes, step_id, incarnation, start, end, is_of_graph=True)
+                _Marked(kind, outer, num_bytes, step_id, incarnation, over, _Stamps(copy, row))
             )
 
     def aside(self, kind: SpanKind, num_bytes: int) -> _DeviceSpan:
@@ -170,7 +260,7 @@ class DeviceSpans:
         own_id, incarnation = self._ring.step
         marked = _Marked(
             kind, 0 if is_aside else outer, num_bytes,
-            own_id if step_id is None else step_id, incarnation, start, end,
+            own_id if step_id is None else step_id, incarnation, end, _Events(start, end),
         )  # fmt: skip
         (self._aside if is_aside else self._pending).append(marked)
 
@@ -188,7 +278,7 @@ class DeviceSpans:
         """Writes the records of those spans that are over."""
         self._clock.keep()
         for marked in (self._pending, self._aside):
-            while marked and marked[0].end.query():
+            while marked and marked[0].over.query():
                 self._write(marked.popleft())
 
     def flush(self) -> None:
@@ -198,28 +288,12 @@ class DeviceSpans:
 
     def _write(self, one: _Marked) -> None:
         self._ring.record(
-            one.kind, one.outer, self._clock.host_ns(one.start), self._clock.host_ns(one.end),
+            one.kind, one.outer, *one.times.host_ns(self._clock),
             one.num_bytes, one.step_id, one.incarnation,
             weight=SAMPLED_EVERY if one.kind in _SAMPLED else 1,
         )  # fmt: skip
-        if not one.is_of_graph:
-            self._free += one.start, one.end
-
-
-@contextmanager
-def _within_graph(captured: CapturedSpans, kind: SpanKind, num_bytes: int) -> Iterator[None]:
-    if kind not in _SAMPLED:
-        yield
-        return
-    captured.counts.append((kind, num_bytes))
-    if not captured.is_marked:
-        yield
-        return
-    start, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
-    captured.events.append((start, end))
-    start.record()
-    yield
-    end.record()
+        if isinstance(one.times, _Events):
+            self._free += one.times
 
 
 class _DeviceSpan:

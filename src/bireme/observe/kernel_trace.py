@@ -27,8 +27,9 @@ class _Trace(msgspec.Struct):
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks
-    and no other, in others, and in none, between kernels that were launched together and otherwise."""
+    """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks, in
+    others, where two run together in that which began first; and in none, between kernels that were launched together
+    and otherwise."""
 
     whole_s: float
     exchange_s: float
@@ -46,18 +47,21 @@ def kernel_times(path: Path) -> KernelTimes | None:
     kernels = sorted((it for it in trace.events if it.cat == "kernel"), key=lambda it: it.ts)
     if not kernels:
         return None
-    at, between, pause = kernels[0].ts, 0.0, 0.0
+    at, between, pause, exchange, other = kernels[0].ts, 0.0, 0.0, 0.0, 0.0
     for it in kernels:
         gap = max(0.0, it.ts - at)
         if gap < _PAUSE_US:
             between += gap
         else:
             pause += gap
+        # a kernel may be launched while the one before still runs, and only wait: that is the other's time
+        own = max(0.0, it.ts + it.dur - max(it.ts, at))
+        if it.name.startswith(_EXCHANGES):
+            exchange += own
+        else:
+            other += own
         at = max(at, it.ts + it.dur)
     whole = at - kernels[0].ts
-    # a kernel may be launched while the one before still runs, and only wait: that is the other's time
-    other = _covered([it for it in kernels if not it.name.startswith(_EXCHANGES)])
-    exchange = whole - between - pause - other
     return KernelTimes(whole / 1e6, exchange / 1e6, other / 1e6, between / 1e6, pause / 1e6)
 
 
@@ -66,12 +70,3 @@ def kernel_share(path: Path) -> float | None:
     found = kernel_times(path)
     rest_s = 0.0 if found is None else found.whole_s - found.exchange_s
     return None if found is None or rest_s <= 0 else found.other_s / rest_s
-
-
-def _covered(events: list[_Event]) -> float:
-    """Of events that may lie beside each other, their time together."""
-    total = at = 0.0
-    for it in sorted(events, key=lambda event: event.ts):
-        total += max(0.0, it.ts + it.dur - max(it.ts, at))
-        at = max(at, it.ts + it.dur)
-    return total

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from bireme.kernels.choice import has_kernels
+from bireme.kernels.device_spans import DeviceSpans
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.parallel.peer_window import Window, open_window
@@ -38,7 +39,7 @@ class PeerGroup(TensorGroup):
         row_bytes: int,
         sum_bytes: int,
         timeout_s: float,
-        spans: SpanWriter,
+        spans: DeviceSpans,
     ) -> None:
         from bireme.kernels.gpu.peer_sum import Inboxes
         from bireme.kernels.gpu.sharded_sum import NUM_PROGRAMS, Addends, Rooms
@@ -77,8 +78,8 @@ class PeerGroup(TensorGroup):
 
         if not self._inboxes.suits(x):
             return self._others.all_reduce(x)
-        with self._spans.span(SpanKind.ALL_REDUCE, x.nbytes):
-            return peer_sum(self._inboxes, x)
+        with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
+            return peer_sum(self._inboxes, x, stamps)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return self._others.all_gather(x)
@@ -99,8 +100,8 @@ class PeerGroup(TensorGroup):
 
         if not self._is_of_many_rows(addend):
             return super().all_reduce_add(addend, x)
-        with self._spans.span(SpanKind.ALL_REDUCE, addend.nbytes):
-            return sharded_sum_add(self._rooms, addend, x)
+        with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
+            return sharded_sum_add(self._rooms, addend, x, stamps)
 
     def all_reduce_add_norm(
         self,
@@ -116,10 +117,10 @@ class PeerGroup(TensorGroup):
         is_large = self._is_of_many_rows(addend)
         if not is_large and not self._inboxes.suits(addend):
             return super().all_reduce_add_norm(addend, x, weight, eps, offset)
-        with self._spans.span(SpanKind.ALL_REDUCE, addend.nbytes):
+        with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
             if is_large:
-                return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset)
-            return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset)
+                return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset, stamps)
+            return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset, stamps)
 
 
 def _inbox_bytes(num_ranks: int, row_bytes: int) -> int:
@@ -142,7 +143,7 @@ def peer_group(
 ) -> TensorGroup:
     """For rows of up to `row_bytes`, and of up to `sum_bytes` together; `others` itself where these GPUs cannot write
     each other's memory."""
-    if not row_bytes or not has_kernels(device):
+    if not row_bytes or not has_kernels(device) or not isinstance(spans, DeviceSpans):
         return others
     if not have_peer_access(list(combinations(ranks, 2)), rank, device, store):
         return others

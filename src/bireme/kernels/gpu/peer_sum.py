@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.gpu.chain import await_before, chained
+from bireme.kernels.gpu.stamp import begun_at, stamp
 
 
 @triton.jit
@@ -44,10 +45,11 @@ def _hear(source, number, told):
 
 @triton.jit
 def peer_sum_kernel(
-    addend, x, weight, total, normed, inboxes, numbers, eps, offset, most_polls,
+    addend, x, weight, total, normed, inboxes, numbers, stamps, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr,
     PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_X: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_OFFSET: tl.constexpr, IS_CHAINED: tl.constexpr, IS_PARTED: tl.constexpr,
+    IS_STAMPED: tl.constexpr,
 ):  # fmt: skip
     """`inboxes` int64 [W] addresses of int32 [rows, 2, W, PLACE]; `numbers` int32 [rows]. All rows are read as
     int32 words, three beside a fourth, which is the number where ranks tell one another. IS_PARTED: a store of 16
@@ -58,6 +60,7 @@ def peer_sum_kernel(
     inside = (part < 3) & (at < WORDS)
     told = (group * 3 < WORDS) & (part < 4)
     await_before(IS_CHAINED)
+    begun = begun_at(IS_STAMPED)
     number = tl.load(numbers + row) + 1
     place = (row * 2 + (number & 1)) * W
     own = tl.load(addend + row * WORDS + at, mask=inside, other=0)
@@ -122,6 +125,7 @@ def peer_sum_kernel(
                 high = high.to(DTYPE).to(tl.float32) * other
             tl.store(normed + row * WORDS + at, _word(low, high, DTYPE), mask=inside)
     tl.store(numbers + row, number)
+    stamp(stamps, begun, IS_STAMPED)
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -158,9 +162,12 @@ class Inboxes:
         )
 
 
-def peer_sum(inboxes: Inboxes, addend: torch.Tensor) -> torch.Tensor:
-    """Over the ranks, of their addends [T, D], in place; all call it with the same T and D, in the same order."""
-    _run(inboxes, addend, None, None, addend, None)
+def peer_sum(
+    inboxes: Inboxes, addend: torch.Tensor, stamps: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Over the ranks, of their addends [T, D], in place; all call it with the same T and D, in the same order. When it
+    began and ended comes into `stamps`, int64 [2]."""
+    _run(inboxes, addend, None, None, addend, None, stamps=stamps)
     return addend
 
 
@@ -171,11 +178,12 @@ def peer_sum_add_norm(
     weight: torch.Tensor,
     eps: float,
     offset: float = 0.0,
+    stamps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + the sum over the ranks of their addends [T, D], and its RMSNorm; all of one dtype."""
+    """x + the sum over the ranks of their addends [T, D], and its RMSNorm; all of one dtype. `stamps` as above."""
     assert x.dtype == weight.dtype == addend.dtype, "rows are read as words"
     total, normed = torch.empty_like(addend), torch.empty_like(addend)
-    _run(inboxes, addend, x.contiguous(), weight, total, normed, eps, offset)
+    _run(inboxes, addend, x.contiguous(), weight, total, normed, eps, offset, stamps)
     return total, normed
 
 
@@ -188,17 +196,19 @@ def _run(
     normed: torch.Tensor | None,
     eps: float = 0.0,
     offset: float = 0.0,
+    stamps: torch.Tensor | None = None,
 ) -> None:
     own = addend.view(torch.int32)
     others = (own if it is None else it.view(torch.int32) for it in (x, weight, total, normed))
     num_words = own.shape[1]
     size = max(32, triton.next_power_of_2(_num_groups(num_words)))
     peer_sum_kernel[(len(addend),)](
-        own, *others, inboxes.addresses, inboxes.numbers,
+        own, *others, inboxes.addresses, inboxes.numbers, own if stamps is None else stamps,
         eps, offset, inboxes.most_polls,
         RANK=inboxes.rank, W=len(inboxes.addresses), WORDS=num_words, SIZE=size,
         PLACE=4 * _num_groups(inboxes.num_words), DTYPE=_DTYPES[addend.dtype], HAS_X=x is not None,
         HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, IS_PARTED=not addend.is_cuda,
+        IS_STAMPED=stamps is not None,
         # a thread has the 16 bytes of one store whole, so that there are no more threads than stores
         num_warps=min(8, size // 32), debug=True, sanitize_overflow=False,
         **chained(addend),

@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.gpu.stamp import begun_at, stamp
+
 NUM_PROGRAMS = 128  # about one on each multiprocessor of a Hopper GPU: twice as many are no faster
 
 
@@ -47,13 +49,15 @@ def _meet(
 
 @triton.jit(do_not_specialize=["T", "skipped", "most_polls"])
 def sharded_sum_kernel(
-    x, weight, total, rooms, addends, meetings, T, skipped, eps, offset, most_polls,
+    x, weight, total, rooms, addends, meetings, stamps, T, skipped, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, IS_OF_SHARE: tl.constexpr,
     IS_ALIGNED: tl.constexpr, RESULTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    IS_STAMPED: tl.constexpr,
 ):  # fmt: skip
     """`rooms` int64 [W] addresses of flags and, RESULTS bytes behind them, of results [T, D]; `addends` int64 [W], of
     what each rank adds, `skipped` bytes before it: [T, D], or this rank's share of it; `meetings` int32 [programs]."""
     program = tl.program_id(0)
+    begun = begun_at(IS_STAMPED)
     meeting = tl.load(meetings + program) + 1
     _meet(rooms, meeting, most_polls, RANK, W)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -88,6 +92,7 @@ def sharded_sum_kernel(
             tl.store(results.to(tl.pointer_type(dtype)) + place, made, mask=inside)
     _meet(rooms, meeting + 1, most_polls, RANK, W)
     tl.store(meetings + program, meeting + 1)
+    stamp(stamps, begun, IS_STAMPED)
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,12 @@ def _flag_bytes(num_ranks: int) -> int:
     return 4 * NUM_PROGRAMS * num_ranks
 
 
-def sharded_sum_add(rooms: Rooms, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x + the sum over the ranks of their addends [T, D], whole on every rank, of x's rows of this rank's share."""
-    return _run(rooms, addend, x, None, None).clone()
+def sharded_sum_add(
+    rooms: Rooms, addend: torch.Tensor, x: torch.Tensor, stamps: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x + the sum over the ranks of their addends [T, D], whole on every rank, of x's rows of this rank's share. When
+    it began and ended comes into `stamps`, int64 [2]."""
+    return _run(rooms, addend, x, None, None, stamps=stamps).clone()
 
 
 def sharded_sum_add_norm(
@@ -169,12 +177,13 @@ def sharded_sum_add_norm(
     weight: torch.Tensor,
     eps: float,
     offset: float = 0.0,
+    stamps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + the sum over the ranks of their addends [T, D], of which nothing but the rows of this rank's share is
     written, and its RMSNorm, whole, which lies there until the next sum. All call it with the same T and D, in the
-    same order."""
+    same order. `stamps` as above."""
     total = torch.empty_like(addend)
-    return total, _run(rooms, addend, x, weight, total, eps, offset)
+    return total, _run(rooms, addend, x, weight, total, eps, offset, stamps)
 
 
 def _run(
@@ -185,6 +194,7 @@ def _run(
     total: torch.Tensor | None,
     eps: float = 0.0,
     offset: float = 0.0,
+    stamps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_rows, width = addend.shape
     assert x.dtype == addend.dtype, "they lie side by side"
@@ -196,13 +206,13 @@ def _run(
     size, row_bytes = triton.next_power_of_2(width), width * addend.dtype.itemsize
     sharded_sum_kernel[(NUM_PROGRAMS,)](
         x.contiguous(), x if weight is None else weight, x if total is None else total,
-        rooms.addresses, rooms.added.sources, rooms.meetings, num_rows,
+        rooms.addresses, rooms.added.sources, rooms.meetings, x if stamps is None else stamps, num_rows,
         rooms.added.skipped(num_rows, row_bytes, rooms.rank),
         eps, offset, rooms.most_polls,
         RANK=rooms.rank, W=len(rooms.addresses), D=width, SIZE=size,
         IS_OF_SHARE=rooms.added.boundary is not None, IS_ALIGNED=row_bytes % 16 == 0,
         RESULTS=rooms.first_result,
-        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0,
+        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, IS_STAMPED=stamps is not None,
         num_warps=max(1, min(16, size // 512)), debug=True, sanitize_overflow=False,
     )  # fmt: skip
     return results
