@@ -170,8 +170,11 @@ def test_decode_attention(
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
 @pytest.mark.parametrize("head_dim", [64, 128, 256] if HAS_GPU else [64])
-def test_attention_as_models_run(head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-    head_map, lengths, new, block_size = [0, 0, 1, 1], [150, 97, 65], [130, 1, 65], 16
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_attention_as_models_run(
+    head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    head_map, lengths, new = [0, 0, 1, 1], [150, 97, 65], [130, 1, 65]
     keys, values, table, places = _paged(lengths, block_size, 2, head_dim, device)
     keys, values = keys.to(dtype), values.to(dtype)
     q = torch.randn(sum(new), 4, head_dim, device=device).to(dtype)

@@ -11,16 +11,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def attend_block(
-    state, query, keys, values, table, n, is_there, seen, distance, slope, kv, d, scale, cap,
-    K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    state, query, keys, values, table, start, n, is_there, seen, distance, slope, kv, d, scale, cap,
+    K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE]) so far, scores times log2(e);
-    n [N] are positions, `is_there` [N] those that the sequence has. Unless IS_MASKED all are there, and seen by all
-    queries."""
+    n [N] are positions from `start` on, a multiple of N that the sequence has, `is_there` [N] all that it has. Unless
+    IS_MASKED all are there, and seen by all queries."""
     best, total, mixed = state
-    block = tl.load(table + n // BLOCK_SIZE, mask=is_there, other=0)
-    place = block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
+    if BLOCK_SIZE % N == 0:  # all in one block, whose address is worked out once
+        block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+        place = block * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, N)
+    else:
+        block = tl.load(table + n // BLOCK_SIZE, mask=is_there, other=0).to(tl.int64)
+        place = block * BLOCK_SIZE + n % BLOCK_SIZE
     at = (place * K + kv)[:, None] * D + d[None, :]
     mask = (d < D)[None, :]
     if IS_MASKED:

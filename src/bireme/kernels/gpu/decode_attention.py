@@ -54,9 +54,9 @@ def decode_attention_kernel(
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
         best, total, mixed = attend_block(
-            (best, total, mixed), query, keys, values, table + slot * table_stride, n, seen,
-            seen[None, :], (position - n)[None, :], slope[:, None], kv, d, scale, cap,
-            K, D, SIZE, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
+            (best, total, mixed), query, keys, values, table + slot * table_stride, at, n,
+            seen, seen[None, :], (position - n)[None, :], slope[:, None], kv, d, scale, cap,
+            K, D, SIZE, N, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
     if SPLITS == 1:
         mixed = mixed / total[:, None]

@@ -50,9 +50,9 @@ def _attend_tile(
         for at in range(0, whole, N):
             n = at + tl.arange(0, N)
             best, total, mixed = attend_block(
-                (best, total, mixed), query, keys, values, own_table, n, n < stop, n < stop,
+                (best, total, mixed), query, keys, values, own_table, at, n, n < stop, n < stop,
                 at_m[:, None] - n[None, :], slope, kv, d, scale, cap,
-                K, D, SIZE, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, False,
+                K, D, SIZE, N, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, False,
             )  # fmt: skip
     for at in range(whole, stop, N):
         n = at + tl.arange(0, N)
@@ -61,9 +61,9 @@ def _attend_tile(
         if WINDOW > 0:
             seen &= distance < WINDOW
         best, total, mixed = attend_block(
-            (best, total, mixed), query, keys, values, own_table, n, n < stop, seen, distance,
-            slope, kv, d, scale, cap,
-            K, D, SIZE, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
+            (best, total, mixed), query, keys, values, own_table, at, n, n < stop, seen,
+            distance, slope, kv, d, scale, cap,
+            K, D, SIZE, N, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # of rows behind the last
     tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
