@@ -38,7 +38,7 @@ from beside import told_by_peer
 from gpu_floors import CONFIGS, copy_bytes_per_s, flop_per_s, numbers, prefill_flop, read_bytes
 from step_kinds import step_kinds
 
-from bireme import LLM, SamplingParams
+from bireme import LLM
 from bireme.bench.answer_times import Latencies
 from bireme.bench.step_log import logged
 from bireme.bench.throughput import measure_throughput
@@ -57,7 +57,8 @@ LOAD = Workload(num_prompts=512, input_len=512, output_len=128, seed=5)
 def start_s(model: str, layout: str, environment: dict[str, str]) -> float:
     """Until a process of its own has the first token."""
     start = time.monotonic()
-    command = [sys.executable, __file__, "--model", model, "--first-token", layout]
+    program = Path(__file__).with_name("first_token.py")
+    command = [sys.executable, str(program), json.dumps(settings(model, layout))]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, env={**os.environ, **environment}
     ) as process:
@@ -67,12 +68,6 @@ def start_s(model: str, layout: str, environment: dict[str, str]) -> float:
     if not line:
         raise RuntimeError(f"{' '.join(command)} ended without a token")
     return seconds
-
-
-def first_token(model: str, layout: str) -> None:
-    with LLM(**settings(model, layout)) as llm:
-        llm.generate([[1] * 16], SamplingParams(temperature=0, max_tokens=1))
-        print("first token", flush=True)
 
 
 def settings(model: str, layout: str) -> dict[str, Any]:
@@ -238,11 +233,7 @@ def main() -> None:
     parser.add_argument("--briefly", action="store_true")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
     parser.add_argument("--transformers", action="store_true")
-    parser.add_argument("--first-token", metavar="LAYOUT", help="only say when there is one")
     asked = parser.parse_args()
-    if asked.first_token:
-        first_token(asked.model, asked.first_token)
-        return
     read, rate = copy_bytes_per_s(), flop_per_s()
     torch.cuda.empty_cache()  # the ranks are processes of their own
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -22,7 +22,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`LLM` and `AsyncLLM` bring torch; the rest of the package's floor does not need it."""
+    """`LLM` and `AsyncLLM` bring torch once one is made; the rest of the package's floor does not need it."""
     if name == "LLM":
         from bireme.engine.llm import LLM
 

@@ -14,7 +14,9 @@ import pytest
 
 from bireme import LLM, SamplingParams
 from bireme.engine import pool as pool_module
-from bireme.engine.pool import WorkerPool
+from bireme.engine.messages import Program
+from bireme.engine.pool import RankProcess, WorkerPool
+from bireme.errors import CheckpointError
 
 
 def test_a_world_takes_those_that_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +43,39 @@ def test_more_than_there_are_cores_are_not_started(monkeypatch: pytest.MonkeyPat
     with WorkerPool() as pool:
         pool.start(3)
         assert not pool._processes
+
+
+def test_a_model_of_its_own_pool_has_its_ranks_begin_while_it_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "num_cores", lambda: 2)
+    llm = LLM("demo", tensor_parallel_size=2)
+    first, second = llm._pool._processes
+    assert not first.is_begun
+    with llm:
+        assert llm.generate([[5, 6]], SamplingParams(temperature=0, max_tokens=2))[0].finished
+        assert llm._pool._processes == [first, second]
+    assert first.process.returncode is not None
+
+
+def test_a_model_that_nobody_closes_or_that_is_refused_leaves_no_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "num_cores", lambda: 2)
+    llm = LLM("demo")
+    (rank,) = llm._pool._processes
+    del llm
+    assert rank.process.returncode == -signal.SIGKILL
+    started, start = [], pool_module._start
+
+    def start_and_keep(program: Program) -> RankProcess:
+        started.append(start(program))
+        return started[-1]
+
+    monkeypatch.setattr(pool_module, "_start", start_and_keep)
+    with pytest.raises(CheckpointError, match="is no folder"):
+        LLM("nowhere")
+    assert [rank.process.returncode for rank in started] == [-signal.SIGKILL]
 
 
 def test_a_refused_command_leaves_no_process_behind() -> None:

@@ -6,6 +6,7 @@ Of several prompts, each is printed whole when it ends. So are several answers t
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +17,7 @@ from bireme.cli.answers import print_json, print_text
 from bireme.cli.grouped import flattened
 from bireme.cli.ledger import show_run
 from bireme.cli.prompts import read_prompts
-from bireme.cli.ranks import begin_ranks, print_ranks
+from bireme.cli.ranks import print_ranks
 from bireme.errors import RequestError
 
 if TYPE_CHECKING:
@@ -103,31 +104,28 @@ def run(
         ignore_eos=ignore_eos, stop=stop, json_schema=json_schema, regex=regex, choice=choice,
         grammar=grammar, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
     )  # fmt: skip
-    with begin_ranks(engine.keywords()) as pool:
-        from bireme.engine.llm import LLM  # and torch with it
+    from bireme.engine.llm import LLM
 
-        llm = LLM(model, pool=pool, **engine.keywords())
+    with closing(LLM(model, **engine.keywords())) as llm:
         ids = [_as_ids(llm, prompt, chat) for prompt in given]
         params = [
             wanted if max_tokens is not None else _fitting(wanted, llm, prompt) for prompt in ids
         ]
         echoed = [_as_text(llm, prompt, chat) if echo else "" for prompt in given]
         deltas = llm.stream(ids, params)  # refuses what cannot work before a model is loaded
-        with llm:
-            if not quiet and not as_json:
-                print_ranks(llm)
-            try:
-                if as_json:
-                    print_json(deltas, echoed)
-                else:
-                    print_text(
-                        deltas, len(given) * n, echoed, has_text=llm.has_tokenizer, quiet=quiet
-                    )
-            finally:
-                if trace is not None:  # of a rank that failed, too
-                    llm.write_trace(trace)
-            if ledger:
-                show_run(llm)
+        llm.start()
+        if not quiet and not as_json:
+            print_ranks(llm)
+        try:
+            if as_json:
+                print_json(deltas, echoed)
+            else:
+                print_text(deltas, len(given) * n, echoed, has_text=llm.has_tokenizer, quiet=quiet)
+        finally:
+            if trace is not None:  # of a rank that failed, too
+                llm.write_trace(trace)
+        if ledger:
+            show_run(llm)
 
 
 def _as_ids(llm: LLM, prompt: Prompt, chat: bool) -> list[int]:

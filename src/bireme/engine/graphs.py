@@ -2,9 +2,9 @@
 
 A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request.
 What changes between steps lies on the device: ids, positions, block tables. Steps in which every sequence has one
-new token have graphs of their own. Of others, small ones have, in which new tokens are runs of one: large ones take a
-GPU longer than their launches take the host. All of these but the smallest leave out the last layer of all, which makes
-as many rows as are asked for, launched while the graph is still busy.
+new token have graphs of their own. Of others, all but the largest have, which take a GPU far longer than their launches
+take the host; new tokens are runs of one there. All of these but the smallest leave out the last layer of all, which
+makes as many rows as are asked for, launched while the graph is still busy.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _LARGEST_STRIDE = 128  # between the sizes beyond
 _MOST_RUNS = 256  # of tokens, in a step with prompts, each of them at most a tile more
 _PROMPT_SIZES = (
     64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
+    2560, 3072, 3584, 4096,
 )  # fmt: skip
 
 

@@ -1,42 +1,42 @@
-"""A model made ready in this program: its plan, its ranks, its engine, and the way in for prompts."""
+"""A model made ready in this program: its plan, its ranks, its engine, and the way in for prompts.
+
+Its ranks import torch while this process does: what brings it is imported once they have begun.
+"""
 
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.chrome_trace import Recorded, chrome_trace
 from bireme.config import EngineConfig, ParallelConfig, check_settings
 from bireme.engine.engine import Engine
-from bireme.engine.executor import WorkerExecutor
 from bireme.engine.input_processor import InputProcessor
 from bireme.engine.joining import threads_per_rank
 from bireme.engine.messages import Loaded
 from bireme.engine.pool import WorkerPool
-from bireme.engine.prepare import (
-    make_plan,
-    resolve_auto_width,
-    scheduler_limits,
-    served_model,
-)
 from bireme.engine.scheduler import Scheduler
 from bireme.engine.service_messages import RingPlace, Stats
 from bireme.engine.setup import RankSetup, Setup, environment, num_cores
 from bireme.errors import ConfigError, EngineError
-from bireme.parallel.mesh import Mesh
 from bireme.text.tokenizer import Message, Tokenizer
 from bireme.trace import RankSpans, Span, SpanRing
+
+if TYPE_CHECKING:
+    from bireme.checkpoint.prepared import PreparedModel
+    from bireme.engine.executor import WorkerExecutor
+    from bireme.parallel.mesh import Mesh
 
 
 class EngineHost:
     """Base of `LLM` and `AsyncLLM`: everything but how outputs are handed over.
 
-    Making one raises UserError for what cannot work, before any process starts.
+    Making one raises UserError for what cannot work; no rank has been told anything before.
     """
 
     def __init__(
@@ -62,36 +62,43 @@ class EngineHost:
         )
         check_settings(settings, EngineHost.__init__.__kwdefaults__ or ())
         config = EngineConfig(parallel=parallel, **settings)
-        self._prepare(str(model), config, is_auto, pool or WorkerPool(), is_own=pool is None)
+        self._prepare(str(model), config, is_auto, pool)
 
     @classmethod
-    def of(
-        cls,
-        model: str,
-        config: EngineConfig,
-        *,
-        is_auto: bool = False,
-        pool: WorkerPool | None = None,
-    ) -> Self:
-        """From settings that are put together already; `is_auto`: the smallest width that fits. `pool`, whose
-        processes may have been started, is its own from here on."""
+    def of(cls, model: str, config: EngineConfig, *, is_auto: bool = False) -> Self:
+        """From settings that are put together already; `is_auto`: the smallest width that fits."""
         host = cls.__new__(cls)
-        host._prepare(model, config, is_auto, pool or WorkerPool(), is_own=True)
+        host._prepare(model, config, is_auto, None)
         return host
 
     def _prepare(
-        self, model: str, config: EngineConfig, is_auto: bool, pool: WorkerPool, *, is_own: bool
+        self, model: str, config: EngineConfig, is_auto: bool, pool: WorkerPool | None
     ) -> None:
+        self._own_pool, self._pool = pool is None, pool or WorkerPool()
+        self._executor: WorkerExecutor | None = None
+        self._engine: Engine | None = None
+        self._spans: SpanRing | None = None  # the engine's own
+        self._begun_ns = 0
+        if self._own_pool:
+            self._ending = weakref.finalize(self, self._pool.close)  # where nobody closes it
+            if not is_auto:
+                self._pool.start(config.parallel.world_size)
+        try:
+            self._plan_for(model, config, is_auto)
+        except BaseException:
+            if self._own_pool:
+                self._pool.close()
+            raise
+
+    def _plan_for(self, model: str, config: EngineConfig, is_auto: bool) -> None:
+        from bireme.checkpoint.prepared import prepare_model
+        from bireme.engine.prepare import make_plan, resolve_auto_width, served_model
+
         self.model: PreparedModel = prepare_model(
             model, needs_weights=config.load_format != "dummy"
         )
         self.config = resolve_auto_width(self.model, config) if is_auto else config
         self.plan = make_plan(self.model, self.config)
-        self._own_pool, self._pool = is_own, pool
-        self._executor: WorkerExecutor | None = None
-        self._engine: Engine | None = None
-        self._spans: SpanRing | None = None  # the engine's own
-        self._begun_ns = 0
         self.inputs = InputProcessor(served_model(self.model, self.plan))
 
     def start(self) -> Engine:
@@ -99,6 +106,9 @@ class EngineHost:
         if self._executor is not None and self._executor.is_broken:
             raise EngineError("a rank of this model failed before; close it and make a new LLM")
         if self._engine is None:
+            from bireme.engine.executor import WorkerExecutor
+            from bireme.engine.prepare import scheduler_limits
+
             self._begun_ns = time.monotonic_ns()
             self._executor = WorkerExecutor(self.plan, self._pool)
             self._spans = SpanRing.create()
@@ -182,12 +192,18 @@ class EngineHost:
 
     def ring_places(self) -> list[RingPlace]:
         """Where other processes find what the ranks write."""
-        widths = self.plan.config.parallel.widths
+        paths = self.executor.ring_paths()
         return [
-            RingPlace(name, mesh.stage, mesh.tp_rank, self.plan.devices[rank], path)
-            for rank, (name, path) in enumerate(self.executor.ring_paths().items())
-            for mesh in [Mesh(widths, rank)]
+            RingPlace(mesh.name, mesh.stage, mesh.tp_rank, device, paths[mesh.name])
+            for mesh, device in zip(self._meshes(), self.plan.devices, strict=True)
         ]
+
+    def _meshes(self) -> list[Mesh]:
+        """Of all ranks."""
+        from bireme.parallel.mesh import Mesh
+
+        widths = self.plan.config.parallel.widths
+        return [Mesh(widths, rank) for rank in range(sum(widths))]
 
     @property
     def engine_ring(self) -> str:
@@ -207,12 +223,10 @@ class EngineHost:
 
     def recorded(self) -> Recorded:
         """The newest spans of all since the ranks were this model's, to be written down or accounted for."""
-        widths = self.plan.config.parallel.widths
-        ranks = []
-        for rank, (name, spans) in enumerate(self.spans().items()):
-            mesh = Mesh(widths, rank)
-            own = [span for span in spans if span.start_ns >= self._begun_ns]
-            ranks.append(RankSpans(name, mesh.stage, mesh.tp_rank, own))
+        told_by, ranks = self.spans(), []
+        for mesh in self._meshes():
+            own = [span for span in told_by[mesh.name] if span.start_ns >= self._begun_ns]
+            ranks.append(RankSpans(mesh.name, mesh.stage, mesh.tp_rank, own))
         told = self.engine_spans()
         if self._engine is not None and not self._engine.has_unfinished:
             told.append(Span.empty_since(told))

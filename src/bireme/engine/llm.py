@@ -22,7 +22,7 @@ class LLM(EngineHost):
 
     A context manager: entering it (or the first use) starts the processes, leaving it ends them.
     `tensor_parallel_size` may be "auto" or one width a stage. Further keywords are the fields of
-    `EngineConfig`. Making one raises UserError for what cannot work, before any process starts.
+    `EngineConfig`. Making one raises UserError for what cannot work.
 
         with LLM("demo", tensor_parallel_size=2) as llm:
             print(llm.generate("The with statement")[0].outputs[0].text)

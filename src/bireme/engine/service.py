@@ -1,6 +1,6 @@
 """The engine in a process of its own, for a front end: `python -m bireme.engine.service SOCKET_FD`.
 
-Its ranks import what they need while it does so itself. When the front end is gone this process ends at once, and
+When the front end is gone this process ends at once, and
 its ranks with it.
 """
 
@@ -12,7 +12,7 @@ import socket
 import sys
 
 from bireme.engine.front_end import FrontEnd
-from bireme.engine.pool import WorkerPool
+from bireme.engine.service_loop import serve
 from bireme.engine.service_messages import Progress, Start
 
 
@@ -23,12 +23,7 @@ def main() -> None:
         start = front_end.hear()
         assert isinstance(start, Start), "the first message says what to start"
         front_end.say(Progress(f"reading {start.model}"))
-        with WorkerPool() as pool:
-            if not start.is_auto:
-                pool.start(start.config.parallel.world_size)
-            from bireme.engine.service_loop import serve  # and torch with it
-
-            serve(front_end, start, pool)
+        serve(front_end, start)
     except EOFError:
         os._exit(0)
     except Exception as error:

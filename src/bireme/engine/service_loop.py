@@ -16,7 +16,6 @@ from bireme.engine.front_end import FrontEnd
 from bireme.engine.host import EngineHost
 from bireme.engine.inbox import Inbox
 from bireme.engine.input_processor import InputProcessor
-from bireme.engine.pool import WorkerPool
 from bireme.engine.service_messages import (
     Abort,
     Add,
@@ -112,11 +111,11 @@ def _ready(host: EngineHost) -> Ready:
     )
 
 
-def serve(front_end: FrontEnd, start: Start, pool: WorkerPool) -> None:
-    """Starts the engine that is asked for, of processes of `pool`, and runs it until told to stop."""
+def serve(front_end: FrontEnd, start: Start) -> None:
+    """Starts the engine that is asked for, and runs it until told to stop."""
     commands = Commands(front_end)
     threading.Thread(target=commands.follow, daemon=True).start()
-    host = EngineHost.of(start.model, start.config, is_auto=start.is_auto, pool=pool)
+    host = EngineHost.of(start.model, start.config, is_auto=start.is_auto)
     with closing(host):
         num_ranks = host.config.parallel.world_size
         front_end.say(Progress(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}"))

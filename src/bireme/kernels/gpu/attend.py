@@ -10,6 +10,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _load(at, mask, IS_MASKED: tl.constexpr):
+    return tl.load(at, mask=mask, other=0.0) if IS_MASKED else tl.load(at)
+
+
+@triton.jit
 def attend_block(
     state, query, keys, values, table, start, n, is_there, seen, distance, slope, kv, d, scale, cap,
     K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -29,7 +34,7 @@ def attend_block(
     mask = (d < D)[None, :]
     if IS_MASKED:
         mask &= is_there[:, None]
-    k = tl.load(keys + at, mask=mask, other=0.0)
+    k = _load(keys + at, mask, IS_MASKED or SIZE != D)
     score = tl.dot(query, tl.trans(k), input_precision="ieee")
     if HAS_CAP:  # cap * tanh(score / cap)
         score = cap * (1 - 2 / (tl.exp(2 * score * scale / cap) + 1))
@@ -46,7 +51,7 @@ def attend_block(
         higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(score - higher_or_0[:, None])
     shrink = tl.exp2(best - higher_or_0)
-    v = tl.load(values + at, mask=mask, other=0.0)
+    v = _load(values + at, mask, IS_MASKED or SIZE != D)
     total = total * shrink + tl.sum(p, 1)
     mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
     return higher, total, mixed
