@@ -16,6 +16,7 @@ from bireme.kernels.functional import rms_norm_reference
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_group import PeerGroup
+from bireme.parallel.sum_table import Way
 from bireme.trace import SpanRing
 
 pytestmark = [
@@ -107,6 +108,11 @@ def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     assert isinstance(group, PeerGroup)
     assert group._window is not None, "products write rows to the rank that adds them up"
     assert group.place_of_addends(MOST_ROWS + 5, width, dtype) is None
+    ways = list(Way)
+    table = torch.tensor(
+        [(most, ways.index(way)) for most, way in group._table.bounds], device=device
+    )
+    assert (group.all_gather(table) == table).all(), "ranks go the same way"
     sizes = (1, 8, 200, 301, MOST_ROWS, MOST_ROWS + 5)
     graphs = {num_rows: Captured(group, num_rows, rows) for num_rows in sizes}
     for seed, (order, eager) in enumerate(product(product(sizes, sizes), (0, 1, 7, 256, 300))):

@@ -17,11 +17,10 @@ from bireme.kernels.device_spans import DeviceSpans
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.parallel.peer_window import Window, open_window
+from bireme.parallel.sum_table import SumTable, Way, measured_table
 from bireme.trace import SpanKind, SpanWriter
 
-# up to which it is quicker that every rank adds up all rows, between two H200s
-_FEW_ROWS = 256
-_FEW_BYTES = 1 << 20
+_FEW_ROWS = 256  # that every rank can add up whole
 _ALIGNMENT = 512  # bytes
 _MOST_SUM_BYTES = 2**31 - 1  # a kernel's place in them is an int32
 _POLLS_PER_S = 4e6  # at most; a look at a row takes a quarter of a microsecond or more
@@ -72,6 +71,31 @@ class PeerGroup(TensorGroup):
         self._memory.zero_()
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have
         torch.cuda.synchronize(device)
+        self._table = SumTable(((_FEW_ROWS, Way.ONE_SHOT), (_FEW_ROWS + 1, Way.NCCL)))
+        if sum_bytes >= row_bytes:
+            self._table = self._measured(row_bytes, sum_bytes)
+
+    def _measured(self, row_bytes: int, sum_bytes: int) -> SumTable:
+        """Of rows of up to `row_bytes`, and of up to `sum_bytes` together."""
+        from bireme.kernels.gpu.peer_sum import peer_sum_add_norm
+        from bireme.kernels.gpu.sharded_sum import sharded_sum_add_norm
+
+        width, device = row_bytes // 2, self._memory.device  # of bfloat16
+        weight = torch.ones(width, dtype=torch.bfloat16, device=device)
+
+        def two_shot(x: torch.Tensor) -> object:
+            place = self._rooms.addends(len(x), width, x.dtype)
+            assert place is not None
+            return sharded_sum_add_norm(self._rooms, place, x, weight, 1e-5)
+
+        ways = {
+            Way.ONE_SHOT: lambda x: peer_sum_add_norm(self._inboxes, x, x, weight, 1e-5),
+            Way.TWO_SHOT: two_shot,
+            Way.NCCL: lambda x: self._others.all_reduce_add_norm(x, x, weight, 1e-5),
+        }
+        most = sum_bytes // row_bytes
+        most_rows = {Way.ONE_SHOT: _FEW_ROWS, Way.TWO_SHOT: most, Way.NCCL: max(_FEW_ROWS, most)}
+        return measured_table(ways, most_rows, width, self._others, device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         from bireme.kernels.gpu.peer_sum import peer_sum
@@ -87,18 +111,23 @@ class PeerGroup(TensorGroup):
     def place_of_addends(
         self, num_rows: int, width: int, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        if num_rows <= _FEW_ROWS and num_rows * width * dtype.itemsize <= _FEW_BYTES:
+        if self._table.way(num_rows) is not Way.TWO_SHOT:
             return None
         return self._rooms.addends(num_rows, width, dtype)
 
-    def _is_of_many_rows(self, addend: torch.Tensor) -> bool:
-        num_rows, width = addend.shape
-        return self.place_of_addends(num_rows, width, addend.dtype) is not None
+    def _way(self, addend: torch.Tensor) -> Way:
+        """The table's, where it can be gone for these rows."""
+        way = self._table.way(len(addend))
+        if way is Way.ONE_SHOT and self._inboxes.suits(addend):
+            return way
+        if self.place_of_addends(len(addend), addend.shape[1], addend.dtype) is not None:
+            return Way.TWO_SHOT
+        return Way.NCCL
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add
 
-        if not self._is_of_many_rows(addend):
+        if self._way(addend) is not Way.TWO_SHOT:
             return super().all_reduce_add(addend, x)
         with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
             return sharded_sum_add(self._rooms, addend, x, stamps)
@@ -114,11 +143,11 @@ class PeerGroup(TensorGroup):
         from bireme.kernels.gpu.peer_sum import peer_sum_add_norm
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add_norm
 
-        is_large = self._is_of_many_rows(addend)
-        if not is_large and not self._inboxes.suits(addend):
+        way = self._way(addend)
+        if way is Way.NCCL:
             return super().all_reduce_add_norm(addend, x, weight, eps, offset)
         with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
-            if is_large:
+            if way is Way.TWO_SHOT:
                 return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset, stamps)
             return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset, stamps)
 

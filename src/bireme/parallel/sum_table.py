@@ -1,0 +1,88 @@
+"""Which way of adding up rows over the GPUs of a host is quickest, measured at the start: links and GPUs differ.
+
+Every rank adds up all rows of a few (one-shot), a share of them of more (two-shot), and leaves the most to NCCL where
+that is quicker.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from bireme.parallel.mesh import TensorGroup
+
+_SIZES = (32, 64, 96, 128, 192, 256, 1024, 4096)  # rows
+_NUM_SUMS, _ROUNDS = 12, 3
+_AHEAD_CYCLES = 2_000_000  # about a millisecond, in which the host tells the sums that follow
+
+
+class Way(Enum):
+    """Of summing rows over ranks."""
+
+    ONE_SHOT = "every rank all rows"
+    TWO_SHOT = "every rank a share of the rows"
+    NCCL = "NCCL"
+
+
+Sum = Callable[[torch.Tensor], object]  # of rows [T, D]
+
+
+@dataclass(frozen=True)
+class SumTable:
+    """The best way for up to so many rows, the fewest first; the last holds beyond."""
+
+    bounds: tuple[tuple[int, Way], ...]
+
+    def way(self, num_rows: int) -> Way:
+        for most, way in self.bounds:
+            if num_rows <= most:
+                return way
+        return self.bounds[-1][1]
+
+
+def measured_table(
+    ways: Mapping[Way, Sum], most_rows: Mapping[Way, int], width: int, group: TensorGroup,
+    device: torch.device,
+) -> SumTable:  # fmt: skip
+    """Of rows of `width` elements in bfloat16, each way for up to `most_rows`. All ranks of the group call it together,
+    and get the same: times are added up over them."""
+    largest = max(most_rows.values())
+    sizes = sorted({*(size for size in _SIZES if size < largest), largest})
+    seconds = torch.tensor(
+        [
+            [
+                _sum_s(run, torch.zeros(size, width, dtype=torch.bfloat16, device=device), group)
+                if size <= most_rows[way]
+                else torch.inf
+                for way, run in ways.items()
+            ]
+            for size in sizes
+        ],
+        device=device,
+    )
+    best = group.all_reduce(seconds).argmin(1).tolist()
+    names = list(ways)
+    return SumTable(tuple((size, names[at]) for size, at in zip(sizes, best, strict=True)))
+
+
+def _sum_s(run: Sum, x: torch.Tensor, group: TensorGroup) -> float:
+    """Of one sum among others, on the device."""
+    run(x)  # compiles it
+    found = []
+    for _ in range(_ROUNDS):
+        torch.cuda.synchronize(x.device)
+        group.all_reduce(torch.zeros(1, device=x.device))
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        torch.cuda._sleep(_AHEAD_CYCLES)
+        run(x)  # the ranks wait for one another here
+        marks[0].record()
+        for _ in range(_NUM_SUMS):
+            run(x)
+        marks[1].record()
+        marks[1].synchronize()
+        found.append(float(marks[0].elapsed_time(marks[1])) / 1e3 / _NUM_SUMS)
+    return statistics.median(found)
