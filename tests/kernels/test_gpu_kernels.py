@@ -97,9 +97,13 @@ def test_rope_and_write(has_norm: bool, head_dim: int, half: int, device: torch.
     weights = torch.randn(2, head_dim, device=device).unbind(0)
     places = torch.randperm(40, device=device)[:num_written]
     keys, values = torch.full((2, 40, num_kv, head_dim), torch.nan, device=device).unbind(0)
-    found = rope_and_write(
-        qkv, num_heads, rotation, (*weights, 1e-6) if has_norm else None, places, keys, values
-    )
+    given = qkv.clone()
+    norms = (*weights, 1e-6) if has_norm else None
+    found = rope_and_write(qkv, num_heads, rotation, norms, places, keys, values)
+    assert torch.equal(qkv, given)
+    again = rope_and_write(given, num_heads, rotation, norms, places, keys, values, keeps_keys=True)
+    assert torch.equal(again, found)
+    queries, kept, own = given.unflatten(1, (-1, head_dim)).split([num_heads, num_kv, num_kv], 1)
     q, k, v = qkv.unflatten(1, (-1, head_dim)).split([num_heads, num_kv, num_kv], dim=1)
     if has_norm:
         q, k = (
@@ -110,6 +114,9 @@ def test_rope_and_write(has_norm: bool, head_dim: int, half: int, device: torch.
     assert near(found, q)
     assert near(keys[places], k[:num_written])
     assert near(values[places], v[:num_written])
+    assert near(kept, k)
+    assert torch.equal(queries, qkv.unflatten(1, (-1, head_dim))[:, :num_heads])
+    assert torch.equal(own, v)
     assert int(keys.isnan().all(dim=(1, 2)).sum()) == 40 - num_written
 
 
@@ -248,6 +255,27 @@ def test_prefill_attention(
         torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes,
     )  # fmt: skip
     assert torch.equal(again, torch.cat((found, torch.zeros_like(q[:2]))))
+    # keys and values of the runs read from rows of the step, as if nobody had written them
+    new = torch.cat(
+        [
+            own[length - count :]
+            for own, length, count in zip(places, lengths, counts, strict=True)
+            if count > 1
+        ]
+    )
+    runs = (
+        torch.tensor(counts, device=device).repeat_interleave(torch.tensor(counts, device=device))
+        > 1
+    )
+    qkv = torch.full((len(q), len(head_map) + 6, head_dim), torch.nan, device=device)
+    qkv[runs, len(head_map) :] = torch.cat((keys[new], values[new]), dim=1)
+    if window is None:
+        keys[new], values[new] = torch.nan, torch.nan
+    from_rows = prefill_attention(
+        q, keys, values, table, block_size, slots, Tiles.of(starts, counts, device),
+        torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes, qkv.flatten(1),
+    )  # fmt: skip
+    assert near(from_rows, found, 3e-6)
 
 
 @pytest.mark.parametrize("most", [1, 2, 20, 33, 40, 64, 100, 256, 300])

@@ -56,4 +56,4 @@ def test_each_token_sees_its_own_context(counts: list[int], device: torch.device
 def test_new_tokens_before_all_runs_are_in_no_tile() -> None:
     tiles = Tiles.of([90, 0, 17, 64], [1, 1, 70, 1], torch.device("cpu"))
     assert tiles.num_singles == 2
-    assert tiles.on_device.tolist() == [[66, 81, 6], [72, 64, 1], [2, 17, 64]]
+    assert tiles.on_device.tolist() == [[66, 81, 6, 17], [72, 64, 1, 65], [2, 17, 64, 17]]

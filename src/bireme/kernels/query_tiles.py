@@ -19,9 +19,10 @@ def num_tiles(counts: Sequence[int]) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Where a step's runs lie: int32 [tiles, 3] of first row, its position, and rows; no rows in a tile that is of
-    no run. The step's first `num_singles` rows are in none: each is the one new token of its sequence, and not
-    attended to by tiles. `has_other_rows`: there may be rows beside these that are in none."""
+    """Where a step's runs lie: int32 [tiles, 4] of first row, its position, rows, and from which position on the run's
+    rows lie side by side in the step; no rows in a tile that is of no run. The step's first `num_singles` rows are in
+    none: each is the one new token of its sequence, and not attended to by tiles. `has_other_rows`: there may be rows
+    beside these that are in none."""
 
     on_device: torch.Tensor
     has_other_rows: bool = False
@@ -41,7 +42,7 @@ class Tiles:
     @classmethod
     def room(cls, most_tiles: int, device: torch.device) -> Tiles:
         """For the runs of changing steps; no more of them than that."""
-        return cls(torch.zeros(most_tiles, 3, dtype=torch.int32, device=device), True)
+        return cls(torch.zeros(most_tiles, 4, dtype=torch.int32, device=device), True)
 
     def first(self, most_tiles: int) -> Tiles:
         """Part of the same room."""
@@ -60,10 +61,13 @@ def _cut(starts: Sequence[int], counts: Sequence[int], row: int) -> NDArray[np.i
     """Runs from `row` on; the last tiles of a run come first: they have most to do."""
     found = []
     for start, count in zip(starts, counts, strict=True):
+        beside = (
+            start if count > 1 else start + 1
+        )  # one row is read where all before it are, in the cache
         found += [
-            (row + first, start + first, min(TILE, count - first))
+            (row + first, start + first, min(TILE, count - first), beside)
             for first in range(0, count, TILE)
         ]
         row += count
     found.sort(key=lambda tile: -tile[1])
-    return np.array(found, dtype=np.int32).reshape(-1, 3)
+    return np.array(found, dtype=np.int32).reshape(-1, 4)

@@ -99,11 +99,13 @@ class PagedAttention(nn.Module):
         places = step.places[self.window]
         step.caches[self.layer].write(places, k[: len(places)], v[: len(places)])
 
-    def forward(self, q: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """[T, H, D] -> [T, H * D], of tokens whose keys and values are written."""
+    def forward(
+        self, q: torch.Tensor, step: StepContext, qkv: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[T, H, D] -> [T, H * D], of tokens whose keys and values are written, and may lie in rows of qkv too."""
         cache = step.caches[self.layer]
         if step.paged is not None:
-            return self.attend_paged(q, step.positions, step.paged, cache)
+            return self.attend_paged(q, step.positions, step.paged, cache, qkv)
         if step.tile is not None:
             return self._attend_tile(q, step.tile, cache).flatten(1)
         if len(step.groups) == 1:  # its rows are the step's
@@ -115,7 +117,12 @@ class PagedAttention(nn.Module):
         return out.flatten(1)
 
     def attend_paged(
-        self, q: torch.Tensor, positions: torch.Tensor, step: PagedStep, cache: PagedCache
+        self,
+        q: torch.Tensor,
+        positions: torch.Tensor,
+        step: PagedStep,
+        cache: PagedCache,
+        qkv: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same by the kernels of a GPU."""
         from bireme.kernels.gpu.prefill_attention import prefill_attention
@@ -126,7 +133,7 @@ class PagedAttention(nn.Module):
         assert self._head_map is not None
         out = prefill_attention(
             q, cache.keys, cache.values, step.tables[self.window], step.block_size, step.slots,
-            tiles, self._head_map, self.scale, self.window, self.cap, self._slopes,
+            tiles, self._head_map, self.scale, self.window, self.cap, self._slopes, qkv,
         )  # fmt: skip
         if tiles.num_singles:
             singles = slice(tiles.num_singles)
@@ -286,10 +293,15 @@ class Attention(nn.Module):
 
     def _attended(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, hidden] -> [T, H * D]"""
-        rows = self.qkv(x)
-        q = self._written(rows, step) if step.paged is None else self._written_paged(rows, step)
+        rows, own = self.qkv(x), None
+        if step.paged is None:
+            q = self._written(rows, step)
+        else:
+            keeps = step.asked is None and step.paged.tiles is not None and not step.paged.is_probed
+            q = self._written_paged(rows, step, keeps_keys=keeps)
+            own = rows if keeps else None
         attended: torch.Tensor = self.paged(
-            step.of_asked(q), step if step.asked is None else step.asked.step
+            step.of_asked(q), step if step.asked is None else step.asked.step, own
         )
         return attended
 
@@ -321,7 +333,9 @@ class Attention(nn.Module):
         assert self.k_norm is not None
         return torch.cat((self.q_norm(q), self.k_norm(k), v), dim=1).flatten(1)
 
-    def _written_paged(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
+    def _written_paged(
+        self, rows: torch.Tensor, step: StepContext, *, keeps_keys: bool
+    ) -> torch.Tensor:
         """The same by the kernels of a GPU."""
         from bireme.kernels.gpu.rope_and_write import rope_and_write
 
@@ -334,5 +348,5 @@ class Attention(nn.Module):
         rotation = (step.cos, step.sin) if step.cos is not None and step.sin is not None else None
         return rope_and_write(
             rows, layer.cut.num_local_heads, rotation, norms, step.places[layer.window],
-            cache.keys, cache.values,
+            cache.keys, cache.values, keeps_keys=keeps_keys,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What decode and prefill attention share: one more block of a paged context, with running maxima and sums (flash
+"""What decode and prefill attention share: one more block of a context, with running maxima and sums (flash
 attention). Shapes: M queries, N places, D head size."""
 
 from __future__ import annotations
@@ -15,26 +15,32 @@ def _load(at, mask, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
-def attend_block(
-    state, query, keys, values, table, start, n, is_there, seen, distance, slope, kv, d, scale, cap,
-    K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
-):  # fmt: skip
-    """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE]) so far, scores times log2(e);
-    n [N] are positions from `start` on, a multiple of N that the sequence has, `is_there` [N] all that it has. Unless
-    IS_MASKED all are there, and seen by all queries."""
-    best, total, mixed = state
+def cache_places(table, start, n, is_there, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """int64 [N], where positions n [N] of a sequence lie: from `start` on, a multiple of N that it has; `is_there` [N]
+    are all that it has."""
     if BLOCK_SIZE % N == 0:  # all in one block, whose address is worked out once
         block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
         place = block * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, N)
     else:
         block = tl.load(table + n // BLOCK_SIZE, mask=is_there, other=0).to(tl.int64)
         place = block * BLOCK_SIZE + n % BLOCK_SIZE
-    at = (place * K + kv)[:, None] * D + d[None, :]
+    return place
+
+
+@triton.jit
+def attend_block(
+    state, query, keys, values, is_there, seen, distance, slope, d, scale, cap,
+    D: tl.constexpr, SIZE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE]) so far, scores times log2(e);
+    `keys` and `values` [N, SIZE] are addresses, those of rows `is_there` [N] alone hold anything. Unless IS_MASKED all
+    are there, and seen by all queries."""
+    best, total, mixed = state
     mask = (d < D)[None, :]
     if IS_MASKED:
         mask &= is_there[:, None]
-    k = _load(keys + at, mask, IS_MASKED or SIZE != D)
+    k = _load(keys, mask, IS_MASKED or SIZE != D)
     score = tl.dot(query, tl.trans(k), input_precision="ieee")
     if HAS_CAP:  # cap * tanh(score / cap)
         score = cap * (1 - 2 / (tl.exp(2 * score * scale / cap) + 1))
@@ -51,7 +57,7 @@ def attend_block(
         higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(score - higher_or_0[:, None])
     shrink = tl.exp2(best - higher_or_0)
-    v = _load(values + at, mask, IS_MASKED or SIZE != D)
+    v = _load(values, mask, IS_MASKED or SIZE != D)
     total = total * shrink + tl.sum(p, 1)
     mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
     return higher, total, mixed

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.gpu.attend import attend_block
+from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
 
 _PROGRAMS = 2 * 132  # that a large GPU has at once
@@ -53,10 +53,12 @@ def decode_attention_kernel(
     for at in range(low, high, N):
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
+        place = cache_places(table + slot * table_stride, at, n, seen, N, BLOCK_SIZE)
+        kv_at = (place * K + kv)[:, None] * D + d[None, :]
         best, total, mixed = attend_block(
-            (best, total, mixed), query, keys, values, table + slot * table_stride, at, n,
-            seen, seen[None, :], (position - n)[None, :], slope[:, None], kv, d, scale, cap,
-            K, D, SIZE, N, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
+            (best, total, mixed), query, keys + kv_at, values + kv_at, seen, seen[None, :],
+            (position - n)[None, :], slope[:, None], d, scale, cap,
+            D, SIZE, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
     if SPLITS == 1:
         mixed = mixed / total[:, None]

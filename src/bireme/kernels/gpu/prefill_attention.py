@@ -10,21 +10,66 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.gpu.attend import attend_block
+from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.query_tiles import TILE, Tiles
 
 _PROGRAMS = 4 * 132  # that a large GPU has at once, or a few more
 
 
 @triton.jit
+def _attend_cached(
+    state, query, at_m, begin, end, keys, values, table, kv, d, slope, scale, cap,
+    K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """Positions [begin, end) of the cache, `begin` a multiple of N; unless IS_MASKED `end` too, and all queries see
+    all of them."""
+    for at in range(begin, end, N):
+        n = at + tl.arange(0, N)
+        distance = at_m[:, None] - n[None, :]
+        seen = (distance >= 0) & (n < end)[None, :]
+        if WINDOW > 0:
+            seen &= distance < WINDOW
+        place = cache_places(table, at, n, n < end, N, BLOCK_SIZE)
+        kv_at = (place * K + kv)[:, None] * D + d[None, :]
+        state = attend_block(
+            state, query, keys + kv_at, values + kv_at, n < end, seen, distance, slope, d, scale,
+            cap, D, SIZE, HAS_CAP, HAS_SLOPES, IS_MASKED,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
+def _attend_own(
+    state, query, at_m, begin, end, qkv, row_stride, row, position, kv, d, slope, scale, cap,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """The same of the run's own rows of qkv, of which `row` is that of `position`."""
+    for at in tl.range(begin, end, N, num_stages=STAGES):
+        n = at + tl.arange(0, N)
+        distance = at_m[:, None] - n[None, :]
+        seen = (distance >= 0) & (n < end)[None, :]
+        own = qkv + (row - position + n)[:, None] * row_stride + (H + kv) * D + d[None, :]
+        state = attend_block(
+            state, query, own, own + K * D, n < end, seen, distance, slope, d, scale, cap,
+            D, SIZE, HAS_CAP, HAS_SLOPES, IS_MASKED,
+        )  # fmt: skip
+    return state
+
+
+@triton.jit
 def _attend_tile(
-    row, position, count, head, q, keys, values, table, slots, head_map, slopes, out, scale, cap,
-    table_stride,
+    row, position, count, beside, head, q, keys, values, qkv, table, slots, head_map, slopes, out,
+    scale, cap, table_stride, row_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Rows [row, row + count) of a step, the first of them at `position`."""
+    """Rows [row, row + count) of a step, the first of them at `position` of a run, whose rows lie side by side from
+    position `beside` on."""
     slot = tl.load(slots + row).to(tl.int64)
     kv = tl.load(head_map + head)
 
@@ -41,55 +86,58 @@ def _attend_tile(
     total = tl.zeros([M], dtype=tl.float32)
     mixed = tl.zeros([M, SIZE], dtype=tl.float32)
     own_table = table + slot * table_stride
-    stop, low, whole = position + count, 0, 0
+    stop, low, cached = position + count, 0, position + count
+    if HAS_ROWS:
+        cached = beside
+    whole = tl.minimum(cached, position) // N * N  # blocks before it are seen by all rows
     if WINDOW > 0:
         low = tl.maximum(0, position - WINDOW + 1) // N * N
         whole = low
-    else:
-        whole = position // N * N  # blocks before it are seen by all rows
-        for at in range(0, whole, N):
-            n = at + tl.arange(0, N)
-            best, total, mixed = attend_block(
-                (best, total, mixed), query, keys, values, own_table, at, n, n < stop, n < stop,
-                at_m[:, None] - n[None, :], slope, kv, d, scale, cap,
-                K, D, SIZE, N, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, False,
-            )  # fmt: skip
-    for at in range(whole, stop, N):
-        n = at + tl.arange(0, N)
-        distance = at_m[:, None] - n[None, :]
-        seen = distance >= 0
-        if WINDOW > 0:
-            seen &= distance < WINDOW
-        best, total, mixed = attend_block(
-            (best, total, mixed), query, keys, values, own_table, at, n, n < stop, seen,
-            distance, slope, kv, d, scale, cap,
-            K, D, SIZE, N, BLOCK_SIZE, HAS_CAP, HAS_SLOPES, True,
+    state = (best, total, mixed)
+    state = _attend_cached(
+        state, query, at_m, low, whole, keys, values, own_table, kv, d, slope, scale, cap,
+        K, D, SIZE, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, False,
+    )  # fmt: skip
+    state = _attend_cached(
+        state, query, at_m, whole, cached, keys, values, own_table, kv, d, slope, scale, cap,
+        K, D, SIZE, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, True,
+    )  # fmt: skip
+    if HAS_ROWS:
+        before = beside + tl.maximum(0, position - beside) // N * N
+        state = _attend_own(
+            state, query, at_m, beside, before, qkv, row_stride, row, position, kv, d, slope,
+            scale, cap, H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, False, OWN_STAGES,
         )  # fmt: skip
+        state = _attend_own(
+            state, query, at_m, before, stop, qkv, row_stride, row, position, kv, d, slope,
+            scale, cap, H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, True, (OWN_STAGES + 1) // 2,
+        )  # fmt: skip
+    best, total, mixed = state
     total = tl.where(total == 0.0, 1.0, total)  # of rows behind the last
     tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def prefill_attention_kernel(
-    q, keys, values, table, slots, tiles, head_map, slopes, out, num_tiles, scale, cap,
-    table_stride,
+    q, keys, values, qkv, table, slots, tiles, head_map, slopes, out, num_tiles, scale, cap,
+    table_stride, row_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Programs of a head take its tiles in turn, up to the first that is of no run."""
     tile, head = tl.program_id(1), tl.program_id(0)
-    count = tl.load(tiles + tile * 3 + 2)
+    count = tl.load(tiles + tile * 4 + 2)
     while count > 0:
-        row = tl.load(tiles + tile * 3).to(tl.int64)
-        position = tl.load(tiles + tile * 3 + 1)
+        row = tl.load(tiles + tile * 4).to(tl.int64)
+        position, beside = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 3)
         _attend_tile(
-            row, position, count, head, q, keys, values, table, slots, head_map, slopes, out,
-            scale, cap, table_stride,
-            H, K, D, SIZE, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES,
+            row, position, count, beside, head, q, keys, values, qkv, table, slots, head_map,
+            slopes, out, scale, cap, table_stride, row_stride,
+            H, K, D, SIZE, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, HAS_ROWS, OWN_STAGES,
         )  # fmt: skip
         tile += tl.num_programs(1)
-        count = tl.load(tiles + tile * 3 + 2, mask=tile < num_tiles, other=0)
+        count = tl.load(tiles + tile * 4 + 2, mask=tile < num_tiles, other=0)
 
 
 def prefill_attention(
@@ -105,21 +153,28 @@ def prefill_attention(
     window: int | None = None,
     cap: float | None = None,
     slopes: torch.Tensor | None = None,
+    qkv: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [T, H, D] -> [T, H, D], of tokens of `slots` [T], whose own keys and values are in the cache
     [N, K, D] already; `table` [slots, blocks] says where. Query head h reads KV head `head_map[h]`. Rows that are
-    in no tile are zeros."""
+    in no tile are zeros. Where they lie in rows of qkv [T, (H + 2 K) * D] too, all of a run side by side, they are read
+    there, without a window."""
     num_heads, head_dim = q.shape[1:]
     out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
     size = triton.next_power_of_2(max(16, head_dim))
     is_wide = q.dtype == torch.float32 or size > 128
     num_tiles = len(tiles.on_device)
     columns = max(-(-len(q) // TILE), _PROGRAMS // num_heads)  # many runs may be short
+    has_rows = qkv is not None and not window
+    rows = qkv if qkv is not None else q
     prefill_attention_kernel[(num_heads, min(num_tiles, columns))](
-        q, keys, values, table, slots, tiles.on_device, head_map,
+        q, keys, values, rows, table, slots, tiles.on_device, head_map,
         slopes if slopes is not None else q, out, num_tiles, scale, cap or 0.0, table.stride(0),
+        rows.stride(0),
         H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=32 if is_wide else 64,
         BLOCK_SIZE=block_size, WINDOW=window or 0, HAS_CAP=cap is not None,
-        HAS_SLOPES=slopes is not None, num_warps=4, num_stages=1 if is_wide else 2,
+        HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows,
+        # rows that lie side by side are fetched further ahead: their addresses are worked out at once
+        OWN_STAGES=1 if is_wide else 3, num_warps=4, num_stages=1 if is_wide else 2,
     )  # fmt: skip
     return out

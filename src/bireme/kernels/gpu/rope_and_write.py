@@ -18,7 +18,7 @@ _HEADS = 8  # of a program
 def rope_and_write_kernel(
     qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, row_stride, num_written,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    HEADS: tl.constexpr, HAS_NORM: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HEADS: tl.constexpr, HAS_NORM: tl.constexpr, KEEPS_KEYS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -53,6 +53,9 @@ def rope_and_write_kernel(
         s = tl.where(is_first, -s, s)
         x = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(dtype)
     tl.store(out + (token * H + head) * D + at, x, mask=inside & is_query)
+    if KEEPS_KEYS:
+        tl.debug_barrier()  # their partners have been read
+        tl.store(row + at, x, mask=inside & is_rotated & (head >= H))
     if token < num_written:
         place = tl.load(places + token)
         to_keys = keys + (place * K + head - H) * D + at
@@ -69,12 +72,14 @@ def rope_and_write(
     places: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    *,
+    keeps_keys: bool = False,
 ) -> torch.Tensor:
     """Rotates queries and keys of qkv [T, (H + 2 K) * D], writes keys and values to `places` [T] of the
     cache [N, K, D] -> queries [T, H, D].
 
     `rotation` is cos and sin [T, R / 2]; `norms` the weights [D] of the heads' RMSNorms, and eps. Rows beyond
-    `places` are not written.
+    `places` are not written. `keeps_keys`: keys come to lie in qkv as they do in the cache.
     """
     num_kv, head_dim = keys.shape[1:]
     half = 0 if rotation is None else rotation[0].shape[1]
@@ -85,6 +90,7 @@ def rope_and_write(
         qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, qkv.stride(0),
         len(places),
         H=num_heads, K=num_kv, D=head_dim, SIZE=triton.next_power_of_2(head_dim), HALF=half,
-        HEADS=_HEADS, HAS_NORM=norms is not None, num_warps=4, **chained(qkv),
+        HEADS=_HEADS, HAS_NORM=norms is not None, KEEPS_KEYS=keeps_keys, num_warps=4,
+        **chained(qkv),
     )  # fmt: skip
     return out
