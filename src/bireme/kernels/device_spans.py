@@ -25,6 +25,7 @@ from bireme.trace import SpanKind, SpanRing
 _ANCHOR_EVERY_NS = 1_000_000_000  # a drift of 1 us was measured in a second
 _ANCHOR_TRIES = 5
 _MOST_STAMPED = 4096  # sums of a graph
+_NUM_LOOKED = 32  # kernels, to see what lies between two
 SAMPLED_EVERY = 16
 _SAMPLED = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
 
@@ -35,12 +36,15 @@ class DeviceClock:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._stamp: torch.Tensor | None = None
-        self._stamp_behind_ns = 0
+        self._stamp_behind_ns = self._between_ns = 0
         self._anchor()
 
     def look_at_stamps(self, place: torch.Tensor) -> None:
-        """From here on too; by stamps that are written to `place`, int64 [1]."""
-        self._stamp = place
+        """From here on too; by stamps that are written to `place`, int64 [N, 2]."""
+        from bireme.kernels.gpu.stamp import between_kernels_ns
+
+        self._between_ns = between_kernels_ns(place)
+        self._stamp = place[0, :1]
         self._anchor()
 
     def keep(self) -> None:
@@ -53,9 +57,10 @@ class DeviceClock:
         elapsed_ms: float = self._event.elapsed_time(event)
         return self._anchor_ns + round(elapsed_ms * 1e6)
 
-    def host_ns_of_stamp(self, stamp: int) -> int:
-        """Of a time that a kernel took of the device's own clock."""
-        return stamp + self._stamp_behind_ns
+    def host_ns_of_stamps(self, begun: int, ended: int) -> tuple[int, int]:
+        """Of the device's own clock. What it takes from the end of a kernel to the begin of the next is the first
+        one's: until then it is not over."""
+        return begun + self._stamp_behind_ns, ended + self._stamp_behind_ns + self._between_ns
 
     def _anchor(self) -> None:
         self._event, self._anchor_ns = min(
@@ -105,8 +110,7 @@ class _Stamps(NamedTuple):
     row: int
 
     def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
-        start, end = self.copy[self.row].tolist()
-        return clock.host_ns_of_stamp(start), clock.host_ns_of_stamp(end)
+        return clock.host_ns_of_stamps(*self.copy[self.row].tolist())
 
 
 @dataclass(slots=True)
@@ -141,9 +145,10 @@ class DeviceSpans:
         self._num_steps = 0
         self._captured: CapturedSpans | None = None
         self._has_stamps = False
-        stamps = torch.zeros(_MOST_STAMPED + 2, 2, dtype=torch.int64, device=device)
-        # of the graph that was replayed last; of kernels that are in none, which nobody reads; of the clock
-        self._stamps, self._unread, self._looked = stamps[:-2], stamps[-2], stamps[-1]
+        # of the graph that was replayed last; of the clock; of kernels that are in no graph, which nobody reads
+        self._stamps = torch.zeros(_MOST_STAMPED, 2, dtype=torch.int64, device=device)
+        self._looked = torch.zeros(_NUM_LOOKED, 2, dtype=torch.int64, device=device)
+        self._unread = torch.zeros(2, dtype=torch.int64, device=device)
 
     def set_step(self, step_id: int, incarnation: int) -> None:
         self.collect()
@@ -198,7 +203,7 @@ class DeviceSpans:
 
         if not self._has_stamps:
             self._has_stamps = True
-            self._clock.look_at_stamps(self._looked[:1])
+            self._clock.look_at_stamps(self._looked)
             note_time(self._unread)  # it is compiled before it is captured
         self._captured = CapturedSpans()
         try:

@@ -9,7 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.gpu.chain import await_before, chained
+
 _PAUSE_NS = 30_000  # as long as the host takes to record an event, or longer
+_LONG_PAUSE_NS = 5_000_000  # and to launch some tens of kernels
 
 
 @triton.jit
@@ -48,6 +51,27 @@ def _look_kernel(place, pause_ns):
 def note_time(place: torch.Tensor) -> None:
     """Into the first of int64 [N], when the stream comes to it."""
     _note_kernel[(1,)](place, num_warps=1)
+
+
+@triton.jit
+def _empty_kernel(stamps, IS_CHAINED: tl.constexpr):
+    await_before(IS_CHAINED)
+    stamp(stamps, begun_at(True), True)
+
+
+def between_kernels_ns(stamps: torch.Tensor) -> int:
+    """From the end that a kernel stamps to where the next one begins, the median; `stamps`, int64 [N, 2] of at most
+    `chain.MOST_ROWS`, are overwritten."""
+
+    def launch(row: torch.Tensor) -> None:
+        _empty_kernel[(1,)](row, num_warps=1, **chained(stamps))
+
+    launch(stamps[0])  # compiles it
+    _look_kernel[(1,)](stamps[0], _LONG_PAUSE_NS, num_warps=1)
+    for row in stamps:
+        launch(row)
+    begun, ended = stamps.cpu().unbind(1)
+    return int((begun[1:] - ended[:-1]).median())
 
 
 def look_at_clock(place: torch.Tensor) -> None:
