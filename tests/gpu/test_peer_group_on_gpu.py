@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from bireme.kernels.functional import rms_norm_reference
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_group import PeerGroup
-from bireme.parallel.sum_table import Way
+from bireme.parallel.sum_table import SumTable, Way
 from bireme.trace import SpanRing
 
 pytestmark = [
@@ -97,6 +98,41 @@ def check_stores(device: torch.device) -> None:
         assert all(one.endswith(".v4.b32") for one in told), told
 
 
+def check_in_turn(
+    group: TensorGroup,
+    rank: int,
+    rows: Rows,
+    sizes: Sequence[int],
+    turns: Sequence[tuple[Sequence[int], int]],
+) -> None:
+    """Replays in an order of sizes, with launches of a size between them."""
+    graphs = {num_rows: Captured(group, num_rows, rows) for num_rows in sizes}
+    for seed, (order, eager) in enumerate(turns):
+        for num_rows in order:
+            graphs[num_rows].check(rank, rows.given(seed, num_rows))
+            if eager:
+                parts = rows.given(seed, eager)
+                added = rows.sum(parts)
+                assert torch.equal(group.all_reduce(parts[rank].clone()), added)
+                whole = group.all_reduce_add(parts[rank].clone(), parts[2])
+                assert torch.equal(whole, parts[2] + added)
+    torch.cuda.synchronize(rows.device)
+    for captured in graphs.values():
+        captured.graph.reset()
+
+
+def check_way(group: PeerGroup, rows: Rows, rank: int, way: Way) -> None:
+    """What the table says is what is done: the kernels of the other ways count nothing."""
+
+    def counts() -> tuple[int, int]:
+        return int(group._inboxes.numbers[0]), int(group._rooms.meetings[0])
+
+    parts, before = rows.given(0, 200), counts()
+    group.all_reduce_add_norm(parts[rank].clone(), parts[2], parts[2][0], 1e-5)
+    told = tuple(after > earlier for after, earlier in zip(counts(), before, strict=True))
+    assert told == (way is Way.ONE_SHOT, way is Way.TWO_SHOT)
+
+
 def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     device = torch.device(f"cuda:{rank}")
     rows, row_bytes = Rows(width, dtype, device), width * dtype.itemsize
@@ -114,20 +150,15 @@ def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     )
     assert (group.all_gather(table) == table).all(), "ranks go the same way"
     sizes = (1, 8, 200, 301, MOST_ROWS, MOST_ROWS + 5)
-    graphs = {num_rows: Captured(group, num_rows, rows) for num_rows in sizes}
-    for seed, (order, eager) in enumerate(product(product(sizes, sizes), (0, 1, 7, 256, 300))):
-        for num_rows in order:
-            graphs[num_rows].check(rank, rows.given(seed, num_rows))
-            if eager:
-                parts = rows.given(seed, eager)
-                added = rows.sum(parts)
-                assert torch.equal(group.all_reduce(parts[rank].clone()), added)
-                whole = group.all_reduce_add(parts[rank].clone(), parts[2])
-                assert torch.equal(whole, parts[2] + added)
+    check_in_turn(
+        group, rank, rows, sizes, list(product(product(sizes, sizes), (0, 1, 7, 256, 300)))
+    )
+    for way in Way:
+        group._table = SumTable(((1 << 31, way),))
+        check_way(group, rows, rank, way)
+        check_in_turn(group, rank, rows, sizes, list(product((sizes, sizes[::-1]), (0, 7, 300))))
     torch.cuda.synchronize(device)
     check_stores(device)
-    for captured in graphs.values():
-        captured.graph.reset()
     comm.leave()
 
 

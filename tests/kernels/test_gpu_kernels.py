@@ -135,6 +135,30 @@ def _paged(lengths: list[int], block_size: int, num_kv: int, head_dim: int, devi
     return keys.to(device), values.to(device), table.to(device), places
 
 
+def _taken_out(  # type: ignore[no-untyped-def]
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    places,
+    counts: list[int],
+    num_heads: int,
+    *,
+    keep: bool = False,
+) -> torch.Tensor:
+    """The newest keys and values of sequences with several new tokens, in rows of a step [T, (H + 2 K) * D] that are
+    NaN elsewhere, and from here on no longer in the cache."""
+    num_kv, head_dim = keys.shape[1:]
+    qkv = torch.full((sum(counts), num_heads + 2 * num_kv, head_dim), torch.nan).to(keys)
+    row = 0
+    for own, count in zip(places, counts, strict=True):
+        if count > 1:
+            new = own[len(own) - count :]
+            qkv[row : row + count, num_heads:] = torch.cat((keys[new], values[new]), dim=1)
+            if not keep:
+                keys[new], values[new] = torch.nan, torch.nan
+        row += count
+    return qkv.flatten(1)
+
+
 @pytest.mark.parametrize(
     ("window", "cap", "has_slopes"),
     [
@@ -181,7 +205,7 @@ def test_decode_attention(
 def test_attention_as_models_run(
     head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    head_map, lengths, new = [0, 0, 1, 1], [150, 97, 65], [130, 1, 65]
+    head_map, lengths, new = [0, 0, 1, 1], [210, 97, 65], [66, 1, 65]
     keys, values, table, places = _paged(lengths, block_size, 2, head_dim, device)
     keys, values = keys.to(dtype), values.to(dtype)
     q = torch.randn(sum(new), 4, head_dim, device=device).to(dtype)
@@ -198,6 +222,13 @@ def test_attention_as_models_run(
         torch.tensor(lengths, device=device) - 1,
         torch.tensor([0, 2, 4], dtype=torch.int32, device=device), 2, head_dim**-0.5,
     )  # fmt: skip
+    cached = keys.clone(), values.clone()
+    qkv = _taken_out(*cached, places, new, len(head_map))
+    from_rows = prefill_attention(
+        q, *cached, *paged[2:], slots, Tiles.of(starts, new, device),
+        torch.tensor(head_map, dtype=torch.int32, device=device), head_dim**-0.5, qkv=qkv,
+    )  # fmt: skip
+    assert near(from_rows, prefilled, 2 * ROUNDED[dtype])
     for slot, (rows, of) in enumerate(zip(prefilled.split(new), q.split(new), strict=True)):
         k, v = (x[places[slot]][:, head_map].float().transpose(0, 1)[None] for x in (keys, values))
         at = torch.arange(starts[slot], lengths[slot], device=device)[None]
@@ -218,7 +249,13 @@ def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
 @pytest.mark.parametrize("num_programs", [528, 5])  # of all tiles, or of several each
 @pytest.mark.parametrize(
     ("window", "cap", "has_slopes"),
-    [(None, None, False), (20, None, False), (None, 5.0, False), (7, 3.0, True)],
+    [
+        (None, None, False),
+        (20, None, False),
+        (None, 5.0, False),
+        (None, None, True),
+        (7, 3.0, True),
+    ],
 )
 def test_prefill_attention(
     window: int | None,
@@ -256,24 +293,10 @@ def test_prefill_attention(
     )  # fmt: skip
     assert torch.equal(again, torch.cat((found, torch.zeros_like(q[:2]))))
     # keys and values of the runs read from rows of the step, as if nobody had written them
-    new = torch.cat(
-        [
-            own[length - count :]
-            for own, length, count in zip(places, lengths, counts, strict=True)
-            if count > 1
-        ]
-    )
-    runs = (
-        torch.tensor(counts, device=device).repeat_interleave(torch.tensor(counts, device=device))
-        > 1
-    )
-    qkv = torch.full((len(q), len(head_map) + 6, head_dim), torch.nan, device=device)
-    qkv[runs, len(head_map) :] = torch.cat((keys[new], values[new]), dim=1)
-    if window is None:
-        keys[new], values[new] = torch.nan, torch.nan
+    qkv = _taken_out(keys, values, places, counts, len(head_map), keep=window is not None)
     from_rows = prefill_attention(
         q, keys, values, table, block_size, slots, Tiles.of(starts, counts, device),
-        torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes, qkv.flatten(1),
+        torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes, qkv,
     )  # fmt: skip
     assert near(from_rows, found, 3e-6)
 

@@ -99,6 +99,7 @@ def run(
     check_chunks(sizes[1], llm.config.max_num_batched_tokens)
     prepare_run_folder(out)
     if nsys is not None:
+        llm.close()
         run_under_nsys(nsys, out, arguments)
     plan = ProfilePlan(
         workload=workload,

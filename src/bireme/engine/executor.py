@@ -61,7 +61,7 @@ def _has_c_kernels() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerPlan:
-    """Everything that the ranks are told to become one model; made before any process starts."""
+    """Everything that the ranks are told to become one model; made before any of them is told anything."""
 
     model: ModelConfig
     config: EngineConfig

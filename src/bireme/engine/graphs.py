@@ -13,8 +13,7 @@ import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,9 +26,9 @@ from bireme.models.blocks import StageModel
 from bireme.models.step import StepContext
 from bireme.request import ScheduledBatch
 
-T = TypeVar("T")
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _LARGEST_STRIDE = 128  # between the sizes beyond
+_MOST_NOTED = 4  # collectives of a graph that stamps of them beside it hold up little
 _MOST_RUNS = 256  # of tokens, in a step with prompts, each of them at most a tile more
 _PROMPT_SIZES = (
     64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
@@ -70,17 +69,27 @@ def _counts(batch: ScheduledBatch) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Graph(Generic[T]):
-    """What a function made when it was captured is made anew at every replay, in the same memory."""
+class _Graph:
+    """What a function made when it was captured is made anew at every replay, in the same memory. `noting`: the same
+    with stamps of all collectives, where this one has none of many."""
 
     graph: torch.cuda.CUDAGraph
-    made: T
+    made: torch.Tensor
     spans: CapturedSpans
+    noting: _Graph | None = None
 
-    def replay(self, spans: DeviceSpans) -> T:
+    def replay(self, spans: DeviceSpans) -> torch.Tensor:
+        if self.noting is not None and spans.is_sampled_step:
+            self.noting.replay(spans)
+            return self.made
         self.graph.replay()
         spans.replayed(self.spans)
         return self.made
+
+    def close(self) -> None:
+        self.graph.reset()
+        if self.noting is not None:
+            self.noting.close()
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,8 @@ class _Bucket:
     given: torch.Tensor
     inputs: torch.Tensor | None
     tiles: Tiles | None
-    layers: _Graph[torch.Tensor]
-    greedy: _Graph[torch.Tensor] | None
+    layers: _Graph
+    greedy: _Graph | None
     leaves_last_layer: bool = False
 
 
@@ -139,7 +148,7 @@ class StepGraphs:
             for bucket in buckets.values():
                 for captured in (bucket.layers, bucket.greedy):
                     if captured is not None:
-                        captured.graph.reset()
+                        captured.close()
             buckets.clear()
 
     def take(self, batch: ScheduledBatch) -> bool:
@@ -215,7 +224,7 @@ class StepGraphs:
         inputs: torch.Tensor | None,
         tiles: Tiles | None,
         place: torch.Tensor | None = None,
-    ) -> _Graph[torch.Tensor]:
+    ) -> _Graph:
         """Into `place`, or where what is made lies anyway."""
 
         def layers() -> torch.Tensor:
@@ -225,7 +234,7 @@ class StepGraphs:
 
         return self._graph(layers)
 
-    def _greedy(self, slots: torch.Tensor, made: torch.Tensor) -> _Graph[torch.Tensor] | None:
+    def _greedy(self, slots: torch.Tensor, made: torch.Tensor) -> _Graph | None:
         sampler = self._sampler
         if sampler is None:
             return None
@@ -237,18 +246,29 @@ class StepGraphs:
 
         return self._graph(choose)
 
-    def _graph(self, function: Callable[[], T]) -> _Graph[T]:
+    def _graph(self, function: Callable[[], torch.Tensor]) -> _Graph:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             function()  # kernels are compiled and libraries make their plans, which cannot be captured
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        return self._capture(function)
+        found = self._capture(function)
+        if found.spans.num_others <= _MOST_NOTED:
+            return found
+        found.close()
+        plain = self._capture(function, notes_others=False)
+        noting = self._capture(lambda: plain.made.copy_(function()))
+        return replace(plain, noting=noting)
 
-    def _capture(self, function: Callable[[], T]) -> _Graph[T]:
+    def _capture(
+        self, function: Callable[[], torch.Tensor], *, notes_others: bool = True
+    ) -> _Graph:
         """Without what `torch.cuda.graph` does each time: its stream is the first device's, and it gives all cached
         memory back."""
         graph = torch.cuda.CUDAGraph()
-        with self._spans.capturing() as spans, torch.cuda.stream(self._stream):
+        with (
+            self._spans.capturing(notes_others=notes_others) as spans,
+            torch.cuda.stream(self._stream),
+        ):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 made = function()

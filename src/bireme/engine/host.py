@@ -79,11 +79,12 @@ class EngineHost:
         self._engine: Engine | None = None
         self._spans: SpanRing | None = None  # the engine's own
         self._begun_ns = 0
-        if self._own_pool:
-            self._ending = weakref.finalize(self, self._pool.close)  # where nobody closes it
-            if not is_auto:
-                self._pool.start(config.parallel.world_size)
+        self._ending = weakref.finalize(self, self._pool.close)  # where nobody starts or closes it
+        if not self._own_pool:
+            self._ending.detach()
         try:
+            if self._own_pool and not is_auto:
+                self._pool.start(config.parallel.world_size)
             self._plan_for(model, config, is_auto)
         except BaseException:
             if self._own_pool:
@@ -110,6 +111,7 @@ class EngineHost:
             from bireme.engine.prepare import scheduler_limits
 
             self._begun_ns = time.monotonic_ns()
+            self._ending.detach()  # what runs may be held by others
             self._executor = WorkerExecutor(self.plan, self._pool)
             self._spans = SpanRing.create()
             scheduler = Scheduler(scheduler_limits(self.plan), self.plan.kinds)

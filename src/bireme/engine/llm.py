@@ -20,7 +20,7 @@ from bireme.text.tokenizer import Message
 class LLM(EngineHost):
     """A model cut over `tensor_parallel_size` x `pipeline_parallel_size` rank processes.
 
-    A context manager: entering it (or the first use) starts the processes, leaving it ends them.
+    A context manager: entering it (or the first use) gives the processes their model, leaving it ends them.
     `tensor_parallel_size` may be "auto" or one width a stage. Further keywords are the fields of
     `EngineConfig`. Making one raises UserError for what cannot work.
 

@@ -1,4 +1,4 @@
-"""From a model and a configuration to a plan, before any process starts.
+"""From a model and a configuration to a plan, before any rank is told anything.
 
 Everything that can be refused is refused here: an unsupported architecture, a layout that cannot
 be, a missing tensor, more ranks than devices, a model larger than the devices.

@@ -1,7 +1,6 @@
 """The engine in a process of its own, for a front end: `python -m bireme.engine.service SOCKET_FD`.
 
-When the front end is gone this process ends at once, and
-its ranks with it.
+When the front end is gone this process ends at once, and its ranks with it.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ class DeviceClock:
         self._anchor()
 
     def keep(self) -> None:
-        """Looks at both clocks again, where the last look is long ago; costs no wait for other streams."""
+        """Looks at both clocks again, where the last look is long ago, on a stream of its own."""
         if time.monotonic_ns() - self._anchor_ns > _ANCHOR_EVERY_NS:
             self._anchor()
 
@@ -57,10 +58,11 @@ class DeviceClock:
         elapsed_ms: float = self._event.elapsed_time(event)
         return self._anchor_ns + round(elapsed_ms * 1e6)
 
-    def host_ns_of_stamps(self, begun: int, ended: int) -> tuple[int, int]:
-        """Of the device's own clock. What it takes from the end of a kernel to the begin of the next is the first
-        one's: until then it is not over."""
-        return begun + self._stamp_behind_ns, ended + self._stamp_behind_ns + self._between_ns
+    def host_ns_of_stamps(self, begun: int, ended: int, *, is_own: bool) -> tuple[int, int]:
+        """Of the device's own clock. `is_own`: a kernel stamped its own end; what it takes from there to the begin of
+        the next is its time too."""
+        rest_ns = self._between_ns if is_own else 0
+        return begun + self._stamp_behind_ns, ended + self._stamp_behind_ns + rest_ns
 
     def _anchor(self) -> None:
         self._event, self._anchor_ns = min(
@@ -103,14 +105,30 @@ class _Events(NamedTuple):
         return clock.host_ns(self.start), clock.host_ns(self.end)
 
 
-class _Stamps(NamedTuple):
-    """A row of int64 [N, 2] that is copied from the device."""
+class _Copied:
+    """Stamps int64 [N, 2] on their way from the device."""
 
-    copy: torch.Tensor
+    def __init__(self, stamps: torch.Tensor) -> None:
+        self._copy = torch.empty_like(stamps, device="cpu", pin_memory=True)
+        self._copy.copy_(stamps, non_blocking=True)
+
+    @cached_property
+    def numbers(self) -> list[list[int]]:
+        """Once they are there."""
+        found: list[list[int]] = self._copy.tolist()
+        return found
+
+
+class _Stamps(NamedTuple):
+    """A row of what is copied; `is_own`: of a kernel's own."""
+
+    copied: _Copied
     row: int
+    is_own: bool
 
     def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
-        return clock.host_ns_of_stamps(*self.copy[self.row].tolist())
+        begun, ended = self.copied.numbers[self.row]
+        return clock.host_ns_of_stamps(begun, ended, is_own=self.is_own)
 
 
 @dataclass(slots=True)
@@ -128,9 +146,15 @@ class _Marked:
 
 @dataclass
 class CapturedSpans:
-    """The collectives inside a CUDA graph, in the order of their stamps, with their bytes."""
+    """The collectives inside a CUDA graph, in the order of their stamps, with their bytes, and whether a kernel stamps
+    its own. Without `notes_others` the others have none."""
 
-    counts: list[tuple[SpanKind, int]] = field(default_factory=list)
+    notes_others: bool
+    counts: list[tuple[SpanKind, int, bool]] = field(default_factory=list)
+
+    @property
+    def num_others(self) -> int:
+        return sum(not is_own for *_, is_own in self.counts)
 
 
 class DeviceSpans:
@@ -148,7 +172,7 @@ class DeviceSpans:
         # of the graph that was replayed last; of the clock; of kernels that are in no graph, which nobody reads
         self._stamps = torch.zeros(_MOST_STAMPED, 2, dtype=torch.int64, device=device)
         self._looked = torch.zeros(_NUM_LOOKED, 2, dtype=torch.int64, device=device)
-        self._unread = torch.zeros(2, dtype=torch.int64, device=device)
+        self.unread = torch.zeros(2, dtype=torch.int64, device=device)
 
     def set_step(self, step_id: int, incarnation: int) -> None:
         self.collect()
@@ -173,10 +197,10 @@ class DeviceSpans:
     def stamped(self, kind: SpanKind, num_bytes: int) -> Iterator[torch.Tensor]:
         """A span of one kernel that stamps its own times into int64 [2]."""
         if self._captured is not None:
-            yield self._next_stamps(self._captured, kind, num_bytes)
+            yield self._next_stamps(self._captured, kind, num_bytes, is_own=True)
             return
         with self.span(kind, num_bytes):
-            yield self._unread
+            yield self.unread
 
     @contextmanager
     def _within_graph(self, kind: SpanKind, num_bytes: int) -> Iterator[None]:
@@ -185,27 +209,32 @@ class DeviceSpans:
             return
         from bireme.kernels.gpu.stamp import note_time
 
-        stamps = self._next_stamps(self._captured, kind, num_bytes)
-        note_time(stamps)
+        is_noted = self._captured.notes_others
+        stamps = self._next_stamps(self._captured, kind, num_bytes, is_own=False)
+        if is_noted:
+            note_time(stamps)
         yield
-        note_time(stamps[1:])
+        if is_noted:
+            note_time(stamps[1:])
 
-    def _next_stamps(self, captured: CapturedSpans, kind: SpanKind, num_bytes: int) -> torch.Tensor:
+    def _next_stamps(
+        self, captured: CapturedSpans, kind: SpanKind, num_bytes: int, *, is_own: bool
+    ) -> torch.Tensor:
         row = len(captured.counts)
         assert row < _MOST_STAMPED, f"a graph has more than {_MOST_STAMPED} collectives"
-        captured.counts.append((kind, num_bytes))
+        captured.counts.append((kind, num_bytes, is_own))
         return self._stamps[row]
 
     @contextmanager
-    def capturing(self) -> Iterator[CapturedSpans]:
+    def capturing(self, *, notes_others: bool = True) -> Iterator[CapturedSpans]:
         """What runs within is captured in a CUDA graph: its spans are told by `replayed`."""
         from bireme.kernels.gpu.stamp import note_time
 
         if not self._has_stamps:
             self._has_stamps = True
             self._clock.look_at_stamps(self._looked)
-            note_time(self._unread)  # it is compiled before it is captured
-        self._captured = CapturedSpans()
+            note_time(self.unread)  # it is compiled before it is captured
+        self._captured = CapturedSpans(notes_others)
         try:
             yield self._captured
         finally:
@@ -216,20 +245,18 @@ class DeviceSpans:
         if not captured.counts:
             return
         if not self.is_sampled_step:
-            for kind, num_bytes in captured.counts:
+            for kind, num_bytes, _ in captured.counts:
                 self._ring.count(kind, num_bytes)
             return
         step_id, incarnation = self._ring.step
-        copy = torch.empty(len(captured.counts), 2, dtype=torch.int64, pin_memory=True)
-        copy.copy_(self._stamps[: len(copy)], non_blocking=True)
+        copied = _Copied(self._stamps[: len(captured.counts)])
         over = torch.cuda.Event()
         over.record()
-        for row, (kind, num_bytes) in enumerate(captured.counts):
+        for row, (kind, num_bytes, is_own) in enumerate(captured.counts):
             outer = self._ring.begin(kind)
             self._ring.end(outer)
-            self._pending.append(
-                _Marked(kind, outer, num_bytes, step_id, incarnation, over, _Stamps(copy, row))
-            )
+            times = _Stamps(copied, row, is_own)
+            self._pending.append(_Marked(kind, outer, num_bytes, step_id, incarnation, over, times))
 
     def aside(self, kind: SpanKind, num_bytes: int) -> _DeviceSpan:
         return _DeviceSpan(self, kind, num_bytes, None, is_aside=True)

@@ -61,9 +61,8 @@ def _cut(starts: Sequence[int], counts: Sequence[int], row: int) -> NDArray[np.i
     """Runs from `row` on; the last tiles of a run come first: they have most to do."""
     found = []
     for start, count in zip(starts, counts, strict=True):
-        beside = (
-            start if count > 1 else start + 1
-        )  # one row is read where all before it are, in the cache
+        # one row is read where all before it are, in the cache
+        beside = start if count > 1 else start + 1
         found += [
             (row + first, start + first, min(TILE, count - first), beside)
             for first in range(0, count, TILE)

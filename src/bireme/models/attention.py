@@ -297,13 +297,18 @@ class Attention(nn.Module):
         if step.paged is None:
             q = self._written(rows, step)
         else:
-            keeps = step.asked is None and step.paged.tiles is not None and not step.paged.is_probed
+            keeps = self._keeps_keys(step, step.paged)
             q = self._written_paged(rows, step, keeps_keys=keeps)
             own = rows if keeps else None
         attended: torch.Tensor = self.paged(
             step.of_asked(q), step if step.asked is None else step.asked.step, own
         )
         return attended
+
+    def _keeps_keys(self, step: StepContext, paged: PagedStep) -> bool:
+        """Whether a run's own keys and values are read from the projected rows."""
+        has_runs = step.asked is None and paged.tiles is not None
+        return has_runs and self.paged.window is None and not paged.is_probed
 
     def _written(self, rows: torch.Tensor, step: StepContext) -> torch.Tensor:
         """Queries [T, H, D] of projected rows; their keys and values are in the cache."""

@@ -21,6 +21,7 @@ from bireme.parallel.sum_table import SumTable, Way, measured_table
 from bireme.trace import SpanKind, SpanWriter
 
 _FEW_ROWS = 256  # that every rank can add up whole
+_MOST_ROWS = 2**31 - 1
 _ALIGNMENT = 512  # bytes
 _MOST_SUM_BYTES = 2**31 - 1  # a kernel's place in them is an int32
 _POLLS_PER_S = 4e6  # at most; a look at a row takes a quarter of a microsecond or more
@@ -71,36 +72,45 @@ class PeerGroup(TensorGroup):
         self._memory.zero_()
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have
         torch.cuda.synchronize(device)
-        self._table = SumTable(((_FEW_ROWS, Way.ONE_SHOT), (_FEW_ROWS + 1, Way.NCCL)))
+        self._table = SumTable(((_FEW_ROWS, Way.ONE_SHOT), (_MOST_ROWS, Way.NCCL)))
         if sum_bytes >= row_bytes:
             self._table = self._measured(row_bytes, sum_bytes)
 
     def _measured(self, row_bytes: int, sum_bytes: int) -> SumTable:
         """Of rows of up to `row_bytes`, and of up to `sum_bytes` together."""
+        from bireme.kernels.gpu.few_rows import MOST_ROWS
         from bireme.kernels.gpu.peer_sum import peer_sum_add_norm
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add_norm
 
         width, device = row_bytes // 2, self._memory.device  # of bfloat16
         weight = torch.ones(width, dtype=torch.bfloat16, device=device)
+        stamps = self._spans.unread
 
         def two_shot(x: torch.Tensor) -> object:
             place = self._rooms.addends(len(x), width, x.dtype)
             assert place is not None
-            return sharded_sum_add_norm(self._rooms, place, x, weight, 1e-5)
+            return sharded_sum_add_norm(self._rooms, place, x, weight, 1e-5, stamps=stamps)
 
         ways = {
-            Way.ONE_SHOT: lambda x: peer_sum_add_norm(self._inboxes, x, x, weight, 1e-5),
+            Way.ONE_SHOT: lambda x: peer_sum_add_norm(
+                self._inboxes, x, x, weight, 1e-5, stamps=stamps
+            ),
             Way.TWO_SHOT: two_shot,
             Way.NCCL: lambda x: self._others.all_reduce_add_norm(x, x, weight, 1e-5),
         }
         most = sum_bytes // row_bytes
-        most_rows = {Way.ONE_SHOT: _FEW_ROWS, Way.TWO_SHOT: most, Way.NCCL: max(_FEW_ROWS, most)}
-        return measured_table(ways, most_rows, width, self._others, device)
+        rows = {
+            Way.ONE_SHOT: range(1, _FEW_ROWS + 1 if row_bytes % 4 == 0 else 1),
+            # fewer come of products that stream weights, and cannot write to others
+            Way.TWO_SHOT: range(MOST_ROWS + 1, most + 1),
+            Way.NCCL: range(1, max(_FEW_ROWS, most) + 1),
+        }
+        return measured_table(ways, rows, width, self._others, device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         from bireme.kernels.gpu.peer_sum import peer_sum
 
-        if not self._inboxes.suits(x):
+        if not self._inboxes.suits(x) or self._table.way(len(x)) is Way.NCCL:
             return self._others.all_reduce(x)
         with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
             return peer_sum(self._inboxes, x, stamps)
@@ -127,7 +137,10 @@ class PeerGroup(TensorGroup):
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add
 
-        if self._way(addend) is not Way.TWO_SHOT:
+        way = self._way(addend)
+        if way is Way.NCCL:
+            return self._others.all_reduce_add(addend, x)
+        if way is Way.ONE_SHOT:
             return super().all_reduce_add(addend, x)
         with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
             return sharded_sum_add(self._rooms, addend, x, stamps)
@@ -145,7 +158,7 @@ class PeerGroup(TensorGroup):
 
         way = self._way(addend)
         if way is Way.NCCL:
-            return super().all_reduce_add_norm(addend, x, weight, eps, offset)
+            return self._others.all_reduce_add_norm(addend, x, weight, eps, offset)
         with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
             if way is Way.TWO_SHOT:
                 return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset, stamps)

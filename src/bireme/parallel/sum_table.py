@@ -1,13 +1,13 @@
 """Which way of adding up rows over the GPUs of a host is quickest, measured at the start: links and GPUs differ.
 
-Every rank adds up all rows of a few (one-shot), a share of them of more (two-shot), and leaves the most to NCCL where
-that is quicker.
+Every rank adds up all rows of a few (one-shot), a share of them of more (two-shot), or leaves them to NCCL where that
+is quicker.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,9 +15,10 @@ import torch
 
 from bireme.parallel.mesh import TensorGroup
 
-_SIZES = (32, 64, 96, 128, 192, 256, 1024, 4096)  # rows
+_SIZES = (8, 64, 96, 128, 192, 256, 1024, 4096)  # rows
 _NUM_SUMS, _ROUNDS = 12, 3
-_AHEAD_CYCLES = 2_000_000  # about a millisecond, in which the host tells the sums that follow
+_AHEAD_CYCLES = 4_000_000  # about two milliseconds, in which the host tells the sums that follow
+_WORTH = 0.95  # of the time of the ways before it, that another takes at most to be chosen
 
 
 class Way(Enum):
@@ -44,19 +45,28 @@ class SumTable:
         return self.bounds[-1][1]
 
 
+def quickest(ways: Sequence[Way], seconds: Sequence[float]) -> Way:
+    """The first one, unless another is so much quicker that it would be found so again."""
+    best = 0
+    for index, taken in enumerate(seconds):
+        if taken < _WORTH * seconds[best]:
+            best = index
+    return ways[best]
+
+
 def measured_table(
-    ways: Mapping[Way, Sum], most_rows: Mapping[Way, int], width: int, group: TensorGroup,
+    ways: Mapping[Way, Sum], rows: Mapping[Way, range], width: int, group: TensorGroup,
     device: torch.device,
 ) -> SumTable:  # fmt: skip
-    """Of rows of `width` elements in bfloat16, each way for up to `most_rows`. All ranks of the group call it together,
+    """Of rows of `width` elements in bfloat16, each way for so many `rows`. All ranks of the group call it together,
     and get the same: times are added up over them."""
-    largest = max(most_rows.values())
+    largest = max(numbers.stop for numbers in rows.values()) - 1
     sizes = sorted({*(size for size in _SIZES if size < largest), largest})
     seconds = torch.tensor(
         [
             [
                 _sum_s(run, torch.zeros(size, width, dtype=torch.bfloat16, device=device), group)
-                if size <= most_rows[way]
+                if size in rows[way]
                 else torch.inf
                 for way, run in ways.items()
             ]
@@ -64,9 +74,10 @@ def measured_table(
         ],
         device=device,
     )
-    best = group.all_reduce(seconds).argmin(1).tolist()
-    names = list(ways)
-    return SumTable(tuple((size, names[at]) for size, at in zip(sizes, best, strict=True)))
+    taken = group.all_reduce(seconds).tolist()
+    return SumTable(
+        tuple((size, quickest(list(ways), row)) for size, row in zip(sizes, taken, strict=True))
+    )
 
 
 def _sum_s(run: Sum, x: torch.Tensor, group: TensorGroup) -> float:

@@ -94,10 +94,11 @@ def _attend_tile(
         low = tl.maximum(0, position - WINDOW + 1) // N * N
         whole = low
     state = (best, total, mixed)
-    state = _attend_cached(
-        state, query, at_m, low, whole, keys, values, own_table, kv, d, slope, scale, cap,
-        K, D, SIZE, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, False,
-    )  # fmt: skip
+    if WINDOW == 0:
+        state = _attend_cached(
+            state, query, at_m, low, whole, keys, values, own_table, kv, d, slope, scale, cap,
+            K, D, SIZE, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, False,
+        )  # fmt: skip
     state = _attend_cached(
         state, query, at_m, whole, cached, keys, values, own_table, kv, d, slope, scale, cap,
         K, D, SIZE, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, True,
@@ -158,7 +159,7 @@ def prefill_attention(
     """q [T, H, D] -> [T, H, D], of tokens of `slots` [T], whose own keys and values are in the cache
     [N, K, D] already; `table` [slots, blocks] says where. Query head h reads KV head `head_map[h]`. Rows that are
     in no tile are zeros. Where they lie in rows of qkv [T, (H + 2 K) * D] too, all of a run side by side, they are read
-    there, without a window."""
+    there; not with a window."""
     num_heads, head_dim = q.shape[1:]
     out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
     size = triton.next_power_of_2(max(16, head_dim))
