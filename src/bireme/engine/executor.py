@@ -238,9 +238,9 @@ class WorkerExecutor:
                 raise EngineError(f"a rank answered {doing} with {type(reply).__name__}")
         return [reply for reply in replies if isinstance(reply, kind)]
 
-    def spans(self) -> dict[str, list[Span]]:
-        """Every rank's spans, by the rank's name."""
-        return self._world.spans()
+    def spans(self, since_ns: int = 0) -> dict[str, list[Span]]:
+        """Every rank's spans since then, by the rank's name."""
+        return self._world.spans(since_ns)
 
     def ring_paths(self) -> dict[str, str]:
         """Where every rank's ring can be opened, by the rank's name."""

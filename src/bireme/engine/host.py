@@ -225,7 +225,7 @@ class EngineHost:
 
     def recorded(self) -> Recorded:
         """The newest spans of all since the ranks were this model's, to be written down or accounted for."""
-        told_by, ranks = self.spans(), []
+        told_by, ranks = self.executor.spans(self._begun_ns), []
         for mesh in self._meshes():
             own = [span for span in told_by[mesh.name] if span.start_ns >= self._begun_ns]
             ranks.append(RankSpans(mesh.name, mesh.stage, mesh.tp_rank, own))
