@@ -4,8 +4,8 @@
 
 The shape of `examples/configs/llama-2-7b` with room for long prompts, made-up weights, bfloat16, greedy. The load: more
 requests than one GPU's cache has room for, and as many as two have; contexts are most of what a step reads; the better
-of two runs after a short one that does not count. The prompt: seconds to its
-first token, the median of three after one that does not count.
+of two runs after a short one that does not count. The prompt: seconds to its first token, the median of three after one
+that does not count.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ MOST_ROWS = 64  # of more, kernels take so long that it gains little
 
 @triton.jit
 def await_before(IS_CHAINED: tl.constexpr):
-    """Before it nothing may be read that a kernel wrote, and nothing be written. Every kernel that is launched
-    chained calls it: then all kernels before are over, and not the last one alone. The next one may be launched before
-    that: all programs of this one are there by then, so that it cannot keep one out."""
+    """Before it nothing may be read that a kernel of the chain, or the one right before it, wrote, and nothing be
+    written. Every kernel that is launched chained calls it: then all kernels before are over, and not the last one
+    alone. The next one may be launched before that: all programs of this one are there by then, so that it cannot keep
+    one out."""
     if IS_CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

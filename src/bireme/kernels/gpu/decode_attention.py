@@ -27,7 +27,7 @@ def decode_attention_kernel(
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    # no kernel of a step writes these, or the table
+    # no chained kernel writes these, or the table, nor does what runs right before a chain
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32)
     stop = position + 1
     first = 0
