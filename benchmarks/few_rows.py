@@ -23,7 +23,7 @@ from gpu_floors import CONFIGS, copy_bytes_per_s, numbers
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained
-from bireme.kernels.gpu.few_rows import ahead_bytes, block_rows, few_rows_kernel
+from bireme.kernels.gpu.few_rows import block_rows, few_rows_kernel
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.linear import gated_linear, linear
 from bireme.model_config import ModelConfig
@@ -54,8 +54,7 @@ def by_blocks(
     few_rows_kernel[(triton.cdiv(outputs, size_n),)](
         x, weight, weight, out, len(x), outputs, x.shape[1], x.stride(0),
         BLOCK_T=block_rows(len(x)), BLOCK_N=size_n, BLOCK_K=size_k,
-        IS_GATED=is_gated, HAS_BIAS=False, AHEAD=ahead_bytes(x.shape[1]), **chained(x),
-        num_warps=warps, num_stages=stages,
+        IS_GATED=is_gated, HAS_BIAS=False, **chained(x), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

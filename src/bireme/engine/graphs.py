@@ -80,8 +80,7 @@ class _Graph:
 
     def replay(self, spans: DeviceSpans) -> torch.Tensor:
         if self.noting is not None and spans.is_sampled_step:
-            self.noting.replay(spans)
-            return self.made
+            return self.made.copy_(self.noting.replay(spans))
         self.graph.replay()
         spans.replayed(self.spans)
         return self.made
@@ -251,13 +250,10 @@ class StepGraphs:
         with torch.cuda.stream(self._stream):
             function()  # kernels are compiled and libraries make their plans, which cannot be captured
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        found = self._capture(function)
-        if found.spans.num_others <= _MOST_NOTED:
-            return found
-        found.close()
-        plain = self._capture(function, notes_others=False)
-        noting = self._capture(lambda: plain.made.copy_(function()))
-        return replace(plain, noting=noting)
+        noting = self._capture(function)
+        if noting.spans.num_others <= _MOST_NOTED:
+            return noting
+        return replace(self._capture(function, notes_others=False), noting=noting)
 
     def _capture(
         self, function: Callable[[], torch.Tensor], *, notes_others: bool = True

@@ -1,8 +1,7 @@
 """Attention of one new token a sequence over a paged cache, split over the context (flash decoding).
 
-Each program reads one KV head's part of a context once, for all query heads that share it, and has the cache fetch its
-begin while the kernels before still run; a second kernel puts the parts together.
-Shapes: B sequences, H query heads, K KV heads, D head size, S splits.
+Each program reads one KV head's part of a context once, for all query heads that share it; a second
+kernel puts the parts together. Shapes: B sequences, H query heads, K KV heads, D head size, S splits.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.gpu.attend import attend_block, cache_places
-from bireme.kernels.gpu.chain import await_before, chained, prefetch
+from bireme.kernels.gpu.chain import await_before, chained
 
 _PROGRAMS = 2 * 132  # that a large GPU has at once
 _MOST_SPLITS = 16
@@ -26,8 +25,8 @@ def decode_attention_kernel(
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    await_before(IS_CHAINED)
     row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    # no chained kernel writes these, or the table, nor does what runs right before a chain
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32)
     stop = position + 1
     first = 0
@@ -37,15 +36,6 @@ def decode_attention_kernel(
     per_split = tl.cdiv(tl.cdiv(stop, N) - begin, SPLITS)
     low = (begin + split * per_split) * N
     high = tl.minimum(stop, low + per_split * N)
-    own_table = table + slot * table_stride
-    row_bytes: tl.constexpr = D * keys.dtype.element_ty.primitive_bitwidth // 8
-    if IS_CHAINED and row_bytes % 16 == 0:
-        start = tl.minimum(low, position // N * N)
-        n = start + tl.arange(0, N)
-        place = cache_places(own_table, start, n, n < stop, N, BLOCK_SIZE)
-        prefetch(keys + (place * K + kv) * D, row_bytes)
-        prefetch(values + (place * K + kv) * D, row_bytes)
-    await_before(IS_CHAINED)
 
     d = tl.arange(0, SIZE)
     head = tl.load(head_starts + kv) + tl.arange(0, G)
@@ -63,7 +53,7 @@ def decode_attention_kernel(
     for at in range(low, high, N):
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
-        place = cache_places(own_table, at, n, seen, N, BLOCK_SIZE)
+        place = cache_places(table + slot * table_stride, at, n, seen, N, BLOCK_SIZE)
         kv_at = (place * K + kv)[:, None] * D + d[None, :]
         best, total, mixed = attend_block(
             (best, total, mixed), query, keys + kv_at, values + kv_at, seen, seen[None, :],

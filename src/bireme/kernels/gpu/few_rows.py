@@ -1,7 +1,6 @@
 """Products of a few rows by a weight, which take as long as the weight takes to be read.
 
-Each program streams some rows of the weight past all rows of x once. Where it is there before x is, it has the cache
-fetch the first of them. The sizes of blocks are those that read
+Each program streams some rows of the weight past all rows of x once. The sizes of blocks are those that read
 fastest, of up to 32 rows on an H100, of more on an H200, over the shapes of models of 7B and 70B, whole and halved.
 Shapes: T rows, K inputs, N outputs.
 """
@@ -12,12 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.gpu.chain import await_before, chained, prefetch
+from bireme.kernels.gpu.chain import await_before, chained
 
 MOST_ROWS = 64  # beyond which cuBLAS is as fast
 _SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
 _MULTIPROCESSORS = 132  # of a Hopper GPU
-_AHEAD_BYTES = 2048  # of a weight's row, that are fetched before x is there
 
 
 @triton.jit
@@ -28,28 +26,15 @@ def _silu_mul(gate, up, dtype: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(
-    weight, first, N, K, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr, IS_GATED: tl.constexpr
-):
-    """AHEAD bytes of each row of a block, of the gate and of what it gates."""
-    row = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-    prefetch(weight + row * K, AHEAD)
-    if IS_GATED:
-        prefetch(weight + (row + N) * K, AHEAD)
-
-
-@triton.jit
 def one_row_kernel(
     x, weight, bias, out, N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_GATED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """`weight` [N, K], or [2 N, K] of a gate and what it gates."""
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     is_output = n < N
     at_weight = weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    if AHEAD > 0:
-        _prefetch_rows(weight, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, AHEAD, IS_GATED)
     await_before(IS_CHAINED)
     sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     ups = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
@@ -76,7 +61,7 @@ def one_row_kernel(
 def few_rows_kernel(
     x, weight, bias, out, T, N, K, x_stride,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, AHEAD: tl.constexpr, IS_CHAINED: tl.constexpr,
+    IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The same for T rows; outputs are the rows of the product, for the weight has more of them."""
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -84,8 +69,6 @@ def few_rows_kernel(
     is_output, is_row = (n < N)[:, None], (t < T)[:, None]
     at_weight = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     at_x = x + t[:, None] * x_stride + k[None, :]
-    if AHEAD > 0:
-        _prefetch_rows(weight, tl.program_id(0) * BLOCK_N, N, K, BLOCK_N, AHEAD, IS_GATED)
     await_before(IS_CHAINED)
     sums = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
     ups = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
@@ -140,11 +123,6 @@ def _blocks(num_rows: int, num_outputs: int, *, is_gated: bool) -> dict[str, int
     return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4 if is_gated else 6}
 
 
-def ahead_bytes(num_inputs: int) -> int:
-    """Of a row, that are fetched ahead; none where rows do not begin at a multiple of 16 bytes."""
-    return min(_AHEAD_BYTES, 2 * num_inputs) if num_inputs % 8 == 0 else 0
-
-
 def few_rows_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -165,7 +143,6 @@ def _product(
     out = x.new_empty(num_rows, num_outputs)
     given_bias = bias if bias is not None else weight
     flags = {"IS_GATED": is_gated, "HAS_BIAS": bias is not None, **chained(x)}
-    flags["AHEAD"] = ahead_bytes(num_inputs) if flags["IS_CHAINED"] else 0
     if num_rows == 1:
         one_row_kernel[(triton.cdiv(num_outputs, 4),)](
             x, weight, given_bias, out, num_outputs, num_inputs,
