@@ -11,7 +11,8 @@ continued by 128, at most 256 at once. Start: from the start of a process to its
 runs before left it, and with an empty one. `--briefly` leaves the throughput and the start with an empty cache out.
 With `--vllm`, an interpreter that has vLLM, each layout is followed by vLLM's at the same settings, and by ours timed
 as it is: the mean of a step between a long and a short generation, prompts from outside, and the constructor's time as
-the start; with `--transformers` one GPU is, by what it compiles.
+the start; with `--transformers` one GPU is, by what it compiles. With `--keep-others` what the file of this name has
+of other layouts stays in it; each says of which run it is.
 A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
 the cache of the requests that are there together) by what a large copy on one GPU reads and writes a second, over the
 ranks of a stage; of prefill the products of all tokens, and of attention, by the rate of a large product, over all
@@ -223,6 +224,15 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def kept_of_others(name: str, gpus: Sequence[str], layouts: Sequence[str]) -> list[dict[str, Any]]:
+    """What the file of this name has of other layouts, on such GPUs."""
+    path = record.RESULTS / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {"gpus": []}
+    if found["gpus"] != list(gpus):
+        return []
+    return [one for one in found["layouts"] if f"{one['tp']},{one['pp']}" not in layouts]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--name", default="gpu")
@@ -233,24 +243,25 @@ def main() -> None:
     parser.add_argument("--briefly", action="store_true")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
     parser.add_argument("--transformers", action="store_true")
+    parser.add_argument("--keep-others", action="store_true")
     asked = parser.parse_args()
     read, rate = copy_bytes_per_s(), flop_per_s()
     torch.cuda.empty_cache()  # the ranks are processes of their own
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    results: list[dict[str, Any]] = []
+    name = f"decode-{Path(asked.model).name}-{asked.name}"
+    results = kept_of_others(name, gpus, asked.layouts) if asked.keep_others else []
+    here = record.environment([])
+    run = {key: here[key] for key in ("date", "command", "commit")}
+    run |= {"copy_bytes_per_s": read, "flop_per_s": rate}
 
     def keep() -> None:
         print(table(results[-1:]), flush=True)
-        record.write(
-            f"decode-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
-            {
-                "gpus": gpus, "copy_bytes_per_s": read, "flop_per_s": rate, "layouts": results,
-                "table": table(results).splitlines(),
-            },
-        )  # fmt: skip
+        layouts = sorted(results, key=lambda it: (it["pp"], it["tp"]))
+        result = {"gpus": gpus, "layouts": layouts, "table": table(layouts).splitlines()}
+        record.write(name, ["torch", "triton"], result)
 
     for layout in asked.layouts:
-        results.append(measure(asked, layout, read, rate))
+        results.append({**measure(asked, layout, read, rate), "run": run})
         keep()  # what was measured stays, whatever ends the next
         if asked.vllm or asked.transformers:
             results[-1]["peers"] = peers(asked, layout)
