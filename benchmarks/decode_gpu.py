@@ -95,10 +95,10 @@ def first_token_s(llm: LLM, num_tokens: int, seed: int) -> float:
 
 
 def throughput(llm: LLM) -> dict[str, Any]:
-    """And where the time of the ranks went, as far back as their rings tell."""
-    start_ns = time.monotonic_ns()
+    """And where the time of the ranks went meanwhile, as far back as their rings tell."""
     with logged(llm.start()) as log:
         result = measure_throughput(llm, LOAD)
+    start_ns = time.monotonic_ns() - round(1e9 * result.elapsed_s)
     llm.executor.usage()  # all spans are written by then
     recorded, is_whole = whole_since(llm.recorded(), start_ns)
     ledger = make_ledger(recorded)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +67,25 @@ def test_sampling_features_choose_on_a_gpu_as_on_a_cpu(pool: WorkerPool) -> None
         assert mine.keys() == theirs.keys()
         assert all(abs(mine[id_] - theirs[id_]) < 1e-3 for id_ in mine)
     assert json.loads(found[1][4].outputs[0].text) in ["red", "green", [1, 2]]
+
+
+def test_the_host_waits_for_no_step(pool: WorkerPool, tmp_path: Path) -> None:
+    params = [
+        greedy(repetition_penalty=1.3, logprobs=3, prompt_logprobs=2),
+        greedy(frequency_penalty=0.7, presence_penalty=0.2, logit_bias={70: 4.0}),
+        greedy(),
+        SamplingParams(temperature=0.9, min_p=0.05, seed=4, max_tokens=24, min_tokens=20),
+        SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=5, max_tokens=24),
+        SamplingParams(temperature=1.0, seed=6, max_tokens=24),
+    ]
+    settings = {"max_num_batched_tokens": 17, "max_num_seqs": 4}
+    with LLM("demo", device="cuda", dtype="bfloat16", pool=pool, **settings) as llm:
+        llm.generate(PROMPTS, params)
+        llm.executor.begin_profile(tmp_path / "rank-{rank}.json")
+        llm.generate(PROMPTS, params)
+        llm.executor.end_profile()
+    events = json.loads((tmp_path / "rank-0.json").read_text())["traceEvents"]
+    seen = Counter(it["name"] for it in events if it.get("cat") in ("gpu_memcpy", "cuda_runtime"))
+    assert seen["Memcpy HtoD (Pinned -> Device)"] > 20, seen
+    waits = [it for it in seen if "Pageable" in it or it == "cudaStreamSynchronize"]
+    assert not waits, seen

@@ -69,6 +69,20 @@ def test_a_7b_shape_on_gpus() -> None:
     ]
 
 
+def test_beside_vllm_on_gpus() -> None:
+    layouts = kept("decode-llama-2-7b-2x-h200")["layouts"]
+    assert all(it["peers"]["vllm"]["versions"]["vllm"].startswith("0.24.") for it in layouts)
+    told = [it["peers"][name] for it in layouts for name in ("bireme", "vllm")]
+    for batch in ("1", "8", "32", "64", "128"):
+        steps = [f"{1e3 * median(it['step_s'][batch]):.2f}" for it in told]
+        assert row(f"batch {batch}, ms a step") == steps
+    for size in ("1024", "3584"):
+        times = [f"{1e3 * median(it['first_token_s'][size]):.1f}" for it in told]
+        assert row(f"prompt of {size}, ms") == times
+    assert row("output tokens/s") == [f"{it['output_tokens_per_s']:,.0f}" for it in told]
+    assert row("constructor, s") == [f"{it['start_s']:.1f}" for it in told]
+
+
 def test_a_70b_shape_on_gpus() -> None:
     (layout,) = kept("decode-llama-3-70b-2x-h200")["layouts"]
     one, many = (1e3 * layout["decode"][batch]["step_s"] for batch in ("1", "64"))

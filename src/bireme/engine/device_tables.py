@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bireme.kernels.host_copies import upload
 from bireme.parallel.layout import CacheKind
 
 Added = tuple[
@@ -41,8 +42,8 @@ class DeviceTables:
             [id_ for _, _, blocks in added for id_ in blocks[kind]]
             for kind in range(len(self._kinds))
         ]
-        packed = torch.tensor([*zip(*at, strict=True), *new]).pin_memory()
-        rows, columns, *by_kind = packed.to(self._device, non_blocking=True).unbind(0)
+        packed = torch.tensor([*zip(*at, strict=True), *new])
+        rows, columns, *by_kind = upload(packed, self._device).unbind(0)
         for kind, blocks in zip(self._kinds, by_kind, strict=True):
             if kind.window in self.of:  # other stages may have layers of other kinds
                 self.of[kind.window][rows, columns] = blocks.int()

@@ -197,7 +197,7 @@ class Engine:
             with self._span(SpanKind.WAIT):
                 output = self._executor.collect()
             self.scheduler.update(output)
-        self.scheduler.check_integrity()
+        self.scheduler.check_idle()
         if self._spans is not None:
             self._spans.was_at_work()
 

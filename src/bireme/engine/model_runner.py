@@ -20,6 +20,7 @@ from bireme.engine.slots import CacheShape, Slots, Workspace
 from bireme.engine.tiles import SIZES, TiledModel, tile_model
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
+from bireme.kernels.host_copies import upload
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
 from bireme.models.attention import PagedAttention
@@ -221,14 +222,14 @@ class ModelRunner:
             return receiver.receive(batch.header, shape, self.dtype, self.device)
         needed = self._await_ids(batch)
         given = [id_ for piece in batch.pieces for id_ in (piece.token_ids or [0])]
-        ids = torch.tensor(given, dtype=torch.int64).to(self.device, non_blocking=True)
+        ids = self._on_device(given)
         if needed:
             at, starts = [], 0
             for piece in batch.pieces:
                 if piece.token_ids is None:
                     at.append((starts, piece.slot))
                 starts += piece.num_tokens
-            rows, slots = torch.tensor(at, dtype=torch.int64).to(self.device).unbind(1)
+            rows, slots = self._on_device(at).unbind(1)
             ids[rows] = self._last_ids[slots]
         return ids
 
@@ -257,8 +258,8 @@ class ModelRunner:
     def _keep_ids(self, slots: list[int], ids: torch.Tensor) -> None:
         self._last_ids.index_copy_(0, self._on_device(slots), ids)
 
-    def _on_device(self, numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers).to(self.device, non_blocking=True)
+    def _on_device(self, numbers: list[int] | list[tuple[int, int]]) -> torch.Tensor:
+        return upload(torch.tensor(numbers, dtype=torch.int64), self.device)
 
     # --- output --------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from bireme.engine.device_tables import DeviceTables
 from bireme.kernels.choice import has_kernels
+from bireme.kernels.host_copies import upload
 from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
@@ -175,7 +177,7 @@ class Slots:
         self._table_sizes[setup.slot] = 0
         if self._has_own_frequencies and self._frequencies is not None and self._rope is not None:
             frequencies = inverse_frequencies(self._rope, setup.max_len)
-            self._frequencies[setup.slot] = frequencies.to(self._device)
+            self._frequencies[setup.slot] = upload(frequencies, self._device)
 
     # --- a step's context ----------------------------------------------------------------------
 
@@ -194,21 +196,20 @@ class Slots:
             # an even number, so that positions begin at a multiple of 16 bytes: kernels are made for that
             packed = np.zeros((2, -(-len(slots) // 2) * 2), dtype=np.int64)
             packed[:, : len(slots)] = slots, positions
-            given = self._pinned(packed)[:, : len(slots)]
+            given = self._upload(packed)[:, : len(slots)]
             step = self.paged(given[0], given[1], self._tiles(pieces), is_probed=is_probed)
             if asked is not None:
-                rows = self._pinned(asked)
+                rows = self._upload(asked)
                 step.asked = Asked(rows, self.paged(given[0][rows], given[1][rows], None))
             return step
         step = self._gathered(pieces, slots, positions)
         if asked is not None:
             alone = self._gathered(asked_tokens(pieces), slots[asked], positions[asked])
-            step.asked = Asked(torch.from_numpy(asked), alone)
+            step.asked = Asked(self._upload(asked), alone)
         return step
 
-    def _pinned(self, numbers: NDArray[np.int64]) -> torch.Tensor:
-        """On the GPU, of which nothing is waited for."""
-        return torch.from_numpy(numbers).pin_memory().to(self._device, non_blocking=True)
+    def _upload(self, numbers: NDArray[Any]) -> torch.Tensor:
+        return upload(torch.from_numpy(numbers), self._device)
 
     def _gathered(
         self,
@@ -217,7 +218,7 @@ class Slots:
         positions: NDArray[np.int64],
     ) -> StepContext:
         """By groups, whose contexts are gathered."""
-        on_device = torch.from_numpy(positions).to(self._device)
+        on_device = self._upload(positions)
         cos, sin = self._rotation(slots, on_device)
         return StepContext(
             positions=on_device,
@@ -276,7 +277,7 @@ class Slots:
         context = np.arange(num_context)[None]
         newest = np.where(np.arange(num_rows) < num_real, positions, -1)[:, None]
         last = self._shape.max_model_len - 1
-        on_device = torch.from_numpy(positions).to(self._device)
+        on_device = self._upload(positions)
         cos, sin = self._rotation(slots, on_device)
         return StepContext(
             positions=on_device,
@@ -307,7 +308,7 @@ class Slots:
             is_hidden = positions > newest
             if window is not None:
                 is_hidden = is_hidden | (positions <= oldest - window)
-            places.masked_fill_(torch.from_numpy(is_hidden).to(self._device), 0)
+            places.masked_fill_(self._upload(is_hidden), 0)
         return found
 
     def _places(
@@ -318,7 +319,7 @@ class Slots:
         blocks, offsets = positions // size, positions % size
         for window, table in self._tables.items():
             places = table[slots, blocks] * size + offsets
-            found[window] = torch.from_numpy(places).to(self._device)
+            found[window] = self._upload(places)
         return found
 
     def _rotation(
@@ -368,8 +369,8 @@ class Slots:
         slots = np.array([run.slot for run in runs])
         rows = np.array([run.first_row for run in runs])
         return SequenceGroup(
-            rows=torch.from_numpy(rows[:, None] + steps).to(self._device),
-            positions=torch.from_numpy(first[:, None] + steps).to(self._device),
+            rows=self._upload(rows[:, None] + steps),
+            positions=self._upload(first[:, None] + steps),
             context=self._context(
                 slots[:, None], context[None], first[:, None], lengths[:, None] - 1
             ),

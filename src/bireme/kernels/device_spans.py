@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from bireme.kernels.host_copies import download
 from bireme.trace import SpanKind, SpanRing
 
 _ANCHOR_EVERY_NS = 1_000_000_000  # a drift of 1 us was measured in a second
@@ -109,8 +110,7 @@ class _Copied:
     """Stamps int64 [N, 2] on their way from the device."""
 
     def __init__(self, stamps: torch.Tensor) -> None:
-        self._copy = torch.empty_like(stamps, device="cpu", pin_memory=True)
-        self._copy.copy_(stamps, non_blocking=True)
+        self._copy = download(stamps)
 
     @cached_property
     def numbers(self) -> list[list[int]]:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bireme.kernels.host_copies import upload
+
 TILE = 64  # queries
 
 
@@ -33,11 +35,7 @@ class Tiles:
         """Of runs of `counts` tokens in the step's order, that begin at positions `starts`."""
         num_singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
         cut = _cut(starts[num_singles:], counts[num_singles:], num_singles)
-        host = torch.from_numpy(cut)
-        if device.type == "cuda":
-            host = host.pin_memory()  # or the host may wait for the stream
-        on_device = host.to(device, non_blocking=True)
-        return cls(on_device, num_singles=num_singles)
+        return cls(upload(torch.from_numpy(cut), device), num_singles=num_singles)
 
     @classmethod
     def room(cls, most_tiles: int, device: torch.device) -> Tiles:

@@ -11,15 +11,15 @@ from typing import Protocol
 
 import torch
 
-from bireme.parallel.message_header import HEADER_BYTES, Stated
+from bireme.kernels.host_copies import download, upload
+from bireme.parallel.message_header import Stated
 from bireme.parallel.pipeline import Edge
 from bireme.request import StepHeader
 
 
 def message_head(stated: Stated, device: torch.device) -> torch.Tensor:
     """[HEADER_BYTES] uint8 on the device, without a host synchronisation."""
-    head = torch.frombuffer(bytearray(stated.pack()), dtype=torch.uint8)
-    return head.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else head
+    return upload(torch.frombuffer(bytearray(stated.pack()), dtype=torch.uint8), device)
 
 
 class LateChecks:
@@ -33,11 +33,9 @@ class LateChecks:
         """EngineError where this message, or on CUDA an earlier one, states something else."""
         if not head.is_cuda:
             return self._compare(head, expected)
-        pinned = torch.empty(HEADER_BYTES, dtype=torch.uint8, pin_memory=True)
-        pinned.copy_(head, non_blocking=True)
-        event = torch.cuda.Event()
+        arriving, event = download(head), torch.cuda.Event()
         event.record()
-        self._waiting.append((event, pinned, expected))
+        self._waiting.append((event, arriving, expected))
         while self._waiting and self._waiting[0][0].query():
             _, arrived, wanted = self._waiting.popleft()
             self._compare(arrived, wanted)

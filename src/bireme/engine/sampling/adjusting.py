@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from bireme.engine.sampling.penalties import Penalties
 from bireme.engine.sampling.shard import Shard
+from bireme.kernels.host_copies import upload
 from bireme.request import SlotSetup
 
 _BYTES_PER_MASKED_LOGIT = 16  # a number to add, twice, and an eighth of an index
@@ -58,12 +59,11 @@ class Adjustments:
             return
         here = [(id_, bias) for id_, bias in sampling.logit_bias if self._shard.holds(id_)]
         biased = self._shard.columns(id_ for id_, _ in here)
+        stops = self._shard.columns(sampling.stop_ids)
         self._edits[setup.slot] = _Edits(
-            torch.tensor(biased, dtype=torch.int64).to(self._device),
-            torch.tensor([bias for _, bias in here], dtype=torch.float32).to(self._device),
-            torch.tensor(self._shard.columns(sampling.stop_ids), dtype=torch.int64).to(
-                self._device
-            ),
+            upload(torch.tensor(biased, dtype=torch.int64), self._device),
+            upload(torch.tensor([bias for _, bias in here], dtype=torch.float32), self._device),
+            upload(torch.tensor(stops, dtype=torch.int64), self._device),
             sampling.min_len,
         )
 
@@ -102,16 +102,16 @@ def apply_masks(
 ) -> None:
     """Forbids ids in some rows of logits [S, V]; bit i % 8 of byte i // 8 of a row's mask allows i."""
     num_at_once = max(1, workspace_bytes // (_BYTES_PER_MASKED_LOGIT * logits.shape[1]))
-    addends, skipped = _ADDENDS.to(logits.device), shard.first_id % 8
+    addends, skipped = upload(_ADDENDS, logits.device), shard.first_id % 8
     for start in range(0, len(rows), num_at_once):
         tile = slice(start, start + num_at_once)
-        packed = torch.from_numpy(_packed(masks[tile], shard, logits.shape[1])).to(logits.device)
-        added = F.embedding(packed.int(), addends).flatten(1)
+        packed = torch.from_numpy(_packed(masks[tile], shard, logits.shape[1]))
+        added = F.embedding(upload(packed, logits.device).int(), addends).flatten(1)
         added = added[:, skipped : skipped + logits.shape[1]]
         if len(added) == len(logits):
             logits += added
         else:
-            logits.index_add_(0, torch.tensor(rows[tile]).to(logits.device), added)
+            logits.index_add_(0, upload(torch.tensor(rows[tile]), logits.device), added)
 
 
 def _packed(

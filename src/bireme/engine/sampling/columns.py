@@ -8,6 +8,7 @@ from enum import IntEnum
 import torch
 
 from bireme.engine.sampling.choosing import Draws, RowGroup
+from bireme.kernels.host_copies import upload
 from bireme.request import SamplingSetup, SlotSetup
 
 
@@ -39,12 +40,12 @@ class SlotColumns:
         drawn = [setup for setup in setups if setup.sampling.temperature > 0]
         if not drawn:
             return
-        slots = torch.tensor([setup.slot for setup in drawn]).to(self._device)
+        slots = upload(torch.tensor([setup.slot for setup in drawn]), self._device)
         asked = [setup.sampling for setup in drawn]
         whole = torch.tensor([(each.seed, each.choice, each.top_k) for each in asked])
         real = torch.tensor([(each.temperature, each.top_p, each.min_p) for each in asked])
-        self._whole[slots] = whole.to(self._device)
-        self._real[slots] = real.to(self._device, torch.float32)
+        self._whole[slots] = upload(whole, self._device)
+        self._real[slots] = upload(real.float(), self._device)
 
     def are_greedy(self, slots: Sequence[int]) -> bool:
         return all(self._setups[slot][0] is _Kind.GREEDY for slot in slots)
@@ -59,7 +60,7 @@ class SlotColumns:
             members = [row for row, other in enumerate(kinds) if other is kind]
             rows: torch.Tensor | slice = slice(None)
             if len(members) < len(slots):
-                rows = torch.tensor(members).to(self._device)
+                rows = upload(torch.tensor(members), self._device)
             draws = None
             if kind is not _Kind.GREEDY:
                 asked = [self._setups[slots[row]][1] for row in members]

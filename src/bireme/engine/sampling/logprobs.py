@@ -75,8 +75,8 @@ def _likeliest(
     return size - (best & size), bits.view(torch.float32)
 
 
-def to_host(rows: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
-    """What `token_logprobs` gave, with as many of the likeliest ids as each row asked for."""
+def tell(rows: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+    """What `token_logprobs` gave, once it is on the host, with as many of the likeliest ids as each row asked for."""
     num_top = (rows.shape[1] - 2) // 2
     return [
         _of_row(row[:2], row[2 : 2 + num_top][:count], row[2 + num_top :][:count])

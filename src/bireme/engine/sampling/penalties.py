@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from bireme.engine.sampling.shard import Shard
+from bireme.kernels.host_copies import upload
 from bireme.request import SlotSetup
 
 _NO_ID = -1
@@ -45,11 +46,14 @@ class Penalties:
         if not sampling.has_penalties:
             return
         token_ids = torch.empty(setup.max_len, dtype=torch.int32, device=self._device)
-        token_ids[: len(sampling.token_ids)] = torch.tensor(sampling.token_ids, dtype=torch.int32)
+        said = torch.tensor(sampling.token_ids, dtype=torch.int32)
+        token_ids[: len(said)] = upload(said, self._device)
         strengths = torch.tensor(
             [sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty]
         )
-        self._said[setup.slot] = _Said(token_ids, sampling.num_prompt, strengths.to(self._device))
+        self._said[setup.slot] = _Said(
+            token_ids, sampling.num_prompt, upload(strengths, self._device)
+        )
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._said
@@ -81,8 +85,8 @@ class Penalties:
         everything = [each.token_ids[:length] for each, length in zip(said, lengths, strict=True)]
         ids = pad_sequence(everything, batch_first=True, padding_value=_NO_ID).long()  # [P, L]
         columns = self._shard.columns_or(ids, spare)
-        numbers = torch.tensor([rows, [each.num_prompt for each in said]]).to(logits.device)
-        index, num_prompt = numbers
+        numbers = torch.tensor([rows, [each.num_prompt for each in said]])
+        index, num_prompt = upload(numbers, logits.device)
         is_prompt = torch.arange(ids.shape[1], device=ids.device) < num_prompt.unsqueeze(1)
         output = columns.masked_fill(is_prompt, spare)
         strengths = torch.stack([each.strengths for each in said]).unsqueeze(2)

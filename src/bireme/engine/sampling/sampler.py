@@ -8,19 +8,21 @@ Shapes: T tokens, D hidden size, S sampled rows, V local vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from bireme.engine.sampling.adjusting import Adjustments, apply_masks
-from bireme.engine.sampling.answer import Answer
+from bireme.engine.sampling.answer import Answer, Awaited
 from bireme.engine.sampling.choosing import RowGroup, choose
 from bireme.engine.sampling.columns import SlotColumns
-from bireme.engine.sampling.logprobs import in_tiles, to_host
+from bireme.engine.sampling.logprobs import in_tiles, tell
 from bireme.engine.sampling.prompts import PromptPart, prompt_parts, told_prompts
 from bireme.engine.sampling.shard import Shard
 from bireme.errors import EngineError
+from bireme.kernels.host_copies import upload
 from bireme.request import (
     SamplingSetup,
     ScheduledBatch,
@@ -79,7 +81,7 @@ class Sampler:
             (piece.slot, piece.start + piece.num_tokens) for piece in batch.pieces if piece.samples
         ]
         slots, positions = (list(column) for column in zip(*sampled, strict=True))
-        on_device = torch.tensor([slots, positions]).to(self._device, non_blocking=True)
+        on_device = upload(torch.tensor([slots, positions]), self._device)
         logits = self._logits(x).float()
         adjusted = self._adjusted(batch, logits, slots, positions)
         groups = self._columns.groups(slots, on_device[0], on_device[1])
@@ -109,20 +111,19 @@ class Sampler:
     ) -> Answer | None:
         """What the rank that answers tells the engine; all others work on it too, and return None. x [T, D] has all
         rows where prompts are told of."""
-        logprobs = self._logprobs(batch.sampling_slots, chosen) if chosen is not None else None
-        prompts = prompt_parts(batch.pieces, self._setups)
-        prompt_logprobs = self._prompt_logprobs(prompts, x) if prompts else None
+        slots, awaited = batch.sampling_slots, []
+        if chosen is not None:
+            awaited.append(Awaited("token_ids", chosen.ids, _told_ids))
+            if asking := self._asking(slots):
+                counts = {row: self._setups[slots[row]].num_logprobs or 0 for row in asking}
+                told = partial(_told_logprobs, num_slots=len(slots), counts=counts)
+                awaited.append(Awaited("logprobs", self._logprobs(counts, chosen), told))
+        if prompts := prompt_parts(batch.pieces, self._setups):
+            made = self._prompt_logprobs(prompts, x)
+            awaited.append(Awaited("prompt_logprobs", made, partial(told_prompts, prompts)))
         if not answers:
             return None
-        told = StepOutput(
-            batch.incarnation,
-            batch.step_id,
-            batch.sampling_slots,
-            [],
-            self._told(batch.sampling_slots, logprobs) if logprobs is not None else [],
-            told_prompts(prompts, prompt_logprobs) if prompt_logprobs is not None else [],
-        )
-        return Answer.of(told, chosen.ids if chosen is not None else None)
+        return Answer.of(StepOutput(batch.incarnation, batch.step_id, slots, []), awaited)
 
     # --- before the choice ---------------------------------------------------------------------
 
@@ -154,37 +155,39 @@ class Sampler:
             row for row, slot in enumerate(slots) if self._setups[slot].num_logprobs is not None
         ]
 
-    def _logprobs(self, slots: Sequence[int], chosen: Chosen) -> torch.Tensor | None:
-        asking = self._asking(slots)
-        if not asking:
-            return None
+    def _logprobs(self, counts: Mapping[int, int], chosen: Chosen) -> torch.Tensor:
+        """Of rows, and how many of the likeliest ids each asks for."""
         logits = chosen.logits
         assert logits is not None
-        rows = torch.tensor(asking).to(self._device)
-        num_top = max(self._setups[slots[row]].num_logprobs or 0 for row in asking)
+        rows = upload(torch.tensor([*counts]), self._device)
         return in_tiles(
-            lambda some: logits[some], rows, chosen.ids[rows], num_top,
+            lambda some: logits[some], rows, chosen.ids[rows], max(counts.values()),
             self._shard, self._workspace_bytes,
         )  # fmt: skip
-
-    def _told(self, slots: Sequence[int], logprobs: torch.Tensor) -> list[list[TokenLogprobs]]:
-        """One list a slot; empty for those that did not ask."""
-        asking = self._asking(slots)
-        counts = [self._setups[slots[row]].num_logprobs or 0 for row in asking]
-        told: list[list[TokenLogprobs]] = [[] for _ in slots]
-        for row, of_token in zip(asking, to_host(logprobs, counts), strict=True):
-            told[row] = [of_token]
-        return told
 
     def _prompt_logprobs(self, parts: Sequence[PromptPart], x: torch.Tensor) -> torch.Tensor:
         rows = [part.first_row + at for part in parts for at in range(len(part.targets))]
         targets = [id_ for part in parts for id_ in part.targets]
-        on_device = torch.tensor([rows, targets]).to(self._device)
+        on_device = upload(torch.tensor([rows, targets]), self._device)
         num_top = max(part.num_top for part in parts)
         return in_tiles(
             lambda some: self._logits(x[some]), on_device[0], on_device[1], num_top,
             self._shard, self._workspace_bytes,
         )  # fmt: skip
+
+
+def _told_ids(ids: torch.Tensor) -> list[list[int]]:
+    return [[id_] for id_ in ids.tolist()]
+
+
+def _told_logprobs(
+    logprobs: torch.Tensor, num_slots: int, counts: Mapping[int, int]
+) -> list[list[TokenLogprobs]]:
+    """One list a slot; empty for those that did not ask."""
+    told: list[list[TokenLogprobs]] = [[] for _ in range(num_slots)]
+    for row, of_token in zip(counts, tell(logprobs, [*counts.values()]), strict=True):
+        told[row] = [of_token]
+    return told
 
 
 def _masks_of(given: StepMasks, slots: Sequence[int]) -> list[bytes]:
