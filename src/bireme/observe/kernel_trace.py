@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -14,15 +15,40 @@ _EXCHANGES = ("nccl", "peer_sum", "sharded_sum")
 _PAUSE_US = 10.0  # a shorter one is between kernels that were launched together
 
 
+class _Arguments(msgspec.Struct):
+    correlation: int = 0
+
+
 class _Event(msgspec.Struct):
     cat: str = ""
     name: str = ""
     ts: float = 0.0  # microseconds
     dur: float = 0.0
+    args: msgspec.Raw = msgspec.Raw(b"{}")
 
 
 class _Trace(msgspec.Struct):
     events: list[_Event] = msgspec.field(name="traceEvents")
+
+
+class Kernel(NamedTuple):
+    """In microseconds: where it began, how long no kernel ran before, and what it ran that no earlier one did.
+    `launch`: the same number for all kernels of a graph's replay."""
+
+    name: str
+    launch: int
+    begin_us: float
+    gap_us: float
+    own_us: float
+
+    @property
+    def is_exchange(self) -> bool:
+        return self.name.startswith(_EXCHANGES)
+
+    @property
+    def follows_pause(self) -> bool:
+        """And was not launched together with what ran before."""
+        return self.gap_us >= _PAUSE_US
 
 
 @dataclass(frozen=True)
@@ -38,30 +64,33 @@ class KernelTimes:
     pause_s: float
 
 
-def kernel_times(path: Path) -> KernelTimes | None:
-    """None where there is no kernel. UserError where the file is no such trace."""
+def kernels(path: Path) -> list[Kernel]:
+    """In the order in which they began. UserError where the file is no such trace."""
     try:
         trace = msgspec.json.decode(path.read_bytes(), type=_Trace)
     except msgspec.MsgspecError as error:
         raise UserError(f"{path} is no trace of torch.profiler's: {error}; profile again") from None
-    kernels = sorted((it for it in trace.events if it.cat == "kernel"), key=lambda it: it.ts)
-    if not kernels:
-        return None
-    at, between, pause, exchange, other = kernels[0].ts, 0.0, 0.0, 0.0, 0.0
-    for it in kernels:
-        gap = max(0.0, it.ts - at)
-        if gap < _PAUSE_US:
-            between += gap
-        else:
-            pause += gap
+    events = sorted((it for it in trace.events if it.cat == "kernel"), key=lambda it: it.ts)
+    found, at = [], events[0].ts if events else 0.0
+    for it in events:
         # a kernel may be launched while the one before still runs, and only wait: that is the other's time
         own = max(0.0, it.ts + it.dur - max(it.ts, at))
-        if it.name.startswith(_EXCHANGES):
-            exchange += own
-        else:
-            other += own
+        launch = msgspec.json.decode(it.args, type=_Arguments).correlation
+        found.append(Kernel(it.name, launch, it.ts, max(0.0, it.ts - at), own))
         at = max(at, it.ts + it.dur)
-    whole = at - kernels[0].ts
+    return found
+
+
+def kernel_times(path: Path) -> KernelTimes | None:
+    """None where there is no kernel. UserError where the file is no such trace."""
+    found = kernels(path)
+    if not found:
+        return None
+    exchange = sum(it.own_us for it in found if it.is_exchange)
+    other = sum(it.own_us for it in found if not it.is_exchange)
+    between = sum(it.gap_us for it in found if not it.follows_pause)
+    pause = sum(it.gap_us for it in found if it.follows_pause)
+    whole = exchange + other + between + pause
     return KernelTimes(whole / 1e6, exchange / 1e6, other / 1e6, between / 1e6, pause / 1e6)
 
 

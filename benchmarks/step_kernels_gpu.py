@@ -1,0 +1,160 @@
+"""What the GPUs do in the cells of `decode_gpu.py`: milliseconds by kind of kernel, as torch.profiler saw them.
+
+    python benchmarks/step_kernels_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 1,1 2,1 1,2]
+
+Of decode, from one token of a request to the next: steps of all the stage's batches. Of prefill, a prompt. `pause`:
+longer than 10 us without a kernel; in prefill all that is neither kernel nor between two, by the first token's time
+without the profiler. Beside the kinds that a floor counts (products, attention) what they take at the rates of a large
+copy, or of a large product. Each rank is told of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import record
+import torch
+from decode_gpu import CONTEXT, OUTPUT_LEN, first_token_s, gaps_s, settings
+from gpu_floors import copy_bytes_per_s, flop_per_s, numbers, prefill_flop, read_bytes
+
+from bireme import LLM
+from bireme.observe.kernel_trace import Kernel, kernels
+
+ATTENTION = ("decode_attention", "join_splits", "prefill_attention")
+PRODUCTS = ("nvjet", "cutlass", "gemm", "gemv", "few_rows", "one_row", "splitk", "cublas")
+BETWEEN_PRODUCTS = ("rms_norm", "rope_and_write", "silu_mul")
+KINDS = ["products", "attention", "sums", "norms, rotation, gates", "others", "between", "pause"]
+NUM_SEEN = 64  # tokens
+STEP_KERNELS = 20  # that a launch has at least which is a stage's layers
+ROUNDS = 3
+
+
+def kind_of(kernel: Kernel) -> str:
+    name = kernel.name.lower()
+    if kernel.is_exchange:
+        return "sums"
+    if name.startswith(ATTENTION):
+        return "attention"
+    if any(part in name for part in PRODUCTS):
+        return "products"
+    return "norms, rotation, gates" if name.startswith(BETWEEN_PRODUCTS) else "others"
+
+
+def by_kind(found: Sequence[Kernel], times: int) -> dict[str, float]:
+    """Milliseconds, of as many tokens or prompts."""
+    spent: dict[str, float] = dict.fromkeys(KINDS, 0.0)
+    for it in found:
+        spent[kind_of(it)] += it.own_us
+        spent["pause" if it.follows_pause else "between"] += it.gap_us
+    return {kind: us / 1e3 / times for kind, us in spent.items()}
+
+
+def last_tokens(found: Sequence[Kernel], batches: int) -> list[Kernel]:
+    """The kernels from one launch of a stage's layers to another, NUM_SEEN tokens of each of its batches later."""
+    begins: dict[int, float] = {}
+    counts = Counter(it.launch for it in found)
+    for it in found:
+        if counts[it.launch] >= STEP_KERNELS:
+            begins.setdefault(it.launch, it.begin_us)
+    steps = sorted(begins.values())
+    first, last = steps[-1 - NUM_SEEN * batches], steps[-1]
+    return [it for it in found if first <= it.begin_us < last]
+
+
+def seen(llm: LLM, folder: Path, run: Any) -> list[list[Kernel]]:
+    """Of each rank, while something runs."""
+    llm.executor.begin_profile(folder / "rank-{rank}.json")
+    run()
+    llm.executor.end_profile()
+    return [kernels(path) for path in sorted(folder.glob("rank-*.json"))]
+
+
+def measure(
+    layout: str, model: str, batches: Sequence[int], prefills: Sequence[int], folder: Path
+) -> dict[str, Any]:
+    tp, pp = (int(width) for width in layout.split(","))
+    copied, rate = copy_bytes_per_s(), flop_per_s()
+    torch.cuda.empty_cache()
+    found: dict[str, Any] = {"tp": tp, "pp": pp, "decode": {}, "prefill": {}}
+    found |= {"copy_bytes_per_s": copied, "flop_per_s": rate}
+    with LLM(**settings(model, layout)) as llm:
+        seen(
+            llm, folder, lambda: gaps_s(llm, 1, 8, seed=0)
+        )  # a process's first profile misses kernels
+        for batch in batches:
+            plain = statistics.median(gaps_s(llm, batch, OUTPUT_LEN, seed=batch))
+            ranks = seen(llm, folder, lambda batch=batch: gaps_s(llm, batch, OUTPUT_LEN, seed=1))
+            together = min(batch, pp)
+            weights_s = read_bytes(llm, 0) / copied / tp
+            cache_s = read_bytes(llm, -(-batch // pp), CONTEXT) / copied / tp - weights_s
+            found["decode"][batch] = {
+                "step_ms": 1e3 * plain,
+                "floor_ms": {"products": 1e3 * weights_s, "attention": 1e3 * cache_s},
+                "ranks": [by_kind(last_tokens(rank, together), NUM_SEEN) for rank in ranks],
+            }
+        for size in prefills:
+            found["prefill"][size] = prompt(llm, size, rate * tp * pp, folder)
+    return found
+
+
+def prompt(llm: LLM, size: int, rate: float, folder: Path) -> dict[str, Any]:
+    first_token_s(llm, size, seed=size)
+    plain = statistics.median(first_token_s(llm, size, seed=size + at) for at in range(1, 6))
+    ranks = seen(llm, folder, lambda: [first_token_s(llm, size, seed=at) for at in range(ROUNDS)])
+    spent = [by_kind(rank, ROUNDS) for rank in ranks]
+    for one in spent:
+        del one["pause"]
+        one["pause"] = 1e3 * plain - sum(one.values())
+    config = llm.model.config
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * size**2
+    products = prefill_flop(llm, size) - attention
+    floor_ms = {"products": 1e3 * products / rate, "attention": 1e3 * attention / rate}
+    return {"step_ms": 1e3 * plain, "floor_ms": floor_ms, "ranks": spent}
+
+
+def table(results: Sequence[dict[str, Any]]) -> list[str]:
+    """In Markdown, of the first rank of each layout; in brackets the floor."""
+    lines = [f"| | ms | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 2) + "|"]
+    for found in results:
+        cells: dict[str, Any] = defaultdict(dict)
+        cells |= {f"decode, batch {size}": one for size, one in found["decode"].items()}
+        cells |= {f"prefill 1 x {size}": one for size, one in found["prefill"].items()}
+        for name, one in cells.items():
+            told = {kind: f"{one['ranks'][0][kind]:.2f}" for kind in KINDS}
+            for kind, floor_ms in one["floor_ms"].items():
+                told[kind] += f" ({floor_ms:.2f})"
+            layout = f"tp {found['tp']}, pp {found['pp']}"
+            lines.append(
+                f"| {layout}: {name} | {one['step_ms']:.2f} | {' | '.join(told.values())} |"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", default="gpu")
+    parser.add_argument("--model", default="llama-2-7b", help="of examples/configs, or a folder")
+    parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
+    parser.add_argument("--batches", default="1,8,32,64,128")
+    parser.add_argument("--prefills", default="1024,3584")
+    asked = parser.parse_args()
+    sizes = numbers(asked.batches), numbers(asked.prefills)
+    results = []
+    for layout in asked.layouts:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(layout, asked.model, *sizes, Path(folder)))
+        print("\n".join(table(results[-1:])), flush=True)
+    record.write(
+        f"step-kernels-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
+        {"layouts": results, "table": table(results)},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
