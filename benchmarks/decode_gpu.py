@@ -7,8 +7,9 @@
 The shape of one of `examples/configs`, or of a folder with a config.json, with made-up weights in bfloat16, greedy.
 Decode: prompts of 128 tokens, continued by 128; the median time between two tokens of a request. Prefill: the time to
 the first token of one prompt, the median of five after one that does not count. Throughput: 512 requests of 512 tokens
-continued by 128, at most 256 at once. Start: from the start of a process to its first token, with Triton's cache as the
-runs before left it, and with an empty one. `--briefly` leaves the throughput and the start with an empty cache out.
+continued by 128, at most 256 at once, the median of three after one that does not count. Start: from the start of a
+process to its first token, the median of three with Triton's cache as the runs before left it, and one with an empty
+one. `--briefly` leaves the throughput and the start with an empty cache out.
 With `--vllm`, an interpreter that has vLLM, each layout is followed by vLLM's at the same settings, and by ours timed
 as it is: the mean of a step between a long and a short generation, prompts from outside, and the constructor's time as
 the start; with `--transformers` one GPU is, by what it compiles. With `--keep-others` what the file of this name has
@@ -16,7 +17,7 @@ of other layouts stays in it; each says of which run it is.
 A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
 the cache of the requests that are there together) by what a large copy on one GPU reads and writes a second, over the
 ranks of a stage; of prefill the products of all tokens, and of attention, by the rate of a large product, over all
-ranks.
+ranks; of throughput both, for all prompts and all decode steps.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from bireme.observe.window import whole_since
 
 LIMITS = ("max_num_seqs", "max_num_batched_tokens")
 INPUT_LEN, OUTPUT_LEN = 128, 128
-PEER_ROUNDS = 3
+PEER_ROUNDS = LOAD_ROUNDS = START_ROUNDS = 3
 CONTEXT = INPUT_LEN + OUTPUT_LEN // 2  # of a request that decodes, on average
 LOAD = Workload(num_prompts=512, input_len=512, output_len=128, seed=5)
 
@@ -94,8 +95,10 @@ def first_token_s(llm: LLM, num_tokens: int, seed: int) -> float:
     return seen.told().requests[0].ttft_s
 
 
-def throughput(llm: LLM) -> dict[str, Any]:
-    """And where the time of the ranks went meanwhile, as far back as their rings tell."""
+def throughput(llm: LLM, copied: float, rate: float) -> dict[str, Any]:
+    """Of all rounds, and the last one's with where the time of the ranks went meanwhile, as far back as their rings
+    tell. The hardware's rates are of one GPU."""
+    rates = [measure_throughput(llm, LOAD).output_tokens_per_s for _ in range(LOAD_ROUNDS)][1:]
     with logged(llm.start()) as log:
         result = measure_throughput(llm, LOAD)
     start_ns = time.monotonic_ns() - round(1e9 * result.elapsed_s)
@@ -104,6 +107,8 @@ def throughput(llm: LLM) -> dict[str, Any]:
     ledger = make_ledger(recorded)
     return {
         **result.as_json(),
+        "output_tokens_per_second_by_round": [*rates, result.output_tokens_per_s],
+        "floor_s": load_floor_s(llm, copied, rate),
         "is_ledger_whole": is_whole,
         "ledger": {
             rank.name: {row.value: rank.share(row) for row in Row if rank.ns[row]}
@@ -111,6 +116,17 @@ def throughput(llm: LLM) -> dict[str, Any]:
         },
         "steps": step_kinds(ledger, log.batches),
     }
+
+
+def load_floor_s(llm: LLM, copied: float, rate: float) -> float:
+    """All prompts' prefill and all decode steps of as many requests as a stage has at once, on all ranks."""
+    config = llm.config
+    stages, ranks = config.parallel.pp_size, config.parallel.world_size
+    together = config.max_num_seqs // stages
+    num_steps = LOAD.num_prompts * LOAD.output_len / together
+    context = LOAD.input_len + LOAD.output_len // 2
+    prefill_s = LOAD.num_prompts * prefill_flop(llm, LOAD.input_len) / rate
+    return (prefill_s + num_steps * read_bytes(llm, together, context) / copied) / ranks
 
 
 def measure(
@@ -137,9 +153,8 @@ def measure(
             floor_s = prefill_flop(llm, size) / rate / (tp * pp)
             found["prefill"][size] = {"ttft_s": times, "floor_s": floor_s}
         if not asked.briefly:
-            gaps_s(llm, 256, 8, seed=3)
-            found["throughput"] = throughput(llm)
-    found["start_s"] = start_s(asked.model, layout, {})
+            found["throughput"] = throughput(llm, read_bytes_per_s, rate)
+    found["start_s"] = [start_s(asked.model, layout, {}) for _ in range(START_ROUNDS)]
     if not asked.briefly:
         with tempfile.TemporaryDirectory() as folder:
             cold = {"TRITON_CACHE_DIR": folder}
@@ -175,10 +190,18 @@ def peer_rows(told: dict[str, Any]) -> dict[str, str]:
     for size, times in told["first_token_s"].items():
         said[f"prefill 1 x {size}, ms"] = f"{1e3 * statistics.median(times):.1f}"
     if "output_tokens_per_s" in told:
-        said["throughput, output tokens/s"] = f"{told['output_tokens_per_s']:,.0f}"
+        said["throughput, output tokens/s"] = (
+            f"{statistics.median(told['output_tokens_per_s']):,.0f}"
+        )
     if "start_s" in told:
         said["start to first token, s"] = f"{told['start_s']:.1f} (constructor alone)"
     return said
+
+
+def load_rate(load: dict[str, Any]) -> tuple[float, float]:
+    """The median of output tokens a second, and the share that it is of the floor's."""
+    rate = statistics.median(load["output_tokens_per_second_by_round"])
+    return rate, rate * load["floor_s"] / load["num_prompts"] / load["output_len"]
 
 
 def rows(found: dict[str, Any]) -> dict[str, str]:
@@ -200,9 +223,9 @@ def rows(found: dict[str, Any]) -> dict[str, str]:
         spread = f"{1e3 * min(one['ttft_s']):.1f} to {1e3 * max(one['ttft_s']):.1f}"
         said[f"prefill 1 x {size}, ms"] = f"{1e3 * middle:.1f} ({share:.0%}; {spread})"
     if "throughput" in found:
-        tokens_per_s = found["throughput"]["output_tokens_per_second"]
-        said["throughput, output tokens/s"] = f"{tokens_per_s:,.0f}"
-    said["start to first token, s"] = f"{found['start_s']:.1f}"
+        tokens_per_s, share = load_rate(found["throughput"])
+        said["throughput, output tokens/s"] = f"{tokens_per_s:,.0f} ({share:.0%})"
+    said["start to first token, s"] = f"{statistics.median(found['start_s']):.1f}"
     if "start_with_empty_cache_s" in found:
         cold = found["start_with_empty_cache_s"]
         said["start to first token, s"] += f" ({cold:.1f} without a cache)"
@@ -230,7 +253,11 @@ def kept_of_others(name: str, gpus: Sequence[str], layouts: Sequence[str]) -> li
     found = json.loads(path.read_text()) if path.exists() else {"gpus": []}
     if found["gpus"] != list(gpus):
         return []
-    return [one for one in found["layouts"] if f"{one['tp']},{one['pp']}" not in layouts]
+    return [
+        one
+        for one in found["layouts"]
+        if "run" in one and f"{one['tp']},{one['pp']}" not in layouts
+    ]
 
 
 def main() -> None:

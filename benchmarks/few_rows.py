@@ -1,16 +1,18 @@
 """Products of a few rows by block sizes: which read weights fastest, beside cuBLAS and a copy.
 
     python benchmarks/few_rows.py --name 1x-h200 [--models llama-2-7b llama-3-70b] [--widths 1,2] [--rows 8,32,64]
+    python benchmarks/few_rows.py --name 1x-h200-7b --models llama-2-7b --rows 1,2,4,8,16 --briefly
 
 Of each product of a model's layers, cut for each width: microseconds in a CUDA graph of products by weights that are
 in no cache, with what is chosen now, with the best of all block sizes, and by cuBLAS (of gated products with the gate's
-own kernel); and the share that the weight's bytes are of what a copy reads and writes in that time.
+own kernel); and the share that the weight's bytes are of what a copy reads and writes in that time. `--briefly` tries
+no other blocks.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,7 +21,7 @@ import record
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_floors import CONFIGS, copy_bytes_per_s, numbers
+from gpu_floors import CONFIGS, copy_bytes_per_s, microseconds, numbers
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained
@@ -59,24 +61,6 @@ def by_blocks(
     return out
 
 
-def microseconds(run: Callable[[torch.Tensor], object], weights: list[torch.Tensor]) -> float:
-    """Of one weight, all of them being gone through three times."""
-    run(weights[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for weight in weights:
-            run(weight)
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    graph.replay()
-    marks[0].record()
-    for _ in range(3):
-        graph.replay()
-    marks[1].record()
-    torch.cuda.synchronize()
-    return float(marks[0].elapsed_time(marks[1])) * 1e3 / 3 / len(weights)
-
-
 def tried(
     x: torch.Tensor, weights: list[torch.Tensor], *, is_gated: bool
 ) -> Iterator[tuple[float, Block]]:
@@ -88,7 +72,9 @@ def tried(
             continue
 
 
-def measure(num_rows: int, shape: tuple[int, int, bool], bytes_per_s: float) -> dict[str, Any]:
+def measure(
+    num_rows: int, shape: tuple[int, int, bool], bytes_per_s: float, *, tries_blocks: bool
+) -> dict[str, Any]:
     outputs, inputs, is_gated = shape
     rows = 2 * outputs if is_gated else outputs
     count = max(2, NO_CACHE_BYTES // (2 * rows * inputs))
@@ -100,12 +86,13 @@ def measure(num_rows: int, shape: tuple[int, int, bool], bytes_per_s: float) -> 
     else:
         now = microseconds(lambda weight: linear(x, weight), weights)
         cublas = microseconds(lambda weight: x @ weight.T, weights)
-    best, block = min(tried(x, weights, is_gated=is_gated))
-    floor_us = 1e6 * weights[0].nbytes / bytes_per_s
-    return {
+    found: dict[str, Any] = {
         "rows": num_rows, "outputs": outputs, "inputs": inputs, "is_gated": is_gated,
-        "now_us": now, "best_us": best, "best_block": block, "cublas_us": cublas, "floor_us": floor_us,
+        "now_us": now, "cublas_us": cublas, "floor_us": 1e6 * weights[0].nbytes / bytes_per_s,
     }  # fmt: skip
+    if tries_blocks:
+        found["best_us"], found["best_block"] = min(tried(x, weights, is_gated=is_gated))
+    return found
 
 
 def main() -> None:
@@ -114,18 +101,19 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3-70b"])
     parser.add_argument("--widths", default="1,2")
     parser.add_argument("--rows", default="8,32,64")
+    parser.add_argument("--briefly", action="store_true")
     asked = parser.parse_args()
     bytes_per_s, found = copy_bytes_per_s(), []
     torch.cuda.empty_cache()
     for model, width in product(asked.models, numbers(asked.widths)):
         config = prepare_model(str(CONFIGS / model), needs_weights=False).config
         for num_rows, (name, shape) in product(numbers(asked.rows), shapes(config, width).items()):
-            one = measure(num_rows, shape, bytes_per_s)
+            one = measure(num_rows, shape, bytes_per_s, tries_blocks=not asked.briefly)
             found.append({"model": model, "width": width, "product": name, **one})
+            best = "" if asked.briefly else f", best {one['best_us']:7.1f} {one['best_block']}"
             print(
                 f"{model} / {width} {name:12} {num_rows:3} rows: now {one['now_us']:7.1f} us "
-                f"({one['floor_us'] / one['now_us']:.0%}), best {one['best_us']:7.1f} "
-                f"{one['best_block']}, cuBLAS {one['cublas_us']:7.1f}",
+                f"({one['floor_us'] / one['now_us']:.0%}), cuBLAS {one['cublas_us']:7.1f}{best}",
                 flush=True,
             )
     record.write(

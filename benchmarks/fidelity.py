@@ -187,11 +187,10 @@ def main() -> None:
     for layout in asked.layouts:
         results.append(measure(asked, layout, prompts, reference))
         print("\n".join(table(results[-1:])), flush=True)
-    path = record.write(
-        f"fidelity-{asked.name}", ["torch", "triton", "transformers"],
-        {"layouts": results, "table": table(results)},
-    )  # fmt: skip
-    print(f"kept in {path}")
+        record.write(  # what was measured stays, whatever ends the next
+            f"fidelity-{asked.name}", ["torch", "triton", "transformers"],
+            {"layouts": results, "table": table(results)},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -57,3 +58,22 @@ def prefill_flop(llm: LLM, num_tokens: int) -> int:
     head = config.vocab_size * config.hidden_size
     attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
     return (read_bytes(llm, 0) - 2 * head) * num_tokens + 2 * head + attention
+
+
+def microseconds(run: Callable[[torch.Tensor], object], tensors: Sequence[torch.Tensor]) -> float:
+    """Of a run with one tensor, in a CUDA graph of runs with each of them, three times: with enough of them none is in
+    a cache."""
+    run(tensors[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for tensor in tensors:
+            run(tensor)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    graph.replay()
+    marks[0].record()
+    for _ in range(3):
+        graph.replay()
+    marks[1].record()
+    torch.cuda.synchronize()
+    return float(marks[0].elapsed_time(marks[1])) * 1e3 / 3 / len(tensors)

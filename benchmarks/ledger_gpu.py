@@ -3,9 +3,10 @@
     python benchmarks/ledger_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 2,1 1,1] [--batches 8,64]
 
 Shares of a rank's time, of prompts of 8 tokens continued by 192. The ledger: collectives, work, and the rest, in which
-the GPU has none. The profiler: kernels that ranks exchange by, other kernels with what lies between those that were
-launched together, and pauses. Then the mean time from token to token of the first layout and batch with spans and
-without (nobody can ask for that: they are patched away here), in turn, each in processes of its own.
+the GPU has none, with what of it is `host`. The profiler: kernels that ranks exchange by, other kernels with what lies
+between those that were launched together, and pauses. Then the mean time from token to token of the first layout and
+batch with spans and without (nobody can ask for that: they are patched away here), in turn, each in processes of its
+own.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ for spans in (SpanRing, DeviceSpans):
 def shares_by_ledger(rank: RankLedger) -> dict[str, float]:
     collective = rank.share(Row.COLLECTIVE_MOVE) + rank.share(Row.COLLECTIVE_WAIT)
     work = rank.share(Row.COMPUTE)
-    return {"collective": collective, "work": work, "rest": 1 - collective - work}
+    rest = 1 - collective - work
+    return {"collective": collective, "work": work, "rest": rest, "host": rank.share(Row.HOST)}
 
 
 def shares_by_profiler(path: Path) -> dict[str, float]:
@@ -83,7 +85,7 @@ def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
     for index, rank in enumerate(make_ledger(recorded).ranks):
         ours = shares_by_ledger(rank)
         theirs = shares_by_profiler(folder / f"{batch}-rank-{index}.json")
-        apart = max(abs(ours[name] - theirs[name]) for name in ours)
+        apart = max(abs(ours[name] - theirs[name]) for name in ("collective", "work", "rest"))
         found.append(
             {
                 "rank": rank.name, "batch": batch, "is_whole": is_whole, "ledger": ours,
@@ -117,6 +119,14 @@ def tell_step(model: str, layout: str, batch: int) -> None:
     print(json.dumps({"step_s": statistics.median(found), "num_spans": num_spans}))
 
 
+def told(one: dict[str, Any]) -> str:
+    ours, theirs = one["ledger"], one["profiler"]
+    return ", ".join(
+        f"{name} {share:.1%}" + (f" ({theirs[name]:.1%})" if name in theirs else "")
+        for name, share in ours.items()
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--name", default="gpu")
@@ -141,11 +151,9 @@ def main() -> None:
             ]
         found[layout] = ranks
         for one in ranks:
-            rows = ", ".join(
-                f"{name} {share:.1%} ({one['profiler'][name]:.1%})"
-                for name, share in one["ledger"].items()
-            )
-            print(f"{layout} batch {one['batch']} {one['rank']}: {rows}", flush=True)
+            print(f"{layout} batch {one['batch']} {one['rank']}: {told(one)}", flush=True)
+    name = f"ledger-{Path(asked.model).name}-{asked.name}"
+    record.write(name, ["torch", "triton"], {"shares": found})
     layout, batch = asked.layouts[0], numbers(asked.batches)[0]
     costs: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(ROUNDS):
@@ -157,10 +165,8 @@ def main() -> None:
         f"{layout} batch {batch}: {1e3 * with_spans:.3f} ms with spans ({spread[True]}), "
         f"{1e3 * without:.3f} without ({spread[False]})"
     )
-    record.write(
-        f"ledger-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
-        {"shares": found, "step_s": {"with spans": costs[True], "without": costs[False]}},
-    )  # fmt: skip
+    step_s_of = {"with spans": costs[True], "without": costs[False]}
+    record.write(name, ["torch", "triton"], {"shares": found, "step_s": step_s_of})
 
 
 if __name__ == "__main__":

@@ -30,9 +30,21 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
             "num_cores": os.cpu_count(),
             "memory_bytes": hardware.memory_bytes(),
             "load_average_at_the_end": hardware.load_average(),
+            **_gpus(),
         },
         "versions": {"python": platform.python_version(), **_versions(packages)},
     }
+
+
+def _gpus() -> dict[str, Any]:
+    """Their names and their driver, where there are any."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    gpus = [line.split(", ") for line in told.splitlines()]
+    return {"gpus": [name for name, _ in gpus], "driver": gpus[0][1]}
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

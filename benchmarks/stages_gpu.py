@@ -39,7 +39,8 @@ def measure(folder: Path, layout: str) -> dict[str, Any]:
         times = [first_token_s(llm, PROMPT_LEN, seed=seed) for seed in (1, 2, 3)]
         measure_throughput(llm, SHORT_LOAD)
         loads = [measure_throughput(llm, LOAD).as_json() for _ in range(ROUNDS)]
-    return {"ttft_s": times, "throughput": loads}
+        cache_bytes = [loaded.cache_bytes for loaded in llm.executor.loaded]
+    return {"ttft_s": times, "throughput": loads, "cache_bytes": cache_bytes}
 
 
 def main() -> None:
@@ -56,11 +57,15 @@ def main() -> None:
         max(load["output_tokens_per_second"] for load in it["throughput"]) for it in (one, two)
     ]
     times = [statistics.median(it["ttft_s"]) for it in (one, two)]
-    print(f"tokens/s: {rates[0]:,.0f} and {rates[1]:,.0f}: {rates[1] / rates[0]:.2f} x")
-    print(
-        f"first token of {PROMPT_LEN}: {times[0]:.3f} and {times[1]:.3f} s: {times[0] / times[1]:.2f} x"
-    )
-    record.write(f"stages-llama-2-7b-{asked.name}", ["torch", "triton"], {"layouts": found})
+    table = [
+        "| | one GPU | two stages | |",
+        "|---|---|---|---|",
+        f"| output tokens/s | {rates[0]:,.0f} | {rates[1]:,.0f} | {rates[1] / rates[0]:.2f} x |",
+        f"| first token of {PROMPT_LEN}, s | {times[0]:.3f} | {times[1]:.3f} | {times[0] / times[1]:.2f} x |",
+    ]
+    print("\n".join(table))
+    result = {"layouts": found, "table": table}
+    record.write(f"stages-llama-2-7b-{asked.name}", ["torch", "triton"], result)
 
 
 if __name__ == "__main__":

@@ -150,10 +150,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(layout, asked.model, *sizes, Path(folder)))
         print("\n".join(table(results[-1:])), flush=True)
-    record.write(
-        f"step-kernels-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
-        {"layouts": results, "table": table(results)},
-    )  # fmt: skip
+        record.write(  # what was measured stays, whatever ends the next
+            f"step-kernels-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
+            {"layouts": results, "table": table(results)},
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from typing import Any
 
 SHORT = 8  # tokens
 MOST_ID = 31000
+_TOLD = ("VLLM_", "BIREME_", "NCCL_", "TORCH_SYMM_MEM_")
 
 Generate = Callable[[list[list[int]], int], object]  # prompts, and new tokens of each
 
@@ -51,7 +53,7 @@ def seconds(generate: Generate, given: list[list[int]], num_tokens: int) -> floa
 
 def measured(asked: argparse.Namespace, generate: Generate) -> dict[str, Any]:
     """Seconds of a step by batch, and to the first token by length of a prompt, of each round after one that does not
-    count; of a load all at once."""
+    count (of prompts three times as many); of a load all at once, after its prompts alone."""
     found: dict[str, Any] = {"step_s": {}, "first_token_s": {}}
     for batch in numbers(asked.batches):
         given = prompts(batch, asked.input_len)
@@ -65,16 +67,21 @@ def measured(asked: argparse.Namespace, generate: Generate) -> dict[str, Any]:
     for length in numbers(asked.prefills):
         given = prompts(1, length)
         seconds(generate, given, 1)
-        found["first_token_s"][length] = [seconds(generate, given, 1) for _ in range(asked.rounds)]
+        count = 3 * asked.rounds
+        found["first_token_s"][length] = [seconds(generate, given, 1) for _ in range(count)]
     if asked.load:
         count, input_len, output_len = numbers(asked.load)
         generate(prompts(count, input_len), SHORT)
-        taken_s = seconds(generate, prompts(count, input_len), output_len)
-        found["output_tokens_per_s"] = count * output_len / taken_s
+        found["output_tokens_per_s"] = [
+            count * output_len / seconds(generate, prompts(count, input_len), output_len)
+            for _ in range(asked.rounds)
+        ]
     return found
 
 
 def tell(found: dict[str, Any], packages: Sequence[str], **own: str) -> None:
-    """A line of JSON, the last one; with versions of installed packages, and of what says its own."""
+    """A line of JSON, the last one; with versions of installed packages, and of what says its own, and what variables
+    of the environment turn on or off."""
     versions = {**{name: version(name) for name in packages}, **own}
-    print(json.dumps({**found, "versions": versions}), flush=True)
+    told = {name: value for name, value in os.environ.items() if name.startswith(_TOLD)}
+    print(json.dumps({**found, "versions": versions, "environment": told}), flush=True)

@@ -23,6 +23,19 @@ def greedy(**more: object) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, **more)  # type: ignore[arg-type]
 
 
+def features() -> list[SamplingParams]:
+    return [
+        greedy(repetition_penalty=1.3, logprobs=3, prompt_logprobs=2),
+        greedy(frequency_penalty=0.7, presence_penalty=0.2, logit_bias={70: 4.0}),
+        SamplingParams(temperature=0.9, min_p=0.05, seed=4, max_tokens=24, min_tokens=20),
+        SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=5, max_tokens=24),
+        SamplingParams(
+            temperature=1.0, seed=6, max_tokens=60,
+            structured_outputs=StructuredOutputsParams(json={"enum": ["red", "green", [1, 2]]}),
+        ),
+    ]  # fmt: skip
+
+
 def logprobs(output: RequestOutput) -> list[dict[int, float]]:
     found = output.outputs[0].logprobs
     assert found is not None
@@ -47,16 +60,7 @@ def test_deterministic_logits_do_not_depend_on_the_crowd(pool: WorkerPool, dtype
 
 
 def test_sampling_features_choose_on_a_gpu_as_on_a_cpu(pool: WorkerPool) -> None:
-    params = [
-        greedy(repetition_penalty=1.3, logprobs=3, prompt_logprobs=2),
-        greedy(frequency_penalty=0.7, presence_penalty=0.2, logit_bias={70: 4.0}),
-        SamplingParams(temperature=0.9, min_p=0.05, seed=4, max_tokens=24, min_tokens=20),
-        SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=5, max_tokens=24),
-        SamplingParams(
-            temperature=1.0, seed=6, max_tokens=60,
-            structured_outputs=StructuredOutputsParams(json={"enum": ["red", "green", [1, 2]]}),
-        ),
-    ]  # fmt: skip
+    params = features()
     found = []
     for device in ("cpu", "cuda"):
         with LLM("demo", device=device, dtype="float32", pool=pool) as llm:
@@ -69,23 +73,23 @@ def test_sampling_features_choose_on_a_gpu_as_on_a_cpu(pool: WorkerPool) -> None
     assert json.loads(found[1][4].outputs[0].text) in ["red", "green", [1, 2]]
 
 
-def test_the_host_waits_for_no_step(pool: WorkerPool, tmp_path: Path) -> None:
-    params = [
-        greedy(repetition_penalty=1.3, logprobs=3, prompt_logprobs=2),
-        greedy(frequency_penalty=0.7, presence_penalty=0.2, logit_bias={70: 4.0}),
-        greedy(),
-        SamplingParams(temperature=0.9, min_p=0.05, seed=4, max_tokens=24, min_tokens=20),
-        SamplingParams(temperature=1.0, top_p=0.9, top_k=40, seed=5, max_tokens=24),
-        SamplingParams(temperature=1.0, seed=6, max_tokens=24),
-    ]
-    settings = {"max_num_batched_tokens": 17, "max_num_seqs": 4}
-    with LLM("demo", device="cuda", dtype="bfloat16", pool=pool, **settings) as llm:
+@pytest.mark.parametrize("widths", [(1,), (2,), (1, 1)])
+def test_the_host_waits_for_no_step(
+    widths: tuple[int, ...], pool: WorkerPool, pair: tuple[int, int], tmp_path: Path
+) -> None:
+    params = [*features(), greedy()]
+    with LLM(
+        "demo", device="cuda", dtype="bfloat16", pool=pool, tensor_parallel_size=widths[0],
+        pipeline_parallel_size=len(widths), devices=pair[: sum(widths)],
+        max_num_batched_tokens=17, max_num_seqs=4,
+    ) as llm:  # fmt: skip
         llm.generate(PROMPTS, params)
         llm.executor.begin_profile(tmp_path / "rank-{rank}.json")
         llm.generate(PROMPTS, params)
         llm.executor.end_profile()
-    events = json.loads((tmp_path / "rank-0.json").read_text())["traceEvents"]
-    seen = Counter(it["name"] for it in events if it.get("cat") in ("gpu_memcpy", "cuda_runtime"))
-    assert seen["Memcpy HtoD (Pinned -> Device)"] > 20, seen
-    waits = [it for it in seen if "Pageable" in it or it == "cudaStreamSynchronize"]
-    assert not waits, seen
+    for rank in range(sum(widths)):
+        events = json.loads((tmp_path / f"rank-{rank}.json").read_text())["traceEvents"]
+        kinds = ("gpu_memcpy", "cuda_runtime")
+        seen = Counter(it["name"] for it in events if it.get("cat") in kinds)
+        assert seen["Memcpy HtoD (Pinned -> Device)"] > 20, seen
+        assert not [it for it in seen if "Pageable" in it or it == "cudaStreamSynchronize"], seen

@@ -398,6 +398,21 @@ def test_a_deadline_ends_a_request_that_waits_and_one_that_runs() -> None:
     plan.check_integrity()
 
 
+def test_what_an_idle_engine_holds_is_noticed() -> None:
+    plan = scheduler()
+    plan.check_idle()
+    plan.add(request(0, 5, 3))
+    with pytest.raises(AssertionError, match=r"held by nobody: \(1, 0, 0\)"):
+        plan.check_idle()
+    batch = plan.schedule()
+    assert batch is not None
+    with pytest.raises(AssertionError, match=r"held by nobody: \(1, 1, 2\)"):
+        plan.check_idle()
+    plan.abort_all()
+    plan.update(answer(batch))
+    plan.check_idle()
+
+
 def test_a_cancelled_request_is_not_in_the_next_batch_and_its_blocks_are_free() -> None:
     plan = scheduler()
     plan.add(request(0, 3, 30))

@@ -3,8 +3,9 @@
 A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request.
 What changes between steps lies on the device: ids, positions, block tables. Steps in which every sequence has one
 new token have graphs of their own. Of others, all but the largest have, which take a GPU far longer than their launches
-take the host; new tokens are runs of one there. All of these but the smallest leave out the last layer of all, which
-makes as many rows as are asked for, launched while the graph is still busy.
+take the host; single new tokens are runs there, which costs more than a kernel of their own would: large steps with
+many of them are launched kernel by kernel. All of these graphs but the smallest leave out the last layer of all,
+which makes as many rows as are asked for, launched while the graph is still busy.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from bireme.request import ScheduledBatch
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _LARGEST_STRIDE = 128  # between the sizes beyond
 _MOST_NOTED = 4  # collectives of a graph that stamps of them beside it hold up little
+_LARGE_STEP = 512  # tokens, which take a GPU longer than launches of their kernels take the host
+_MANY_SINGLES = 32  # sequences with one new token, in a large step
 _MOST_RUNS = 256  # of tokens, in a step with prompts, each of them at most a tile more
 _PROMPT_SIZES = (
     64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
@@ -155,9 +158,12 @@ class StepGraphs:
             return len(batch.pieces) <= self._sizes[-1]
         if not self._prompts or batch.num_tokens > self._prompt_sizes[-1]:
             return False
+        counts = _counts(batch)
+        if batch.num_tokens > _LARGE_STEP and counts.count(1) > _MANY_SINGLES:
+            return False
         bucket = self._of(batch)
         assert bucket.tiles is not None
-        return num_tiles(_counts(batch)) <= len(bucket.tiles.on_device)
+        return num_tiles(counts) <= len(bucket.tiles.on_device)
 
     def leaves_last_layer(self, batch: ScheduledBatch) -> bool:
         """Whether `run` of this batch is without the stage's last layer."""

@@ -47,7 +47,8 @@ class Adjustments:
     """What the slots ask for; most slots ask for nothing and cost nothing."""
 
     def __init__(self, shard: Shard, workspace_bytes: int, device: torch.device) -> None:
-        self._shard, self._device = shard, device
+        self._shard, self._device, self._workspace_bytes = shard, device, workspace_bytes
+        self._addends = _ADDENDS.to(device)
         self._penalties = Penalties(shard, workspace_bytes, device)
         self._edits: dict[int, _Edits] = {}
 
@@ -92,26 +93,21 @@ class Adjustments:
         """Takes the ids [S] that were chosen for these positions."""
         self._penalties.append(slots, positions, ids)
 
-
-def apply_masks(
-    logits: torch.Tensor,
-    rows: Sequence[int],
-    masks: Sequence[bytes],
-    shard: Shard,
-    workspace_bytes: int,
-) -> None:
-    """Forbids ids in some rows of logits [S, V]; bit i % 8 of byte i // 8 of a row's mask allows i."""
-    num_at_once = max(1, workspace_bytes // (_BYTES_PER_MASKED_LOGIT * logits.shape[1]))
-    addends, skipped = upload(_ADDENDS, logits.device), shard.first_id % 8
-    for start in range(0, len(rows), num_at_once):
-        tile = slice(start, start + num_at_once)
-        packed = torch.from_numpy(_packed(masks[tile], shard, logits.shape[1]))
-        added = F.embedding(upload(packed, logits.device).int(), addends).flatten(1)
-        added = added[:, skipped : skipped + logits.shape[1]]
-        if len(added) == len(logits):
-            logits += added
-        else:
-            logits.index_add_(0, upload(torch.tensor(rows[tile]), logits.device), added)
+    def apply_masks(
+        self, logits: torch.Tensor, rows: Sequence[int], masks: Sequence[bytes]
+    ) -> None:
+        """Forbids ids in some rows of logits [S, V]; bit i % 8 of byte i // 8 of a row's mask allows i."""
+        num_at_once = max(1, self._workspace_bytes // (_BYTES_PER_MASKED_LOGIT * logits.shape[1]))
+        skipped = self._shard.first_id % 8
+        for start in range(0, len(rows), num_at_once):
+            tile = slice(start, start + num_at_once)
+            packed = torch.from_numpy(_packed(masks[tile], self._shard, logits.shape[1]))
+            added = F.embedding(upload(packed, self._device).int(), self._addends).flatten(1)
+            added = added[:, skipped : skipped + logits.shape[1]]
+            if len(added) == len(logits):
+                logits += added
+            else:
+                logits.index_add_(0, upload(torch.tensor(rows[tile]), self._device), added)
 
 
 def _packed(

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import msgspec
 import torch
 
 from bireme.kernels.host_copies import download
-from bireme.request import StepOutput
+from bireme.request import PromptLogprobs, StepOutput, TokenLogprobs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Awaited:
-    """A field of the answer, and how it is told of what the device makes."""
+class Awaited(Generic[T]):
+    """What is told of a tensor once it is on the host."""
 
-    name: str
-    made: torch.Tensor
-    tell: Callable[[torch.Tensor], Any]
+    fetched: torch.Tensor
+    tell: Callable[[torch.Tensor], T]
+
+    @classmethod
+    def of(cls, made: torch.Tensor, tell: Callable[[torch.Tensor], T]) -> Awaited[T]:
+        """Of what a device makes; what follows in its stream may overwrite it."""
+        return cls(download(made), tell)
+
+    def told(self) -> T:
+        return self.tell(self.fetched)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """All but what is awaited, and that on the host; on CUDA once `arrived` is over."""
+    """All but what is awaited, and that; on CUDA once `arrived` is over."""
 
-    told: StepOutput
-    awaited: list[Awaited]
-    arrived: torch.cuda.Event | None = None
-
-    @classmethod
-    def of(cls, told: StepOutput, awaited: list[Awaited]) -> Answer:
-        """Of what is made on a device, in its stream; what follows there may overwrite it."""
-        fetched = [replace(each, made=download(each.made)) for each in awaited]
-        if not any(each.made.is_cuda for each in awaited):
-            return cls(told, fetched)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        return cls(told, fetched, arrived)
+    rest: StepOutput
+    ids: Awaited[list[list[int]]] | None
+    logprobs: Awaited[list[list[TokenLogprobs]]] | None
+    prompt_logprobs: Awaited[list[PromptLogprobs]] | None
+    arrived: torch.cuda.Event | None
 
     @property
     def is_there(self) -> bool:
@@ -48,5 +49,18 @@ class Answer:
         """Waits for the device."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        found = {each.name: each.tell(each.made) for each in self.awaited}
-        return msgspec.structs.replace(self.told, **found)
+        return msgspec.structs.replace(
+            self.rest,
+            token_ids=[] if self.ids is None else self.ids.told(),
+            logprobs=[] if self.logprobs is None else self.logprobs.told(),
+            prompt_logprobs=[] if self.prompt_logprobs is None else self.prompt_logprobs.told(),
+        )
+
+
+def arrival(device: torch.device) -> torch.cuda.Event | None:
+    """Of all that is on its way from the device to the host."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event

@@ -75,7 +75,7 @@ def _likeliest(
     return size - (best & size), bits.view(torch.float32)
 
 
-def tell(rows: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
+def to_records(rows: torch.Tensor, counts: Sequence[int]) -> list[TokenLogprobs]:
     """What `token_logprobs` gave, once it is on the host, with as many of the likeliest ids as each row asked for."""
     num_top = (rows.shape[1] - 2) // 2
     return [

@@ -9,7 +9,7 @@ from typing import Self
 
 import torch
 
-from bireme.engine.sampling.logprobs import tell
+from bireme.engine.sampling.logprobs import to_records
 from bireme.request import PromptLogprobs, SamplingSetup, ScheduledPiece
 
 
@@ -48,7 +48,7 @@ def prompt_parts(
 
 
 def told_prompts(parts: Sequence[PromptPart], logprobs: torch.Tensor) -> list[PromptLogprobs]:
-    tokens = tell(logprobs, [part.num_top for part in parts for _ in part.targets])
+    tokens = to_records(logprobs, [part.num_top for part in parts for _ in part.targets])
     ends = accumulate(len(part.targets) for part in parts)
     return [
         PromptLogprobs(part.slot, part.start, tokens[end - len(part.targets) : end])

@@ -14,11 +14,11 @@ from functools import partial
 
 import torch
 
-from bireme.engine.sampling.adjusting import Adjustments, apply_masks
-from bireme.engine.sampling.answer import Answer, Awaited
+from bireme.engine.sampling.adjusting import Adjustments
+from bireme.engine.sampling.answer import Answer, Awaited, arrival
 from bireme.engine.sampling.choosing import RowGroup, choose
 from bireme.engine.sampling.columns import SlotColumns
-from bireme.engine.sampling.logprobs import in_tiles, tell
+from bireme.engine.sampling.logprobs import in_tiles, to_records
 from bireme.engine.sampling.prompts import PromptPart, prompt_parts, told_prompts
 from bireme.engine.sampling.shard import Shard
 from bireme.errors import EngineError
@@ -111,19 +111,20 @@ class Sampler:
     ) -> Answer | None:
         """What the rank that answers tells the engine; all others work on it too, and return None. x [T, D] has all
         rows where prompts are told of."""
-        slots, awaited = batch.sampling_slots, []
+        slots, ids, logprobs, prompt_logprobs = batch.sampling_slots, None, None, None
         if chosen is not None:
-            awaited.append(Awaited("token_ids", chosen.ids, _told_ids))
+            ids = Awaited.of(chosen.ids, _told_ids)
             if asking := self._asking(slots):
                 counts = {row: self._setups[slots[row]].num_logprobs or 0 for row in asking}
-                told = partial(_told_logprobs, num_slots=len(slots), counts=counts)
-                awaited.append(Awaited("logprobs", self._logprobs(counts, chosen), told))
+                tell = partial(_told_logprobs, num_slots=len(slots), counts=counts)
+                logprobs = Awaited.of(self._logprobs(counts, chosen), tell)
         if prompts := prompt_parts(batch.pieces, self._setups):
             made = self._prompt_logprobs(prompts, x)
-            awaited.append(Awaited("prompt_logprobs", made, partial(told_prompts, prompts)))
+            prompt_logprobs = Awaited.of(made, partial(told_prompts, prompts))
         if not answers:
             return None
-        return Answer.of(StepOutput(batch.incarnation, batch.step_id, slots, []), awaited)
+        rest = StepOutput(batch.incarnation, batch.step_id, slots, [])
+        return Answer(rest, ids, logprobs, prompt_logprobs, arrival(self._device))
 
     # --- before the choice ---------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class Sampler:
         self._adjustments.apply(logits, slots, positions)
         if masked:
             masks = _masks_of(self._masks(batch.header), [slots[row] for row in masked])
-            apply_masks(logits, masked, masks, self._shard, self._workspace_bytes)
+            self._adjustments.apply_masks(logits, masked, masks)
         return logits
 
     # --- log-probabilities ---------------------------------------------------------------------
@@ -185,7 +186,7 @@ def _told_logprobs(
 ) -> list[list[TokenLogprobs]]:
     """One list a slot; empty for those that did not ask."""
     told: list[list[TokenLogprobs]] = [[] for _ in range(num_slots)]
-    for row, of_token in zip(counts, tell(logprobs, [*counts.values()]), strict=True):
+    for row, of_token in zip(counts, to_records(logprobs, [*counts.values()]), strict=True):
         told[row] = [of_token]
     return told
 

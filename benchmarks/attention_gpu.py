@@ -1,0 +1,132 @@
+"""Attention over a paged cache on a GPU: decode by what it reads a second, prefill by its operations.
+
+    python benchmarks/attention_gpu.py --name 1x-h200 [--block-sizes 16,64]
+
+In a CUDA graph, over more caches than the device's own cache holds, whose blocks lie in no order. Decode: the bytes of
+keys and values beside what a copy reads and writes a second. Prefill: a chunk behind a context, with the chunk's own
+keys and values read where they were projected, as steps do; causal operations beside those of a large product.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from itertools import product
+from typing import Any
+
+import record
+import torch
+from gpu_floors import copy_bytes_per_s, flop_per_s, microseconds, numbers
+
+from bireme.kernels.gpu.decode_attention import decode_attention
+from bireme.kernels.gpu.prefill_attention import prefill_attention
+from bireme.kernels.query_tiles import Tiles
+
+DEVICE = torch.device("cuda")
+HEAD_DIM = 128
+NO_CACHE_BYTES = 400 << 20
+HEADS = {"7B": (32, 32), "7B / 2": (16, 16), "70B / 2": (32, 4)}  # query and KV heads of a rank
+DECODES = list(product((1, 8, 64, 128), (192, 1024)))  # sequences, context
+PREFILLS = [(1024, 0), (3584, 0), (4096, 28672)]  # new tokens, context before
+
+
+@dataclass(frozen=True)
+class Shape:
+    """New tokens [T] of `num_seqs` sequences, with so many tokens of context before."""
+
+    heads: str
+    block_size: int
+    num_seqs: int
+    num_tokens: int
+    before: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Of a sequence."""
+        return -(-(self.before + self.num_tokens) // self.block_size)
+
+    def caches(self) -> list[torch.Tensor]:
+        """Keys and values [2, places, K, D]."""
+        places = self.num_seqs * self.num_blocks * self.block_size
+        size = (2, places, HEADS[self.heads][1], HEAD_DIM)
+        count = max(2, NO_CACHE_BYTES // (4 * places * size[2] * HEAD_DIM))
+        return [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+
+    def table(self) -> torch.Tensor:
+        blocks = torch.randperm(self.num_seqs * self.num_blocks, device=DEVICE)
+        return blocks.int().view(self.num_seqs, self.num_blocks)
+
+
+def decode_us(shape: Shape) -> float:
+    num_heads, num_kv = HEADS[shape.heads]
+    q = torch.randn(shape.num_seqs, num_heads, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    slots, table = torch.arange(shape.num_seqs, device=DEVICE), shape.table()
+    positions = torch.full((shape.num_seqs,), shape.before, device=DEVICE)
+    group = num_heads // num_kv
+    starts = torch.arange(0, num_heads + 1, group, device=DEVICE, dtype=torch.int32)
+
+    def attend(cache: torch.Tensor) -> torch.Tensor:
+        return decode_attention(
+            q, cache[0], cache[1], table, shape.block_size, slots, positions, starts, group,
+            HEAD_DIM**-0.5,
+        )  # fmt: skip
+
+    return microseconds(attend, shape.caches())
+
+
+def prefill_us(shape: Shape) -> float:
+    num_heads, num_kv = HEADS[shape.heads]
+    width = (num_heads + 2 * num_kv) * HEAD_DIM
+    qkv = torch.randn(shape.num_tokens, width, device=DEVICE, dtype=torch.bfloat16)
+    q = qkv[:, : num_heads * HEAD_DIM].reshape(shape.num_tokens, num_heads, HEAD_DIM)
+    slots, table = torch.zeros(shape.num_tokens, dtype=torch.int64, device=DEVICE), shape.table()
+    tiles = Tiles.of([shape.before], [shape.num_tokens], DEVICE)
+    head_map = (torch.arange(num_heads, device=DEVICE) * num_kv // num_heads).int()
+
+    def attend(cache: torch.Tensor) -> torch.Tensor:
+        return prefill_attention(
+            q, cache[0], cache[1], table, shape.block_size, slots, tiles, head_map,
+            HEAD_DIM**-0.5, qkv=qkv,
+        )  # fmt: skip
+
+    return microseconds(attend, shape.caches())
+
+
+def measure(shape: Shape, copied: float, rate: float) -> dict[str, Any]:
+    num_heads, num_kv = HEADS[shape.heads]
+    if shape.num_tokens == 1:
+        num_bytes = 4 * shape.num_seqs * (shape.before + 1) * num_kv * HEAD_DIM
+        taken_us, floor_us = decode_us(shape), 1e6 * num_bytes / copied
+    else:
+        pairs = shape.num_tokens * (shape.before + (shape.num_tokens + 1) / 2)
+        taken_us, floor_us = prefill_us(shape), 1e6 * 4 * pairs * num_heads * HEAD_DIM / rate
+    return {**asdict(shape), "us": taken_us, "floor_us": floor_us}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", default="gpu")
+    parser.add_argument("--block-sizes", default="16,64")
+    asked = parser.parse_args()
+    copied, rate = copy_bytes_per_s(), flop_per_s()
+    torch.cuda.empty_cache()
+    found = []
+    for size, heads in product(numbers(asked.block_sizes), HEADS):
+        shapes = [Shape(heads, size, seqs, 1, context - 1) for seqs, context in DECODES]
+        shapes += [Shape(heads, size, 1, count, before) for count, before in PREFILLS]
+        for shape in shapes:
+            found.append(measure(shape, copied, rate))
+            one = found[-1]
+            print(
+                f"{heads:8} blocks of {size}, {shape.num_seqs:3} x {shape.num_tokens} tokens behind "
+                f"{shape.before}: {one['us']:.1f} us ({one['floor_us'] / one['us']:.0%})",
+                flush=True,
+            )
+    record.write(
+        f"attention-{asked.name}", ["torch", "triton"],
+        {"copy_bytes_per_s": copied, "flop_per_s": rate, "shapes": found},
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
