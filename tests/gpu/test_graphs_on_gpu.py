@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bireme import LLM, SamplingParams
+from bireme.engine.graphs import _LARGE_STEP, _MANY_SINGLES
 from bireme.engine.pool import WorkerPool
 
 pytestmark = [
@@ -80,3 +81,9 @@ def test_every_layout(widths: tuple[int, ...], pool: WorkerPool, pair: tuple[int
 
 def test_every_family(case: Path, pool: WorkerPool) -> None:
     compare(case, pool, SHORT_LENGTHS)
+
+
+def test_steps_that_are_too_large_for_their_many_single_tokens(pool: WorkerPool) -> None:
+    lengths = [*[(3, 20)] * (_MANY_SINGLES + 8), (900, 5), (900, 5)]
+    limits = {"max_num_batched_tokens": _LARGE_STEP + 188, "max_num_seqs": len(lengths)}
+    compare("demo", pool, lengths, **limits)
