@@ -16,7 +16,7 @@ from typing import Any
 
 import record
 import torch
-from gpu_floors import copy_bytes_per_s, flop_per_s, microseconds, numbers
+from gpu_floors import NO_CACHE_BYTES, copy_bytes_per_s, flop_per_s, microseconds, numbers
 
 from bireme.kernels.gpu.decode_attention import decode_attention
 from bireme.kernels.gpu.prefill_attention import prefill_attention
@@ -24,7 +24,6 @@ from bireme.kernels.query_tiles import Tiles
 
 DEVICE = torch.device("cuda")
 HEAD_DIM = 128
-NO_CACHE_BYTES = 400 << 20
 HEADS = {"7B": (32, 32), "7B / 2": (16, 16), "70B / 2": (32, 4)}  # query and KV heads of a rank
 DECODES = list(product((1, 8, 64, 128), (192, 1024)))  # sequences, context
 PREFILLS = [(1024, 0), (3584, 0), (4096, 28672)]  # new tokens, context before
@@ -50,7 +49,7 @@ class Shape:
         places = self.num_seqs * self.num_blocks * self.block_size
         size = (2, places, HEADS[self.heads][1], HEAD_DIM)
         count = max(2, NO_CACHE_BYTES // (4 * places * size[2] * HEAD_DIM))
-        return [torch.randn(size, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        return [torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(count)]
 
     def table(self) -> torch.Tensor:
         blocks = torch.randperm(self.num_seqs * self.num_blocks, device=DEVICE)

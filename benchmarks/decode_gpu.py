@@ -260,13 +260,18 @@ def kept_of_others(name: str, gpus: Sequence[str], layouts: Sequence[str]) -> li
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def cells_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--name", default="gpu")
     parser.add_argument("--model", default="llama-2-7b", help="of examples/configs, or a folder")
     parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
     parser.add_argument("--batches", default="1,8,32,64,128")
     parser.add_argument("--prefills", default="1024,3584")
+    return parser
+
+
+def main() -> None:
+    parser = cells_parser(__doc__)
     parser.add_argument("--briefly", action="store_true")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
     parser.add_argument("--transformers", action="store_true")

@@ -21,7 +21,7 @@ import record
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_floors import CONFIGS, copy_bytes_per_s, microseconds, numbers
+from gpu_floors import CONFIGS, NO_CACHE_BYTES, copy_bytes_per_s, microseconds, numbers
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained
@@ -31,7 +31,6 @@ from bireme.kernels.linear import gated_linear, linear
 from bireme.model_config import ModelConfig
 
 BLOCKS = list(product((32, 64, 128), (64, 128, 256), (3, 4, 6), (4, 8)))  # N, K, stages, warps
-NO_CACHE_BYTES = 400 << 20
 Block = tuple[int, int, int, int]
 
 

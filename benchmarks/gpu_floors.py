@@ -9,6 +9,7 @@ import torch
 
 from bireme import LLM
 
+NO_CACHE_BYTES = 400 << 20  # more than a GPU's own cache holds
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 
@@ -54,10 +55,15 @@ def read_bytes(llm: LLM, num_together: int, context: int = 0) -> int:
 
 def prefill_flop(llm: LLM, num_tokens: int) -> int:
     """Two an element of the weights and token, the head's for the last one alone, and causal attention's."""
+    head = llm.model.config.vocab_size * llm.model.config.hidden_size
+    products = (read_bytes(llm, 0) - 2 * head) * num_tokens + 2 * head
+    return products + attention_flop(llm, num_tokens)
+
+
+def attention_flop(llm: LLM, num_tokens: int) -> int:
+    """Causal, of one prompt."""
     config = llm.model.config
-    head = config.vocab_size * config.hidden_size
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
-    return (read_bytes(llm, 0) - 2 * head) * num_tokens + 2 * head + attention
+    return 2 * config.num_layers * config.num_heads * config.head_dim * num_tokens**2
 
 
 def microseconds(run: Callable[[torch.Tensor], object], tensors: Sequence[torch.Tensor]) -> float:

@@ -10,18 +10,25 @@ copy, or of a large product. Each rank is told of.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import record
 import torch
-from decode_gpu import CONTEXT, OUTPUT_LEN, first_token_s, gaps_s, settings
-from gpu_floors import copy_bytes_per_s, flop_per_s, numbers, prefill_flop, read_bytes
+from decode_gpu import CONTEXT, OUTPUT_LEN, cells_parser, first_token_s, gaps_s, settings
+from gpu_floors import (
+    attention_flop,
+    copy_bytes_per_s,
+    flop_per_s,
+    numbers,
+    prefill_flop,
+    read_bytes,
+)
 
 from bireme import LLM
 from bireme.observe.kernel_trace import Kernel, kernels
@@ -67,7 +74,7 @@ def last_tokens(found: Sequence[Kernel], batches: int) -> list[Kernel]:
     return [it for it in found if first <= it.begin_us < last]
 
 
-def seen(llm: LLM, folder: Path, run: Any) -> list[list[Kernel]]:
+def seen(llm: LLM, folder: Path, run: Callable[[], object]) -> list[list[Kernel]]:
     """Of each rank, while something runs."""
     llm.executor.begin_profile(folder / "rank-{rank}.json")
     run()
@@ -84,12 +91,11 @@ def measure(
     found: dict[str, Any] = {"tp": tp, "pp": pp, "decode": {}, "prefill": {}}
     found |= {"copy_bytes_per_s": copied, "flop_per_s": rate}
     with LLM(**settings(model, layout)) as llm:
-        seen(
-            llm, folder, lambda: gaps_s(llm, 1, 8, seed=0)
-        )  # a process's first profile misses kernels
+        # a process's first profile misses kernels
+        seen(llm, folder, lambda: gaps_s(llm, 1, 8, seed=0))
         for batch in batches:
             plain = statistics.median(gaps_s(llm, batch, OUTPUT_LEN, seed=batch))
-            ranks = seen(llm, folder, lambda batch=batch: gaps_s(llm, batch, OUTPUT_LEN, seed=1))
+            ranks = seen(llm, folder, partial(gaps_s, llm, batch, OUTPUT_LEN, seed=1))
             together = min(batch, pp)
             weights_s = read_bytes(llm, 0) / copied / tp
             cache_s = read_bytes(llm, -(-batch // pp), CONTEXT) / copied / tp - weights_s
@@ -109,10 +115,8 @@ def prompt(llm: LLM, size: int, rate: float, folder: Path) -> dict[str, Any]:
     ranks = seen(llm, folder, lambda: [first_token_s(llm, size, seed=at) for at in range(ROUNDS)])
     spent = [by_kind(rank, ROUNDS) for rank in ranks]
     for one in spent:
-        del one["pause"]
-        one["pause"] = 1e3 * plain - sum(one.values())
-    config = llm.model.config
-    attention = 2 * config.num_layers * config.num_heads * config.head_dim * size**2
+        one["pause"] += 1e3 * plain - sum(one.values())
+    attention = attention_flop(llm, size)
     products = prefill_flop(llm, size) - attention
     floor_ms = {"products": 1e3 * products / rate, "attention": 1e3 * attention / rate}
     return {"step_ms": 1e3 * plain, "floor_ms": floor_ms, "ranks": spent}
@@ -122,8 +126,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """In Markdown, of the first rank of each layout; in brackets the floor."""
     lines = [f"| | ms | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 2) + "|"]
     for found in results:
-        cells: dict[str, Any] = defaultdict(dict)
-        cells |= {f"decode, batch {size}": one for size, one in found["decode"].items()}
+        cells = {f"decode, batch {size}": one for size, one in found["decode"].items()}
         cells |= {f"prefill 1 x {size}": one for size, one in found["prefill"].items()}
         for name, one in cells.items():
             told = {kind: f"{one['ranks'][0][kind]:.2f}" for kind in KINDS}
@@ -137,13 +140,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--name", default="gpu")
-    parser.add_argument("--model", default="llama-2-7b", help="of examples/configs, or a folder")
-    parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
-    parser.add_argument("--batches", default="1,8,32,64,128")
-    parser.add_argument("--prefills", default="1024,3584")
-    asked = parser.parse_args()
+    asked = cells_parser(__doc__).parse_args()
     sizes = numbers(asked.batches), numbers(asked.prefills)
     results = []
     for layout in asked.layouts:

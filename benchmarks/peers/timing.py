@@ -16,7 +16,7 @@ from typing import Any
 
 SHORT = 8  # tokens
 MOST_ID = 31000
-_TOLD = ("VLLM_", "BIREME_", "NCCL_", "TORCH_SYMM_MEM_")
+_TOLD = ("VLLM_USE_", "VLLM_ALLREDUCE_", "VLLM_CPU_", "NCCL_", "TORCH_SYMM_MEM_")  # no keys
 
 Generate = Callable[[list[list[int]], int], object]  # prompts, and new tokens of each
 

@@ -91,5 +91,6 @@ def test_the_host_waits_for_no_step(
         events = json.loads((tmp_path / f"rank-{rank}.json").read_text())["traceEvents"]
         kinds = ("gpu_memcpy", "cuda_runtime")
         seen = Counter(it["name"] for it in events if it.get("cat") in kinds)
+        assert seen["cudaGraphLaunch"], "what the host calls is not in the profile"
         assert seen["Memcpy HtoD (Pinned -> Device)"] > 20, seen
         assert not [it for it in seen if "Pageable" in it or it == "cudaStreamSynchronize"], seen

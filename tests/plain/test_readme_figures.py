@@ -81,8 +81,9 @@ def test_beside_vllm_on_gpus() -> None:
         assert row(f"prompt of {size}, ms") == times
     assert row("output tokens/s") == [f"{it['output_tokens_per_s']:,.0f}" for it in told]
     starts = [(it["start_with_empty_cache_s"], it["peers"]["vllm"]["start_s"]) for it in layouts]
-    told = [f"{seconds:.1f}" for both in starts for seconds in both]
-    assert row("start with empty caches, s") == told
+    assert row("first start, s") == [f"{seconds:.1f}" for both in starts for seconds in both]
+    commits = {it["run"]["commit"][:7] for it in layouts}
+    assert [f"at commit {commit} " in README for commit in commits] == [True]
 
 
 def test_a_70b_shape_on_gpus() -> None:

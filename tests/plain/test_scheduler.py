@@ -16,6 +16,7 @@ from replay import VOCABULARY, PrefixMatcher, ReplayExecutor, continued, prefixe
 from bireme.engine.engine import Engine
 from bireme.engine.limits import SchedulerLimits
 from bireme.engine.scheduler import PRIORITY_SPAN_S, Scheduler
+from bireme.engine.scripted import ScriptedExecutor
 from bireme.errors import CapacityError
 from bireme.parallel.layout import CacheKind
 from bireme.request import Request, ScheduledBatch, StepOutput
@@ -398,19 +399,22 @@ def test_a_deadline_ends_a_request_that_waits_and_one_that_runs() -> None:
     plan.check_integrity()
 
 
-def test_what_an_idle_engine_holds_is_noticed() -> None:
+def test_an_idle_engine_notices_blocks_that_are_held_by_no_request_or_twice() -> None:
+    now_s = [0.0]
     plan = scheduler()
-    plan.check_idle()
-    plan.add(request(0, 5, 3))
-    with pytest.raises(AssertionError, match=r"held by nobody: \(1, 0, 0\)"):
-        plan.check_idle()
-    batch = plan.schedule()
-    assert batch is not None
-    with pytest.raises(AssertionError, match=r"held by nobody: \(1, 1, 2\)"):
-        plan.check_idle()
-    plan.abort_all()
-    plan.update(answer(batch))
-    plan.check_idle()
+    engine = Engine(plan, ScriptedExecutor({}), clock=lambda: now_s[0])
+    engine.settle()
+    free = plan.blocks._pools[0]._free
+    taken = free.pop()
+    with pytest.raises(AssertionError, match="held by no request"):
+        engine.settle()
+    free.append(free[0])  # as many as there should be
+    engine.settle()
+    now_s[0] = 1.0
+    with pytest.raises(AssertionError, match="lost or held twice"):
+        engine.settle()
+    free[-1] = taken
+    engine.settle()
 
 
 def test_a_cancelled_request_is_not_in_the_next_batch_and_its_blocks_are_free() -> None:

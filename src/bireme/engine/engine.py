@@ -201,7 +201,7 @@ class Engine:
             with self._span(SpanKind.WAIT):
                 output = self._executor.collect()
             self.scheduler.update(output)
-        self.scheduler.check_idle()
+        assert not self.scheduler.blocks.num_used, "cache blocks are held by no request"
         if self.clock() >= self._next_check_s:
             self.scheduler.check_integrity()
             self._next_check_s = self.clock() + _CHECK_EVERY_S

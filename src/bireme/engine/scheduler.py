@@ -393,12 +393,6 @@ class Scheduler:
         yield from self._groups
         yield from self._prefilling
 
-    def check_idle(self) -> None:
-        """Once all requests have ended and all batches are collected: nothing is held any more."""
-        num_taken = self.limits.max_num_seqs - len(self._free_slots)
-        held = len(self._states), num_taken, self.blocks.num_used
-        assert held == (0, 0, 0), f"requests, slots and blocks are held by nobody: {held}"
-
     def check_integrity(self) -> None:
         """No block lost or held twice, every slot free or taken, every request in one place."""
         self.blocks.check_integrity()

@@ -33,7 +33,7 @@ class Awaited(Generic[T]):
 
 @dataclass(frozen=True)
 class Answer:
-    """All but what is awaited, and that; on CUDA once `arrived` is over."""
+    """`rest` is known at once, the others once they are on the host: on CUDA when `arrived` is over."""
 
     rest: StepOutput
     ids: Awaited[list[list[int]]] | None
