@@ -169,8 +169,8 @@ class StepGraphs:
         """Whether `run` of this batch is without the stage's last layer."""
         return self._of(batch).leaves_last_layer
 
-    def run(self, batch: ScheduledBatch, inputs: torch.Tensor | None) -> torch.Tensor:
-        """The stage's layers, of ids [T] or hidden states [T, D], or of the slots' last ids -> [T, D]."""
+    def place(self, batch: ScheduledBatch, inputs: torch.Tensor | None) -> None:
+        """What `run` of this batch is of: ids [T] or hidden states [T, D], or the slots' last ids."""
         bucket, count = self._of(batch), batch.num_tokens
         rows = bucket.given.shape[1]
         packed = np.full((2, rows), ((self._slots.padding_slot,), (0,)))
@@ -181,7 +181,10 @@ class StepGraphs:
         if bucket.inputs is not None:
             assert inputs is not None
             bucket.inputs[:count] = inputs
-        return bucket.layers.replay(self._spans)[:count]
+
+    def run(self, batch: ScheduledBatch) -> torch.Tensor:
+        """The stage's layers, of the batch that was placed last -> [T, D]"""
+        return self._of(batch).layers.replay(self._spans)[: batch.num_tokens]
 
     def choose(self, batch: ScheduledBatch) -> Chosen:
         """The likeliest ids, from what `run` made for this batch, of one new token a sequence; they are the slots'

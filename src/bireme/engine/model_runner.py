@@ -152,8 +152,9 @@ class ModelRunner:
             self._await_ids(batch)
         else:
             inputs = self._input(batch)
+        graphs.place(batch, inputs)
         with self.spans.span(SpanKind.COMPUTE):
-            x = graphs.run(batch, inputs)
+            x = graphs.run(batch)
             if graphs.leaves_last_layer(batch):
                 x = self.model.end(x, self._slots.context(batch.pieces, asks_all=asks_all))
         # what is on its way to the next stage must outlast the next replay
