@@ -88,12 +88,14 @@ class DeviceClock:
         """How far the clock of stamps is behind the host's, or a little more (nanoseconds)."""
         from bireme.kernels.gpu.stamp import look_at_clock
 
-        event = torch.cuda.Event(enable_timing=True)
+        event, arrived = torch.cuda.Event(enable_timing=True), torch.cuda.Event()
         with torch.cuda.stream(self._stream):
             look_at_clock(place)
             event.record()
-            stamp = int(place.item())
-        return self.host_ns(event) - stamp
+            stamp = download(place)
+            arrived.record()
+        arrived.synchronize()
+        return self.host_ns(event) - int(stamp)
 
 
 class _Events(NamedTuple):
