@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,24 +162,22 @@ def measure(
     return found
 
 
-def peers(asked: argparse.Namespace, layout: str) -> dict[str, Any]:
-    """What others take for the same."""
+def peers(asked: argparse.Namespace, layout: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What others take for the same, one after another."""
     limits = {key: settings(asked.model, layout)[key] for key in LIMITS}
     options = [
         str(CONFIGS / asked.model), "--device", "cuda", "--layout", layout,
         "--batches", asked.batches, "--tokens", str(OUTPUT_LEN), "--input-len", str(INPUT_LEN),
         "--rounds", str(PEER_ROUNDS),
     ]  # fmt: skip
-    found: dict[str, Any] = {}
     if asked.vllm:
         more = ["--prefills", asked.prefills, "--settings", json.dumps(limits)]
         if not asked.briefly:
             more += ["--load", f"{LOAD.num_prompts},{LOAD.input_len},{LOAD.output_len}"]
         for name, python in (("bireme", sys.executable), ("vllm", asked.vllm)):
-            found[name] = told_by_peer(name, python, [*options, *more], {})
+            yield name, told_by_peer(name, python, [*options, *more], {})
     if asked.transformers and layout == "1,1":
-        found["transformers"] = told_by_peer("transformers", sys.executable, options, {})
-    return found
+        yield "transformers", told_by_peer("transformers", sys.executable, options, {})
 
 
 def peer_rows(told: dict[str, Any]) -> dict[str, str]:
@@ -287,7 +285,6 @@ def main() -> None:
     run |= {"copy_bytes_per_s": read, "flop_per_s": rate}
 
     def keep() -> None:
-        print(table(results[-1:]), flush=True)
         layouts = sorted(results, key=lambda it: (it["pp"], it["tp"]))
         result = {"gpus": gpus, "layouts": layouts, "table": table(layouts).splitlines()}
         record.write(name, ["torch", "triton"], result)
@@ -295,9 +292,11 @@ def main() -> None:
     for layout in asked.layouts:
         results.append({**measure(asked, layout, read, rate), "run": run})
         keep()  # what was measured stays, whatever ends the next
-        if asked.vllm or asked.transformers:
-            results[-1]["peers"] = peers(asked, layout)
+        print(table(results[-1:]), flush=True)
+        for peer, told in peers(asked, layout):
+            results[-1].setdefault("peers", {})[peer] = told
             keep()
+        print(table(results[-1:]), flush=True)
 
 
 if __name__ == "__main__":

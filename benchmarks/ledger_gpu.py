@@ -2,7 +2,7 @@
 
     python benchmarks/ledger_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 2,1 1,1] [--batches 8,64]
 
-Shares of a rank's time, of prompts of 8 tokens continued by 192. The ledger: collectives, work, and the rest, in which
+Shares of a rank's time, of prompts of 8 tokens continued by 384. The ledger: collectives, work, and the rest, in which
 the GPU has none, with what of it is `host`. The profiler: kernels that ranks exchange by, other kernels with what lies
 between those that were launched together, and pauses. Then the mean time from token to token of the first layout and
 batch with spans and without (nobody can ask for that: they are patched away here), in turn, each in processes of its
@@ -35,7 +35,7 @@ from bireme.observe.kernel_trace import kernel_times
 from bireme.observe.ledger import RankLedger, make_ledger
 from bireme.observe.window import whole_since
 
-INPUT_LEN, NUM_TOKENS, ROUNDS = 8, 192, 4
+INPUT_LEN, NUM_TOKENS, ROUNDS = 8, 384, 4
 WITHOUT_SPANS = """
 from contextlib import nullcontext
 from bireme.kernels.device_spans import DeviceSpans
@@ -65,19 +65,19 @@ def shares_by_profiler(path: Path) -> dict[str, float]:
     }
 
 
-def gaps_s(llm: LLM, batch: int, seed: int) -> list[float]:
+def gaps_s(llm: LLM, batch: int, seed: int, num_tokens: int = NUM_TOKENS) -> list[float]:
     seen = Latencies()
-    load = Workload(num_prompts=batch, input_len=INPUT_LEN, output_len=NUM_TOKENS, seed=seed)
+    load = Workload(num_prompts=batch, input_len=INPUT_LEN, output_len=num_tokens, seed=seed)
     measure_throughput(llm, load, seen=seen.note)
     return seen.gaps_s
 
 
 def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
     """Of each rank."""
-    for seed in (1, 2):  # the first profile of a process misses kernels
+    for num_tokens in (8, NUM_TOKENS):  # the first profile of a process misses kernels
         llm.executor.begin_profile(folder / f"{batch}-rank-{{rank}}.json")
         start_ns = time.monotonic_ns()
-        gaps_s(llm, batch, seed)
+        gaps_s(llm, batch, seed=1, num_tokens=num_tokens)
         llm.executor.usage()  # all spans are written by then
         llm.executor.end_profile()
     recorded, is_whole = whole_since(llm.recorded(), start_ns)

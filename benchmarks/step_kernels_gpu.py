@@ -4,8 +4,8 @@
 
 Of decode, from one token of a request to the next: steps of all the stage's batches. Of prefill, a prompt. `pause`:
 longer than 10 us without a kernel; in prefill all that is neither kernel nor between two, by the first token's time
-without the profiler. Beside the kinds that a floor counts (products, attention) what they take at the rates of a large
-copy, or of a large product. Each rank is told of.
+while the profiler runs, which is told beside that without it. Beside the kinds that a floor counts (products,
+attention) what they take at the rates of a large copy, or of a large product. Each rank is told of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import record
 import torch
-from decode_gpu import CONTEXT, OUTPUT_LEN, cells_parser, first_token_s, gaps_s, settings
+from decode_gpu import CONTEXT, INPUT_LEN, OUTPUT_LEN, cells_parser, first_token_s, gaps_s, settings
 from gpu_floors import (
     attention_flop,
     copy_bytes_per_s,
@@ -38,6 +38,7 @@ PRODUCTS = ("nvjet", "cutlass", "gemm", "gemv", "few_rows", "one_row", "splitk",
 BETWEEN_PRODUCTS = ("rms_norm", "rope_and_write", "silu_mul")
 KINDS = ["products", "attention", "sums", "norms, rotation, gates", "others", "between", "pause"]
 NUM_SEEN = 64  # tokens
+SEEN_LEN = CONTEXT - INPUT_LEN + NUM_SEEN // 2  # the last of them have CONTEXT on average
 STEP_KERNELS = 20  # that a launch has at least which is a stage's layers
 ROUNDS = 3
 
@@ -74,12 +75,14 @@ def last_tokens(found: Sequence[Kernel], batches: int) -> list[Kernel]:
     return [it for it in found if first <= it.begin_us < last]
 
 
-def seen(llm: LLM, folder: Path, run: Callable[[], object]) -> list[list[Kernel]]:
-    """Of each rank, while something runs."""
+def seen(
+    llm: LLM, folder: Path, run: Callable[[], Sequence[float]]
+) -> tuple[Sequence[float], list[list[Kernel]]]:
+    """What something tells that runs, and the kernels of each rank meanwhile."""
     llm.executor.begin_profile(folder / "rank-{rank}.json")
-    run()
+    told = run()
     llm.executor.end_profile()
-    return [kernels(path) for path in sorted(folder.glob("rank-*.json"))]
+    return told, [kernels(path) for path in sorted(folder.glob("rank-*.json"))]
 
 
 def measure(
@@ -95,15 +98,15 @@ def measure(
         seen(llm, folder, lambda: gaps_s(llm, 1, 8, seed=0))
         for batch in batches:
             plain = statistics.median(gaps_s(llm, batch, OUTPUT_LEN, seed=batch))
-            ranks = seen(llm, folder, partial(gaps_s, llm, batch, OUTPUT_LEN, seed=1))
+            gaps, ranks = seen(llm, folder, partial(gaps_s, llm, batch, SEEN_LEN, seed=1))
             together = min(batch, pp)
             weights_s = read_bytes(llm, 0) / copied / tp
             cache_s = read_bytes(llm, -(-batch // pp), CONTEXT) / copied / tp - weights_s
             found["decode"][batch] = {
-                "step_ms": 1e3 * plain,
+                "step_ms": 1e3 * plain, "profiled_ms": 1e3 * statistics.median(gaps),
                 "floor_ms": {"products": 1e3 * weights_s, "attention": 1e3 * cache_s},
                 "ranks": [by_kind(last_tokens(rank, together), NUM_SEEN) for rank in ranks],
-            }
+            }  # fmt: skip
         for size in prefills:
             found["prefill"][size] = prompt(llm, size, rate * tp * pp, folder)
     return found
@@ -112,19 +115,24 @@ def measure(
 def prompt(llm: LLM, size: int, rate: float, folder: Path) -> dict[str, Any]:
     first_token_s(llm, size, seed=size)
     plain = statistics.median(first_token_s(llm, size, seed=size + at) for at in range(1, 6))
-    ranks = seen(llm, folder, lambda: [first_token_s(llm, size, seed=at) for at in range(ROUNDS)])
+    times, ranks = seen(
+        llm, folder, lambda: [first_token_s(llm, size, seed=at) for at in range(ROUNDS)]
+    )
+    profiled = statistics.mean(times)
     spent = [by_kind(rank, ROUNDS) for rank in ranks]
     for one in spent:
-        one["pause"] += 1e3 * plain - sum(one.values())
+        one["pause"] += 1e3 * profiled - sum(one.values())
     attention = attention_flop(llm, size)
     products = prefill_flop(llm, size) - attention
     floor_ms = {"products": 1e3 * products / rate, "attention": 1e3 * attention / rate}
-    return {"step_ms": 1e3 * plain, "floor_ms": floor_ms, "ranks": spent}
+    return {
+        "step_ms": 1e3 * plain, "profiled_ms": 1e3 * profiled, "floor_ms": floor_ms, "ranks": spent,
+    }  # fmt: skip
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """In Markdown, of the first rank of each layout; in brackets the floor."""
-    lines = [f"| | ms | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 2) + "|"]
+    lines = [f"| | ms | profiled | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 3) + "|"]
     for found in results:
         cells = {f"decode, batch {size}": one for size, one in found["decode"].items()}
         cells |= {f"prefill 1 x {size}": one for size, one in found["prefill"].items()}
@@ -134,7 +142,8 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
                 told[kind] += f" ({floor_ms:.2f})"
             layout = f"tp {found['tp']}, pp {found['pp']}"
             lines.append(
-                f"| {layout}: {name} | {one['step_ms']:.2f} | {' | '.join(told.values())} |"
+                f"| {layout}: {name} | {one['step_ms']:.2f} | {one['profiled_ms']:.2f} | "
+                f"{' | '.join(told.values())} |"
             )
     return lines
 
