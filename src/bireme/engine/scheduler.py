@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from bireme.engine.admission import Admission
 from bireme.engine.chunks import chunk_cost, chunk_tokens
 from bireme.engine.decode_groups import DecodeGroups
 from bireme.engine.limits import SchedulerLimits
@@ -36,7 +37,6 @@ from bireme.request import (
 )
 
 PRIORITY_SPAN_S = 30.0
-_STEPS_AHEAD = 2  # a stage, that prompts which have begun may fill: they cannot be overtaken
 
 
 @dataclass(slots=True)
@@ -67,6 +67,7 @@ class Scheduler:
         self._prefixes = Prefixes(
             self.blocks, is_on=limits.has_prefix_caching, depends_on_length=limits.depends_on_length
         )
+        self._admission = Admission(limits, self.blocks, self._prefixes)
         self.max_in_flight = limits.pp_size + 1
         self.num_preemptions = 0
         self.num_prefix_queries = self.num_prefix_hits = 0  # tokens
@@ -81,7 +82,6 @@ class Scheduler:
         self._num_added = 0
         self._next_step_id = WARM_UP_STEP + 1
         self._incarnation = 0
-        self._refused: tuple[RequestState, tuple[int, ...]] | None = None
 
     # --- requests ------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class Scheduler:
         self._free_slots.append(state.slot)
         self._slots[state.slot] = None
         state.slot = None
-        self._refused = None
+        self._admission.look_again()
 
     # --- a step --------------------------------------------------------------------------------
 
@@ -322,36 +322,14 @@ class Scheduler:
     # --- admission and preemption --------------------------------------------------------------
 
     def _admit(self) -> None:
-        """As many as the next steps can begin to compute, while there are seats and room."""
         if not (self._waiting and self._free_slots):
             return
-        chunk, available = self.limits.max_num_batched_tokens, self.blocks.num_available
-        if self._refused == (self._waiting.first, available):
-            return
-        most = _STEPS_AHEAD * self.limits.pp_size * chunk
-        pending, reserve = sum(state.num_uncomputed for state in self._prefilling), self._reserve()
-        while self._waiting and self._free_slots and pending < most:
-            state = self._waiting.first
-            keys, num_tokens = self._prefixes.cached_keys(state), len(state.token_ids)
-            if not self.blocks.can_start(keys, num_tokens + 1, chunk, reserve):
-                self._refused = (state, available)
+        for state, num_cached_blocks in self._admission.admitted(
+            self._waiting, self._prefilling, self.num_running
+        ):
+            self._start(state, num_cached_blocks)
+            if not self._free_slots:
                 return
-            self._waiting.remove(state)
-            self._start(state, len(keys))
-            pending += state.num_uncomputed
-            needed = self.blocks.needed_at_once(num_tokens, chunk)
-            reserve = [kept + more + 1 for kept, more in zip(reserve, needed, strict=True)]
-
-    def _reserve(self) -> list[int]:
-        """Blocks that running requests will soon need: the rest of each prompt, one for a decode."""
-        chunk = self.limits.max_num_batched_tokens
-        missing = [
-            self.blocks.missing_at_once(state.slot, state.num_given, chunk)
-            for state in self._prefilling
-            if state.slot is not None
-        ]
-        none = (0,) * self.blocks.num_kinds
-        return [sum(counts) + self.num_running for counts in zip(none, *missing, strict=True)]
 
     def _start(self, state: RequestState, num_cached_blocks: int) -> None:
         slot = state.slot = self._free_slots.pop()
