@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -33,7 +35,21 @@ def asked_for(description: str | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON, for its model")
-    return parser.parse_args()
+    parser.add_argument(
+        "--ends-with-stdin",
+        action="store_true",
+        help="with its process group, once stdin is closed",
+    )
+    asked = parser.parse_args()
+    if asked.ends_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    return asked
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 4096):
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 def numbers(text: str) -> list[int]:
