@@ -25,7 +25,7 @@ from gpu_floors import CONFIGS, NO_CACHE_BYTES, copy_bytes_per_s, microseconds, 
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained
-from bireme.kernels.gpu.few_rows import block_rows, few_rows_kernel
+from bireme.kernels.gpu.few_rows import block_rows, few_rows_kernel, held_inputs
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.linear import gated_linear, linear
 from bireme.model_config import ModelConfig
@@ -54,7 +54,7 @@ def by_blocks(
     out = x.new_empty(len(x), outputs)
     few_rows_kernel[(triton.cdiv(outputs, size_n),)](
         x, weight, weight, out, len(x), outputs, x.shape[1], x.stride(0),
-        BLOCK_T=block_rows(len(x)), BLOCK_N=size_n, BLOCK_K=size_k,
+        BLOCK_T=block_rows(len(x)), BLOCK_N=size_n, BLOCK_K=size_k, HELD=held_inputs(len(x)),
         IS_GATED=is_gated, HAS_BIAS=False, **chained(x), num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

@@ -15,16 +15,14 @@ def _load(at, mask, IS_MASKED: tl.constexpr):
 
 
 @triton.jit
-def cache_places(table, start, n, is_there, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """int64 [N], where positions n [N] of a sequence lie: from `start` on, a multiple of N that it has; `is_there` [N]
-    are all that it has."""
+def cache_places(table, start, stop, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """int64 [N], where positions from `start` on, a multiple of N, of a sequence of `stop` lie; beyond, any place."""
+    n = start + tl.arange(0, N)
     if BLOCK_SIZE % N == 0:  # all in one block, whose address is worked out once
-        block = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-        place = block * BLOCK_SIZE + start % BLOCK_SIZE + tl.arange(0, N)
+        block = tl.load(table + start // BLOCK_SIZE, mask=start < stop, other=0)
     else:
-        block = tl.load(table + n // BLOCK_SIZE, mask=is_there, other=0).to(tl.int64)
-        place = block * BLOCK_SIZE + n % BLOCK_SIZE
-    return place
+        block = tl.load(table + n // BLOCK_SIZE, mask=n < stop, other=0)
+    return block.to(tl.int64) * BLOCK_SIZE + n % BLOCK_SIZE
 
 
 @triton.jit

@@ -18,8 +18,8 @@ MOST_ROWS = 64  # of more, kernels take so long that it gains little
 
 @triton.jit
 def await_before(IS_CHAINED: tl.constexpr):
-    """Before it nothing may be read that a kernel wrote, and nothing be written. Every kernel that is launched
-    chained calls it: then all kernels before are over, and not the last one alone."""
+    """Before it nothing may be read that the kernel before may write, and nothing be written. Every kernel that is
+    launched chained calls it: then all kernels before are over, and not the last one alone."""
     if IS_CHAINED:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

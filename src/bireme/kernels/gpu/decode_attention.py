@@ -25,8 +25,7 @@ def decode_attention_kernel(
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    await_before(IS_CHAINED)
-    row, kv, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kv, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32)
     stop = position + 1
     first = 0
@@ -36,6 +35,9 @@ def decode_attention_kernel(
     per_split = tl.cdiv(tl.cdiv(stop, N) - begin, SPLITS)
     low = (begin + split * per_split) * N
     high = tl.minimum(stop, low + per_split * N)
+    own_table = table + slot * table_stride
+    place = cache_places(own_table, low, high, N, BLOCK_SIZE)
+    await_before(IS_CHAINED)  # what was read so far was there before this step's first kernel
 
     d = tl.arange(0, SIZE)
     head = tl.load(head_starts + kv) + tl.arange(0, G)
@@ -53,8 +55,9 @@ def decode_attention_kernel(
     for at in range(low, high, N):
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
-        place = cache_places(table + slot * table_stride, at, n, seen, N, BLOCK_SIZE)
         kv_at = (place * K + kv)[:, None] * D + d[None, :]
+        # looked up a block ahead: else the pipeline's stages would go to the table's, and none to keys and values
+        place = cache_places(own_table, at + N, high, N, BLOCK_SIZE)
         best, total, mixed = attend_block(
             (best, total, mixed), query, keys + kv_at, values + kv_at, seen, seen[None, :],
             (position - n)[None, :], slope[:, None], d, scale, cap,
@@ -136,7 +139,7 @@ def decode_attention(
     acc = q.new_empty(of_heads * head_dim if splits > 1 else 1, dtype=torch.float32)
     top, mass = q.new_empty(2, of_heads if splits > 1 else 1, dtype=torch.float32).unbind(0)
     size = triton.next_power_of_2(max(16, head_dim))
-    decode_attention_kernel[(num_sequences, num_kv_heads, splits)](
+    decode_attention_kernel[(num_kv_heads, num_sequences, splits)](
         q, keys, values, table, slots, positions, head_starts,
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
@@ -144,7 +147,7 @@ def decode_attention(
         G=triton.next_power_of_2(max(16, num_shared)), N=block,
         BLOCK_SIZE=block_size, SPLITS=splits, WINDOW=window or 0,
         HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, num_warps=4,
-        num_stages=6 if block * size <= 32 * 128 else 3,  # as many as have room
+        num_stages=3 if block * size <= 32 * 128 else 2,
         **chained(q),
     )  # fmt: skip
     if splits > 1:

@@ -15,6 +15,8 @@ from bireme.kernels.gpu.chain import await_before, chained
 
 MOST_ROWS = 64  # beyond which cuBLAS is as fast
 _SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
+_HELD_INPUTS = 128
+_HELD_ROWS = 16  # beyond which registers for them cost as much as they save
 _MULTIPROCESSORS = 132  # of a Hopper GPU
 
 
@@ -23,6 +25,16 @@ def _silu_mul(gate, up, dtype: tl.constexpr):
     """Rounded where the separate steps round."""
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype)
     return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up
+
+
+@triton.jit
+def _late(x, IS_CHAINED: tl.constexpr):
+    """The same 16-bit values, that nothing is made of before what stands before is over."""
+    if not IS_CHAINED:
+        return x
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+    )
 
 
 @triton.jit
@@ -60,19 +72,29 @@ def one_row_kernel(
 @triton.jit(do_not_specialize=["T"])
 def few_rows_kernel(
     x, weight, bias, out, T, N, K, x_stride,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HELD: tl.constexpr,
     IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """The same for T rows; outputs are the rows of the product, for the weight has more of them."""
+    """The same for T rows; outputs are the rows of the product, for the weight has more of them. What HELD inputs are
+    multiplied by is read into registers while the kernel before still runs, and multiplied last."""
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     t = tl.arange(0, BLOCK_T)
     is_output, is_row = (n < N)[:, None], (t < T)[:, None]
     at_weight = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     at_x = x + t[:, None] * x_stride + k[None, :]
+    if HELD > 0:
+        f = tl.arange(0, HELD)[None, :]
+        is_first = f < K
+        at_first = weight + n.to(tl.int64)[:, None] * K + f
+        first = tl.load(at_first, mask=is_output & is_first, other=0.0)
+        if IS_GATED:
+            first_up = tl.load(at_first + N.to(tl.int64) * K, mask=is_output & is_first, other=0.0)
     await_before(IS_CHAINED)
+    if HELD > 0:
+        first_x = tl.load(x + t[:, None] * x_stride + f, mask=is_row & is_first, other=0.0)
     sums = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
     ups = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
-    for at in range(0, K, BLOCK_K):
+    for at in range(HELD, K, BLOCK_K):
         is_input = (at + k < K)[None, :]
         rows = tl.load(at_weight + at, mask=is_output & is_input, other=0.0)
         values = tl.trans(tl.load(at_x + at, mask=is_row & is_input, other=0.0))
@@ -82,6 +104,11 @@ def few_rows_kernel(
                 at_weight + at + N.to(tl.int64) * K, mask=is_output & is_input, other=0.0
             )
             ups = tl.dot(rows, values, ups, input_precision="ieee")
+    if HELD > 0:
+        values = tl.trans(_late(first_x, IS_CHAINED))
+        sums = tl.dot(_late(first, IS_CHAINED), values, sums, input_precision="ieee")
+        if IS_GATED:
+            ups = tl.dot(_late(first_up, IS_CHAINED), values, ups, input_precision="ieee")
     if HAS_BIAS:
         sums += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     dtype: tl.constexpr = out.dtype.element_ty
@@ -107,6 +134,11 @@ def suits(x: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False) -> b
 def block_rows(num_rows: int) -> int:
     """That a kernel is compiled for."""
     return max(16, int(triton.next_power_of_2(num_rows)))
+
+
+def held_inputs(num_rows: int) -> int:
+    """Whose weights are read before the kernel before is over."""
+    return _HELD_INPUTS if num_rows <= _HELD_ROWS else 0
 
 
 def _busy(num_outputs: int, block: int) -> float:
@@ -152,6 +184,6 @@ def _product(
     blocks = _blocks(num_rows, num_outputs, is_gated=is_gated)
     few_rows_kernel[(triton.cdiv(num_outputs, blocks["BLOCK_N"]),)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
-        BLOCK_T=block_rows(num_rows), **blocks, **flags,
+        BLOCK_T=block_rows(num_rows), HELD=held_inputs(num_rows), **blocks, **flags,
     )  # fmt: skip
     return out

@@ -31,7 +31,7 @@ def _attend_cached(
         seen = (distance >= 0) & (n < end)[None, :]
         if WINDOW > 0:
             seen &= distance < WINDOW
-        place = cache_places(table, at, n, n < end, N, BLOCK_SIZE)
+        place = cache_places(table, at, end, N, BLOCK_SIZE)
         kv_at = (place * K + kv)[:, None] * D + d[None, :]
         state = attend_block(
             state, query, keys + kv_at, values + kv_at, n < end, seen, distance, slope, d, scale,
