@@ -316,7 +316,9 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
         }  # fmt: skip
         if count == 1:
             return found | {("one row",)}
-        return found | {("product", rows, is_chained)} if count <= few_rows.MOST_ROWS else found
+        if count > few_rows.MOST_ROWS:
+            return found
+        return found | {("product", rows, few_rows.held_inputs(count), is_chained)}
 
     compiled = set[tuple[object, ...]]().union(*map(kernels, graph_sizes(most)))
     for count in range(1, most + 1):

@@ -89,10 +89,19 @@ def test_beside_vllm_on_gpus() -> None:
     assert [f"at commit {commit} " in README for commit in commits] == [True]
 
 
-def test_a_70b_shape_on_gpus() -> None:
-    (layout,) = kept("decode-llama-3-70b-2x-h200")["layouts"]
+def of_70b(name: str) -> tuple[str, str, str, str]:
+    """Steps at batch 1 and 64 and a prompt in milliseconds, the start in seconds."""
+    (layout,) = kept(name)["layouts"]
     one, many = (1e3 * layout["decode"][batch]["step_s"] for batch in ("1", "64"))
     prefill = 1e3 * median(layout["prefill"]["1024"]["ttft_s"])
-    said = f"takes {one:.1f} ms a step at batch 1, {many:.1f} at batch 64, {prefill:.0f} ms for a prompt"
-    assert said in README
-    assert f"{median(layout['start_s']):.1f} s from" in README
+    return f"{one:.1f}", f"{many:.1f}", f"{prefill:.0f}", f"{median(layout['start_s']):.1f}"
+
+
+def test_a_70b_shape_on_gpus() -> None:
+    one, many, prefill, start = of_70b("decode-llama-3-70b-2x-h200")
+    assert (
+        f"takes {one} ms a step at batch 1, {many} at batch 64, {prefill} ms for a prompt" in README
+    )
+    assert f"{start} s from" in README
+    one, many, prefill, _ = of_70b("decode-llama-3-70b-2x-h200-other-host")
+    assert f"took {one}, {many} and {prefill} ms" in README

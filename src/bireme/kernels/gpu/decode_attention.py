@@ -37,7 +37,8 @@ def decode_attention_kernel(
     high = tl.minimum(stop, low + per_split * N)
     own_table = table + slot * table_stride
     place = cache_places(own_table, low, high, N, BLOCK_SIZE)
-    await_before(IS_CHAINED)  # what was read so far was there before this step's first kernel
+    # slots, positions and tables are written before a layer begins: the kernel before, which rotates, writes none
+    await_before(IS_CHAINED)
 
     d = tl.arange(0, SIZE)
     head = tl.load(head_starts + kv) + tl.arange(0, G)

@@ -15,7 +15,7 @@ from bireme.kernels.gpu.chain import await_before, chained
 
 MOST_ROWS = 64  # beyond which cuBLAS is as fast
 _SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
-_HELD_INPUTS = 128
+_HELD_INPUTS = 128  # for whose weights there are registers
 _HELD_ROWS = 16  # beyond which registers for them cost as much as they save
 _MULTIPROCESSORS = 132  # of a Hopper GPU
 
