@@ -37,7 +37,9 @@ from typing import Any
 import record
 import torch
 from beside import told_by_peer
-from gpu_floors import CONFIGS, copy_bytes_per_s, flop_per_s, numbers, prefill_flop, read_bytes
+from gpu_floors import (
+    copy_bytes_per_s, flop_per_s, model_folder, numbers, prefill_flop, read_bytes,
+)
 from step_kinds import step_kinds
 
 from bireme import LLM
@@ -75,7 +77,7 @@ def start_s(model: str, layout: str, environment: dict[str, str]) -> float:
 def settings(model: str, layout: str) -> dict[str, Any]:
     tp, pp = (int(width) for width in layout.split(","))
     return {
-        "model": str(CONFIGS / model), "load_format": "dummy", "device": "cuda", "dtype": "bfloat16",
+        "model": model_folder(model), "load_format": "dummy", "device": "cuda", "dtype": "bfloat16",
         "tensor_parallel_size": tp, "pipeline_parallel_size": pp, "max_num_seqs": 256,
         "max_num_batched_tokens": 4096, "enable_prefix_caching": False,
     }  # fmt: skip
@@ -166,7 +168,7 @@ def peers(asked: argparse.Namespace, layout: str) -> Iterator[tuple[str, dict[st
     """What others take for the same, one after another."""
     limits = {key: settings(asked.model, layout)[key] for key in LIMITS}
     options = [
-        str(CONFIGS / asked.model), "--device", "cuda", "--layout", layout,
+        model_folder(asked.model), "--device", "cuda", "--layout", layout,
         "--batches", asked.batches, "--tokens", str(OUTPUT_LEN), "--input-len", str(INPUT_LEN),
         "--rounds", str(PEER_ROUNDS),
     ]  # fmt: skip

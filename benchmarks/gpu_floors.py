@@ -13,6 +13,13 @@ NO_CACHE_BYTES = 400 << 20  # more than a GPU's own cache holds
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 
 
+def model_folder(model: str) -> str:
+    """Of a name in `examples/configs`, or of a folder itself."""
+    return str(CONFIGS / model if (CONFIGS / model).is_dir() else model)
+
+
+
+
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
