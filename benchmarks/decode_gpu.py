@@ -38,7 +38,12 @@ import record
 import torch
 from beside import told_by_peer
 from gpu_floors import (
-    copy_bytes_per_s, flop_per_s, model_folder, numbers, prefill_flop, read_bytes,
+    copy_bytes_per_s,
+    flop_per_s,
+    model_folder,
+    numbers,
+    prefill_flop,
+    read_bytes,
 )
 from step_kinds import step_kinds
 

@@ -18,8 +18,6 @@ def model_folder(model: str) -> str:
     return str(CONFIGS / model if (CONFIGS / model).is_dir() else model)
 
 
-
-
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
