@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from bireme.kernels.host_copies import upload
@@ -25,7 +26,7 @@ class DeviceTables:
         max_blocks: int,
         device: torch.device,
     ) -> None:
-        self._kinds, self._device = kinds, device
+        self._kinds, self._max_blocks, self._device = kinds, max_blocks, device
         self.of = {
             window: torch.zeros(num_slots + 1, max_blocks, dtype=torch.int32, device=device)
             for window in windows
@@ -33,17 +34,18 @@ class DeviceTables:
 
     def extend(self, added: Sequence[Added]) -> None:
         """In one copy to the device, without a host synchronisation."""
-        at = [
-            (slot, size + index) for slot, size, blocks in added for index in range(len(blocks[0]))
-        ]
+        at: list[int] = []  # in a table that is read row by row
+        for slot, size, blocks in added:
+            first = slot * self._max_blocks + size
+            at += range(first, first + len(blocks[0]))
         if not at:
             return
         new = [
             [id_ for _, _, blocks in added for id_ in blocks[kind]]
             for kind in range(len(self._kinds))
         ]
-        packed = torch.tensor([*zip(*at, strict=True), *new])
-        rows, columns, *by_kind = upload(packed, self._device).unbind(0)
-        for kind, blocks in zip(self._kinds, by_kind, strict=True):
+        packed = torch.from_numpy(np.array([at, *new], dtype=np.int64))
+        places, *by_kind = upload(packed, self._device).unbind(0)
+        for kind, ids in zip(self._kinds, by_kind, strict=True):
             if kind.window in self.of:  # other stages may have layers of other kinds
-                self.of[kind.window][rows, columns] = blocks.int()
+                self.of[kind.window].view(-1).index_copy_(0, places, ids.int())

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from bireme.engine.capture import StepCapture
 from bireme.engine.graphs import StepGraphs
@@ -223,8 +225,8 @@ class ModelRunner:
             shape = (batch.num_tokens, self.config.hidden_size)
             return receiver.receive(batch.header, shape, self.dtype, self.device)
         needed = self._await_ids(batch)
-        given = [id_ for piece in batch.pieces for id_ in (piece.token_ids or [0])]
-        ids = self._on_device(given)
+        given = chain.from_iterable(piece.token_ids or (0,) for piece in batch.pieces)
+        ids = self._on_device(np.fromiter(given, np.int64, batch.num_tokens))
         if needed:
             at, starts = [], 0
             for piece in batch.pieces:
@@ -260,9 +262,9 @@ class ModelRunner:
     def _keep_ids(self, slots: list[int], ids: torch.Tensor) -> None:
         self._last_ids.index_copy_(0, self._on_device(slots), ids)
 
-    def _on_device(self, numbers: list[int] | list[tuple[int, int]]) -> torch.Tensor:
+    def _on_device(self, numbers: ArrayLike) -> torch.Tensor:
         # by way of numpy, which takes a third of the time that torch takes for a list
-        return upload(torch.from_numpy(np.array(numbers, dtype=np.int64)), self.device)
+        return upload(torch.from_numpy(np.asarray(numbers, dtype=np.int64)), self.device)
 
     # --- output --------------------------------------------------------------------------------
 
