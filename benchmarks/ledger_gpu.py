@@ -2,11 +2,11 @@
 
     python benchmarks/ledger_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 2,1 1,1] [--batches 8,64]
 
-Shares of a rank's time, of prompts of 8 tokens continued by 384. The ledger: collectives, work, and the rest, in which
-the GPU has none, with what of it is `host`. The profiler: kernels that ranks exchange by, other kernels with what lies
-between those that were launched together, and pauses. Then the mean time from token to token of the first layout and
-batch with spans and without (nobody can ask for that: they are patched away here), in turn, each in processes of its
-own.
+Shares of a rank's time, of prompts of 8 tokens continued by 192, medians of three rounds. The ledger: collectives,
+work, and the rest, in which the GPU has none, with what of it is `host`. The profiler: kernels that ranks exchange by,
+other kernels with what lies between those that were launched together, and pauses. Then the mean time from token to
+token of the first layout and batch with spans and without (nobody can ask for that: they are patched away here), in
+turn, each in processes of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from bireme.observe.kernel_trace import kernel_times
 from bireme.observe.ledger import RankLedger, make_ledger
 from bireme.observe.window import whole_since
 
-INPUT_LEN, NUM_TOKENS, ROUNDS = 8, 384, 4
+INPUT_LEN, NUM_TOKENS, ROUNDS = 8, 192, 4
+PROFILED_ROUNDS = 3
+SHARES = ("collective", "work", "rest")
+Shares = dict[str, float]
 WITHOUT_SPANS = """
 from contextlib import nullcontext
 from bireme.kernels.device_spans import DeviceSpans
@@ -47,14 +50,14 @@ for spans in (SpanRing, DeviceSpans):
 """
 
 
-def shares_by_ledger(rank: RankLedger) -> dict[str, float]:
+def shares_by_ledger(rank: RankLedger) -> Shares:
     collective = rank.share(Row.COLLECTIVE_MOVE) + rank.share(Row.COLLECTIVE_WAIT)
     work = rank.share(Row.COMPUTE)
     rest = 1 - collective - work
     return {"collective": collective, "work": work, "rest": rest, "host": rank.share(Row.HOST)}
 
 
-def shares_by_profiler(path: Path) -> dict[str, float]:
+def shares_by_profiler(path: Path) -> Shares:
     found = kernel_times(path)
     assert found is not None, path
     return {
@@ -62,6 +65,7 @@ def shares_by_profiler(path: Path) -> dict[str, float]:
         "work": (found.other_s + found.between_s) / found.whole_s,
         "rest": found.pause_s / found.whole_s,
         "between kernels": found.between_s / found.whole_s,
+        "longest pause": found.longest_pause_s / found.whole_s,
     }
 
 
@@ -72,24 +76,39 @@ def gaps_s(llm: LLM, batch: int, seed: int, num_tokens: int = NUM_TOKENS) -> lis
     return seen.gaps_s
 
 
+def profiled(llm: LLM, batch: int, seed: int, path: str, num_tokens: int) -> list[RankLedger]:
+    """Of each rank, while the profiler writes a trace to `path`, with `{rank}` in it."""
+    llm.executor.begin_profile(Path(path))
+    start_ns = time.monotonic_ns()
+    gaps_s(llm, batch, seed, num_tokens)
+    llm.executor.usage()  # all spans are written by then
+    llm.executor.end_profile()
+    recorded, is_whole = whole_since(llm.recorded(), start_ns)
+    assert is_whole, f"the rings hold less than {num_tokens} tokens of {batch} requests"
+    return list(make_ledger(recorded).ranks)
+
+
+def medians(rounds: list[Shares]) -> Shares:
+    return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+
+
 def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
     """Of each rank."""
-    for num_tokens in (8, NUM_TOKENS):  # the first profile of a process misses kernels
-        llm.executor.begin_profile(folder / f"{batch}-rank-{{rank}}.json")
-        start_ns = time.monotonic_ns()
-        gaps_s(llm, batch, seed=1, num_tokens=num_tokens)
-        llm.executor.usage()  # all spans are written by then
-        llm.executor.end_profile()
-    recorded, is_whole = whole_since(llm.recorded(), start_ns)
+    path = str(folder / f"{batch}-rank-{{rank}}.json")
+    profiled(llm, batch, 0, path, 8)  # the first profile of a process misses kernels
+    rounds: dict[str, list[tuple[Shares, Shares]]] = {}
+    for seed in range(PROFILED_ROUNDS):
+        for index, rank in enumerate(profiled(llm, batch, seed, path, NUM_TOKENS)):
+            theirs = shares_by_profiler(Path(path.replace("{rank}", str(index))))
+            rounds.setdefault(rank.name, []).append((shares_by_ledger(rank), theirs))
     found = []
-    for index, rank in enumerate(make_ledger(recorded).ranks):
-        ours = shares_by_ledger(rank)
-        theirs = shares_by_profiler(folder / f"{batch}-rank-{index}.json")
-        apart = max(abs(ours[name] - theirs[name]) for name in ("collective", "work", "rest"))
+    for name, of_rank in rounds.items():
+        ours, theirs = (medians(list(shares)) for shares in zip(*of_rank, strict=True))
+        apart = max(abs(ours[name] - theirs[name]) for name in SHARES)
         found.append(
             {
-                "rank": rank.name, "batch": batch, "is_whole": is_whole, "ledger": ours,
-                "profiler": theirs, "largest_difference": apart,
+                "rank": name, "batch": batch, "ledger": ours, "profiler": theirs,
+                "largest_difference": apart, "rounds": of_rank,
             }
         )  # fmt: skip
     return found

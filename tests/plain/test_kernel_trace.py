@@ -39,11 +39,14 @@ def test_every_microsecond_is_of_the_kernel_that_began_first(tmp_path: Path) -> 
         ("peer_sum_kernel", 15, 10),
         ("gemm", 21, 9),
         ("gemm", 45, 5),
+        ("gemm", 62, 5),
     )
     found = kernel_times(trace)
     assert found is not None
     micro = KernelTimes(*(1e6 * value for value in vars(found).values()))
-    expected = KernelTimes(whole_s=50, exchange_s=5, other_s=28, between_s=2, pause_s=15)
+    expected = KernelTimes(
+        whole_s=67, exchange_s=5, other_s=33, between_s=2, pause_s=27, longest_pause_s=15
+    )
     assert vars(micro) == pytest.approx(vars(expected))
 
 

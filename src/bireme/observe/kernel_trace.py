@@ -55,13 +55,14 @@ class Kernel(NamedTuple):
 class KernelTimes:
     """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks, in
     others, where two run together in that which began first; and in none, between kernels that were launched together
-    and otherwise."""
+    and otherwise, where the longest is told of too."""
 
     whole_s: float
     exchange_s: float
     other_s: float
     between_s: float
     pause_s: float
+    longest_pause_s: float
 
 
 def kernels(path: Path) -> list[Kernel]:
@@ -89,9 +90,11 @@ def kernel_times(path: Path) -> KernelTimes | None:
     exchange = sum(it.own_us for it in found if it.is_exchange)
     other = sum(it.own_us for it in found if not it.is_exchange)
     between = sum(it.gap_us for it in found if not it.follows_pause)
-    pause = sum(it.gap_us for it in found if it.follows_pause)
+    pauses = [it.gap_us for it in found if it.follows_pause]
+    pause, longest = sum(pauses), max(pauses, default=0.0)
     whole = exchange + other + between + pause
-    return KernelTimes(whole / 1e6, exchange / 1e6, other / 1e6, between / 1e6, pause / 1e6)
+    times = (whole, exchange, other, between, pause, longest)
+    return KernelTimes(*(microseconds / 1e6 for microseconds in times))
 
 
 def kernel_share(path: Path) -> float | None:
