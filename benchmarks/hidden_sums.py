@@ -40,6 +40,7 @@ from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_group import PeerGroup
 from bireme.parallel.peer_memory import mapped
+from bireme.parallel.peer_room import PeerRoom
 from bireme.trace import SpanRing
 
 DTYPE, EPS = torch.bfloat16, 1e-5
@@ -241,7 +242,7 @@ def measure(
     row_bytes = config.hidden_size * DTYPE.itemsize
     comm = join(
         (2,), rank, Path(meeting), device, 60.0, DeviceSpans(SpanRing.create(1 << 12), device),
-        row_bytes=row_bytes, sum_bytes=max(counts) * row_bytes,
+        room=PeerRoom(row_bytes=row_bytes, sum_bytes=max(counts) * row_bytes),
     )  # fmt: skip
     group = comm.mesh.tensor
     assert isinstance(group, PeerGroup)

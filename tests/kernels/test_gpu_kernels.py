@@ -16,7 +16,7 @@ from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
 from bireme.kernels.gpu.prefill_attention import prefill_attention
 from bireme.kernels.gpu.rope_and_write import rope_and_write
-from bireme.kernels.query_tiles import Tiles, num_tiles
+from bireme.kernels.query_tiles import Tiles, num_tiles, tiles_of
 
 HAS_GPU = torch.cuda.is_available()
 AS_MODELS_RUN = [torch.float16, *([torch.bfloat16] if HAS_GPU else [])]  # NumPy has no bfloat16
@@ -284,8 +284,9 @@ def test_prefill_attention(
         expected = attention(new.transpose(0, 1)[None], k, v, bias, 0.3, cap)
         assert near(rows, expected[0].transpose(0, 1), 3e-6), slot
     # the same in a place that is kept for steps, with rows of no run behind
-    tiles = Tiles.room(num_tiles(counts) + 3, device)
-    tiles.become(starts, counts)
+    room = torch.zeros(num_tiles(counts) + 3, 4, dtype=torch.int32)
+    room[:-3] = torch.from_numpy(tiles_of(starts, counts))
+    tiles = Tiles(room.to(device), has_other_rows=True)
     padded = torch.cat((q, torch.full_like(q[:2], torch.nan)))
     again = prefill_attention(
         padded, keys, values, table, block_size, torch.cat((slots, slots[:2])), tiles,

@@ -120,18 +120,17 @@ class WorkerExecutor:
         plan, config = self._plan, self._plan.config
         row_bytes = plan.model.hidden_size * DTYPE_BYTES[plan.dtype]
         hidden_bytes = config.max_num_batched_tokens * row_bytes
-        is_auto = config.transport == "auto"
         world = WorldPlan(
             widths=config.parallel.widths,
             devices=plan.devices,
             hidden_bytes=hidden_bytes,
-            sampled_bytes=8 * config.max_num_seqs,
+            sampled_bytes=8 * (config.max_num_seqs + 1),
             num_threads=threads_per_rank(len(plan.devices)),
             transport=config.transport,
             step_timeout_s=config.step_timeout_s,
             start_timeout_s=config.start_timeout_s,
-            row_bytes=row_bytes if is_auto else 0,
-            sum_bytes=hidden_bytes if is_auto and not config.deterministic else 0,
+            row_bytes=row_bytes,
+            sum_bytes=0 if config.deterministic else hidden_bytes,
         )
         return join_world(self._world, world, self._held)
 

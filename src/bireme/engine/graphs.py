@@ -1,10 +1,10 @@
 """A stage's steps as CUDA graphs: one launch where there were hundreds.
 
-A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request.
-What changes between steps lies on the device: ids, positions, block tables. Steps in which every sequence has one
-new token have graphs of their own. Of others, all but the largest have, which take a GPU far longer than their launches
-take the host; single new tokens are runs there, which costs more than a kernel of their own would: large steps with
-many of them are launched kernel by kernel. All of these graphs but the smallest leave out the last layer of all,
+A graph is of a number of rows; a step takes the next larger one, and fills it up with rows of no request. What changes
+between steps lies on the device, and gets there in one copy: slots, positions, ids. Steps in which every sequence has
+one new token have graphs of their own. Of others, all but the largest have, which take a GPU far longer than their
+launches take the host; single new tokens are runs there, which costs more than a kernel of their own would: large steps
+with many of them are launched kernel by kernel. All of these graphs but the smallest leave out the last layer of all,
 which makes as many rows as are asked for, launched while the graph is still busy.
 """
 
@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
+from bireme.engine.given_rows import GivenRows
 from bireme.engine.sampling.sampler import Chosen, Sampler
-from bireme.engine.slots import Slots, rows_of
+from bireme.engine.slots import Slots
 from bireme.kernels.device_spans import CapturedSpans, DeviceSpans
-from bireme.kernels.query_tiles import TILE, Tiles, num_tiles
+from bireme.kernels.query_tiles import TILE, num_tiles
 from bireme.models.blocks import StageModel
 from bireme.models.step import StepContext
 from bireme.request import ScheduledBatch
@@ -67,8 +67,8 @@ def _nothing_collected() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
-def _counts(batch: ScheduledBatch) -> list[int]:
-    return [piece.num_tokens for piece in batch.pieces]
+def _most_tiles(rows: int) -> int:
+    return rows // TILE + _MOST_RUNS
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,11 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Graphs of one number of rows: int64 [2, rows] slots and positions; what comes in, ids [rows] or hidden
-    states [rows, D] from the stage before, None where a slot's last id is meant; where the runs of tokens lie, None
-    where each row is one; what the stage's layers, or all but the last, make of them; on the last stage, what is
-    chosen greedily."""
+    """Graphs of one number of rows: what these are; hidden states [rows, D] from the stage before; what the stage's
+    layers, or all but the last, make of them; on the last stage, what is chosen greedily."""
 
-    given: torch.Tensor
-    inputs: torch.Tensor | None
-    tiles: Tiles | None
+    given: GivenRows
+    hidden: torch.Tensor | None
     layers: _Graph
     greedy: _Graph | None
     leaves_last_layer: bool = False
@@ -132,12 +129,9 @@ class StepGraphs:
         self._prompt_sizes = prompt_graph_sizes(most_tokens)
         # of steps with prompts: one for all sizes, since steps follow one another
         most = max((0, *self._prompt_sizes))
-        self._prompt_given = torch.zeros(2 * most, dtype=torch.int64, device=self._device)
+        self._prompt_given = self._words(GivenRows.num_words(most, _most_tiles(most)))
         self._prompt_made = self._hidden_rows(most)
-        self._prompt_inputs = self._hidden_rows(most)
-        if model.embedding is not None:
-            self._prompt_inputs = torch.zeros(most, dtype=torch.int64, device=self._device)
-        self._tiles = Tiles.room(most // TILE + _MOST_RUNS, self._device)
+        self._prompt_hidden = None if model.embedding is not None else self._hidden_rows(most)
         with _nothing_collected():
             # the largest first: what they hold for a moment is held once
             prompts, decodes = reversed(self._prompt_sizes), reversed(self._sizes)
@@ -158,29 +152,25 @@ class StepGraphs:
             return len(batch.pieces) <= self._sizes[-1]
         if not self._prompts or batch.num_tokens > self._prompt_sizes[-1]:
             return False
-        counts = _counts(batch)
+        counts = [piece.num_tokens for piece in batch.pieces]
         if batch.num_tokens > _LARGE_STEP and counts.count(1) > _MANY_SINGLES:
             return False
-        bucket = self._of(batch)
-        assert bucket.tiles is not None
-        return num_tiles(counts) <= len(bucket.tiles.on_device)
+        tiles = self._of(batch).given.tiles
+        assert tiles is not None
+        return num_tiles(counts) <= len(tiles.on_device)
 
     def leaves_last_layer(self, batch: ScheduledBatch) -> bool:
         """Whether `run` of this batch is without the stage's last layer."""
         return self._of(batch).leaves_last_layer
 
-    def place(self, batch: ScheduledBatch, inputs: torch.Tensor | None) -> None:
-        """What `run` of this batch is of: ids [T] or hidden states [T, D], or the slots' last ids."""
+    def place(self, batch: ScheduledBatch, hidden: torch.Tensor | None) -> None:
+        """What `run` of this batch is of: on the first stage the pieces' ids, and the slots' last ones; else hidden
+        states [T, D]."""
         bucket, count = self._of(batch), batch.num_tokens
-        rows = bucket.given.shape[1]
-        packed = np.full((2, rows), ((self._slots.padding_slot,), (0,)))
-        packed[:, :count] = rows_of(batch.pieces)
-        bucket.given.copy_(torch.from_numpy(packed).pin_memory(), non_blocking=True)
-        if bucket.tiles is not None:
-            bucket.tiles.become([piece.start for piece in batch.pieces], _counts(batch))
-        if bucket.inputs is not None:
-            assert inputs is not None
-            bucket.inputs[:count] = inputs
+        bucket.given.become(batch.pieces, count, self._slots.padding_slot)
+        if bucket.hidden is not None:
+            assert hidden is not None
+            bucket.hidden[:count] = hidden
 
     def run(self, batch: ScheduledBatch) -> torch.Tensor:
         """The stage's layers, of the batch that was placed last -> [T, D]"""
@@ -192,7 +182,7 @@ class StepGraphs:
         bucket, count = self._of(batch), len(batch.pieces)
         assert bucket.greedy is not None
         ids = bucket.greedy.replay(self._spans)
-        return Chosen(bucket.given[0, :count], ids[:count], None)
+        return Chosen(bucket.given.slots[:count], ids[:count], None)
 
     def _of(self, batch: ScheduledBatch) -> _Bucket:
         if batch.is_decode:
@@ -202,24 +192,22 @@ class StepGraphs:
     # --- capture -------------------------------------------------------------------------------
 
     def _decode_bucket(self, size: int) -> _Bucket:
-        given = self._cleared(torch.empty(2, size, dtype=torch.int64, device=self._device))
-        inputs = None if self._model.embedding is not None else self._hidden_rows(size)
-        layers = self._layers(self._model, given, inputs, None)
-        return _Bucket(given, inputs, None, layers, self._greedy(given[0], layers.made))
+        given = GivenRows(self._words(GivenRows.num_words(size, None)), size, None)
+        hidden = None if self._model.embedding is not None else self._hidden_rows(size)
+        layers = self._layers(self._model, given, hidden)
+        return _Bucket(given, hidden, layers, self._greedy(given.slots, layers.made))
 
     def _prompt_bucket(self, size: int) -> _Bucket:
-        given = self._cleared(self._prompt_given[: 2 * size].view(2, size))
-        inputs, tiles = self._prompt_inputs[:size], self._tiles.first(size // TILE + _MOST_RUNS)
+        given = GivenRows(self._prompt_given, size, _most_tiles(size))
+        hidden = None if self._prompt_hidden is None else self._prompt_hidden[:size]
         # of so few tokens the last layer would need kernels that decode steps need not have compiled
         leaves_last_layer = self._sampler is not None and size > self._prompt_sizes[0]
         run = self._model.begin if leaves_last_layer else self._model
-        layers = self._layers(run, given, inputs, tiles, self._prompt_made[:size])
-        return _Bucket(given, inputs, tiles, layers, None, leaves_last_layer)
+        layers = self._layers(run, given, hidden, self._prompt_made[:size])
+        return _Bucket(given, hidden, layers, None, leaves_last_layer)
 
-    def _cleared(self, given: torch.Tensor) -> torch.Tensor:
-        """All rows of no request."""
-        given[0], given[1] = self._slots.padding_slot, 0
-        return given
+    def _words(self, count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=self._device)
 
     def _hidden_rows(self, size: int) -> torch.Tensor:
         width, dtype = self._hidden
@@ -228,19 +216,23 @@ class StepGraphs:
     def _layers(
         self,
         run: Callable[[torch.Tensor, StepContext], torch.Tensor],
-        given: torch.Tensor,
-        inputs: torch.Tensor | None,
-        tiles: Tiles | None,
+        given: GivenRows,
+        hidden: torch.Tensor | None,
         place: torch.Tensor | None = None,
     ) -> _Graph:
         """Into `place`, or where what is made lies anyway."""
+        given.clear(self._slots.padding_slot)
 
         def layers() -> torch.Tensor:
-            step = self._slots.paged(given[0], given[1], tiles)
-            made = run(self._last_ids[given[0]] if inputs is None else inputs, step)
+            step = self._slots.paged(given.slots, given.positions, given.tiles)
+            made = run(self._ids(given) if hidden is None else hidden, step)
             return made if place is None else place.copy_(made)
 
         return self._graph(layers)
+
+    def _ids(self, given: GivenRows) -> torch.Tensor:
+        last = self._last_ids[given.slots]
+        return last if given.ids is None else torch.where(given.ids < 0, last, given.ids)
 
     def _greedy(self, slots: torch.Tensor, made: torch.Tensor) -> _Graph | None:
         sampler = self._sampler

@@ -14,6 +14,7 @@ from bireme.engine.setup import num_cores
 from bireme.engine.world import World
 from bireme.parallel.broadcast import RingPlan
 from bireme.parallel.counters import create_memory
+from bireme.parallel.peer_room import PeerRoom
 from bireme.parallel.segment_plan import SegmentPlan, create_segment, is_supported
 from bireme.parallel.shm_helper import load_helper
 
@@ -25,8 +26,7 @@ def threads_per_rank(num_ranks: int) -> int:
 @dataclass(frozen=True, kw_only=True)
 class WorldPlan:
     """Ranks by their stages' widths, one device each; the largest message from stage to stage, and
-    of sampled ids back to the first (bytes). `has_peer_rings`: GPUs keep room for messages. `row_bytes` of a
-    token's hidden states that a tensor group sums; `sum_bytes` of the largest sum that it keeps room for."""
+    of sampled ids back to the first (bytes). `row_bytes`, `sum_bytes`, `sends_beside` as in `PeerRoom`."""
 
     widths: tuple[int, ...]
     devices: tuple[str, ...]
@@ -36,9 +36,17 @@ class WorldPlan:
     transport: Transport
     step_timeout_s: float
     start_timeout_s: float
-    has_peer_rings: bool = False
     row_bytes: int = 0
     sum_bytes: int = 0
+    sends_beside: bool = False
+
+    @property
+    def room(self) -> PeerRoom:
+        if self.transport != "auto":
+            return PeerRoom()
+        return PeerRoom(
+            self.hidden_bytes, self.sampled_bytes, self.row_bytes, self.sum_bytes, self.sends_beside
+        )
 
     @property
     def shares_memory(self) -> bool:
@@ -66,9 +74,7 @@ def join_world(world: World, plan: WorldPlan, held: ExitStack) -> Steps:
             timeout_s=plan.step_timeout_s,
             steps=steps,
             segment=segment,
-            peer_bytes=plan.hidden_bytes if plan.has_peer_rings else 0,
-            row_bytes=plan.row_bytes,
-            sum_bytes=plan.sum_bytes,
+            room=plan.room,
         )
         world.send(rank, command)
     world.gather(plan.start_timeout_s, "joining the other ranks")

@@ -20,6 +20,7 @@ from bireme.engine.channel import Steps
 from bireme.model_config import ModelConfig
 from bireme.parallel.broadcast import MAX_FRAME_BYTES
 from bireme.parallel.layout import CacheKind
+from bireme.parallel.peer_room import PeerRoom
 from bireme.parallel.segment_plan import SegmentPlan
 from bireme.request import ScheduledBatch, StepMasks, StepOutput
 
@@ -28,9 +29,8 @@ _LENGTH = struct.Struct("<I")
 
 class Join(msgspec.Struct, frozen=True, tag=True):
     """Become `rank` of a world of sum(widths) ranks that meet at `store_path`, or share `segment`
-    (its path and its plan); further commands come over `steps`. GPUs pass hidden states of up to
-    `peer_bytes` through one another's memory, and sum rows of up to `row_bytes`, and of up to `sum_bytes`
-    together, there, where they can."""
+    (its path and its plan); further commands come over `steps`. GPUs go through one another's
+    memory for what they have `room` for, where they can."""
 
     widths: tuple[int, ...]
     rank: int
@@ -40,9 +40,7 @@ class Join(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
     steps: Steps
     segment: tuple[str, SegmentPlan] | None = None
-    peer_bytes: int = 0
-    row_bytes: int = 0
-    sum_bytes: int = 0
+    room: PeerRoom = PeerRoom()
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):

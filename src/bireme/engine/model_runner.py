@@ -150,18 +150,17 @@ class ModelRunner:
 
     def _replay(self, graphs: StepGraphs, batch: ScheduledBatch, asks_all: bool) -> torch.Tensor:
         """The same as a graph, and what is not of it."""
-        inputs = None
-        if batch.is_decode and self.comm.hidden_receiver is None:
+        hidden = None
+        if self.comm.hidden_receiver is None:
             self._await_ids(batch)
         else:
-            inputs = self._input(batch)
-        graphs.place(batch, inputs)
+            hidden = self._input(batch)
+        graphs.place(batch, hidden)
         with self.spans.span(SpanKind.COMPUTE):
             x = graphs.run(batch)
             if graphs.leaves_last_layer(batch):
                 x = self.model.end(x, self._slots.context(batch.pieces, asks_all=asks_all))
-        # what is on its way to the next stage must outlast the next replay
-        return x if self.comm.mesh.is_last_stage else x.clone()
+        return x
 
     def _graphs_for(self, batch: ScheduledBatch) -> StepGraphs | None:
         graphs = self._graphs
@@ -255,12 +254,9 @@ class ModelRunner:
         """Takes sampled ids from the last stage until at most `num_left` messages are under way."""
         receiver = self.comm.sampled_receiver
         while receiver is not None and len(self._expected_ids) > num_left:
-            header, slots = self._expected_ids.popleft()
-            ids = receiver.receive(header, (len(slots),), torch.int64, self.device)
-            self._keep_ids(slots, ids)
-
-    def _keep_ids(self, slots: list[int], ids: torch.Tensor) -> None:
-        self._last_ids.index_copy_(0, self._on_device(slots), ids)
+            header, _ = self._expected_ids.popleft()
+            shape = tuple(self._last_ids.shape)
+            self._last_ids.copy_(receiver.receive(header, shape, torch.int64, self.device))
 
     def _on_device(self, numbers: ArrayLike) -> torch.Tensor:
         # by way of numpy, which takes a third of the time that torch takes for a list
@@ -291,5 +287,5 @@ class ModelRunner:
                     rows = x[self._on_device(asked_rows(batch.pieces))] if has_all else x
                     chosen = sampler.choose(batch, rows)
                     self._last_ids.index_copy_(0, chosen.slots, chosen.ids)
-                self.comm.sampled_sender.send(batch.header, chosen.ids)
+                self.comm.sampled_sender.send(batch.header, self._last_ids)
             return sampler.answer(batch, x, chosen, answers=self.comm.mesh.answers)

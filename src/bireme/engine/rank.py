@@ -124,9 +124,7 @@ class Rank(ABC, Generic[C]):
             command.timeout_s,
             self._spans,
             command.segment,
-            command.peer_bytes,
-            command.row_bytes,
-            command.sum_bytes,
+            command.room,
         )
         self.communication_bytes = max(0, free_bytes - _free_bytes(self._device))
         self._commands.follow(open_source(command.steps, command.rank), self.look)

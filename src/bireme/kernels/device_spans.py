@@ -177,7 +177,7 @@ class DeviceSpans:
         self.unread = torch.zeros(2, dtype=torch.int64, device=device)
 
     def set_step(self, step_id: int, incarnation: int) -> None:
-        self.collect()
+        self._write_passed()
         self._ring.set_step(step_id, incarnation)
         self._num_steps += 1
 
@@ -309,8 +309,12 @@ class DeviceSpans:
         return bool(self._pending or self._aside)
 
     def collect(self) -> None:
-        """Writes the records of those spans that are over."""
+        """Writes the records of those spans that are over. Now and then it looks at the clocks, which takes as long as
+        some kernels: not while a step waits to begin."""
         self._clock.keep()
+        self._write_passed()
+
+    def _write_passed(self) -> None:
         for marked in (self._pending, self._aside):
             while marked and marked[0].over.query():
                 self._write(marked.popleft())

@@ -12,6 +12,11 @@ def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)  # of other memory the host may wait
 
 
+def upload_into(place: torch.Tensor, tensor: torch.Tensor) -> None:
+    """The same into memory that is there."""
+    place.copy_(tensor.pin_memory() if place.is_cuda else tensor, non_blocking=True)
+
+
 def download(tensor: torch.Tensor) -> torch.Tensor:
     """On the host once the device's stream is past it, whatever becomes of the tensor; on a CPU the same."""
     if not tensor.is_cuda:

@@ -34,29 +34,12 @@ class Tiles:
     def of(cls, starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Tiles:
         """Of runs of `counts` tokens in the step's order, that begin at positions `starts`."""
         num_singles = next((at for at, count in enumerate(counts) if count > 1), len(counts))
-        cut = _cut(starts[num_singles:], counts[num_singles:], num_singles)
+        cut = tiles_of(starts[num_singles:], counts[num_singles:], num_singles)
         return cls(upload(torch.from_numpy(cut), device), num_singles=num_singles)
 
-    @classmethod
-    def room(cls, most_tiles: int, device: torch.device) -> Tiles:
-        """For the runs of changing steps; no more of them than that."""
-        return cls(torch.zeros(most_tiles, 4, dtype=torch.int32, device=device), True)
 
-    def first(self, most_tiles: int) -> Tiles:
-        """Part of the same room."""
-        return Tiles(self.on_device[:most_tiles], self.has_other_rows)
-
-    def become(self, starts: Sequence[int], counts: Sequence[int]) -> None:
-        """From here on those of other runs."""
-        device = self.on_device.device
-        host = torch.zeros_like(self.on_device, device="cpu", pin_memory=device.type == "cuda")
-        cut = torch.from_numpy(_cut(starts, counts, 0))
-        host[: len(cut)] = cut
-        self.on_device.copy_(host, non_blocking=True)
-
-
-def _cut(starts: Sequence[int], counts: Sequence[int], row: int) -> NDArray[np.int32]:
-    """Runs from `row` on; the last tiles of a run come first: they have most to do."""
+def tiles_of(starts: Sequence[int], counts: Sequence[int], row: int = 0) -> NDArray[np.int32]:
+    """[tiles, 4] of runs from `row` on; the last tiles of a run come first: they have most to do."""
     found = []
     for start, count in zip(starts, counts, strict=True):
         # one row is read where all before it are, in the cache

@@ -25,6 +25,7 @@ from bireme.parallel.mesh import Alone, Mesh, TensorGroup
 from bireme.parallel.message_header import HEADER_BYTES, Stated
 from bireme.parallel.peer_group import peer_group
 from bireme.parallel.peer_memory import RingPlan, connect, have_peer_access
+from bireme.parallel.peer_room import PeerRoom
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.segment_plan import Ring, SegmentPlan
 from bireme.parallel.shm import Segment, ShmReceiver, ShmSender, join_group
@@ -193,13 +194,10 @@ def join(
     timeout_s: float,
     spans: SpanWriter,
     segment: tuple[str, SegmentPlan] | None = None,
-    peer_bytes: int = 0,
-    row_bytes: int = 0,
-    sum_bytes: int = 0,
+    room: PeerRoom = PeerRoom(),  # noqa: B008 (frozen)
 ) -> Communicator:
     """Joins the world of `sum(widths)` ranks, over `segment` (its path and plan) if there is one. GPUs
-    that can write each other's memory pass hidden states of up to `peer_bytes` so, and sum rows of up to
-    `row_bytes`, and of up to `sum_bytes` together.
+    that can write each other's memory do so for what there is `room` for.
 
     Else they meet at the file `meeting`, so that no socket listens beside gloo's own, which
     GLOO_SOCKET_IFNAME binds, or where there is none that all can open, at a store of torch's; blocks until
@@ -212,9 +210,7 @@ def join(
     if sum(widths) == 1:
         return Communicator(Mesh(widths, rank, Alone()), _nobody(spans), None, _nobody(spans), None)
     with _peers():
-        return _over_distributed(
-            widths, rank, meeting, device, timeout_s, spans, peer_bytes, row_bytes, sum_bytes
-        )
+        return _over_distributed(widths, rank, meeting, device, timeout_s, spans, room)
 
 
 def _nobody(spans: SpanWriter) -> Sender:
@@ -253,9 +249,7 @@ def _over_distributed(
     device: torch.device,
     timeout_s: float,
     spans: SpanWriter,
-    peer_bytes: int,
-    row_bytes: int,
-    sum_bytes: int,
+    room: PeerRoom,
 ) -> Communicator:
     world, timeout = sum(widths), timedelta(seconds=timeout_s)
     store = meeting
@@ -274,7 +268,7 @@ def _over_distributed(
     if tensor is not None:
         tensor.all_reduce(torch.zeros(1, device=device))
         tensor = peer_group(
-            tensor, *own, rank, row_bytes, sum_bytes, device, store, timeout_s, spans
+            tensor, *own, rank, room.row_bytes, room.sum_bytes, device, store, timeout_s, spans
         )
 
     def sender(groups: dict[Edge, dist.ProcessGroup]) -> Sender:
@@ -291,12 +285,21 @@ def _over_distributed(
     found = Communicator(
         mesh, sender(forward), receiver(forward), sender(sampled), receiver(sampled)
     )
-    pairs = [(edge.src, edge.dst) for edge in forward]
-    if peer_bytes and have_peer_access(pairs, rank, device, store):
-        plans = [RingPlan(edge, len(widths) + 1, peer_bytes, timeout_s) for edge in forward]
-        found.hidden_sender, found.hidden_receiver = connect(
-            plans, forward, rank, device, store, spans
-        )
+    kinds = ((forward, room.hidden_bytes), (sampled, room.sampled_bytes))
+    pairs = [(edge.src, edge.dst) for kind, num_bytes in kinds if num_bytes for edge in kind]
+    if not pairs or not have_peer_access(pairs, rank, device, store):
+        return found
+
+    def through_peers(
+        groups: dict[Edge, dist.ProcessGroup], num_bytes: int
+    ) -> tuple[Sender, Receiver | None]:
+        plans = [RingPlan(edge, len(widths) + 1, num_bytes, timeout_s) for edge in groups]
+        return connect(plans, groups, rank, device, store, spans, is_beside=room.sends_beside)
+
+    if room.hidden_bytes:
+        found.hidden_sender, found.hidden_receiver = through_peers(forward, room.hidden_bytes)
+    if room.sampled_bytes:
+        found.sampled_sender, found.sampled_receiver = through_peers(sampled, room.sampled_bytes)
     return found
 
 

@@ -56,7 +56,8 @@ class Sender(Protocol):
     """The sending side of a rank's edges of one kind."""
 
     def send(self, header: StepHeader, rows: torch.Tensor) -> None:
-        """Sends rows [T, ...] of a step to every receiver of this rank."""
+        """Sends rows [T, ...] of a step to every receiver of this rank; what follows in their stream may overwrite
+        them."""
         ...
 
     def drain(self) -> None:

@@ -138,64 +138,91 @@ def connect(
     device: torch.device,
     store: Store,
     spans: SpanWriter,
+    *,
+    is_beside: bool,
 ) -> tuple[Sender, Receiver | None]:
-    """What a rank sends and receives through, of all edges of one kind."""
+    """What a rank sends and receives through, of all edges of one kind. `is_beside`: it sends on a stream of its
+    own."""
     mine = [plan for plan in plans if rank in (plan.edge.src, plan.edge.dst)]
     rings = [Ring(plan, groups[plan.edge], rank, device, store) for plan in mine]
     receivers = [ring for ring in rings if ring.plan.edge.dst == rank]
     senders = [ring for ring in rings if ring.plan.edge.src == rank]
+    sender = PeerSenderBeside(senders, device, spans) if is_beside else PeerSender(senders, spans)
     return (
-        PeerSender(senders, device, spans),
+        sender,
         PeerReceiver(receivers[0], device, spans) if receivers else None,
     )
 
 
 class PeerSender:
-    """The sending side of a rank's edges of one kind, on a stream of its own."""
+    """The sending side of a rank's edges of one kind, in the stream that makes the rows: it waits where a receiver is
+    a ring behind."""
+
+    def __init__(self, rings: Sequence[Ring], spans: SpanWriter) -> None:
+        self._rings, self._spans, self._count = rings, spans, 0
+
+    def send(self, header: StepHeader, rows: torch.Tensor) -> None:
+        if not self._rings:
+            return
+        payload = _bytes_of(rows)
+        with self._spans.span(SpanKind.SEND, self._num_bytes(payload)):
+            self._write(header, payload, len(rows))
+
+    def _num_bytes(self, payload: torch.Tensor) -> int:
+        return (HEADER_BYTES + payload.numel()) * len(self._rings)
+
+    def _write(self, header: StepHeader, payload: torch.Tensor, num_rows: int) -> None:
+        stated = Stated.of(header, num_rows, payload.numel() // max(1, num_rows))
+        head = message_head(stated, payload.device)
+        for ring in self._rings:
+            if payload.numel() > ring.plan.message_bytes:
+                raise EngineError(
+                    f"a message of {payload.numel()} bytes exceeds a slot's {ring.plan.message_bytes}"
+                )
+            ring.await_free(self._count)
+            slot = ring.slot(self._count)
+            slot[:HEADER_BYTES].copy_(head)
+            slot[HEADER_BYTES : HEADER_BYTES + payload.numel()].copy_(payload)
+            ring.signal_full(self._count)
+        self._count += 1
+
+    def drain(self) -> None:
+        """Waits until every message lies with its receiver."""
+        torch.cuda.current_stream().synchronize()
+
+
+class PeerSenderBeside(PeerSender):
+    """The same on a stream of its own, so that the stream that makes the rows goes on. The host waits where a receiver
+    is a ring behind; until then nobody may overwrite `rows`."""
 
     def __init__(self, rings: Sequence[Ring], device: torch.device, spans: SpanWriter) -> None:
-        self._rings, self._device, self._spans = rings, device, spans
-        self._stream = torch.cuda.Stream(device)
-        self._count = 0
+        super().__init__(rings, spans)
+        self._device, self._stream = device, torch.cuda.Stream(device)
         self._in_flight: deque[torch.cuda.Event] = deque()
 
     def send(self, header: StepHeader, rows: torch.Tensor) -> None:
-        """Waits where a receiver is a ring behind; until then it keeps `rows`, which nobody may overwrite."""
         if not self._rings:
             return
-        payload = rows.contiguous().view(torch.uint8).flatten()
-        stated = Stated.of(header, len(rows), payload.numel() // max(1, len(rows)))
-        num_bytes = HEADER_BYTES + payload.numel()
+        payload = _bytes_of(rows)
         payload.record_stream(self._stream)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with (
             torch.cuda.stream(self._stream),
-            self._spans.aside(SpanKind.SEND, num_bytes * len(self._rings)),
+            self._spans.aside(SpanKind.SEND, self._num_bytes(payload)),
         ):
-            head = message_head(stated, self._device)
-            for ring in self._rings:
-                self._write(ring, head, payload)
+            self._write(header, payload, len(rows))
             self._in_flight.append(torch.cuda.Event())
             self._in_flight[-1].record()
-        self._count += 1
         while len(self._in_flight) > min(ring.plan.depth for ring in self._rings):
             with self._spans.span(SpanKind.SEND):
                 self._in_flight.popleft().synchronize()
 
-    def _write(self, ring: Ring, head: torch.Tensor, payload: torch.Tensor) -> None:
-        if payload.numel() > ring.plan.message_bytes:
-            raise EngineError(
-                f"a message of {payload.numel()} bytes exceeds a slot's {ring.plan.message_bytes}"
-            )
-        ring.await_free(self._count)
-        slot = ring.slot(self._count)
-        slot[:HEADER_BYTES].copy_(head)
-        slot[HEADER_BYTES : HEADER_BYTES + payload.numel()].copy_(payload)
-        ring.signal_full(self._count)
-
     def drain(self) -> None:
-        """Waits until every message lies with its receiver."""
         self._stream.synchronize()
+
+
+def _bytes_of(rows: torch.Tensor) -> torch.Tensor:
+    return rows.contiguous().view(torch.uint8).flatten()
 
 
 class PeerReceiver:

@@ -135,7 +135,7 @@ def joined(pool: WorkerPool, settings: RankSettings, hidden_bytes: int) -> Itera
         transport=settings.transport,
         step_timeout_s=settings.step_timeout_s,
         start_timeout_s=settings.start_timeout_s,
-        has_peer_rings=settings.transport == "auto",
+        sends_beside=True,
     )
     with ExitStack() as held:
         try:
