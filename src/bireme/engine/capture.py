@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from bireme.kernels.functional import whole
 from bireme.models.blocks import MoE, StageModel
 from bireme.parallel.layers import (
     ColumnParallelLinear,
@@ -79,15 +80,15 @@ class StepCapture:
 
     def _column(self, module: nn.Module, _inputs: Any, output: Any) -> None:
         assert isinstance(module, ColumnParallelLinear)
-        whole = torch.cat(output, dim=-1) if isinstance(output, tuple) else output
-        self._add(f"{module.layouts['weight'].name}:out", whole)
+        joined = torch.cat(output, dim=-1) if isinstance(output, tuple) else output
+        self._add(f"{module.layouts['weight'].name}:out", joined)
 
     def _summed(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         assert isinstance(module, RowParallelLinear | VocabParallelEmbedding | MoE)
         name = next(iter(module.layouts.values())).name
         if inputs[0].is_floating_point():
             self._add(f"{name}:in", inputs[0])
-        self._add(f"{name}:partial", module.partial(inputs[0]))
+        self._add(f"{name}:partial", whole(module.partial(inputs[0]), output.dtype))
         self._add(f"{name}:out", output)
 
     def _replicated(self, module: nn.Module, _inputs: Any, output: torch.Tensor) -> None:

@@ -38,15 +38,21 @@ def rms_norm(
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + delta [T, D], and its norm."""
+    """x + delta [T, D], and its norm; delta may be in parts, float32 [P, T, D]."""
     if has_kernels(x.device):
         from bireme.kernels.gpu import norm
 
         return norm.add_rms_norm(x, delta, weight, eps, offset)
+    delta = whole(delta, x.dtype)
     if suits_c(x):
         return ops.add_rms_norm(x, delta, weight, eps, offset)
     total = x + delta
     return total, rms_norm_reference(total, weight, eps, offset)
+
+
+def whole(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, D] of what may be in parts, float32 [P, T, D]."""
+    return x if x.dim() == 2 else x.sum(0).to(dtype)
 
 
 def rms_norm_reference(

@@ -45,6 +45,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
+def linear_in_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`linear` as a sum that whoever reads it makes: float32 [P, T, out], or [T, out] where that is as quick."""
+    if has_kernels(x.device) and is_hopper(x.device):
+        from bireme.kernels.gpu import few_rows
+
+        if few_rows.suits(x, weight, in_parts=True):
+            return few_rows.few_rows_parts(x, weight)
+    return linear(x, weight)
+
+
 def gated_linear(
     x: torch.Tensor, weight: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:

@@ -293,11 +293,12 @@ class Attention(nn.Module):
 
     def _attended(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, hidden] -> [T, H * D]"""
-        rows, own = self.qkv(x), None
+        own = None
         if step.paged is None:
-            q = self._written(rows, step)
+            q = self._written(self.qkv(x), step)
         else:
             keeps = self._keeps_keys(step, step.paged)
+            rows = self.qkv(x) if keeps or step.paged.is_probed else self.qkv.in_parts(x)
             q = self._written_paged(rows, step, keeps_keys=keeps)
             own = rows if keeps else None
         attended: torch.Tensor = self.paged(

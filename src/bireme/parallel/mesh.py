@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from bireme.kernels.functional import add_rms_norm
+from bireme.kernels.functional import add_rms_norm, whole
 from bireme.parallel.pipeline import stage_ranks
 
 
@@ -34,13 +34,14 @@ class TensorGroup(Protocol):
         eps: float,
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + the sum over ranks of `addend` [T, D], which may be overwritten, and its RMSNorm, which lies there until
-        the next sum. Of x + the sum a rank may hold no more than what the next sum of this shape and dtype takes."""
-        return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
+        """x + the sum over ranks of `addend` [T, D], or of its parts float32 [P, T, D], which may be overwritten, and
+        its RMSNorm, which lies there until the next sum. Of x + the sum a rank may hold no more than what the next sum
+        of this shape and dtype takes."""
+        return add_rms_norm(x, self.all_reduce(whole(addend, x.dtype)), weight, eps, offset)
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """x + the sum over ranks of `addend` [T, D], whole; x may be what `all_reduce_add_norm` left of it."""
-        return x + self.all_reduce(addend)
+        """x + the sum over ranks of `addend`, as above, whole; x may be what `all_reduce_add_norm` left of it."""
+        return x + self.all_reduce(whole(addend, x.dtype))
 
     def place_of_addends(
         self, num_rows: int, width: int, dtype: torch.dtype
@@ -67,6 +68,16 @@ class Alone(TensorGroup):
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x.unsqueeze(0)
+
+    def all_reduce_add_norm(
+        self,
+        addend: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return add_rms_norm(x, addend, weight, eps, offset)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
+from bireme.kernels.functional import whole
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.parallel.peer_window import Window, open_window
@@ -125,25 +126,25 @@ class PeerGroup(TensorGroup):
             return None
         return self._rooms.addends(num_rows, width, dtype)
 
-    def _way(self, addend: torch.Tensor) -> Way:
-        """The table's, where it can be gone for these rows."""
-        way = self._table.way(len(addend))
-        if way is Way.ONE_SHOT and self._inboxes.suits(addend):
+    def _way(self, x: torch.Tensor) -> Way:
+        """The table's, where it can be gone for addends like x."""
+        way = self._table.way(len(x))
+        if way is Way.ONE_SHOT and self._inboxes.suits(x):
             return way
-        if self.place_of_addends(len(addend), addend.shape[1], addend.dtype) is not None:
+        if self.place_of_addends(len(x), x.shape[1], x.dtype) is not None:
             return Way.TWO_SHOT
         return Way.NCCL
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add
 
-        way = self._way(addend)
+        way = self._way(x)
         if way is Way.NCCL:
             return self._others.all_reduce_add(addend, x)
         if way is Way.ONE_SHOT:
             return super().all_reduce_add(addend, x)
-        with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
-            return sharded_sum_add(self._rooms, addend, x, stamps)
+        with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
+            return sharded_sum_add(self._rooms, whole(addend, x.dtype), x, stamps)
 
     def all_reduce_add_norm(
         self,
@@ -156,10 +157,12 @@ class PeerGroup(TensorGroup):
         from bireme.kernels.gpu.peer_sum import peer_sum_add_norm
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add_norm
 
-        way = self._way(addend)
+        way = self._way(x)
         if way is Way.NCCL:
             return self._others.all_reduce_add_norm(addend, x, weight, eps, offset)
-        with self._spans.stamped(SpanKind.ALL_REDUCE, addend.nbytes) as stamps:
+        if way is Way.TWO_SHOT or x.element_size() != 2:
+            addend = whole(addend, x.dtype)
+        with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
             if way is Way.TWO_SHOT:
                 return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset, stamps)
             return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset, stamps)

@@ -18,6 +18,8 @@ _SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
 _HELD_INPUTS = 128  # for whose weights there are registers
 _HELD_ROWS = 16  # beyond which registers for them cost as much as they save
 _MULTIPROCESSORS = 132  # of a Hopper GPU
+_BUSY = 0.9  # share of them, of which more does not matter
+_MOST_PARTS = 4
 
 
 @triton.jit
@@ -76,15 +78,18 @@ def few_rows_kernel(
     IS_GATED: tl.constexpr, HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     """The same for T rows; outputs are the rows of the product, for the weight has more of them. What HELD inputs are
-    multiplied by is read into registers while the kernel before still runs, and multiplied last."""
+    multiplied by is read into registers while the kernel before still runs, and multiplied last. Programs share the
+    inputs by their second number: into `out` [P, T, N] of as many parts."""
+    part, share = tl.program_id(1), tl.cdiv(tl.cdiv(K, tl.num_programs(1)), BLOCK_K) * BLOCK_K
+    start, stop = part * share, tl.minimum(K, part * share + share)
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     t = tl.arange(0, BLOCK_T)
     is_output, is_row = (n < N)[:, None], (t < T)[:, None]
     at_weight = weight + n.to(tl.int64)[:, None] * K + k[None, :]
     at_x = x + t[:, None] * x_stride + k[None, :]
     if HELD > 0:
-        f = tl.arange(0, HELD)[None, :]
-        is_first = f < K
+        f = start + tl.arange(0, HELD)[None, :]
+        is_first = f < stop
         at_first = weight + n.to(tl.int64)[:, None] * K + f
         first = tl.load(at_first, mask=is_output & is_first, other=0.0)
         if IS_GATED:
@@ -94,8 +99,8 @@ def few_rows_kernel(
         first_x = tl.load(x + t[:, None] * x_stride + f, mask=is_row & is_first, other=0.0)
     sums = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
     ups = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
-    for at in range(HELD, K, BLOCK_K):
-        is_input = (at + k < K)[None, :]
+    for at in range(start + HELD, stop, BLOCK_K):
+        is_input = (at + k < stop)[None, :]
         rows = tl.load(at_weight + at, mask=is_output & is_input, other=0.0)
         values = tl.trans(tl.load(at_x + at, mask=is_row & is_input, other=0.0))
         sums = tl.dot(rows, values, sums, input_precision="ieee")
@@ -115,15 +120,21 @@ def few_rows_kernel(
     result = sums.to(dtype)
     if IS_GATED:
         result = _silu_mul(sums, ups, dtype)
-    tl.store(out + t[None, :] * N + n[:, None], result, mask=is_output & (t < T)[None, :])
+    row = (part * T + t)[None, :]
+    tl.store(out + row * N + n[:, None], result, mask=is_output & (t < T)[None, :])
 
 
-def suits(x: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False) -> bool:
+def suits(
+    x: torch.Tensor, weight: torch.Tensor, *, is_gated: bool = False, in_parts: bool = False
+) -> bool:
     """Whether these kernels are for x [T, K] and weight [N, K]. Of many rows they are for products whose activation
-    they save a kernel of its own, and for those that give all multiprocessors work: cuBLAS parts others by inputs."""
+    they save a kernel of its own, and for those that give all multiprocessors work: cuBLAS parts others by inputs, as
+    they do where whoever reads them takes parts."""
+    parts = num_parts(len(weight)) if in_parts else 1
+    has_work = is_gated or _busy(len(weight), 64, parts) > _BUSY
     return (
         x.dim() == 2
-        and 0 < len(x) <= (MOST_ROWS if is_gated or _busy(len(weight), 64) > 0.9 else _SURELY_ROWS)
+        and 0 < len(x) <= (MOST_ROWS if has_work else _SURELY_ROWS)
         and x.dtype == weight.dtype
         and x.element_size() == 2
         and x.stride(1) == 1
@@ -141,15 +152,21 @@ def held_inputs(num_rows: int) -> int:
     return _HELD_INPUTS if num_rows <= _HELD_ROWS else 0
 
 
-def _busy(num_outputs: int, block: int) -> float:
+def num_parts(num_outputs: int) -> int:
+    """With which all multiprocessors have work, or as much as can be."""
+    busy = [_busy(num_outputs, 64, parts) for parts in range(1, _MOST_PARTS + 1)]
+    return next((at + 1 for at, share in enumerate(busy) if share > _BUSY), 1)
+
+
+def _busy(num_outputs: int, block: int, parts: int = 1) -> float:
     """The share of multiprocessors that have a program, while the last ones run too."""
-    programs = triton.cdiv(num_outputs, block)
+    programs = triton.cdiv(num_outputs, block) * parts
     return float(programs / (_MULTIPROCESSORS * triton.cdiv(programs, _MULTIPROCESSORS)))
 
 
-def _blocks(num_rows: int, num_outputs: int, *, is_gated: bool) -> dict[str, int]:
+def _blocks(num_rows: int, num_outputs: int, *, is_gated: bool, parts: int) -> dict[str, int]:
     """Sizes of blocks, and how they are pipelined."""
-    if num_rows > _SURELY_ROWS and _busy(num_outputs, 128) >= _busy(num_outputs, 64):
+    if parts == 1 and num_rows > _SURELY_ROWS and _busy(num_outputs, 128) >= _busy(num_outputs, 64):
         block_k = 64 if is_gated else 128
         return {"BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 4}
     return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4 if is_gated else 6}
@@ -162,17 +179,30 @@ def few_rows_linear(
     return _product(x, weight, bias, is_gated=False)
 
 
+def few_rows_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The same as a sum that is not made: [T, K] by [N, K] -> float32 [P, T, N], or [T, N] where one part is best"""
+    parts = num_parts(len(weight)) if len(x) > 1 else 1
+    return _product(x, weight, None, is_gated=False, parts=parts)
+
+
 def few_rows_gated(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """silu(x G^T) * (x U^T), G over U in the weight: [T, K] by [2 N, K] -> [T, N]"""
     return _product(x, weight, None, is_gated=True)
 
 
 def _product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, is_gated: bool
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    is_gated: bool,
+    parts: int = 1,
 ) -> torch.Tensor:
     num_rows, num_inputs = x.shape
     num_outputs = len(weight) // 2 if is_gated else len(weight)
     out = x.new_empty(num_rows, num_outputs)
+    if parts > 1:
+        out = x.new_empty(parts, num_rows, num_outputs, dtype=torch.float32)
     given_bias = bias if bias is not None else weight
     flags = {"IS_GATED": is_gated, "HAS_BIAS": bias is not None, **chained(x)}
     if num_rows == 1:
@@ -181,8 +211,8 @@ def _product(
             BLOCK_N=4, BLOCK_K=1024, **flags, num_warps=4 if is_gated else 2,
         )  # fmt: skip
         return out
-    blocks = _blocks(num_rows, num_outputs, is_gated=is_gated)
-    few_rows_kernel[(triton.cdiv(num_outputs, blocks["BLOCK_N"]),)](
+    blocks = _blocks(num_rows, num_outputs, is_gated=is_gated, parts=parts)
+    few_rows_kernel[(triton.cdiv(num_outputs, blocks["BLOCK_N"]), parts)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
         BLOCK_T=block_rows(num_rows), HELD=held_inputs(num_rows), **blocks, **flags,
     )  # fmt: skip

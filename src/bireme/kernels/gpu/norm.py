@@ -7,21 +7,23 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.gpu.chain import await_before, chained
+from bireme.kernels.gpu.parts import summed
 
 
 @triton.jit
 def rms_norm_kernel(
-    x, delta, weight, total, out, eps, offset,
-    D: tl.constexpr, SIZE: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    x, delta, weight, total, out, apart, eps, offset,
+    D: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, HAS_OFFSET: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
+    """PARTS of `delta`, `apart` elements from one another; 0: nothing is added."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < D
     await_before(IS_CHAINED)
     value = tl.load(x + row * D + at, mask=inside, other=0.0)
-    if HAS_DELTA:
-        value = value + tl.load(delta + row * D + at, mask=inside, other=0.0)
+    if PARTS > 0:
+        value = value + summed(delta + row * D + at, inside, apart, PARTS, value.dtype)
         tl.store(total + row * D + at, value, mask=inside)
     y = value.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
@@ -45,8 +47,8 @@ def rms_norm(
     out = torch.empty_like(x)
     size = triton.next_power_of_2(x.shape[-1])
     rms_norm_kernel[(x.numel() // x.shape[-1],)](
-        x, x, weight, x, out, eps, offset,
-        D=x.shape[-1], SIZE=size, HAS_DELTA=False, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
+        x, x, weight, x, out, 0, eps, offset,
+        D=x.shape[-1], SIZE=size, PARTS=0, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
         **chained(x),
     )  # fmt: skip
     return out
@@ -55,13 +57,13 @@ def rms_norm(
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + delta [T, D], and its norm."""
+    """x + delta [T, D], and its norm; delta may be in parts, float32 [P, T, D]."""
     x, delta = x.contiguous(), delta.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
     size = triton.next_power_of_2(x.shape[-1])
     rms_norm_kernel[(len(x),)](
-        x, delta, weight, total, out, eps, offset,
-        D=x.shape[-1], SIZE=size, HAS_DELTA=True, HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
+        x, delta, weight, total, out, x.numel(), eps, offset,
+        D=x.shape[-1], SIZE=size, PARTS=delta.numel() // x.numel(), HAS_OFFSET=offset != 0, num_warps=_num_warps(size),
         **chained(x),
     )  # fmt: skip
     return total, out

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.gpu.chain import await_before, chained
+from bireme.kernels.gpu.parts import summed
 from bireme.kernels.gpu.stamp import begun_at, stamp
 
 
@@ -45,15 +46,15 @@ def _hear(source, number, told):
 
 @triton.jit
 def peer_sum_kernel(
-    addend, x, weight, total, normed, inboxes, numbers, stamps, eps, offset, most_polls,
+    addend, x, weight, total, normed, inboxes, numbers, stamps, apart, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, WORDS: tl.constexpr, SIZE: tl.constexpr,
     PLACE: tl.constexpr, DTYPE: tl.constexpr, HAS_X: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, IS_CHAINED: tl.constexpr, IS_PARTED: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, IS_CHAINED: tl.constexpr, PARTS: tl.constexpr, IS_PARTED: tl.constexpr,
     IS_STAMPED: tl.constexpr,
 ):  # fmt: skip
-    """`inboxes` int64 [W] addresses of int32 [rows, 2, W, PLACE]; `numbers` int32 [rows]. All rows are read as
-    int32 words, three beside a fourth, which is the number where ranks tell one another. IS_PARTED: a store of 16
-    bytes is no single one."""
+    """PARTS of `addend`, float32, `apart` elements from one another; 0: it is whole. `inboxes` int64 [W] addresses of
+    int32 [rows, 2, W, PLACE]; `numbers` int32 [rows]. All rows are read as int32 words, three beside a fourth, which is
+    the number where ranks tell one another. IS_PARTED: a store of 16 bytes is no single one."""
     row = tl.program_id(0).to(tl.int64)
     group, part = tl.arange(0, SIZE)[:, None], tl.arange(0, 4)[None, :]
     at = group * 3 + part
@@ -63,7 +64,12 @@ def peer_sum_kernel(
     begun = begun_at(IS_STAMPED)
     number = tl.load(numbers + row) + 1
     place = (row * 2 + (number & 1)) * W
-    own = tl.load(addend + row * WORDS + at, mask=inside, other=0)
+    if PARTS > 0:
+        first = addend + 2 * (row * WORDS + at)
+        one = summed(first, inside, apart, PARTS, DTYPE)
+        own = _word(one, summed(first + 1, inside, apart, PARTS, DTYPE), DTYPE)
+    else:
+        own = tl.load(addend + row * WORDS + at, mask=inside, other=0)
     for step in tl.static_range(1, W):
         peer = (RANK + step) % W
         inbox = tl.load(inboxes + peer).to(tl.pointer_type(tl.int32))
@@ -180,9 +186,11 @@ def peer_sum_add_norm(
     offset: float = 0.0,
     stamps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + the sum over the ranks of their addends [T, D], and its RMSNorm; all of one dtype. `stamps` as above."""
-    assert x.dtype == weight.dtype == addend.dtype, "rows are read as words"
-    total, normed = torch.empty_like(addend), torch.empty_like(addend)
+    """x + the sum over the ranks of their addends [T, D], and its RMSNorm; all of one dtype. This rank's may be in
+    parts, float32 [P, T, D], where that has 16 bits. `stamps` as above."""
+    assert x.dtype == weight.dtype, "rows are read as words"
+    assert addend.dim() == 3 or addend.dtype == x.dtype
+    total, normed = torch.empty_like(x), torch.empty_like(x)
     _run(inboxes, addend, x.contiguous(), weight, total, normed, eps, offset, stamps)
     return total, normed
 
@@ -198,18 +206,19 @@ def _run(
     offset: float = 0.0,
     stamps: torch.Tensor | None = None,
 ) -> None:
-    own = addend.view(torch.int32)
-    others = (own if it is None else it.view(torch.int32) for it in (x, weight, total, normed))
-    num_words = own.shape[1]
+    parts = len(addend) if addend.dim() == 3 else 0
+    words = total.view(torch.int32)
+    others = (words if it is None else it.view(torch.int32) for it in (x, weight, total, normed))
+    num_words = words.shape[1]
     size = max(32, triton.next_power_of_2(_num_groups(num_words)))
-    peer_sum_kernel[(len(addend),)](
-        own, *others, inboxes.addresses, inboxes.numbers, own if stamps is None else stamps,
-        eps, offset, inboxes.most_polls,
+    peer_sum_kernel[(len(total),)](
+        addend if parts else addend.view(torch.int32), *others, inboxes.addresses, inboxes.numbers,
+        words if stamps is None else stamps, total.numel(), eps, offset, inboxes.most_polls,
         RANK=inboxes.rank, W=len(inboxes.addresses), WORDS=num_words, SIZE=size,
-        PLACE=4 * _num_groups(inboxes.num_words), DTYPE=_DTYPES[addend.dtype], HAS_X=x is not None,
-        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, IS_PARTED=not addend.is_cuda,
+        PLACE=4 * _num_groups(inboxes.num_words), DTYPE=_DTYPES[total.dtype], HAS_X=x is not None,
+        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, PARTS=parts, IS_PARTED=not total.is_cuda,
         IS_STAMPED=stamps is not None,
         # a thread has the 16 bytes of one store whole, so that there are no more threads than stores
         num_warps=min(8, size // 32), debug=True, sanitize_overflow=False,
-        **chained(addend),
+        **chained(total),
     )  # fmt: skip

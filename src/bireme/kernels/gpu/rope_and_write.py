@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.gpu.chain import await_before, chained
+from bireme.kernels.gpu.parts import summed
 
 _HEADS = 8  # of a program
 
 
 @triton.jit(do_not_specialize=["num_written"])
 def rope_and_write_kernel(
-    qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, row_stride, num_written,
+    qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, row_stride, apart, num_written,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr,
-    HEADS: tl.constexpr, HAS_NORM: tl.constexpr, KEEPS_KEYS: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HEADS: tl.constexpr, PARTS: tl.constexpr, HAS_NORM: tl.constexpr, KEEPS_KEYS: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
@@ -27,8 +29,8 @@ def rope_and_write_kernel(
     is_query, is_rotated = head < H, head < H + K
     await_before(IS_CHAINED)
     row = qkv + token * row_stride + head * D
-    given = tl.load(row + at, mask=inside, other=0.0)
-    dtype = given.dtype
+    dtype = out.dtype.element_ty
+    given = summed(row + at, inside, apart, PARTS, dtype)
     x = given
     scale = 1.0
     if HAS_NORM:
@@ -42,7 +44,7 @@ def rope_and_write_kernel(
         is_first = at < HALF
         partner = tl.where(is_first, at + HALF, at - HALF)
         in_pair = at < 2 * HALF
-        other = tl.load(row + partner, mask=inside & in_pair, other=0.0)
+        other = summed(row + partner, inside & in_pair, apart, PARTS, dtype)
         if HAS_NORM:
             of_query = tl.load(q_weight + partner, mask=in_pair, other=0.0)
             of_key = tl.load(k_weight + partner, mask=in_pair, other=0.0)
@@ -78,19 +80,21 @@ def rope_and_write(
     """Rotates queries and keys of qkv [T, (H + 2 K) * D], writes keys and values to `places` [T] of the
     cache [N, K, D] -> queries [T, H, D].
 
-    `rotation` is cos and sin [T, R / 2]; `norms` the weights [D] of the heads' RMSNorms, and eps. Rows beyond
-    `places` are not written. `keeps_keys`: keys come to lie in qkv as they do in the cache.
+    qkv may be in parts, float32 [P, T, (H + 2 K) * D]. `rotation` is cos and sin [T, R / 2]; `norms` the weights [D] of
+    the heads' RMSNorms, and eps. Rows beyond `places` are not written. `keeps_keys`: keys come to lie in qkv as they do
+    in the cache.
     """
     num_kv, head_dim = keys.shape[1:]
     half = 0 if rotation is None else rotation[0].shape[1]
     cos, sin = rotation if rotation is not None else (qkv, qkv)
     q_weight, k_weight, eps = norms if norms is not None else (qkv, qkv, 0.0)
-    out = qkv.new_empty(len(qkv), num_heads, head_dim)
-    rope_and_write_kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
-        qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, qkv.stride(0),
-        len(places),
+    num_rows, parts = qkv.shape[-2], 1 if qkv.dim() == 2 else len(qkv)
+    out = keys.new_empty(num_rows, num_heads, head_dim)
+    rope_and_write_kernel[(num_rows, triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
+        qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, qkv.stride(-2),
+        qkv.stride(0), len(places),
         H=num_heads, K=num_kv, D=head_dim, SIZE=triton.next_power_of_2(head_dim), HALF=half,
-        HEADS=_HEADS, HAS_NORM=norms is not None, KEEPS_KEYS=keeps_keys, num_warps=4,
-        **chained(qkv),
+        HEADS=_HEADS, PARTS=parts, HAS_NORM=norms is not None, KEEPS_KEYS=keeps_keys, num_warps=4,
+        **chained(out),
     )  # fmt: skip
     return out
