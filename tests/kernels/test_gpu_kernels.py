@@ -11,7 +11,14 @@ from bireme.kernels.attention import attention, attention_bias
 from bireme.kernels.gpu import chain, few_rows
 from bireme.kernels.gpu import prefill_attention as prefill_attention_module
 from bireme.kernels.gpu.decode_attention import block_positions, decode_attention, num_splits
-from bireme.kernels.gpu.few_rows import MOST_ROWS, few_rows_gated, few_rows_linear, suits
+from bireme.kernels.gpu.few_rows import (
+    MOST_ROWS,
+    few_rows_gated,
+    few_rows_linear,
+    few_rows_parts,
+    num_parts,
+    suits,
+)  # fmt: skip
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
 from bireme.kernels.gpu.prefill_attention import prefill_attention
@@ -39,6 +46,10 @@ def test_norms(size: int, offset: float, device: torch.device) -> None:
     total, normed = add_rms_norm(x, delta, weight, 1e-5, offset)
     assert torch.equal(total, x + delta)
     assert near(normed, functional.rms_norm_reference(x + delta, weight, 1e-5, offset))
+    parts = torch.randn(3, 7, size, device=device)
+    summed, normed = add_rms_norm(x, parts, weight, 1e-5, offset)
+    assert near(summed, x + parts.sum(0))
+    assert near(normed, functional.rms_norm_reference(summed, weight, 1e-5, offset))
 
 
 @pytest.mark.parametrize("columns", [3, 1024, 1100])
@@ -71,6 +82,28 @@ def test_few_rows(
     gate, up = expected.chunk(2, dim=-1)
     activated = functional.ACTIVATIONS["silu"](gate) * up
     assert near(few_rows_gated(x, weight), activated, 3 * ROUNDED[dtype])
+    parts = few_rows_parts(x, weight)
+    assert parts.shape[:-2].numel() == num_parts(num_rows, 2 * num_outputs)
+    assert near(functional.whole(parts, torch.float32), expected, ROUNDED[dtype])
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+@pytest.mark.parametrize("num_inputs", [600, 512, 70])  # of which the last parts may have none
+def test_parts_of_products(
+    parts: int, num_inputs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "num_parts", lambda *_: parts)
+    x = torch.randn(6, num_inputs, device=device).half()
+    weight = (torch.randn(100, num_inputs, device=device) / num_inputs**0.5).half()
+    found = few_rows_parts(x, weight)
+    assert found.shape == (parts, 6, 100)
+    assert near(found.sum(0), torch.nn.functional.linear(x.double(), weight.double()))
+
+
+def test_products_come_in_the_fewest_parts_that_give_all_multiprocessors_work() -> None:
+    outputs = {4096: 2, 5120: 3, 6144: 4, 8192: 1, 12288: 2, 2560: 3, 4800: 3, 64: 4}
+    assert {size: num_parts(8, size) for size in outputs} == outputs
+    assert num_parts(1, 4096) == 1
 
 
 def test_few_rows_are_not_for_every_product(device: torch.device) -> None:
@@ -80,6 +113,7 @@ def test_few_rows_are_not_for_every_product(device: torch.device) -> None:
     many = x.expand(MOST_ROWS // 4, 4, 32).reshape(-1, 32)  # all multiprocessors are to have work
     assert suits(many, weight.expand(2112, 4, 32).reshape(-1, 32))
     assert not suits(many, weight.expand(1200, 4, 32).reshape(-1, 32))
+    assert suits(many, weight.expand(1280, 4, 32).reshape(-1, 32), in_parts=True)
     assert suits(many, weight, is_gated=True)
     assert not suits(x.float(), weight.float())
     assert not suits(x, weight.t().contiguous().t())
@@ -112,6 +146,11 @@ def test_rope_and_write(has_norm: bool, head_dim: int, half: int, device: torch.
     if rotation is not None:
         q, k = (functional.apply_rope(x, *rotation) for x in (q, k))
     assert near(found, q)
+    parts = torch.stack((qkv - 1, torch.full_like(qkv, 0.75), torch.full_like(qkv, 0.25)))
+    cache = torch.full((2, 40, num_kv, head_dim), torch.nan, device=device).unbind(0)
+    assert near(rope_and_write(parts, num_heads, rotation, norms, places, *cache), q)
+    assert near(cache[0][places], k[:num_written])
+    assert near(cache[1][places], v[:num_written])
     assert near(keys[places], k[:num_written])
     assert near(values[places], v[:num_written])
     assert near(kept, k)
@@ -312,7 +351,7 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
     def kernels(count: int) -> set[tuple[object, ...]]:
         is_chained, rows = count <= chain.MOST_ROWS, few_rows.block_rows(count)
         found: set[tuple[object, ...]] = {
-            ("norm", is_chained),
+            ("norm", is_chained, 1 if count > few_rows.MOST_ROWS else num_parts(count, 4096)),
             ("attention", num_splits(count, num_kv_heads), block_positions(count, num_kv_heads, 128), is_chained),
         }  # fmt: skip
         if count == 1:

@@ -52,6 +52,12 @@ def check(
     expected = x + others.float().sum(0).to(dtype)
     assert close(total, expected)
     assert close(normed, functional.rms_norm_reference(expected, weight, EPS, offset))
+    if dtype != torch.float32:
+        parts = torch.randn(3, *shape, generator=generator)
+        parts[0] += others[own.rank].float() - parts.sum(0)
+        total, normed = peer_sum_add_norm(own, parts, x, weight, EPS, offset)
+        assert close(total, expected)
+        assert close(normed, functional.rms_norm_reference(expected, weight, EPS, offset))
 
 
 def work(rank: int, memory: torch.Tensor) -> None:
@@ -60,7 +66,7 @@ def work(rank: int, memory: torch.Tensor) -> None:
     for index, dtype in enumerate(DTYPES):
         for shape in SHAPES:
             check(own, len(memory), shape, dtype, float(index % 2))
-    assert int(own.numbers[0]) == 2 * len(DTYPES) * len(SHAPES)
+    assert int(own.numbers[0]) == (2 + 3 + 3) * len(SHAPES)
 
 
 @pytest.mark.parametrize("size", [2, 3])

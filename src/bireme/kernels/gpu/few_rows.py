@@ -130,7 +130,7 @@ def suits(
     """Whether these kernels are for x [T, K] and weight [N, K]. Of many rows they are for products whose activation
     they save a kernel of its own, and for those that give all multiprocessors work: cuBLAS parts others by inputs, as
     they do where whoever reads them takes parts."""
-    parts = num_parts(len(weight)) if in_parts else 1
+    parts = num_parts(len(x), len(weight)) if in_parts else 1
     has_work = is_gated or _busy(len(weight), 64, parts) > _BUSY
     return (
         x.dim() == 2
@@ -152,10 +152,13 @@ def held_inputs(num_rows: int) -> int:
     return _HELD_INPUTS if num_rows <= _HELD_ROWS else 0
 
 
-def num_parts(num_outputs: int) -> int:
-    """With which all multiprocessors have work, or as much as can be."""
+def num_parts(num_rows: int, num_outputs: int) -> int:
+    """The fewest that give all multiprocessors work, or nearly all of them."""
+    if num_rows == 1:
+        return 1
     busy = [_busy(num_outputs, 64, parts) for parts in range(1, _MOST_PARTS + 1)]
-    return next((at + 1 for at, share in enumerate(busy) if share > _BUSY), 1)
+    most = min(_BUSY, max(busy))
+    return next(at + 1 for at, share in enumerate(busy) if share >= most)
 
 
 def _busy(num_outputs: int, block: int, parts: int = 1) -> float:
@@ -181,7 +184,7 @@ def few_rows_linear(
 
 def few_rows_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The same as a sum that is not made: [T, K] by [N, K] -> float32 [P, T, N], or [T, N] where one part is best"""
-    parts = num_parts(len(weight)) if len(x) > 1 else 1
+    parts = num_parts(len(x), len(weight))
     return _product(x, weight, None, is_gated=False, parts=parts)
 
 
