@@ -21,7 +21,7 @@ import record
 import torch
 import torch.nn.functional as F
 import triton
-from gpu_floors import CONFIGS, NO_CACHE_BYTES, copy_bytes_per_s, microseconds, numbers
+from gpu_floors import NO_CACHE_BYTES, copy_bytes_per_s, microseconds, model_folder, numbers
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.gpu.chain import chained
@@ -105,7 +105,7 @@ def main() -> None:
     bytes_per_s, found = copy_bytes_per_s(), []
     torch.cuda.empty_cache()
     for model, width in product(asked.models, numbers(asked.widths)):
-        config = prepare_model(str(CONFIGS / model), needs_weights=False).config
+        config = prepare_model(model_folder(model), needs_weights=False).config
         for num_rows, (name, shape) in product(numbers(asked.rows), shapes(config, width).items()):
             one = measure(num_rows, shape, bytes_per_s, tries_blocks=not asked.briefly)
             found.append({"model": model, "width": width, "product": name, **one})

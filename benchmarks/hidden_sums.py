@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import triton
 import triton.language as tl
-from gpu_floors import CONFIGS, numbers
+from gpu_floors import model_folder, numbers
 from torch._C._distributed_c10d import PrefixStore, _SymmetricMemory
 from torch.multiprocessing.spawn import spawn
 
@@ -289,7 +289,7 @@ def work(rank: int, meeting: str, asked: argparse.Namespace, kept: str) -> None:
     torch.cuda.set_device(rank)
     found = []
     for model in asked.models:
-        config = prepare_model(str(CONFIGS / model), needs_weights=False).config
+        config = prepare_model(model_folder(model), needs_weights=False).config
         of_model = measure(rank, f"{meeting}-{model}", asked, config)
         found += [{"model": model, **one} for one in of_model]
     if not rank:

@@ -96,15 +96,16 @@ def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
     """Of each rank."""
     path = str(folder / f"{batch}-rank-{{rank}}.json")
     profiled(llm, batch, 0, path, 8)  # the first profile of a process misses kernels
-    rounds: dict[str, list[tuple[Shares, Shares]]] = {}
+    rounds: dict[str, list[dict[str, Shares]]] = {}
     for seed in range(PROFILED_ROUNDS):
         for index, rank in enumerate(profiled(llm, batch, seed, path, NUM_TOKENS)):
             theirs = shares_by_profiler(Path(path.replace("{rank}", str(index))))
-            rounds.setdefault(rank.name, []).append((shares_by_ledger(rank), theirs))
+            both = {"ledger": shares_by_ledger(rank), "profiler": theirs}
+            rounds.setdefault(rank.name, []).append(both)
     found = []
     for name, of_rank in rounds.items():
-        ours, theirs = (medians(list(shares)) for shares in zip(*of_rank, strict=True))
-        apart = max(abs(ours[name] - theirs[name]) for name in SHARES)
+        ours, theirs = (medians([one[by] for one in of_rank]) for by in ("ledger", "profiler"))
+        apart = max(abs(ours[share] - theirs[share]) for share in SHARES)
         found.append(
             {
                 "rank": name, "batch": batch, "ledger": ours, "profiler": theirs,
