@@ -17,6 +17,7 @@ from bireme.kernels.functional import rms_norm_reference
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_group import PeerGroup
+from bireme.parallel.peer_room import PeerRoom
 from bireme.parallel.sum_table import SumTable, Way
 from bireme.trace import SpanRing
 
@@ -138,7 +139,7 @@ def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     rows, row_bytes = Rows(width, dtype, device), width * dtype.itemsize
     comm = join(
         (2,), rank, Path(meeting), device, 60.0, DeviceSpans(SpanRing.create(1 << 12), device),
-        row_bytes=row_bytes, sum_bytes=-(-MOST_ROWS * row_bytes // 512) * 512,
+        room=PeerRoom(row_bytes=row_bytes, sum_bytes=-(-MOST_ROWS * row_bytes // 512) * 512),
     )  # fmt: skip
     group = comm.mesh.tensor
     assert isinstance(group, PeerGroup)

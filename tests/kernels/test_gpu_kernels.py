@@ -100,10 +100,30 @@ def test_parts_of_products(
     assert near(found.sum(0), torch.nn.functional.linear(x.double(), weight.double()))
 
 
-def test_products_come_in_the_fewest_parts_that_give_all_multiprocessors_work() -> None:
-    outputs = {4096: 2, 5120: 3, 6144: 4, 8192: 1, 12288: 2, 2560: 3, 4800: 3, 64: 4}
-    assert {size: num_parts(8, size) for size in outputs} == outputs
-    assert num_parts(1, 4096) == 1
+@pytest.mark.parametrize(
+    ("num_rows", "parts"),
+    [
+        (1, {4096: 1, 12288: 1}),
+        (8, {4096: 4, 5120: 4, 6144: 4, 8192: 1, 12288: 2, 32000: 1, 64: 4}),
+        (32, {4096: 2, 5120: 3, 6144: 2, 8192: 1, 12288: 1, 2560: 3, 32000: 1, 64: 4}),
+    ],
+)
+def test_products_come_in_parts_where_multiprocessors_are_to_have_more_work(
+    num_rows: int, parts: dict[int, int]
+) -> None:
+    assert {size: num_parts(num_rows, size) for size in parts} == parts
+
+
+@pytest.mark.parametrize("num_rows", [8, 32, 64])
+def test_programs_of_a_multiprocessor_have_room_at_once(num_rows: int) -> None:
+    from bireme.kernels.gpu.few_rows import _stages
+
+    found = [_stages(num_rows, programs) for programs in (132, 133, 264, 265, 396, 397)]
+    tile_bytes = 2 * 128 * (64 + max(16, num_rows))
+    for at_once, stages in zip((1, 2, 2, 3, 3), found, strict=False):
+        assert 2 <= stages <= 6
+        assert at_once * (stages * tile_bytes + 1024) <= 228 * 1024
+    assert found[-1] == 6
 
 
 def test_few_rows_are_not_for_every_product(device: torch.device) -> None:

@@ -59,11 +59,12 @@ class Ring:
         device: torch.device,
         store: Store,
     ) -> None:
-        self.plan, self._peer = plan, int(rank == plan.edge.src)
-        ends = plan.edge.src, plan.edge.dst
+        self.plan = plan
+        ends = sorted((plan.edge.src, plan.edge.dst))
+        self._peer, receiver = 1 - ends.index(rank), ends.index(plan.edge.dst)
         num_bytes = plan.depth * plan.slot_bytes
         self._memory, self._handle = mapped(num_bytes, ends, group, rank, device, store)
-        self._slots = self._handle.get_buffer(1, (plan.depth, plan.slot_bytes), torch.uint8)
+        self._slots = self._handle.get_buffer(receiver, (plan.depth, plan.slot_bytes), torch.uint8)
 
     def slot(self, count: int) -> torch.Tensor:
         """[slot_bytes] of message number `count`, in the receiver's memory."""
@@ -98,8 +99,9 @@ def mapped(
     device: torch.device,
     store: Store,
 ) -> tuple[torch.Tensor, _SymmetricMemory]:
-    """Memory of this rank that all `ranks` of `group` map, uninitialised, and the handle to theirs."""
-    name = _agreed_name(ranks, rank, store)
+    """Memory of this rank that all `ranks` of `group`, in its order, map, uninitialised, and the handle to theirs.
+    Once a group."""
+    name = _agreed_name(group, is_first=rank == ranks[0], store=store)
     # what `symmetric_memory.empty` calls, after it has imported a symbolic algebra for the strides
     memory = _SymmetricMemory.empty_strided_p2p((num_bytes,), (1,), torch.uint8, device)
     _register_process_group(name, group)  # type: ignore[arg-type]
@@ -109,11 +111,11 @@ def mapped(
     return memory, _SymmetricMemory.rendezvous(memory, name)
 
 
-def _agreed_name(ranks: Sequence[int], rank: int, store: Store) -> str:
-    """Of what some ranks map. torch keeps what it knows of a group by its name for as long as a process
+def _agreed_name(group: dist.ProcessGroup, *, is_first: bool, store: Store) -> str:
+    """Of what a group's ranks map. torch keeps what it knows of a group by its name for as long as a process
     lives, and calls the groups of all worlds the same."""
-    key = f"mapped/{'-'.join(map(str, ranks))}"
-    if rank == ranks[0]:
+    key = f"mapped/{group.group_name}"
+    if is_first:
         store.set(key, uuid4().hex)
     return str(store.get(key).decode())
 

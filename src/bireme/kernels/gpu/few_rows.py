@@ -18,8 +18,13 @@ _SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
 _HELD_INPUTS = 128  # for whose weights there are registers
 _HELD_ROWS = 16  # beyond which registers for them cost as much as they save
 _MULTIPROCESSORS = 132  # of a Hopper GPU
-_BUSY = 0.9  # share of them, of which more does not matter
+_SHARED_BYTES = 228 << 10  # of a multiprocessor
+_RESERVED_BYTES = 1 << 10  # of them, a program
+_BUSY = 0.9  # share of multiprocessors, of which more does not matter
+_NEARLY_BUSY = 0.7
 _MOST_PARTS = 4
+_MOST_AT_ONCE = 3  # programs of a multiprocessor
+_MOST_STAGES = 6
 
 
 @triton.jit
@@ -153,12 +158,21 @@ def held_inputs(num_rows: int) -> int:
 
 
 def num_parts(num_rows: int, num_outputs: int) -> int:
-    """The fewest that give all multiprocessors work, or nearly all of them."""
-    if num_rows == 1:
+    """None where that gives all multiprocessors work. Of so few rows that their sums are soon read, as many as
+    programs that run at once; of more the fewest that give nearly all multiprocessors work."""
+    blocks = int(triton.cdiv(num_outputs, 64))
+    if num_rows == 1 or _busy(num_outputs, 64) > _BUSY:
         return 1
-    busy = [_busy(num_outputs, 64, parts) for parts in range(1, _MOST_PARTS + 1)]
-    most = min(_BUSY, max(busy))
-    return next(at + 1 for at, share in enumerate(busy) if share >= most)
+    if num_rows <= _HELD_ROWS:
+        return max(1, min(_MOST_PARTS, _MOST_AT_ONCE * _MULTIPROCESSORS // blocks))
+    least = _BUSY * _MULTIPROCESSORS
+    counts = range(1, _MOST_PARTS)
+    enough = (
+        parts
+        for parts in counts
+        if blocks * parts >= least and _busy(num_outputs, 64, parts) >= _NEARLY_BUSY
+    )
+    return next(enough, _MOST_PARTS)
 
 
 def _busy(num_outputs: int, block: int, parts: int = 1) -> float:
@@ -172,7 +186,17 @@ def _blocks(num_rows: int, num_outputs: int, *, is_gated: bool, parts: int) -> d
     if parts == 1 and num_rows > _SURELY_ROWS and _busy(num_outputs, 128) >= _busy(num_outputs, 64):
         block_k = 64 if is_gated else 128
         return {"BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 4}
-    return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": 4 if is_gated else 6}
+    stages = 4 if is_gated else _stages(num_rows, triton.cdiv(num_outputs, 64) * parts)
+    return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
+
+
+def _stages(num_rows: int, programs: int) -> int:
+    """As many as leave room for all programs of a multiprocessor at once, if there are not too many of them."""
+    at_once = triton.cdiv(programs, _MULTIPROCESSORS)
+    if at_once > _MOST_AT_ONCE:
+        return _MOST_STAGES
+    stage_bytes = 2 * 128 * (64 + block_rows(num_rows))  # of weight and x
+    return min(_MOST_STAGES, int((_SHARED_BYTES // at_once - _RESERVED_BYTES) // stage_bytes))
 
 
 def few_rows_linear(
