@@ -37,18 +37,18 @@ def decode_attention_kernel(
     high = tl.minimum(stop, low + per_split * N)
     own_table = table + slot * table_stride
     place = cache_places(own_table, low, high, N, BLOCK_SIZE)
-    # slots, positions and tables are written before a layer begins: the kernel before, which rotates, writes none
-    await_before(IS_CHAINED)
-
     d = tl.arange(0, SIZE)
     head = tl.load(head_starts + kv) + tl.arange(0, G)
     is_head = head < tl.load(head_starts + kv + 1)
-    q_at = (row * H + head)[:, None] * D + d[None, :]
-    q_mask = is_head[:, None] & (d[None, :] < D)
-    query = tl.load(q + q_at, mask=q_mask, other=0.0)
     slope = tl.zeros([G], dtype=tl.float32)
     if HAS_SLOPES:
         slope = tl.load(slopes + head, mask=is_head, other=0.0)
+    # slots, positions and tables are written before a layer begins: the kernel before, which rotates, writes none
+    await_before(IS_CHAINED)
+
+    q_at = (row * H + head)[:, None] * D + d[None, :]
+    q_mask = is_head[:, None] & (d[None, :] < D)
+    query = tl.load(q + q_at, mask=q_mask, other=0.0)
 
     best = tl.full([G], float("-inf"), dtype=tl.float32)
     total = tl.zeros([G], dtype=tl.float32)

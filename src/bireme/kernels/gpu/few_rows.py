@@ -24,7 +24,7 @@ _BUSY = 0.9  # share of multiprocessors, of which more does not matter
 _NEARLY_BUSY = 0.7
 _MOST_PARTS = 4
 _MOST_AT_ONCE = 3  # programs of a multiprocessor
-_MOST_STAGES = 6
+_FEWEST_STAGES = 3
 
 
 @triton.jit
@@ -50,14 +50,21 @@ def one_row_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """`weight` [N, K], or [2 N, K] of a gate and what it gates."""
+    """`weight` [N, K], or [2 N, K] of a gate and what it gates. What the first inputs are multiplied by is read into
+    registers while the kernel before still runs."""
     n, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     is_output = n < N
     at_weight = weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    is_first = is_output[:, None] & (k < K)[None, :]
+    first = tl.load(at_weight, mask=is_first, other=0.0)
+    if IS_GATED:
+        first_up = tl.load(at_weight + N.to(tl.int64) * K, mask=is_first, other=0.0)
     await_before(IS_CHAINED)
-    sums = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    ups = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    for at in range(0, K, BLOCK_K):
+    value = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)[None, :]
+    sums = _late(first, IS_CHAINED).to(tl.float32) * value
+    if IS_GATED:
+        ups = _late(first_up, IS_CHAINED).to(tl.float32) * value
+    for at in range(BLOCK_K, K, BLOCK_K):
         is_input = at + k < K
         mask = is_output[:, None] & is_input[None, :]
         value = tl.load(x + at + k, mask=is_input, other=0.0).to(tl.float32)[None, :]
@@ -186,17 +193,20 @@ def _blocks(num_rows: int, num_outputs: int, *, is_gated: bool, parts: int) -> d
     if parts == 1 and num_rows > _SURELY_ROWS and _busy(num_outputs, 128) >= _busy(num_outputs, 64):
         block_k = 64 if is_gated else 128
         return {"BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 4}
-    stages = 4 if is_gated else _stages(num_rows, triton.cdiv(num_outputs, 64) * parts)
-    return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
+    programs = triton.cdiv(num_outputs, 64) * parts
+    return {
+        "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4,
+        "num_stages": _stages(num_rows, programs, is_gated=is_gated),
+    }  # fmt: skip
 
 
-def _stages(num_rows: int, programs: int) -> int:
-    """As many as leave room for all programs of a multiprocessor at once, if there are not too many of them."""
+def _stages(num_rows: int, programs: int, *, is_gated: bool) -> int:
+    """As many as leave room for all programs of a multiprocessor at once, if that is enough for each."""
     at_once = triton.cdiv(programs, _MULTIPROCESSORS)
-    if at_once > _MOST_AT_ONCE:
-        return _MOST_STAGES
-    stage_bytes = 2 * 128 * (64 + block_rows(num_rows))  # of weight and x
-    return min(_MOST_STAGES, int((_SHARED_BYTES // at_once - _RESERVED_BYTES) // stage_bytes))
+    most, num_weights = (4, 2) if is_gated else (6, 1)
+    stage_bytes = 2 * 128 * (64 * num_weights + block_rows(num_rows))  # of weights and x
+    fitting = int((_SHARED_BYTES // at_once - _RESERVED_BYTES) // stage_bytes)
+    return min(most, fitting) if at_once <= _MOST_AT_ONCE and fitting >= _FEWEST_STAGES else most
 
 
 def few_rows_linear(

@@ -16,18 +16,23 @@ def rms_norm_kernel(
     D: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, HAS_OFFSET: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """PARTS of `delta`, `apart` elements from one another; 0: nothing is added."""
+    """PARTS of `delta`, `apart` elements from one another; 0: nothing is added. What is added to, `x`, is older than
+    what the kernel before makes."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < D
-    await_before(IS_CHAINED)
-    value = tl.load(x + row * D + at, mask=inside, other=0.0)
+    scale = tl.load(weight + at, mask=inside, other=0.0)
     if PARTS > 0:
+        # from where all multiprocessors write to: in this one's own cache an older value may be
+        value = tl.load(x + row * D + at, mask=inside, other=0.0, cache_modifier=".cg")
+    await_before(IS_CHAINED)
+    if PARTS == 0:
+        value = tl.load(x + row * D + at, mask=inside, other=0.0)
+    else:
         value = value + summed(delta + row * D + at, inside, apart, PARTS, value.dtype)
         tl.store(total + row * D + at, value, mask=inside)
     y = value.to(tl.float32)
     y = y * tl.rsqrt(tl.sum(y * y, 0) / D + eps)
-    scale = tl.load(weight + at, mask=inside, other=0.0)
     dtype = out.dtype.element_ty
     normed = y.to(dtype) * scale  # rounded before it is scaled, as models were trained
     if HAS_OFFSET:

@@ -27,6 +27,22 @@ def rope_and_write_kernel(
     at = tl.arange(0, SIZE)[None, :]
     inside = (at < D) & (head < H + 2 * K)
     is_query, is_rotated = head < H, head < H + K
+    # what is read here is made before a layer begins: the kernel before, which projects, makes none of it
+    if HAS_NORM:
+        of_query = tl.load(q_weight + at, mask=at < D, other=0.0)
+        weight = tl.where(is_query, of_query, tl.load(k_weight + at, mask=at < D, other=0.0))
+    if HALF > 0:
+        # each element's partner lies half of the rotated ones before or behind it
+        is_first, in_pair = at < HALF, at < 2 * HALF
+        partner = tl.where(is_first, at + HALF, at - HALF)
+        angle = tl.where(is_first, at, at - HALF)
+        c = tl.load(cos + token * HALF + angle, mask=in_pair, other=1.0)
+        s = tl.load(sin + token * HALF + angle, mask=in_pair, other=0.0)
+        if HAS_NORM:
+            of_query = tl.load(q_weight + partner, mask=in_pair, other=0.0)
+            of_key = tl.load(k_weight + partner, mask=in_pair, other=0.0)
+            partners_weight = tl.where(is_query, of_query, of_key)
+    place = tl.load(places + token, mask=token < num_written, other=0)
     await_before(IS_CHAINED)
     row = qkv + token * row_stride + head * D
     dtype = out.dtype.element_ty
@@ -36,22 +52,12 @@ def rope_and_write_kernel(
     if HAS_NORM:
         y = x.to(tl.float32)
         scale = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-        of_query = tl.load(q_weight + at, mask=at < D, other=0.0)
-        weight = tl.where(is_query, of_query, tl.load(k_weight + at, mask=at < D, other=0.0))
         x = (y * scale).to(dtype) * weight
     if HALF > 0:
-        # each element's partner lies half of the rotated ones before or behind it
-        is_first = at < HALF
-        partner = tl.where(is_first, at + HALF, at - HALF)
-        in_pair = at < 2 * HALF
         other = summed(row + partner, inside & in_pair, apart, PARTS, dtype)
         if HAS_NORM:
-            of_query = tl.load(q_weight + partner, mask=in_pair, other=0.0)
-            of_key = tl.load(k_weight + partner, mask=in_pair, other=0.0)
-            other = (other.to(tl.float32) * scale).to(dtype) * tl.where(is_query, of_query, of_key)
-        angle = tl.where(is_first, at, at - HALF)
-        c = tl.load(cos + token * HALF + angle, mask=in_pair, other=1.0).to(tl.float32)
-        s = tl.load(sin + token * HALF + angle, mask=in_pair, other=0.0).to(tl.float32)
+            other = (other.to(tl.float32) * scale).to(dtype) * partners_weight
+        c, s = c.to(tl.float32), s.to(tl.float32)
         s = tl.where(is_first, -s, s)
         x = (x.to(tl.float32) * c + other.to(tl.float32) * s).to(dtype)
     tl.store(out + (token * H + head) * D + at, x, mask=inside & is_query)
@@ -59,7 +65,6 @@ def rope_and_write_kernel(
         tl.debug_barrier()  # their partners have been read
         tl.store(row + at, x, mask=inside & is_rotated & (head >= H))
     if token < num_written:
-        place = tl.load(places + token)
         to_keys = keys + (place * K + head - H) * D + at
         tl.store(to_keys, x, mask=inside & is_rotated & (head >= H))
         to_values = values + (place * K + head - H - K) * D + at
