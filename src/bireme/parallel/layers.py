@@ -20,6 +20,8 @@ from bireme.parallel.cuts import HeadCut, column_edges, vocabulary_range
 from bireme.parallel.layout import IDENTITY, ParamLayout, Rows, Source, View
 from bireme.parallel.mesh import Mesh
 
+_FEW_ROWS = 16  # which a sum over ranks reads by so few programs that parts of them take longer than they save
+
 
 class ParallelModule(nn.Module):
     """A module whose parameters know their layout (`layouts[attribute]`)."""
@@ -228,9 +230,11 @@ class RowParallelLinear(ParallelModule):
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's addend [T, D], of a sum that adds something else too, or parts of it, float32 [P, T, D]."""
         place = self.mesh.tensor.place_of_addends(len(x), len(self.weight), x.dtype)
-        if place is None:
-            return linear_in_parts(x, self.weight)
-        return torch.mm(x, self.weight.t(), out=place)
+        if place is not None:
+            return torch.mm(x, self.weight.t(), out=place)
+        if self.mesh.tp_size > 1 and len(x) <= _FEW_ROWS:
+            return linear(x, self.weight)
+        return linear_in_parts(x, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.mesh.tensor.all_reduce(linear(x, self.weight))

@@ -25,6 +25,7 @@ _NEARLY_BUSY = 0.7
 _MOST_PARTS = 4
 _MOST_AT_ONCE = 3  # programs of a multiprocessor
 _FEWEST_STAGES = 3
+_FEW_INPUTS = 4096
 
 
 @triton.jit
@@ -188,24 +189,25 @@ def _busy(num_outputs: int, block: int, parts: int = 1) -> float:
     return float(programs / (_MULTIPROCESSORS * triton.cdiv(programs, _MULTIPROCESSORS)))
 
 
-def _blocks(num_rows: int, num_outputs: int, *, is_gated: bool, parts: int) -> dict[str, int]:
+def _blocks(num_rows: int, weight: torch.Tensor, *, is_gated: bool, parts: int) -> dict[str, int]:
     """Sizes of blocks, and how they are pipelined."""
+    num_outputs = len(weight) // 2 if is_gated else len(weight)
+    at_once = int(triton.cdiv(triton.cdiv(num_outputs, 64) * parts, _MULTIPROCESSORS))
+    if is_gated and weight.shape[1] <= _FEW_INPUTS:  # soon over, so that what begins soon is best
+        stages = 6 if at_once == 1 else 4
+        return {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": stages}
     if parts == 1 and num_rows > _SURELY_ROWS and _busy(num_outputs, 128) >= _busy(num_outputs, 64):
         block_k = 64 if is_gated else 128
         return {"BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 4}
-    programs = triton.cdiv(num_outputs, 64) * parts
-    return {
-        "BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4,
-        "num_stages": _stages(num_rows, programs, is_gated=is_gated),
-    }  # fmt: skip
+    stages = _stages(num_rows, at_once, is_gated=is_gated)
+    return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
 
 
-def _stages(num_rows: int, programs: int, *, is_gated: bool) -> int:
+def _stages(num_rows: int, at_once: int, *, is_gated: bool) -> int:
     """As many as leave room for all programs of a multiprocessor at once, if that is enough for each."""
-    at_once = triton.cdiv(programs, _MULTIPROCESSORS)
     most, num_weights = (4, 2) if is_gated else (6, 1)
     stage_bytes = 2 * 128 * (64 * num_weights + block_rows(num_rows))  # of weights and x
-    fitting = int((_SHARED_BYTES // at_once - _RESERVED_BYTES) // stage_bytes)
+    fitting = (_SHARED_BYTES // at_once - _RESERVED_BYTES) // stage_bytes
     return min(most, fitting) if at_once <= _MOST_AT_ONCE and fitting >= _FEWEST_STAGES else most
 
 
@@ -248,7 +250,7 @@ def _product(
             BLOCK_N=4, BLOCK_K=1024, **flags, num_warps=4 if is_gated else 2,
         )  # fmt: skip
         return out
-    blocks = _blocks(num_rows, num_outputs, is_gated=is_gated, parts=parts)
+    blocks = _blocks(num_rows, weight, is_gated=is_gated, parts=parts)
     few_rows_kernel[(triton.cdiv(num_outputs, blocks["BLOCK_N"]), parts)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
         BLOCK_T=block_rows(num_rows), HELD=held_inputs(num_rows), **blocks, **flags,
