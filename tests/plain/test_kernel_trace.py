@@ -11,10 +11,15 @@ from bireme.errors import UserError
 from bireme.observe.kernel_trace import KernelTimes, kernel_share, kernel_times
 
 
-def written(path: Path, *kernels: tuple[str, float, float]) -> Path:
+def written(
+    path: Path, *kernels: tuple[str, float, float], launches: dict[int, int] | None = None
+) -> Path:
+    """Of names, begins and durations; `launches` by a kernel's place."""
     events: list[dict[str, object]] = [{"ph": "M", "name": "process_name"}]
     events += [{"cat": "cpu_op", "name": "aten::mm", "ts": 0, "dur": 1000}]
-    events += [{"cat": "kernel", "name": name, "ts": ts, "dur": dur} for name, ts, dur in kernels]
+    for at, (name, ts, dur) in enumerate(kernels):
+        args = {"correlation": (launches or {}).get(at, 0)}
+        events.append({"cat": "kernel", "name": name, "ts": ts, "dur": dur, "args": args})
     path.write_text(json.dumps({"schemaVersion": 1, "traceEvents": events}))
     return path
 
@@ -40,13 +45,17 @@ def test_every_microsecond_is_of_the_kernel_that_began_first(tmp_path: Path) -> 
         ("gemm", 21, 9),
         ("gemm", 45, 5),
         ("gemm", 62, 5),
+        ("gemm", 79, 1),
+        ("gemm", 100, 1),
+        launches={4: 7, 5: 8, 6: 8, 7: 9},
     )
     found = kernel_times(trace)
     assert found is not None
     micro = KernelTimes(*(1e6 * value for value in vars(found).values()))
     expected = KernelTimes(
-        whole_s=67, exchange_s=5, other_s=33, between_s=2, pause_s=27, longest_pause_s=15
-    )
+        whole_s=101, exchange_s=5, other_s=35, between_s=14, pause_s=47,
+        longest_between_s=12, longest_pause_s=20,
+    )  # fmt: skip
     assert vars(micro) == pytest.approx(vars(expected))
 
 

@@ -12,7 +12,7 @@ from bireme.errors import UserError
 
 # how names of kernels begin in which ranks wait for one another
 _EXCHANGES = ("nccl", "peer_sum", "sharded_sum")
-_PAUSE_US = 10.0  # a shorter one is between kernels that were launched together
+_PAUSE_US = 10.0  # a shorter one is between kernels that follow one another
 
 
 class _Arguments(msgspec.Struct):
@@ -33,13 +33,14 @@ class _Trace(msgspec.Struct):
 
 class Kernel(NamedTuple):
     """In microseconds: where it began, how long no kernel ran before, and what it ran that no earlier one did.
-    `launch`: the same number for all kernels of a graph's replay."""
+    `launch`: the same number for all kernels of a graph's replay; `goes_on` of those but the first."""
 
     name: str
     launch: int
     begin_us: float
     gap_us: float
     own_us: float
+    goes_on: bool
 
     @property
     def is_exchange(self) -> bool:
@@ -48,20 +49,21 @@ class Kernel(NamedTuple):
     @property
     def follows_pause(self) -> bool:
         """And was not launched together with what ran before."""
-        return self.gap_us >= _PAUSE_US
+        return self.gap_us >= _PAUSE_US and not self.goes_on
 
 
 @dataclass(frozen=True)
 class KernelTimes:
     """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks, in
-    others, where two run together in that which began first; and in none, between kernels that were launched together
-    and otherwise, where the longest is told of too."""
+    others, where two run together in that which began first; and in none, between kernels that follow one another or
+    were launched together, and otherwise; of both of these the longest too."""
 
     whole_s: float
     exchange_s: float
     other_s: float
     between_s: float
     pause_s: float
+    longest_between_s: float
     longest_pause_s: float
 
 
@@ -72,13 +74,15 @@ def kernels(path: Path) -> list[Kernel]:
     except msgspec.MsgspecError as error:
         raise UserError(f"{path} is no trace of torch.profiler's: {error}; profile again") from None
     events = sorted((it for it in trace.events if it.cat == "kernel"), key=lambda it: it.ts)
-    found, at = [], events[0].ts if events else 0.0
+    found: list[Kernel] = []
+    at, before = events[0].ts if events else 0.0, 0
     for it in events:
         # a kernel may be launched while the one before still runs, and only wait: that is the other's time
         own = max(0.0, it.ts + it.dur - max(it.ts, at))
         launch = msgspec.json.decode(it.args, type=_Arguments).correlation
-        found.append(Kernel(it.name, launch, it.ts, max(0.0, it.ts - at), own))
-        at = max(at, it.ts + it.dur)
+        goes_on = launch == before != 0
+        found.append(Kernel(it.name, launch, it.ts, max(0.0, it.ts - at), own, goes_on))
+        at, before = max(at, it.ts + it.dur), launch
     return found
 
 
@@ -89,11 +93,19 @@ def kernel_times(path: Path) -> KernelTimes | None:
         return None
     exchange = sum(it.own_us for it in found if it.is_exchange)
     other = sum(it.own_us for it in found if not it.is_exchange)
-    between = sum(it.gap_us for it in found if not it.follows_pause)
+    gaps = [it.gap_us for it in found if not it.follows_pause]
     pauses = [it.gap_us for it in found if it.follows_pause]
-    pause, longest = sum(pauses), max(pauses, default=0.0)
+    between, pause = sum(gaps), sum(pauses)
     whole = exchange + other + between + pause
-    times = (whole, exchange, other, between, pause, longest)
+    times = (
+        whole,
+        exchange,
+        other,
+        between,
+        pause,
+        max(gaps, default=0.0),
+        max(pauses, default=0.0),
+    )
     return KernelTimes(*(microseconds / 1e6 for microseconds in times))
 
 
