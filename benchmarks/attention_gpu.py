@@ -3,8 +3,9 @@
     python benchmarks/attention_gpu.py --name 1x-h200 [--block-sizes 16,64]
 
 In a CUDA graph, over more caches than the device's own cache holds, whose blocks lie in no order. Decode: the bytes of
-keys and values beside what a copy reads and writes a second. Prefill: a chunk behind a context, with the chunk's own
-keys and values read where they were projected, as steps do; causal operations beside those of a large product.
+keys and values beside what a large sum reads, or a large copy reads and writes, a second, whichever is more. Prefill: a
+chunk behind a context, with the chunk's own keys and values read where they were projected, as steps do; causal
+operations beside those of a large product.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import record
 import torch
-from gpu_floors import NO_CACHE_BYTES, copy_bytes_per_s, flop_per_s, microseconds, numbers
+from gpu_floors import NO_CACHE_BYTES, flop_per_s, memory_rates, microseconds, numbers
 
 from bireme.kernels.gpu.decode_attention import decode_attention
 from bireme.kernels.gpu.prefill_attention import prefill_attention
@@ -91,11 +92,11 @@ def prefill_us(shape: Shape) -> float:
     return microseconds(attend, shape.caches())
 
 
-def measure(shape: Shape, copied: float, rate: float) -> dict[str, Any]:
+def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any]:
     num_heads, num_kv = HEADS[shape.heads]
     if shape.num_tokens == 1:
         num_bytes = 4 * shape.num_seqs * (shape.before + 1) * num_kv * HEAD_DIM
-        taken_us, floor_us = decode_us(shape), 1e6 * num_bytes / copied
+        taken_us, floor_us = decode_us(shape), 1e6 * num_bytes / read_bytes_per_s
     else:
         pairs = shape.num_tokens * (shape.before + (shape.num_tokens + 1) / 2)
         taken_us, floor_us = prefill_us(shape), 1e6 * 4 * pairs * num_heads * HEAD_DIM / rate
@@ -107,14 +108,14 @@ def main() -> None:
     parser.add_argument("--name", default="gpu")
     parser.add_argument("--block-sizes", default="16,64")
     asked = parser.parse_args()
-    copied, rate = copy_bytes_per_s(), flop_per_s()
+    rates, rate = memory_rates(), flop_per_s()
     torch.cuda.empty_cache()
     found = []
     for size, heads in product(numbers(asked.block_sizes), HEADS):
         shapes = [Shape(heads, size, seqs, 1, context - 1) for seqs, context in DECODES]
         shapes += [Shape(heads, size, 1, count, before) for count, before in PREFILLS]
         for shape in shapes:
-            found.append(measure(shape, copied, rate))
+            found.append(measure(shape, max(rates.values()), rate))
             one = found[-1]
             print(
                 f"{heads:8} blocks of {size}, {shape.num_seqs:3} x {shape.num_tokens} tokens behind "
@@ -123,7 +124,7 @@ def main() -> None:
             )
     record.write(
         f"attention-{asked.name}", ["torch", "triton"],
-        {"copy_bytes_per_s": copied, "flop_per_s": rate, "shapes": found},
+        {**rates, "flop_per_s": rate, "shapes": found},
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ A Llama of 16 layers, hidden size 1024, 8 KV heads, with dummy weights in bfloat
 once and are measured in turn, `--rounds` times; ranks that wait sleep. Prints medians of the time between two
 tokens of a request. The floor: bytes that a step must read (all weights but the embedding) by what
 all cores together read from memory a second. transformers, and with `--vllm`, an interpreter that has it, vLLM for
-CPUs are measured between two halves of the rounds, a layout at a time, while our ranks sleep.
+CPUs are measured between two halves of the rounds, a layout at a time, while none of our processes are there.
 """
 
 from __future__ import annotations
@@ -96,7 +96,41 @@ def peers_step_s(
         )  # fmt: skip
         of_vllm = found.setdefault("vllm-cpu", {})
         of_vllm[f"tp {tp} x pp {pp}"], of_vllm["versions"] = told["step_s"], told["versions"]
+        of_vllm.setdefault("environment", {})[f"tp {tp} x pp {pp}"] = told["environment"]
     return found
+
+
+class Measured:
+    """Seconds a step by layout and batch, and bytes a second that all cores read, of all rounds so far."""
+
+    def __init__(self, batches: list[int], num_tokens: int) -> None:
+        self._batches, self._num_tokens = batches, num_tokens
+        self.found: dict[tuple[int, int], dict[int, list[float]]] = {}
+        self.rates: list[float] = []
+        self.num_bytes = 0
+
+    def rounds(self, folder: Path, seeds: range) -> None:
+        """All layouts in turn, after a round that warms up and is not counted; behind it none is there any more."""
+        with ExitStack() as stack:
+            llms = {
+                (tp, pp): stack.enter_context(
+                    LLM(
+                        folder, tensor_parallel_size=tp, pipeline_parallel_size=pp, device="cpu",
+                        load_format="dummy", max_model_len=512, max_num_seqs=32,
+                        memory_limit_bytes=3 << 30,
+                    )
+                )
+                for tp, pp in LAYOUTS
+            }  # fmt: skip
+            for seed in (-1, *seeds):
+                self.rates.append(read_bytes_per_s())
+                for batch in self._batches:
+                    for layout, llm in llms.items():
+                        seconds = step_s(llm, batch, self._num_tokens, seed + 1)
+                        if seed >= 0:
+                            of_layout = self.found.setdefault(layout, {})
+                            of_layout.setdefault(batch, []).append(seconds)
+            self.num_bytes = step_bytes(llms[1, 1])
 
 
 def main() -> None:
@@ -108,31 +142,13 @@ def main() -> None:
     parser.add_argument("--name", default="decode-16x1024", help="Of the kept result; empty: none.")
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
-    found: dict[tuple[int, int], dict[int, list[float]]] = {}
-    rates = []
-    with ExitStack() as stack:
-        folder = stack.enter_context(model_folder(CONFIG))
-        llms = {
-            (tp, pp): stack.enter_context(
-                LLM(
-                    folder, tensor_parallel_size=tp, pipeline_parallel_size=pp, device="cpu",
-                    load_format="dummy", max_model_len=512, max_num_seqs=32,
-                    memory_limit_bytes=3 << 30,
-                )
-            )
-            for tp, pp in LAYOUTS
-        }  # fmt: skip
-        peers: dict[str, dict[str, Any]] = {}
-        for round_ in range(arguments.rounds + 1):  # the first warms up and is not counted
-            if round_ == arguments.rounds // 2 + 1:
-                peers = peers_step_s(folder, arguments.batches, arguments.tokens, arguments.vllm)
-            rates.append(read_bytes_per_s())
-            for batch in batches:
-                for layout, llm in llms.items():
-                    seconds = step_s(llm, batch, arguments.tokens, round_)
-                    if round_:
-                        found.setdefault(layout, {}).setdefault(batch, []).append(seconds)
-        num_bytes = step_bytes(llms[1, 1])
+    half = arguments.rounds // 2
+    measured = Measured(batches, arguments.tokens)
+    with model_folder(CONFIG) as folder:
+        measured.rounds(folder, range(half))
+        peers = peers_step_s(folder, arguments.batches, arguments.tokens, arguments.vllm)
+        measured.rounds(folder, range(half, arguments.rounds))
+    found, rates, num_bytes = measured.found, measured.rates, measured.num_bytes
     floor_s = num_bytes / max(rates)
     show(found, batches, floor_s)
     show_peers(peers)
@@ -166,7 +182,7 @@ def show(
 def show_peers(peers: dict[str, dict[str, Any]]) -> None:
     for name, peer in peers.items():
         for layout, by_batch in peer.items():
-            if layout != "versions":
+            if layout not in ("versions", "environment"):
                 medians = {b: statistics.median(seconds) for b, seconds in by_batch.items()}
                 shown = ", ".join(f"batch {b} {s * 1e3:.1f} ms" for b, s in medians.items())
                 print(f"{name} {peer['versions'][name]}, {layout}: {shown}")

@@ -15,9 +15,9 @@ as it is: the mean of a step between a long and a short generation, prompts from
 the start; with `--transformers` one GPU is, by what it compiles. With `--keep-others` what the file of this name has
 of other layouts stays in it; each says of which run it is.
 A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
-the cache of the requests that are there together) by what a large copy on one GPU reads and writes a second, over the
-ranks of a stage; of prefill the products of all tokens, and of attention, by the rate of a large product, over all
-ranks; of throughput both, for all prompts and all decode steps.
+the cache of the requests that are there together) by the bytes a second that a large sum reads or a large copy reads
+and writes, whichever is more, on one GPU, over the ranks of a stage; of prefill the products of all tokens, and of
+attention, by the rate of a large product, over all ranks; of throughput both, for all prompts and all decode steps.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ import record
 import torch
 from beside import told_by_peer
 from gpu_floors import (
-    copy_bytes_per_s,
     flop_per_s,
+    memory_rates,
     model_folder,
     numbers,
     prefill_flop,
@@ -102,7 +102,7 @@ def first_token_s(llm: LLM, num_tokens: int, seed: int) -> float:
     return seen.told().requests[0].ttft_s
 
 
-def throughput(llm: LLM, copied: float, rate: float) -> dict[str, Any]:
+def throughput(llm: LLM, read_bytes_per_s: float, rate: float) -> dict[str, Any]:
     """Of all rounds, and the last one's with where the time of the ranks went meanwhile, as far back as their rings
     tell. The hardware's rates are of one GPU."""
     rates = [measure_throughput(llm, LOAD).output_tokens_per_s for _ in range(LOAD_ROUNDS)][1:]
@@ -115,7 +115,7 @@ def throughput(llm: LLM, copied: float, rate: float) -> dict[str, Any]:
     return {
         **result.as_json(),
         "output_tokens_per_second_by_round": [*rates, result.output_tokens_per_s],
-        "floor_s": load_floor_s(llm, copied, rate),
+        "floor_s": load_floor_s(llm, read_bytes_per_s, rate),
         "is_ledger_whole": is_whole,
         "ledger": {
             rank.name: {row.value: rank.share(row) for row in Row if rank.ns[row]}
@@ -125,7 +125,7 @@ def throughput(llm: LLM, copied: float, rate: float) -> dict[str, Any]:
     }
 
 
-def load_floor_s(llm: LLM, copied: float, rate: float) -> float:
+def load_floor_s(llm: LLM, read_bytes_per_s: float, rate: float) -> float:
     """All prompts' prefill and all decode steps of as many requests as a stage has at once, on all ranks."""
     config = llm.config
     stages, ranks = config.parallel.pp_size, config.parallel.world_size
@@ -133,7 +133,7 @@ def load_floor_s(llm: LLM, copied: float, rate: float) -> float:
     num_steps = LOAD.num_prompts * LOAD.output_len / together
     context = LOAD.input_len + LOAD.output_len // 2
     prefill_s = LOAD.num_prompts * prefill_flop(llm, LOAD.input_len) / rate
-    return (prefill_s + num_steps * read_bytes(llm, together, context) / copied) / ranks
+    return (prefill_s + num_steps * read_bytes(llm, together, context) / read_bytes_per_s) / ranks
 
 
 def measure(
@@ -187,13 +187,17 @@ def peers(asked: argparse.Namespace, layout: str) -> Iterator[tuple[str, dict[st
         yield "transformers", told_by_peer("transformers", sys.executable, options, {})
 
 
+def _spread(times: Sequence[float], digits: int) -> str:
+    return f"{statistics.median(times):.{digits}f} ({min(times):.{digits}f} to {max(times):.{digits}f})"
+
+
 def peer_rows(told: dict[str, Any]) -> dict[str, str]:
-    """Of a table."""
+    """Of a table: medians, and the least and the most of the rounds."""
     said = {}
     for batch, times in told["step_s"].items():
-        said[f"decode, batch {batch}, ms a step"] = f"{1e3 * statistics.median(times):.2f}"
+        said[f"decode, batch {batch}, ms a step"] = _spread([1e3 * time for time in times], 2)
     for size, times in told["first_token_s"].items():
-        said[f"prefill 1 x {size}, ms"] = f"{1e3 * statistics.median(times):.1f}"
+        said[f"prefill 1 x {size}, ms"] = _spread([1e3 * time for time in times], 1)
     if "output_tokens_per_s" in told:
         said["throughput, output tokens/s"] = (
             f"{statistics.median(told['output_tokens_per_s']):,.0f}"
@@ -282,14 +286,14 @@ def main() -> None:
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--keep-others", action="store_true")
     asked = parser.parse_args()
-    read, rate = copy_bytes_per_s(), flop_per_s()
+    rates, rate = memory_rates(), flop_per_s()
     torch.cuda.empty_cache()  # the ranks are processes of their own
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     name = f"decode-{Path(asked.model).name}-{asked.name}"
     results = kept_of_others(name, gpus, asked.layouts) if asked.keep_others else []
     here = record.environment([])
     run = {key: here[key] for key in ("date", "command", "commit")}
-    run |= {"copy_bytes_per_s": read, "flop_per_s": rate}
+    run |= {**rates, "flop_per_s": rate}
 
     def keep() -> None:
         layouts = sorted(results, key=lambda it: (it["pp"], it["tp"]))
@@ -297,7 +301,7 @@ def main() -> None:
         record.write(name, ["torch", "triton"], result)
 
     for layout in asked.layouts:
-        results.append({**measure(asked, layout, read, rate), "run": run})
+        results.append({**measure(asked, layout, max(rates.values()), rate), "run": run})
         keep()  # what was measured stays, whatever ends the next
         print(table(results[-1:]), flush=True)
         for peer, told in peers(asked, layout):

@@ -1,4 +1,5 @@
-"""What no program on a GPU is quicker than: bytes by the rate of a copy, operations by that of a large product."""
+"""What no program on a GPU is quicker than: bytes by the rate at which memory is read, operations by that of a large
+product."""
 
 from __future__ import annotations
 
@@ -22,31 +23,32 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def copy_bytes_per_s() -> float:
-    """Read and written by a copy on one GPU."""
-    source = torch.randn(1 << 29, device="cuda").half()
-    target = torch.empty_like(source)
+def _seconds(run: Callable[[], object], times: int = 10) -> float:
+    """Of one of so many in a row, after one that does not count."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    target.copy_(source)
+    run()
     marks[0].record()
-    for _ in range(10):
-        target.copy_(source)
+    for _ in range(times):
+        run()
     marks[1].record()
     torch.cuda.synchronize()
-    return 10 * 2 * source.nbytes / (float(marks[0].elapsed_time(marks[1])) / 1e3)
+    return float(marks[0].elapsed_time(marks[1])) / 1e3 / times
+
+
+def memory_rates() -> dict[str, float]:
+    """Bytes a second of one GPU: read by a sum of 4 GiB, and read and written by a copy of 1 GiB."""
+    numbers = torch.ones(1 << 30, device="cuda")
+    rates = {"read_bytes_per_s": numbers.nbytes / _seconds(numbers.sum)}
+    source = torch.randn(1 << 29, device="cuda").half()
+    target = torch.empty_like(source)
+    rates["copy_bytes_per_s"] = 2 * source.nbytes / _seconds(lambda: target.copy_(source))
+    return rates
 
 
 def flop_per_s() -> float:
     """Of a product of two large matrices in bfloat16."""
     x = torch.randn(8192, 8192, device="cuda").bfloat16()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    x @ x
-    marks[0].record()
-    for _ in range(10):
-        x @ x
-    marks[1].record()
-    torch.cuda.synchronize()
-    return 10 * 2 * 8192**3 / (float(marks[0].elapsed_time(marks[1])) / 1e3)
+    return 2 * 8192**3 / _seconds(lambda: x @ x)
 
 
 def read_bytes(llm: LLM, num_together: int, context: int = 0) -> int:

@@ -87,7 +87,7 @@ def main() -> None:
         slowest = [min(rates) / 1e9 for rates in rounds]
         said = ", ".join(f"{rate:.1f}" for rate in slowest)
         print(f"{name}: GB/s of the slower rank, median {statistics.median(slowest):.1f} ({said})")
-    record.write(f"loading-{asked.model}-{asked.name}", ["torch", "safetensors"], result)
+    record.write(f"loading-{asked.model}-{asked.name}", ["torch", "safetensors", "triton"], result)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import torch
 from decode_gpu import CONTEXT, INPUT_LEN, OUTPUT_LEN, cells_parser, first_token_s, gaps_s, settings
 from gpu_floors import (
     attention_flop,
-    copy_bytes_per_s,
     flop_per_s,
+    memory_rates,
     numbers,
     prefill_flop,
     read_bytes,
@@ -89,10 +89,11 @@ def measure(
     layout: str, model: str, batches: Sequence[int], prefills: Sequence[int], folder: Path
 ) -> dict[str, Any]:
     tp, pp = (int(width) for width in layout.split(","))
-    copied, rate = copy_bytes_per_s(), flop_per_s()
+    rates, rate = memory_rates(), flop_per_s()
+    read_bytes_per_s = max(rates.values())
     torch.cuda.empty_cache()
     found: dict[str, Any] = {"tp": tp, "pp": pp, "decode": {}, "prefill": {}}
-    found |= {"copy_bytes_per_s": copied, "flop_per_s": rate}
+    found |= {**rates, "flop_per_s": rate}
     with LLM(**settings(model, layout)) as llm:
         # a process's first profile misses kernels
         seen(llm, folder, lambda: gaps_s(llm, 1, 8, seed=0))
@@ -100,8 +101,8 @@ def measure(
             plain = statistics.median(gaps_s(llm, batch, OUTPUT_LEN, seed=batch))
             gaps, ranks = seen(llm, folder, partial(gaps_s, llm, batch, SEEN_LEN, seed=1))
             together = min(batch, pp)
-            weights_s = read_bytes(llm, 0) / copied / tp
-            cache_s = read_bytes(llm, -(-batch // pp), CONTEXT) / copied / tp - weights_s
+            weights_s = read_bytes(llm, 0) / read_bytes_per_s / tp
+            cache_s = read_bytes(llm, -(-batch // pp), CONTEXT) / read_bytes_per_s / tp - weights_s
             found["decode"][batch] = {
                 "step_ms": 1e3 * plain, "profiled_ms": 1e3 * statistics.median(gaps),
                 "floor_ms": {"products": 1e3 * weights_s, "attention": 1e3 * cache_s},
