@@ -43,7 +43,7 @@ def answers(
         )
         for _, count in lengths
     ]
-    with LLM(str(model), pool=pool, device="cuda", dtype="float32", **settings) as llm:
+    with LLM(str(model), pool=pool, device="cuda", **{"dtype": "float32", **settings}) as llm:
         outputs = [one for output in llm.generate(prompts, params) for one in output.outputs]
     return [
         (one.token_ids, [place[id_].logprob for place, id_ in zip(one.logprobs or [], one.token_ids, strict=False)])
@@ -77,6 +77,26 @@ def test_every_layout(widths: tuple[int, ...], pool: WorkerPool, pair: tuple[int
         "demo", pool, tensor_parallel_size=widths[0], pipeline_parallel_size=len(widths),
         devices=pair[: sum(widths)],
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("widths", [(1,), (2,), (1, 1)])
+def test_kernels_that_stream_weights(
+    widths: tuple[int, ...], pool: WorkerPool, pair: tuple[int, int]
+) -> None:
+    """They are of elements of 16 bits."""
+    layout = {
+        "tensor_parallel_size": widths[0], "pipeline_parallel_size": len(widths),
+        "devices": pair[: sum(widths)], "dtype": "bfloat16",
+    }  # fmt: skip
+    told = answers("demo", pool, LENGTHS, has_logprobs=True, **layout)
+    launched = answers("demo", pool, LENGTHS, has_logprobs=True, enforce_eager=True, **layout)
+    for (ids, logprobs), (other_ids, others) in zip(told, launched, strict=True):
+        assert ids == other_ids
+        assert logprobs == pytest.approx(others, abs=3e-2)
+    # of all rows of a prompt, and of the sampled one alone, products come of different kernels
+    whole = answers("demo", pool, LENGTHS, has_logprobs=True, tells_prompts=True, **layout)
+    for (_, logprobs), (_, others) in zip(told, whole, strict=True):
+        assert logprobs[0] == pytest.approx(others[0], abs=5e-2)
 
 
 def test_every_family(case: Path, pool: WorkerPool) -> None:

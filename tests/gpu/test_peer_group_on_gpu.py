@@ -132,6 +132,15 @@ def check_way(group: PeerGroup, rows: Rows, rank: int, way: Way) -> None:
     group.all_reduce_add_norm(parts[rank].clone(), parts[2], parts[2][0], 1e-5)
     told = tuple(after > earlier for after, earlier in zip(counts(), before, strict=True))
     assert told == (way is Way.ONE_SHOT, way is Way.TWO_SHOT)
+    assert group.takes_parts(200) == (way is Way.ONE_SHOT)
+    if way is Way.ONE_SHOT and rows.dtype != torch.float32:
+        halves = torch.stack([parts[rank].float() / 2] * 2)
+        held, normed = group.all_reduce_add_norm(halves, parts[2], parts[2][0], 1e-5)
+        expected = parts[2] + rows.sum(parts)
+        assert torch.equal(held, expected)
+        made = rms_norm_reference(expected, parts[2][0], 1e-5)
+        assert torch.allclose(normed, made, rtol=2e-2, atol=1e-3)
+        assert torch.equal(group.all_reduce_add(halves, parts[2]), expected)
 
 
 def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:

@@ -50,6 +50,11 @@ def test_norms(size: int, offset: float, device: torch.device) -> None:
     summed, normed = add_rms_norm(x, parts, weight, 1e-5, offset)
     assert near(summed, x + parts.sum(0))
     assert near(normed, functional.rms_norm_reference(summed, weight, 1e-5, offset))
+    # a sum of parts is rounded before it is added, as a whole product is
+    x, weight, whole = x.half(), weight.half(), (parts[0] + parts[1] + parts[2]).half()
+    expected = add_rms_norm(x, whole, weight, 1e-5, offset)
+    for one, other in zip(add_rms_norm(x, parts, weight, 1e-5, offset), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("columns", [3, 1024, 1100])
@@ -83,7 +88,7 @@ def test_few_rows(
     activated = functional.ACTIVATIONS["silu"](gate) * up
     assert near(few_rows_gated(x, weight), activated, 3 * ROUNDED[dtype])
     parts = few_rows_parts(x, weight)
-    assert parts.shape[:-2].numel() == num_parts(num_rows, 2 * num_outputs)
+    assert parts.shape[:-2].numel() == num_parts(num_rows, 2 * num_outputs, num_inputs)
     assert near(functional.whole(parts, torch.float32), expected, ROUNDED[dtype])
 
 
@@ -100,37 +105,6 @@ def test_parts_of_products(
     assert near(found.sum(0), torch.nn.functional.linear(x.double(), weight.double()))
 
 
-@pytest.mark.parametrize(
-    ("num_rows", "parts"),
-    [
-        (1, {4096: 1, 12288: 1}),
-        (8, {4096: 4, 5120: 4, 6144: 4, 8192: 1, 12288: 2, 32000: 1, 64: 4}),
-        (32, {4096: 2, 5120: 3, 6144: 2, 8192: 1, 12288: 1, 2560: 3, 32000: 1, 64: 4}),
-    ],
-)
-def test_products_come_in_parts_where_multiprocessors_are_to_have_more_work(
-    num_rows: int, parts: dict[int, int]
-) -> None:
-    assert {size: num_parts(num_rows, size) for size in parts} == parts
-
-
-@pytest.mark.parametrize("is_gated", [False, True])
-@pytest.mark.parametrize("num_rows", [8, 32, 64])
-def test_programs_of_a_multiprocessor_have_room_at_once_or_their_most_stages(
-    num_rows: int, is_gated: bool
-) -> None:
-    from bireme.kernels.gpu.few_rows import _stages
-
-    tile_bytes = 2 * 128 * (64 * (2 if is_gated else 1) + max(16, num_rows))
-    most = _stages(num_rows, 8, is_gated=is_gated)
-    for at_once in (1, 2, 3):
-        stages = _stages(num_rows, at_once, is_gated=is_gated)
-        assert 3 <= stages <= most
-        have_room = at_once * (stages * tile_bytes + 1024) <= 228 * 1024
-        assert have_room or stages == most
-        assert have_room or at_once * (3 * tile_bytes + 1024) > 228 * 1024
-
-
 def test_few_rows_are_not_for_every_product(device: torch.device) -> None:
     x, weight = (torch.zeros(4, 32, dtype=torch.bfloat16, device=device) for _ in range(2))
     assert suits(x, weight)
@@ -138,7 +112,9 @@ def test_few_rows_are_not_for_every_product(device: torch.device) -> None:
     many = x.expand(MOST_ROWS // 4, 4, 32).reshape(-1, 32)  # all multiprocessors are to have work
     assert suits(many, weight.expand(2112, 4, 32).reshape(-1, 32))
     assert not suits(many, weight.expand(1200, 4, 32).reshape(-1, 32))
-    assert suits(many, weight.expand(1280, 4, 32).reshape(-1, 32), in_parts=True)
+    more = x.new_zeros(MOST_ROWS, 1024), weight.new_zeros(5120, 1024)
+    assert suits(*more, in_parts=True)
+    assert not suits(*more)
     assert suits(many, weight, is_gated=True)
     assert not suits(x.float(), weight.float())
     assert not suits(x, weight.t().contiguous().t())
@@ -176,6 +152,19 @@ def test_rope_and_write(has_norm: bool, head_dim: int, half: int, device: torch.
     assert near(rope_and_write(parts, num_heads, rotation, norms, places, *cache), q)
     assert near(cache[0][places], k[:num_written])
     assert near(cache[1][places], v[:num_written])
+    halves, given = (tuple(it.half() for it in them) for them in (cache, (rotation or ())))
+    short = (*(w.half() for w in weights), 1e-6) if has_norm else None
+    rounded = (parts[0] + parts[1] + parts[2]).half()
+    for it in halves:
+        it.fill_(torch.nan)
+    of_parts = rope_and_write(parts, num_heads, given or None, short, places, *halves)
+    written = [it[places].clone() for it in halves]
+    assert torch.equal(
+        of_parts, rope_and_write(rounded, num_heads, given or None, short, places, *halves)
+    )
+    assert all(
+        torch.equal(*pair) for pair in zip(written, (it[places] for it in halves), strict=True)
+    )
     assert near(keys[places], k[:num_written])
     assert near(values[places], v[:num_written])
     assert near(kept, k)
@@ -376,7 +365,7 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
     def kernels(count: int) -> set[tuple[object, ...]]:
         is_chained, rows = count <= chain.MOST_ROWS, few_rows.block_rows(count)
         found: set[tuple[object, ...]] = {
-            ("norm", is_chained, 1 if count > few_rows.MOST_ROWS else num_parts(count, 4096)),
+            ("norm", is_chained, 1 if count > few_rows.MOST_ROWS else num_parts(count, 4096, 4096)),
             ("attention", num_splits(count, num_kv_heads), block_positions(count, num_kv_heads, 128), is_chained),
         }  # fmt: skip
         if count == 1:

@@ -52,6 +52,7 @@ from bireme.request import (
 from bireme.trace import Span
 
 T = TypeVar("T", bound=msgspec.Struct)
+_LONG_PROMPT = 65  # tokens, of which graphs leave out the last layer
 
 
 def _has_c_kernels() -> bool:
@@ -157,9 +158,18 @@ class WorkerExecutor:
         step may take is learned."""
         config, kinds = self._plan.config, self._plan.kinds
         most = min(config.max_num_batched_tokens, self._plan.max_model_len)
-        num_tokens = min(config.block_size, most)
+        num_blocks = 1
+        if (
+            self._plan.devices[0] != "cpu"
+        ):  # of a GPU so long that all kernels of long prompts are compiled
+            most_blocks = (kind.num_blocks - 1 for kind in kinds)
+            num_blocks = min((-(-_LONG_PROMPT // config.block_size), *most_blocks))
+        num_tokens = min(num_blocks * config.block_size, most)
+        blocks = list(range(1, 1 + -(-num_tokens // config.block_size)))
         setup = SlotSetup(0, num_tokens, SamplingSetup(seed=0))
-        piece = ScheduledPiece(0, 0, num_tokens, [0] * num_tokens, [[1]] * len(kinds), samples=True)
+        piece = ScheduledPiece(
+            0, 0, num_tokens, [0] * num_tokens, [blocks] * len(kinds), samples=True
+        )
         self.submit(ScheduledBatch(0, WARM_UP_STEP, [setup], [piece]))
         self.collect()
 

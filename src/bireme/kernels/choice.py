@@ -20,8 +20,9 @@ def _is_triton_there() -> bool:
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """True for GPUs of Hopper or later: they chain kernels, and hold several blocks of a weight in shared memory."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """True for GPUs of Hopper and of the data centre's Blackwell: they chain kernels, and hold several blocks of a
+    weight in shared memory, of which a program can have 227 KiB (99 on other Blackwells)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def has_kernels(device: torch.device) -> bool:

@@ -309,8 +309,8 @@ class DeviceSpans:
         return bool(self._pending or self._aside)
 
     def collect(self) -> None:
-        """Writes the records of those spans that are over. Now and then it looks at the clocks, which takes as long as
-        some kernels: not while a step waits to begin."""
+        """Writes the records of those spans that are over. Once a second it looks at the clocks, which takes as long as
+        some kernels."""
         self._clock.keep()
         self._write_passed()
 

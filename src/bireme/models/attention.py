@@ -278,7 +278,7 @@ class Attention(nn.Module):
         return out
 
     def partial(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
-        """This rank's addend [T, hidden]."""
+        """This rank's addend [T, hidden], or parts of it, float32 [P, T, hidden]."""
         return self.out.partial(self._attended(x, step))
 
     @property

@@ -111,7 +111,7 @@ class MLP(nn.Module):
         return "bias" in self.down.layouts
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
-        """This rank's addend [T, D], with fewer kernels than modules."""
+        """This rank's addend [T, D], or parts of it, float32 [P, T, D], with fewer kernels than modules."""
         if self.is_gated and "bias" not in self.up.layouts:
             return self.down.partial(gated_linear(x, self.up.weight, self.activation))
         return self.down.partial(self._up(x))
@@ -245,7 +245,8 @@ class Head(nn.Module):
 @dataclass(frozen=True)
 class Unsummed:
     """Hidden states [T, D] on their way to the next layer: x, to which the tensor group's sum of `addend`, if there
-    is one, is yet to be added. The next norm does both. A rank may hold a part of x alone (`all_reduce_add_norm`)."""
+    is one, [T, D] or parts of it, float32 [P, T, D], is yet to be added. The next norm does both. A rank may hold some
+    rows of x alone (`all_reduce_add_norm`)."""
 
     x: torch.Tensor
     addend: torch.Tensor | None = None

@@ -83,8 +83,9 @@ class PreNormLayer(Layer):
     def _unsummed(self, state: Unsummed, step: StepContext) -> Unsummed:
         group = self.self_attn.group
         x, normed = self.input_layernorm.of_sum(state.x, state.addend, group)
+        x = step.of_asked(x)  # before what is added to it: the norm reads it early
         attended = self.self_attn.partial(normed, step)
-        x, normed = self.post_attention_layernorm.of_sum(step.of_asked(x), attended, group)
+        x, normed = self.post_attention_layernorm.of_sum(x, attended, group)
         return Unsummed(x, self.mlp.partial(normed))
 
 

@@ -32,6 +32,9 @@ from bireme.parallel.shm import Segment, ShmReceiver, ShmSender, join_group
 from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanWriter
 
+# how much longer a GPU waits for a peer than the driver waits for a step: who comes too late is for the driver to tell
+_PATIENCE = 2
+
 
 @contextmanager
 def _peers() -> Iterator[None]:
@@ -268,7 +271,15 @@ def _over_distributed(
     if tensor is not None:
         tensor.all_reduce(torch.zeros(1, device=device))
         tensor = peer_group(
-            tensor, *own, rank, room.row_bytes, room.sum_bytes, device, store, timeout_s, spans
+            tensor,
+            *own,
+            rank,
+            room.row_bytes,
+            room.sum_bytes,
+            device,
+            store,
+            _PATIENCE * timeout_s,
+            spans,
         )
 
     def sender(groups: dict[Edge, dist.ProcessGroup]) -> Sender:
@@ -293,7 +304,9 @@ def _over_distributed(
     def through_peers(
         groups: dict[Edge, dist.ProcessGroup], num_bytes: int
     ) -> tuple[Sender, Receiver | None]:
-        plans = [RingPlan(edge, len(widths) + 1, num_bytes, timeout_s) for edge in groups]
+        plans = [
+            RingPlan(edge, len(widths) + 1, num_bytes, _PATIENCE * timeout_s) for edge in groups
+        ]
         return connect(plans, groups, rank, device, store, spans, is_beside=room.sends_beside)
 
     if room.hidden_bytes:

@@ -20,8 +20,6 @@ from bireme.parallel.cuts import HeadCut, column_edges, vocabulary_range
 from bireme.parallel.layout import IDENTITY, ParamLayout, Rows, Source, View
 from bireme.parallel.mesh import Mesh
 
-_FEW_ROWS = 16  # which a sum over ranks reads by so few programs that parts of them take longer than they save
-
 
 class ParallelModule(nn.Module):
     """A module whose parameters know their layout (`layouts[attribute]`)."""
@@ -229,12 +227,12 @@ class RowParallelLinear(ParallelModule):
 
     def partial(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's addend [T, D], of a sum that adds something else too, or parts of it, float32 [P, T, D]."""
-        place = self.mesh.tensor.place_of_addends(len(x), len(self.weight), x.dtype)
+        group = self.mesh.tensor
+        place = group.place_of_addends(len(x), len(self.weight), x.dtype)
         if place is not None:
             return torch.mm(x, self.weight.t(), out=place)
-        if self.mesh.tp_size > 1 and len(x) <= _FEW_ROWS:
-            return linear(x, self.weight)
-        return linear_in_parts(x, self.weight)
+        multiply = linear_in_parts if group.takes_parts(len(x)) else linear
+        return multiply(x, self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.mesh.tensor.all_reduce(linear(x, self.weight))

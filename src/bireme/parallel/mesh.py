@@ -34,10 +34,10 @@ class TensorGroup(Protocol):
         eps: float,
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x + the sum over ranks of `addend` [T, D], or of its parts float32 [P, T, D], which may be overwritten, and
-        its RMSNorm, which lies there until the next sum. Of x + the sum a rank may hold no more than what the next sum
-        of this shape and dtype takes."""
-        return add_rms_norm(x, self.all_reduce(whole(addend, x.dtype)), weight, eps, offset)
+        """x + the sum over ranks of `addend` [T, D], or where the group `takes_parts` of its parts float32 [P, T, D],
+        which may be overwritten, and its RMSNorm, which lies there until the next sum. Of x + the sum a rank may hold
+        no more than what the next sum of this shape and dtype takes. x is older than the addend (`add_rms_norm`)."""
+        return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """x + the sum over ranks of `addend`, as above, whole; x may be what `all_reduce_add_norm` left of it."""
@@ -46,8 +46,12 @@ class TensorGroup(Protocol):
     def place_of_addends(
         self, num_rows: int, width: int, dtype: torch.dtype
     ) -> torch.Tensor | None:
-        """Where addends [num_rows, width] of the next two methods are best put; None: anywhere."""
+        """Where addends [num_rows, width] of the two methods above are best put; None: anywhere."""
         return None
+
+    def takes_parts(self, num_rows: int) -> bool:
+        """Whether addends of so many rows may come in parts because that is quicker in all."""
+        return False
 
 
 class Unjoined(TensorGroup):
@@ -68,6 +72,9 @@ class Alone(TensorGroup):
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return x.unsqueeze(0)
+
+    def takes_parts(self, num_rows: int) -> bool:
+        return True
 
     def all_reduce_add_norm(
         self,

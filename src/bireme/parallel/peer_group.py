@@ -14,7 +14,6 @@ from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
-from bireme.kernels.functional import whole
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.parallel.peer_window import Window, open_window
@@ -22,6 +21,7 @@ from bireme.parallel.sum_table import SumTable, Way, measured_table
 from bireme.trace import SpanKind, SpanWriter
 
 _FEW_ROWS = 256  # that every rank can add up whole
+_WHOLE_ROWS = 16  # up to which so few programs read them that parts take longer than they save
 _MOST_ROWS = 2**31 - 1
 _ALIGNMENT = 512  # bytes
 _MOST_SUM_BYTES = 2**31 - 1  # a kernel's place in them is an int32
@@ -126,6 +126,9 @@ class PeerGroup(TensorGroup):
             return None
         return self._rooms.addends(num_rows, width, dtype)
 
+    def takes_parts(self, num_rows: int) -> bool:
+        return num_rows > _WHOLE_ROWS and self._table.way(num_rows) is Way.ONE_SHOT
+
     def _way(self, x: torch.Tensor) -> Way:
         """The table's, where it can be gone for addends like x."""
         way = self._table.way(len(x))
@@ -144,7 +147,7 @@ class PeerGroup(TensorGroup):
         if way is Way.ONE_SHOT:
             return super().all_reduce_add(addend, x)
         with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
-            return sharded_sum_add(self._rooms, whole(addend, x.dtype), x, stamps)
+            return sharded_sum_add(self._rooms, addend, x, stamps)
 
     def all_reduce_add_norm(
         self,
@@ -160,8 +163,6 @@ class PeerGroup(TensorGroup):
         way = self._way(x)
         if way is Way.NCCL:
             return self._others.all_reduce_add_norm(addend, x, weight, eps, offset)
-        if way is Way.TWO_SHOT or x.element_size() != 2:
-            addend = whole(addend, x.dtype)
         with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
             if way is Way.TWO_SHOT:
                 return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset, stamps)

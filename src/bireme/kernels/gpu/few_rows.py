@@ -1,7 +1,7 @@
 """Products of a few rows by a weight, which take as long as the weight takes to be read.
 
-Each program streams some rows of the weight past all rows of x once. The sizes of blocks are those that read
-fastest, of up to 32 rows on an H100, of more on an H200, over the shapes of models of 7B and 70B, whole and halved.
+Each program streams some rows of the weight, or some inputs of them, past all rows of x once. The sizes of blocks are
+those that read fastest on an H200, over the shapes of models of 7B and 70B, whole and halved.
 Shapes: T rows, K inputs, N outputs.
 """
 
@@ -143,7 +143,7 @@ def suits(
     """Whether these kernels are for x [T, K] and weight [N, K]. Of many rows they are for products whose activation
     they save a kernel of its own, and for those that give all multiprocessors work: cuBLAS parts others by inputs, as
     they do where whoever reads them takes parts."""
-    parts = num_parts(len(x), len(weight)) if in_parts else 1
+    parts = num_parts(len(x), *weight.shape) if in_parts else 1
     has_work = is_gated or _busy(len(weight), 64, parts) > _BUSY
     return (
         x.dim() == 2
@@ -165,19 +165,24 @@ def held_inputs(num_rows: int) -> int:
     return _HELD_INPUTS if num_rows <= _HELD_ROWS else 0
 
 
-def num_parts(num_rows: int, num_outputs: int) -> int:
-    """None where that gives all multiprocessors work. Of so few rows that their sums are soon read, as many as
-    programs that run at once; of more the fewest that give nearly all multiprocessors work."""
-    blocks = int(triton.cdiv(num_outputs, 64))
+def num_parts(num_rows: int, num_outputs: int, num_inputs: int) -> int:
+    """One where that gives all multiprocessors work; else as below, without parts that have no inputs."""
     if num_rows == 1 or _busy(num_outputs, 64) > _BUSY:
         return 1
+    share = triton.cdiv(triton.cdiv(num_inputs, _wanted_parts(num_rows, num_outputs)), 128) * 128
+    return int(triton.cdiv(num_inputs, share))
+
+
+def _wanted_parts(num_rows: int, num_outputs: int) -> int:
+    """Of so few rows that their sums are soon read, as many as programs that run at once; of more the fewest that give
+    nearly all multiprocessors work."""
+    blocks = int(triton.cdiv(num_outputs, 64))
     if num_rows <= _HELD_ROWS:
         return max(1, min(_MOST_PARTS, _MOST_AT_ONCE * _MULTIPROCESSORS // blocks))
     least = _BUSY * _MULTIPROCESSORS
-    counts = range(1, _MOST_PARTS)
     enough = (
         parts
-        for parts in counts
+        for parts in range(1, _MOST_PARTS)
         if blocks * parts >= least and _busy(num_outputs, 64, parts) >= _NEARLY_BUSY
     )
     return next(enough, _MOST_PARTS)
@@ -220,7 +225,7 @@ def few_rows_linear(
 
 def few_rows_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The same as a sum that is not made: [T, K] by [N, K] -> float32 [P, T, N], or [T, N] where one part is best"""
-    parts = num_parts(len(x), len(weight))
+    parts = num_parts(len(x), *weight.shape)
     return _product(x, weight, None, is_gated=False, parts=parts)
 
 

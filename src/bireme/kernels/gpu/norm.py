@@ -16,8 +16,7 @@ def rms_norm_kernel(
     D: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, HAS_OFFSET: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """PARTS of `delta`, `apart` elements from one another; 0: nothing is added. What is added to, `x`, is older than
-    what the kernel before makes."""
+    """PARTS of `delta`, `apart` elements from one another; 0: nothing is added."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, SIZE)
     inside = at < D
@@ -62,7 +61,8 @@ def rms_norm(
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + delta [T, D], and its norm; delta may be in parts, float32 [P, T, D]."""
+    """x + delta [T, D], and its norm; delta may be in parts, float32 [P, T, D]. x is not of the kernel right before,
+    but of an earlier one: it is read while that one still runs."""
     x, delta = x.contiguous(), delta.contiguous()
     total, out = torch.empty_like(x), torch.empty_like(x)
     size = triton.next_power_of_2(x.shape[-1])

@@ -94,6 +94,7 @@ def rope_and_write(
     cos, sin = rotation if rotation is not None else (qkv, qkv)
     q_weight, k_weight, eps = norms if norms is not None else (qkv, qkv, 0.0)
     num_rows, parts = qkv.shape[-2], 1 if qkv.dim() == 2 else len(qkv)
+    assert parts == 1 or not keeps_keys, "keys cannot come to lie in parts"
     out = keys.new_empty(num_rows, num_heads, head_dim)
     rope_and_write_kernel[(num_rows, triton.cdiv(num_heads + 2 * num_kv, _HEADS))](
         qkv, cos, sin, q_weight, k_weight, places, keys, values, out, eps, qkv.stride(-2),
