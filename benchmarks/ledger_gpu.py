@@ -3,11 +3,12 @@
     python benchmarks/ledger_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 2,1 1,1] [--batches 8,64]
 
 Shares of a rank's time, of prompts of 8 tokens continued by 192, medians of three rounds. The ledger: collectives,
-work, and the rest, in which the GPU has none, with what of it is `host`. The profiler: kernels that ranks exchange by,
-other kernels with what lies between those that were launched together, however long (a GPU may stop amid a graph while
-it is traced, of which the ledger knows nothing), and pauses; of both of these the longest too. Then the mean time from
-token to token of the first layout and batch with spans and without (nobody can ask for that: they are patched away
-here), in turn, each in processes of its own.
+work, and the rest, in which the GPU has none, with what of it is `host`; the same of steps that no profiler sees, from
+a third of 384 tokens on. The profiler: kernels that ranks exchange by, other kernels with what lies between those that
+were launched together, however long (a GPU may stop amid a graph while it is traced, of which the ledger knows
+nothing), and pauses; of both of these the longest too. Then the mean time from token to token of the first layout and
+batch with spans and without (nobody can ask for that: they are patched away here), in turn, each in processes of its
+own.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from bireme.observe.window import whole_since
 
 INPUT_LEN, NUM_TOKENS, ROUNDS = 8, 192, 4
 PROFILED_ROUNDS = 3
+STEADY_TOKENS = 384
 SHARES = ("collective", "work", "rest")
 Shares = dict[str, float]
 WITHOUT_SPANS = """
@@ -90,12 +92,24 @@ def profiled(llm: LLM, batch: int, seed: int, path: str, num_tokens: int) -> lis
     return list(make_ledger(recorded).ranks)
 
 
+def of_steady_steps(llm: LLM, batch: int) -> list[RankLedger]:
+    """Of each rank without a profiler, from a third of the tokens on: when all decode."""
+    start_ns = time.monotonic_ns()
+    gaps_s(llm, batch, 1, STEADY_TOKENS)
+    begun_ns = start_ns + (time.monotonic_ns() - start_ns) // 3
+    llm.executor.usage()  # all spans are written by then
+    steady, _ = whole_since(llm.recorded(), begun_ns)  # or as far back as the rings tell
+    return list(make_ledger(steady).ranks)
+
+
 def medians(rounds: list[Shares]) -> Shares:
     return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 
 def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
     """Of each rank."""
+    gaps_s(llm, batch, 0, 8)
+    steady = {rank.name: shares_by_ledger(rank) for rank in of_steady_steps(llm, batch)}
     path = str(folder / f"{batch}-rank-{{rank}}.json")
     profiled(llm, batch, 0, path, 8)  # the first profile of a process misses kernels
     rounds: dict[str, list[dict[str, Shares]]] = {}
@@ -110,7 +124,8 @@ def beside_profiler(llm: LLM, batch: int, folder: Path) -> list[dict[str, Any]]:
         apart = max(abs(ours[share] - theirs[share]) for share in SHARES)
         found.append(
             {
-                "rank": name, "batch": batch, "ledger": ours, "profiler": theirs,
+                "rank": name, "batch": batch, "without profiler": steady[name],
+                "ledger": ours, "profiler": theirs,
                 "largest_difference": apart, "rounds": of_rank,
             }
         )  # fmt: skip
@@ -142,11 +157,12 @@ def tell_step(model: str, layout: str, batch: int) -> None:
 
 
 def told(one: dict[str, Any]) -> str:
-    ours, theirs = one["ledger"], one["profiler"]
-    return ", ".join(
+    ours, theirs, alone = one["ledger"], one["profiler"], one["without profiler"]
+    shares = ", ".join(
         f"{name} {share:.1%}" + (f" ({theirs[name]:.1%})" if name in theirs else "")
         for name, share in ours.items()
     )
+    return f"{shares}; without profiler host {alone['host']:.1%}"
 
 
 def main() -> None:

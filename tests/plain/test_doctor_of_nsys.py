@@ -115,6 +115,23 @@ def test_bad_content_is_told_in_a_line(
     assert found.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("peer_sum_kernel", Row.COLLECTIVE_MOVE),
+        ("sharded_sum_kernel", Row.COLLECTIVE_MOVE),
+        ("void c10d::symmetric_memory::wait_signal_kernel(unsigned int**)", Row.TRANSFER),
+        (SEND, Row.TRANSFER),
+        ("few_rows_kernel", Row.COMPUTE),
+    ],
+)
+def test_what_ranks_exchange_is_known_by_its_name(tmp_path: Path, name: str, row: Row) -> None:
+    found = read_nsys(export(tmp_path / "x.sqlite", [(0, 0, 60, GEMM), (0, 60, 100, name)]))
+    assert found.ledger is not None
+    shares = found.ledger.ranks[0].shares
+    assert shares[row] == pytest.approx(0.4 if row is not Row.COMPUTE else 1.0)
+
+
 def test_an_instant_counts_once(tmp_path: Path) -> None:
     kernels = [(0, 0, 60, GEMM), (0, 10, 30, GEMM), (0, 50, 80, NCCL), (1, 0, 100, GEMM)]
     found = read_nsys(export(tmp_path / "x.sqlite", kernels))

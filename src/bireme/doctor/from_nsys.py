@@ -14,6 +14,7 @@ from bireme.doctor.evidence import Evidence, RankFacts
 from bireme.doctor.nsys_export import Interval, read_export
 from bireme.errors import UserError
 from bireme.observe.causes import Row
+from bireme.observe.kernel_trace import is_exchange, is_message
 from bireme.observe.told import ToldLedger, ToldRank
 
 _ROWS = (Row.COMPUTE, Row.COLLECTIVE_MOVE, Row.TRANSFER)
@@ -54,10 +55,10 @@ def read_nsys(path: Path) -> Evidence:
 
 
 def _row(name: str) -> Row:
-    """By how NCCL names its kernels: a send or receive is between stages."""
-    if not name.lower().startswith("nccl"):
+    """By how NCCL, torch's symmetric memory and our sums name their kernels."""
+    if not is_exchange(name):
         return Row.COMPUTE
-    return Row.TRANSFER if "SendRecv" in name else Row.COLLECTIVE_MOVE
+    return Row.TRANSFER if is_message(name) else Row.COLLECTIVE_MOVE
 
 
 def _within(intervals: Sequence[Interval], windows: Sequence[Interval]) -> Iterable[Interval]:

@@ -10,8 +10,16 @@ import msgspec
 
 from bireme.errors import UserError
 
-# how names of kernels begin in which ranks wait for one another
-_EXCHANGES = ("nccl", "peer_sum", "sharded_sum")
+_SUMS = (
+    "nccl",
+    "peer_sum",
+    "sharded_sum",
+)  # how names begin of kernels in which ranks wait for one another
+_MESSAGES = (
+    "SendRecv",
+    "wait_signal",
+    "put_signal",
+)  # what NCCL's between stages are called, and torch's of flags
 _PAUSE_US = 10.0  # a shorter one is between kernels that follow one another
 
 
@@ -31,6 +39,16 @@ class _Trace(msgspec.Struct):
     events: list[_Event] = msgspec.field(name="traceEvents")
 
 
+def is_message(name: str) -> bool:
+    """Whether a kernel of this name is of what stages send to one another."""
+    return any(part in name for part in _MESSAGES)
+
+
+def is_exchange(name: str) -> bool:
+    """Whether ranks wait for one another in a kernel of this name."""
+    return name.lower().startswith(_SUMS) or is_message(name)
+
+
 class Kernel(NamedTuple):
     """In microseconds: where it began, how long no kernel ran before, and what it ran that no earlier one did.
     `launch`: the same number for all kernels of a graph's replay; `goes_on` of those but the first."""
@@ -44,7 +62,7 @@ class Kernel(NamedTuple):
 
     @property
     def is_exchange(self) -> bool:
-        return self.name.startswith(_EXCHANGES)
+        return is_exchange(self.name)
 
     @property
     def follows_pause(self) -> bool:
