@@ -2,11 +2,11 @@
 
     python benchmarks/decode.py [--rounds 7] [--tokens 48] [--batches 1,8,32] [--vllm PYTHON]
 
-A Llama of 16 layers, hidden size 1024, 8 KV heads, with dummy weights in bfloat16. All layouts are up at
-once and are measured in turn, `--rounds` times; ranks that wait sleep. Prints medians of the time between two
-tokens of a request. The floor: bytes that a step must read (all weights but the embedding) by what
-all cores together read from memory a second. transformers, and with `--vllm`, an interpreter that has it, vLLM for
-CPUs are measured between two halves of the rounds, a layout at a time, while none of our processes are there.
+A Llama of 16 layers, hidden size 1024, 8 KV heads, with dummy weights in bfloat16. In each of `--rounds` all layouts
+are up at once and are measured in turn, while ranks that wait sleep; then, when none of them is there any more,
+transformers and, with `--vllm`, an interpreter that has it, vLLM for CPUs, a layout at a time: what a machine gives
+changes within minutes. Prints medians of the time between two tokens of a request. The floor: bytes that a step must
+read (all weights but the embedding) by what all cores together read from memory a second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bireme.bench.latency import measure_latency
 from bireme.bench.workload import Workload
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]
-PEER_ROUNDS = 5
+PEER_ROUNDS = 2  # in each of ours
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
     "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
@@ -76,28 +76,32 @@ def step_s(llm: LLM, batch: int, num_tokens: int, seed: int) -> float:
     return measure_latency(llm, workload, num_warmup=0, num_iterations=1).step_s
 
 
-def peers_step_s(
-    folder: Path, batches: str, num_tokens: int, vllm: str | None
-) -> dict[str, dict[str, Any]]:
-    """By peer its seconds by layout and batch, and its versions; none where it is not installed."""
+def add_peers(
+    peers: dict[str, dict[str, Any]], folder: Path, batches: str, num_tokens: int, vllm: str | None
+) -> None:
+    """One more round of each: by peer its seconds by layout and batch, its versions and what its environment says; of
+    none where it is not installed."""
     options = ["--batches", batches, "--tokens", str(num_tokens), "--rounds", str(PEER_ROUNDS)]
-    found: dict[str, dict[str, Any]] = {}
     if importlib.util.find_spec("transformers") is not None:
         told = told_by_peer("transformers", sys.executable, [str(folder), *options], {})
-        found["transformers"] = {"all cores": told["step_s"], "versions": told["versions"]}
-    if vllm is None:
-        return found
-    for tp, pp in LAYOUTS:
+        add_peer(peers, "transformers", "all cores", told)
+    for tp, pp in LAYOUTS if vllm else []:
         settings = json.dumps({"max_model_len": 512, "max_num_seqs": 32})
         told = told_by_peer(
-            "vllm", vllm,
+            "vllm", str(vllm),
             [str(folder), *options, "--layout", f"{tp},{pp}", "--settings", settings],
             {"VLLM_CPU_OMP_THREADS_BIND": "0|1" if tp * pp > 1 else "auto"},
         )  # fmt: skip
-        of_vllm = found.setdefault("vllm-cpu", {})
-        of_vllm[f"tp {tp} x pp {pp}"], of_vllm["versions"] = told["step_s"], told["versions"]
-        of_vllm.setdefault("environment", {})[f"tp {tp} x pp {pp}"] = told["environment"]
-    return found
+        add_peer(peers, "vllm-cpu", f"tp {tp} x pp {pp}", told)
+
+
+def add_peer(
+    peers: dict[str, dict[str, Any]], name: str, layout: str, told: dict[str, Any]
+) -> None:
+    peer = peers.setdefault(name, {"step_s": {}, "environment": {}})
+    peer["versions"], peer["environment"][layout] = told["versions"], told["environment"]
+    for batch, seconds in told["step_s"].items():
+        peer["step_s"].setdefault(layout, {}).setdefault(batch, []).extend(seconds)
 
 
 class Measured:
@@ -109,8 +113,8 @@ class Measured:
         self.rates: list[float] = []
         self.num_bytes = 0
 
-    def rounds(self, folder: Path, seeds: range) -> None:
-        """All layouts in turn, after a round that warms up and is not counted; behind it none is there any more."""
+    def round(self, folder: Path, seed: int) -> None:
+        """All layouts in turn, after one that warms up and is not counted; behind it none is there any more."""
         with ExitStack() as stack:
             llms = {
                 (tp, pp): stack.enter_context(
@@ -122,12 +126,12 @@ class Measured:
                 )
                 for tp, pp in LAYOUTS
             }  # fmt: skip
-            for seed in (-1, *seeds):
+            for is_counted in (False, True):
                 self.rates.append(read_bytes_per_s())
                 for batch in self._batches:
                     for layout, llm in llms.items():
-                        seconds = step_s(llm, batch, self._num_tokens, seed + 1)
-                        if seed >= 0:
+                        seconds = step_s(llm, batch, self._num_tokens, 2 * seed + is_counted)
+                        if is_counted:
                             of_layout = self.found.setdefault(layout, {})
                             of_layout.setdefault(batch, []).append(seconds)
             self.num_bytes = step_bytes(llms[1, 1])
@@ -142,12 +146,11 @@ def main() -> None:
     parser.add_argument("--name", default="decode-16x1024", help="Of the kept result; empty: none.")
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
-    half = arguments.rounds // 2
-    measured = Measured(batches, arguments.tokens)
+    measured, peers = Measured(batches, arguments.tokens), dict[str, dict[str, Any]]()
     with model_folder(CONFIG) as folder:
-        measured.rounds(folder, range(half))
-        peers = peers_step_s(folder, arguments.batches, arguments.tokens, arguments.vllm)
-        measured.rounds(folder, range(half, arguments.rounds))
+        for seed in range(arguments.rounds):
+            measured.round(folder, seed)
+            add_peers(peers, folder, arguments.batches, arguments.tokens, arguments.vllm)
     found, rates, num_bytes = measured.found, measured.rates, measured.num_bytes
     floor_s = num_bytes / max(rates)
     show(found, batches, floor_s)
@@ -181,11 +184,10 @@ def show(
 
 def show_peers(peers: dict[str, dict[str, Any]]) -> None:
     for name, peer in peers.items():
-        for layout, by_batch in peer.items():
-            if layout not in ("versions", "environment"):
-                medians = {b: statistics.median(seconds) for b, seconds in by_batch.items()}
-                shown = ", ".join(f"batch {b} {s * 1e3:.1f} ms" for b, s in medians.items())
-                print(f"{name} {peer['versions'][name]}, {layout}: {shown}")
+        for layout, by_batch in peer["step_s"].items():
+            medians = {b: statistics.median(seconds) for b, seconds in by_batch.items()}
+            shown = ", ".join(f"batch {b} {s * 1e3:.1f} ms" for b, s in medians.items())
+            print(f"{name} {peer['versions'][name]}, {layout}: {shown}")
 
 
 if __name__ == "__main__":
