@@ -30,16 +30,19 @@ def told(seconds: dict[str, list[float]], batch: str) -> str:
 @pytest.mark.parametrize("layout", KEPT["step_s"])
 def test_decoding_on_cpus(layout: str) -> None:
     (row,) = re.findall(rf"^\| {layout} \| (.*) \|$", README, re.MULTILINE)
-    ours, theirs = KEPT["step_s"][layout], KEPT["peers"]["vllm-cpu"][layout]
+    ours, theirs = KEPT["step_s"][layout], KEPT["peers"]["vllm-cpu"]["step_s"][layout]
     expected = [told(whose, batch) for batch in BATCHES for whose in (ours, theirs)]
     assert row.split(" | ") == expected
 
 
 def test_transformers_on_cpus() -> None:
-    theirs = KEPT["peers"]["transformers"]["all cores"]
+    theirs = KEPT["peers"]["transformers"]["step_s"]["all cores"]
     first, second, third = (told(theirs, batch) for batch in BATCHES)
     assert f"takes {first}, {second} and {third} on both" in README
     assert KEPT["command"] in README
+    usual = KEPT["step_bytes"] / median(KEPT["read_bytes_per_s"])
+    assert f"take {1e3 * KEPT['floor_s']:.1f} ms at the best rate" in README
+    assert f"and {1e3 * usual:.1f} at\nthe usual one" in README
 
 
 def row(name: str) -> list[str]:
