@@ -35,6 +35,17 @@ def until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def stop(pid: int) -> None:
+    """Returns once none of its threads runs: a signal is only sent by then."""
+    os.kill(pid, signal.SIGSTOP)
+    until(
+        lambda: all(
+            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+            for task in Path(f"/proc/{pid}/task").iterdir()
+        )
+    )
+
+
 def check_all_ended(pids: list[int]) -> None:
     assert pids
     until(lambda: not any(map(is_there, pids)))
@@ -85,7 +96,7 @@ def test_a_request_that_has_not_arrived_holds_nothing_up() -> None:
 def test_metrics_do_not_wait_for_an_engine_that_hangs() -> None:
     with serving("--dtype", "float32") as server:
         engine = server.descendants()[0]
-        os.kill(engine, signal.SIGSTOP)
+        stop(engine)
         assert server.metric("engine_ready") == 0
         assert server.ask("GET", "/health").json == {"status": "ready"}  # not given up yet
         os.kill(engine, signal.SIGCONT)
@@ -107,7 +118,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 def test_a_second_ctrl_c_does_not_wait_for_an_engine_that_hangs() -> None:
     with serving("--dtype", "float32") as server:
         pids = server.descendants()
-        os.kill(pids[0], signal.SIGSTOP)
+        stop(pids[0])
         server.process.send_signal(signal.SIGINT)
         server.wait_for("shutting down requests=0")
         server.process.send_signal(signal.SIGINT)
