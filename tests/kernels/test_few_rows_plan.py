@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bireme.kernels.gpu.few_rows import _blocks, block_rows, num_parts
+from bireme.kernels.gpu.few_rows import block_rows, block_sizes, num_parts
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_programs_of_a_multiprocessor_have_room(num_rows: int) -> None:
     for outputs, inputs, is_gated in PRODUCTS:
         parts = 1 if is_gated else num_parts(num_rows, outputs, inputs)
         weight = torch.empty((1 + is_gated) * outputs, inputs, dtype=torch.bfloat16, device="meta")
-        blocks = _blocks(num_rows, weight, is_gated=is_gated, parts=parts)
+        blocks = block_sizes(num_rows, weight, is_gated=is_gated, parts=parts)
         rows = (1 + is_gated) * blocks["BLOCK_N"] + block_rows(num_rows)
         num_bytes = blocks["num_stages"] * 2 * blocks["BLOCK_K"] * rows
         assert num_bytes <= 227 << 10, (outputs, inputs)

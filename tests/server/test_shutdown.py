@@ -18,6 +18,7 @@ from served import DEADLINE_S, Served, arguments, is_there, leftovers, serving, 
 from streaming import COMPLETIONS, LONG, Streaming, connect, post
 
 from bireme.checkpoint.hub import DEMO
+from bireme.engine.process_stat import is_stopped
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +39,8 @@ def until(is_so: Callable[[], bool]) -> None:
 def stop(pid: int) -> None:
     """Returns once none of its threads runs: a signal is only sent by then."""
     os.kill(pid, signal.SIGSTOP)
-    until(
-        lambda: all(
-            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
-            for task in Path(f"/proc/{pid}/task").iterdir()
-        )
-    )
+    threads = Path(f"/proc/{pid}/task")
+    until(lambda: all(is_stopped(int(thread.name)) for thread in threads.iterdir()))
 
 
 def check_all_ended(pids: list[int]) -> None:

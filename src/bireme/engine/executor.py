@@ -154,16 +154,12 @@ class WorkerExecutor:
         return [reply for reply in replies if isinstance(reply, Loaded)]
 
     def _make_first_step(self) -> None:
-        """Of made-up tokens, before any request's: from here on every rank is known to work, and what a
-        step may take is learned."""
+        """Of made-up tokens, before any request's: from here on every rank is known to work, what a step may take is
+        learned, and a GPU's kernels for long prompts are compiled."""
         config, kinds = self._plan.config, self._plan.kinds
+        wanted = 1 if self._plan.devices[0] == "cpu" else -(-_LONG_PROMPT // config.block_size)
+        num_blocks = min((wanted, *(kind.num_blocks - 1 for kind in kinds)))
         most = min(config.max_num_batched_tokens, self._plan.max_model_len)
-        num_blocks = 1
-        if (
-            self._plan.devices[0] != "cpu"
-        ):  # of a GPU so long that all kernels of long prompts are compiled
-            most_blocks = (kind.num_blocks - 1 for kind in kinds)
-            num_blocks = min((-(-_LONG_PROMPT // config.block_size), *most_blocks))
         num_tokens = min(num_blocks * config.block_size, most)
         blocks = list(range(1, 1 + -(-num_tokens // config.block_size)))
         setup = SlotSetup(0, num_tokens, SamplingSetup(seed=0))

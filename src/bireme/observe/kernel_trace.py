@@ -10,16 +10,10 @@ import msgspec
 
 from bireme.errors import UserError
 
-_SUMS = (
-    "nccl",
-    "peer_sum",
-    "sharded_sum",
-)  # how names begin of kernels in which ranks wait for one another
-_MESSAGES = (
-    "SendRecv",
-    "wait_signal",
-    "put_signal",
-)  # what NCCL's between stages are called, and torch's of flags
+# how names begin of kernels in which ranks wait for one another
+_SUMS = ("nccl", "peer_sum", "sharded_sum")
+# parts of names: what NCCL's between stages are called, and torch's of flags
+_MESSAGES = ("SendRecv", "wait_signal", "put_signal")
 _PAUSE_US = 10.0  # a shorter one is between kernels that follow one another
 
 

@@ -57,7 +57,7 @@ class Sender(Protocol):
 
     def send(self, header: StepHeader, rows: torch.Tensor) -> None:
         """Sends rows [T, ...] of a step to every receiver of this rank; what follows in their stream may overwrite
-        them."""
+        them, unless messages leave beside it (`PeerRoom.sends_beside`)."""
         ...
 
     def drain(self) -> None:

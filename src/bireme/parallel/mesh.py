@@ -76,16 +76,6 @@ class Alone(TensorGroup):
     def takes_parts(self, num_rows: int) -> bool:
         return True
 
-    def all_reduce_add_norm(
-        self,
-        addend: torch.Tensor,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        eps: float,
-        offset: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return add_rms_norm(x, addend, weight, eps, offset)
-
 
 @dataclass(frozen=True)
 class Mesh:

@@ -1,4 +1,4 @@
-"""Products of a few rows by a weight, which take as long as the weight takes to be read.
+"""Products of a few rows by a weight, which take little longer than the weight takes to be read.
 
 Each program streams some rows of the weight, or some inputs of them, past all rows of x once. The sizes of blocks are
 those that read fastest on an H200, over the shapes of models of 7B and 70B, whole and halved.
@@ -194,7 +194,9 @@ def _busy(num_outputs: int, block: int, parts: int = 1) -> float:
     return float(programs / (_MULTIPROCESSORS * triton.cdiv(programs, _MULTIPROCESSORS)))
 
 
-def _blocks(num_rows: int, weight: torch.Tensor, *, is_gated: bool, parts: int) -> dict[str, int]:
+def block_sizes(
+    num_rows: int, weight: torch.Tensor, *, is_gated: bool, parts: int
+) -> dict[str, int]:
     """Sizes of blocks, and how they are pipelined."""
     num_outputs = len(weight) // 2 if is_gated else len(weight)
     at_once = int(triton.cdiv(triton.cdiv(num_outputs, 64) * parts, _MULTIPROCESSORS))
@@ -255,7 +257,7 @@ def _product(
             BLOCK_N=4, BLOCK_K=1024, **flags, num_warps=4 if is_gated else 2,
         )  # fmt: skip
         return out
-    blocks = _blocks(num_rows, weight, is_gated=is_gated, parts=parts)
+    blocks = block_sizes(num_rows, weight, is_gated=is_gated, parts=parts)
     few_rows_kernel[(triton.cdiv(num_outputs, blocks["BLOCK_N"]), parts)](
         x, weight, given_bias, out, num_rows, num_outputs, num_inputs, x.stride(0),
         BLOCK_T=block_rows(num_rows), HELD=held_inputs(num_rows), **blocks, **flags,
