@@ -2,11 +2,12 @@
 
     python benchmarks/hidden_sums.py --name 2x-h200 [--rows 1024,2048,3584] [--models llama-2-7b llama-3-70b]
 
-The products of a rank's layers, attention left out, with random weights: alone; with the sums, residuals and norms
-that prompts have now (each rank a share of the rows, by its multiprocessors); and with the rows in lanes, of which
-one is summed while another is multiplied: a copy engine brings each rank's addends to the other, and a value in memory
-that the stream itself waits for tells that they are there, so that no multiprocessor waits. What lanes make is
-compared with what plain sums do. Medians of milliseconds a layer.
+The products of a rank's layers, attention left out, with random weights, of as many layers as a 70B model has, so that
+GPUs come to the limit of their power: alone; with the sums, residuals and norms that prompts have now (each rank a
+share of the rows, which a copy engine brings to the other while products go on with what is there); with all rows
+waited for before; and with the rows in lanes, of which one is summed while another is multiplied: a copy engine brings
+each rank's addends to the other, and a value in memory that the stream itself waits for tells that they are there, so
+that no multiprocessor waits. What lanes make is compared with what plain sums do. Medians of milliseconds a layer.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.functional import rms_norm_reference
 from bireme.kernels.gpu.gated import silu_mul
+from bireme.kernels.late_rows import LateRows, whole_rows
+from bireme.kernels.linear import linear
 from bireme.model_config import ModelConfig
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
@@ -44,7 +47,7 @@ from bireme.parallel.peer_room import PeerRoom
 from bireme.trace import SpanRing
 
 DTYPE, EPS = torch.bfloat16, 1e-5
-NUM_LAYERS, ROUNDS, MOST_LANES = 8, 5, 4
+NUM_LAYERS, ROUNDS, MOST_LANES = 80, 5, 4
 FLAG_BYTES = 512
 
 
@@ -126,9 +129,11 @@ class Phase:
     first: torch.Tensor
     second: torch.Tensor
 
-    def __call__(self, x: torch.Tensor, place: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor | LateRows, place: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Addends [T, D] of rows [T, D]."""
-        middle, width = x @ self.first.T, self.second.shape[1]
+        middle, width = linear(x, self.first), self.second.shape[1]
         is_gated = self.first.shape[0] == 2 * width
         middle = silu_mul(middle) if is_gated else middle[:, :width]
         return torch.mm(middle, self.second.T, out=place)
@@ -166,12 +171,15 @@ def alone(layers: Layers, x: torch.Tensor) -> None:
         phase(x)
 
 
-def as_now(layers: Layers, group: TensorGroup, x: torch.Tensor) -> torch.Tensor:
-    normed = x
+def as_now(
+    layers: Layers, group: TensorGroup, x: torch.Tensor, *, waits: bool = False
+) -> torch.Tensor:
+    normed: torch.Tensor | LateRows = x
     for phase in layers.phases:
         addend = phase(normed, group.place_of_addends(len(x), x.shape[1], x.dtype))
         x, normed = group.all_reduce_add_norm(addend, x, layers.norm, EPS)
-    return normed
+        normed = whole_rows(normed) if waits else normed
+    return whole_rows(normed)
 
 
 def in_lanes(layers: Layers, exchange: Exchange, x: torch.Tensor, num_lanes: int) -> torch.Tensor:
@@ -265,6 +273,9 @@ def measure(
         times = {
             "products": milliseconds(partial(alone, layers, x), group, device),
             "as now": milliseconds(partial(as_now, layers, group, x), group, device),
+            "waited for": milliseconds(
+                partial(as_now, layers, group, x, waits=True), group, device
+            ),
         }
         now = as_now(layers, group, x).clone()
         differences = {"as now": check("sums now", now, plainly(layers, group, x, 1))}

@@ -14,6 +14,8 @@ from torch import multiprocessing
 
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.functional import rms_norm_reference
+from bireme.kernels.late_rows import LateRows, columns_meanwhile, whole_rows
+from bireme.kernels.linear import linear
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_group import PeerGroup
@@ -26,6 +28,9 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
 MOST_ROWS = 1501  # shares of two sizes
+OUTPUTS = (
+    11264  # of a product, some of which a rank's own rows of so many have before the others come
+)
 KINDS = [(4096, torch.bfloat16), (1000, torch.float16), (96, torch.float32)]  # width and dtype
 
 
@@ -55,14 +60,17 @@ class Captured:
         self.rows, shape, dtype = rows, (num_rows, rows.width), rows.dtype
         self.addend, self.x, self.other = torch.zeros(3, *shape, dtype=dtype, device=rows.device)
         self.weight = torch.linspace(0.5, 2.0, rows.width, device=rows.device).to(dtype)
+        drawn = torch.randn(OUTPUTS, rows.width, generator=torch.Generator().manual_seed(7))
+        self.outputs = drawn.mul_(rows.width**-0.5).to(dtype).to(rows.device)
 
-        def all_of_them() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        def all_of_them() -> tuple[torch.Tensor, ...]:
             total = group.all_reduce(self.addend.clone())
             place = group.place_of_addends(*shape, dtype)
             addend = self.other.clone() if place is None else place.copy_(self.other)
             held, normed = group.all_reduce_add_norm(addend, self.x, self.weight, 1e-5)
-            normed = normed.clone()  # it lies there until the next sum
-            return total, normed, group.all_reduce_add(self.addend.clone(), held)
+            product = linear(normed, self.outputs)
+            normed = whole_rows(normed).clone()  # it lies there until the next sum
+            return total, normed, group.all_reduce_add(self.addend.clone(), held), product
 
         aside = torch.cuda.Stream(rows.device)
         with torch.cuda.stream(aside):
@@ -85,6 +93,8 @@ class Captured:
         normed = rms_norm_reference(held, self.weight, 1e-5)
         assert torch.allclose(self.made[1], normed, rtol=2e-2, atol=1e-3)
         assert torch.equal(self.made[2], held + added)
+        product = normed.float() @ self.outputs.float().T
+        assert torch.allclose(self.made[3].float(), product, rtol=2e-2, atol=3e-2)
 
 
 def check_stores(device: torch.device) -> None:
@@ -129,7 +139,9 @@ def check_way(group: PeerGroup, rows: Rows, rank: int, way: Way) -> None:
         return int(group._inboxes.numbers[0]), int(group._rooms.meetings[0])
 
     parts, before = rows.given(0, 200), counts()
-    group.all_reduce_add_norm(parts[rank].clone(), parts[2], parts[2][0], 1e-5)
+    normed = group.all_reduce_add_norm(parts[rank].clone(), parts[2], parts[2][0], 1e-5)[1]
+    assert isinstance(normed, LateRows) == (way is Way.TWO_SHOT)
+    whole_rows(normed)
     told = tuple(after > earlier for after, earlier in zip(counts(), before, strict=True))
     assert told == (way is Way.ONE_SHOT, way is Way.TWO_SHOT)
     assert group.takes_parts(200) == (way is Way.ONE_SHOT)
@@ -139,11 +151,12 @@ def check_way(group: PeerGroup, rows: Rows, rank: int, way: Way) -> None:
         expected = parts[2] + rows.sum(parts)
         assert torch.equal(held, expected)
         made = rms_norm_reference(expected, parts[2][0], 1e-5)
-        assert torch.allclose(normed, made, rtol=2e-2, atol=1e-3)
+        assert torch.allclose(whole_rows(normed), made, rtol=2e-2, atol=1e-3)
         assert torch.equal(group.all_reduce_add(halves, parts[2]), expected)
 
 
 def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
+    assert 0 < columns_meanwhile(MOST_ROWS // 2, MOST_ROWS, OUTPUTS) < OUTPUTS
     device = torch.device(f"cuda:{rank}")
     rows, row_bytes = Rows(width, dtype, device), width * dtype.itemsize
     comm = join(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from bireme.kernels.choice import has_kernels, is_hopper
 from bireme.kernels.functional import gated
+from bireme.kernels.late_rows import LateRows
 
 _ROWS = 16  # that the order is chosen for; it serves one row as well as a long prompt
 
@@ -32,8 +33,12 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, in] -> [T, out] by a plain or packed weight [out, in]."""
+def linear(
+    x: torch.Tensor | LateRows, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[T, in] -> [T, out] by a plain or packed weight [out, in]; of late rows by a plain one."""
+    if isinstance(x, LateRows):
+        return x.times(weight, bias)
     if has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
@@ -45,9 +50,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return out
 
 
-def linear_in_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def linear_in_parts(x: torch.Tensor | LateRows, weight: torch.Tensor) -> torch.Tensor:
     """`linear` as a sum that whoever reads it makes: float32 [P, T, out], or [T, out] where that is as quick."""
-    if has_kernels(x.device) and is_hopper(x.device):
+    if isinstance(x, torch.Tensor) and has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
         if few_rows.suits(x, weight, in_parts=True):
@@ -56,10 +61,14 @@ def linear_in_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def gated_linear(
-    x: torch.Tensor, weight: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
+    x: torch.Tensor | LateRows,
+    weight: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """activation(x G^T) * (x U^T): [T, in] by G over U [2 F, in] -> [T, F]"""
-    if activation is F.silu and has_kernels(x.device) and is_hopper(x.device):
+    if isinstance(x, LateRows) or activation is not F.silu:
+        return gated(linear(x, weight), activation)
+    if has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
         if few_rows.suits(x, weight, is_gated=True):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bireme.kernels.functional import ACTIVATIONS, gated, grouped_linear, rms_norm
+from bireme.kernels.late_rows import LateRows, whole_rows
 from bireme.kernels.linear import gated_linear
 from bireme.model_config import ModelConfig
 from bireme.models.step import StepContext
@@ -44,7 +45,7 @@ class RMSNorm(ReplicatedParameter):
 
     def of_sum(
         self, x: torch.Tensor, addend: torch.Tensor | None, group: TensorGroup
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
         """x + the group's sum of `addend`, if there is one, and its norm."""
         if addend is None:
             return x, self(x)
@@ -110,7 +111,7 @@ class MLP(nn.Module):
         """Behind the sum over ranks."""
         return "bias" in self.down.layouts
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
+    def partial(self, x: torch.Tensor | LateRows) -> torch.Tensor:
         """This rank's addend [T, D], or parts of it, float32 [P, T, D], with fewer kernels than modules."""
         if self.is_gated and "bias" not in self.up.layouts:
             return self.down.partial(gated_linear(x, self.up.weight, self.activation))
@@ -120,7 +121,7 @@ class MLP(nn.Module):
         out: torch.Tensor = self.down(self._up(x))
         return out
 
-    def _up(self, x: torch.Tensor) -> torch.Tensor:
+    def _up(self, x: torch.Tensor | LateRows) -> torch.Tensor:
         """[T, D] -> [T, F], activated."""
         h = self.up(x)
         return gated(h, self.activation) if self.is_gated else self.activation(h)
@@ -177,8 +178,9 @@ class MoE(ParallelModule):
         hidden, columns = self.down.shape[1], self.down.shape[2]
         return StepWork(token_elements=self.moe.num_experts_per_tok * (3 * hidden + 4 * columns))
 
-    def partial(self, x: torch.Tensor) -> torch.Tensor:
+    def partial(self, x: torch.Tensor | LateRows) -> torch.Tensor:
         """This rank's addend [T, D]: rows sorted by expert, one product a projection for all."""
+        x = whole_rows(x)
         weights, ids = self.route(x)
         order = ids.flatten().argsort(stable=True)
         experts = torch.arange(self.moe.num_experts, device=x.device)

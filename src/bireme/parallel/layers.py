@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bireme.kernels.functional import softcap
+from bireme.kernels.late_rows import LateRows
 from bireme.kernels.linear import can_be_packed, linear, linear_in_parts, pack
 from bireme.parallel import layout
 from bireme.parallel.cuts import HeadCut, column_edges, vocabulary_range
@@ -101,10 +102,10 @@ class ColumnParallelLinear(ParallelModule):
 
     weight: nn.Parameter
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | LateRows) -> torch.Tensor:
         return linear(x, self.weight, self._parameters.get("bias"))
 
-    def in_parts(self, x: torch.Tensor) -> torch.Tensor:
+    def in_parts(self, x: torch.Tensor | LateRows) -> torch.Tensor:
         """The same as a sum that whoever reads it makes, float32 [P, T, local out], where that is quicker."""
         return self(x) if "bias" in self.layouts else linear_in_parts(x, self.weight)
 

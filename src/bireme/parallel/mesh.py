@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from bireme.kernels.functional import add_rms_norm, whole
+from bireme.kernels.late_rows import LateRows
 from bireme.parallel.pipeline import stage_ranks
 
 
@@ -33,7 +34,7 @@ class TensorGroup(Protocol):
         weight: torch.Tensor,
         eps: float,
         offset: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
         """x + the sum over ranks of `addend` [T, D], or where the group `takes_parts` of its parts float32 [P, T, D],
         which may be overwritten, and its RMSNorm, which lies there until the next sum. Of x + the sum a rank may hold
         no more than what the next sum of this shape and dtype takes. x is older than the addend (`add_rms_norm`)."""

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
+from bireme.kernels.late_rows import LateRows
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.parallel.peer_window import Window, open_window
@@ -57,7 +58,7 @@ class PeerGroup(TensorGroup):
             device=device,
         )
         polls = min(_MOST_POLLS, int(timeout_s * _POLLS_PER_S))
-        numbers = torch.zeros(_FEW_ROWS + NUM_PROGRAMS, dtype=torch.int32, device=device)
+        numbers = torch.zeros(_FEW_ROWS + NUM_PROGRAMS + 1, dtype=torch.int32, device=device)
         self._inboxes = Inboxes(addresses, numbers[:_FEW_ROWS], rank, row_bytes // 4, polls)
         start = _inbox_bytes(size, row_bytes)
         if window is None:
@@ -66,10 +67,14 @@ class PeerGroup(TensorGroup):
         else:
             sources = torch.tensor(window.sources, device=device)
             added = Addends(sources, window.memory, window.part_bytes)
+        other = None
+        if size == 2:
+            other = self._handle.get_buffer(1 - rank, self._memory.shape, torch.uint8)[start:]
         self._rooms = Rooms(
-            addresses + start, numbers[_FEW_ROWS:], self._memory[start:], added, rank, sum_bytes,
-            polls,
+            addresses + start, numbers[_FEW_ROWS:-1], numbers[-1:], self._memory[start:], other,
+            added, rank, sum_bytes, polls,
         )  # fmt: skip
+        self._aside = torch.cuda.Stream(device)  # brings shares of results to the other rank
         self._memory.zero_()
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have
         torch.cuda.synchronize(device)
@@ -156,17 +161,36 @@ class PeerGroup(TensorGroup):
         weight: torch.Tensor,
         eps: float,
         offset: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
         from bireme.kernels.gpu.peer_sum import peer_sum_add_norm
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add_norm
 
-        way = self._way(x)
+        way, is_brought = self._way(x), self._rooms.other is not None
         if way is Way.NCCL:
             return self._others.all_reduce_add_norm(addend, x, weight, eps, offset)
         with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
-            if way is Way.TWO_SHOT:
-                return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset, stamps)
-            return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset, stamps)
+            if way is Way.ONE_SHOT:
+                return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset, stamps)
+            total, normed = sharded_sum_add_norm(
+                self._rooms, addend, x, weight, eps, offset, stamps, is_brought=is_brought
+            )
+        return total, self._on_the_way(normed) if is_brought else normed
+
+    def _on_the_way(self, normed: torch.Tensor) -> LateRows:
+        """By a copy engine, while the multiprocessors go on with this rank's own rows."""
+        num_rows, width = normed.shape
+        own, device = self._rooms.share(num_rows), normed.device
+        self._aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._aside):
+            self._rooms.bring(num_rows, width, normed.dtype)
+
+        def arrive() -> None:
+            torch.cuda.current_stream(device).wait_stream(self._aside)
+            num_bytes = normed.nbytes - normed[own].nbytes
+            with self._spans.stamped(SpanKind.ALL_GATHER, num_bytes) as stamps:
+                self._rooms.await_brought(stamps)
+
+        return LateRows(normed, own, arrive)
 
 
 def _inbox_bytes(num_ranks: int, row_bytes: int) -> int:
