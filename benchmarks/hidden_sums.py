@@ -4,7 +4,7 @@
 
 The products of a rank's layers, attention left out, with random weights, of as many layers as a 70B model has, so that
 GPUs come to the limit of their power: alone; with the sums, residuals and norms that prompts have now (each rank a
-share of the rows, which a copy engine brings to the other while products go on with what is there); with all rows
+share of the rows, which a copy engine brings to the other while products go on with what is there); with those rows
 waited for before; and with the rows in lanes, of which one is summed while another is multiplied: a copy engine brings
 each rank's addends to the other, and a value in memory that the stream itself waits for tells that they are there, so
 that no multiprocessor waits. What lanes make is compared with what plain sums do. Medians of milliseconds a layer.
@@ -36,7 +36,7 @@ from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.functional import rms_norm_reference
 from bireme.kernels.gpu.gated import silu_mul
-from bireme.kernels.late_rows import LateRows, whole_rows
+from bireme.kernels.late_rows import LateRows, multiply_into, whole_rows
 from bireme.kernels.linear import linear
 from bireme.model_config import ModelConfig
 from bireme.parallel.collectives import join
@@ -130,13 +130,17 @@ class Phase:
     second: torch.Tensor
 
     def __call__(
-        self, x: torch.Tensor | LateRows, place: torch.Tensor | None = None
+        self, x: torch.Tensor | LateRows, group: TensorGroup | None = None
     ) -> torch.Tensor:
-        """Addends [T, D] of rows [T, D]."""
+        """Addends [T, D] of rows [T, D], where the group has them best."""
         middle, width = linear(x, self.first), self.second.shape[1]
         is_gated = self.first.shape[0] == 2 * width
         middle = silu_mul(middle) if is_gated else middle[:, :width]
-        return torch.mm(middle, self.second.T, out=place)
+        shape = len(middle), len(self.second)
+        place = None if group is None else group.place_of_addends(*shape, DTYPE)
+        if group is None or place is None:
+            return middle @ self.second.T
+        return multiply_into(place, middle, self.second, group.share(len(middle)))
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ def as_now(
 ) -> torch.Tensor:
     normed: torch.Tensor | LateRows = x
     for phase in layers.phases:
-        addend = phase(normed, group.place_of_addends(len(x), x.shape[1], x.dtype))
+        addend = phase(normed, group)
         x, normed = group.all_reduce_add_norm(addend, x, layers.norm, EPS)
         normed = whole_rows(normed) if waits else normed
     return whole_rows(normed)

@@ -14,7 +14,13 @@ from torch import multiprocessing
 
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.functional import rms_norm_reference
-from bireme.kernels.late_rows import LateRows, columns_meanwhile, whole_rows
+from bireme.kernels.late_rows import (
+    LateRows,
+    columns_meanwhile,
+    multiply_into,
+    rows_in_order,
+    whole_rows,
+)
 from bireme.kernels.linear import linear
 from bireme.parallel.collectives import join
 from bireme.parallel.mesh import TensorGroup
@@ -60,13 +66,16 @@ class Captured:
         self.rows, shape, dtype = rows, (num_rows, rows.width), rows.dtype
         self.addend, self.x, self.other = torch.zeros(3, *shape, dtype=dtype, device=rows.device)
         self.weight = torch.linspace(0.5, 2.0, rows.width, device=rows.device).to(dtype)
+        self.identity = torch.eye(rows.width, dtype=dtype, device=rows.device)
         drawn = torch.randn(OUTPUTS, rows.width, generator=torch.Generator().manual_seed(7))
         self.outputs = drawn.mul_(rows.width**-0.5).to(dtype).to(rows.device)
 
         def all_of_them() -> tuple[torch.Tensor, ...]:
             total = group.all_reduce(self.addend.clone())
             place = group.place_of_addends(*shape, dtype)
-            addend = self.other.clone() if place is None else place.copy_(self.other)
+            addend = self.other.clone()
+            if place is not None:  # what a product writes there
+                addend = multiply_into(place, self.other, self.identity, group.share(num_rows))
             held, normed = group.all_reduce_add_norm(addend, self.x, self.weight, 1e-5)
             product = linear(normed, self.outputs)
             normed = whole_rows(normed).clone()  # it lies there until the next sum
@@ -157,6 +166,8 @@ def check_way(group: PeerGroup, rows: Rows, rank: int, way: Way) -> None:
 
 def work(rank: int, meeting: str, width: int, dtype: torch.dtype) -> None:
     assert 0 < columns_meanwhile(MOST_ROWS // 2, MOST_ROWS, OUTPUTS) < OUTPUTS
+    is_split = len(rows_in_order(slice(0, MOST_ROWS // 2), MOST_ROWS, width)) == 2
+    assert is_split == (width == KINDS[0][0]), "both ways are seen"
     device = torch.device(f"cuda:{rank}")
     rows, row_bytes = Rows(width, dtype, device), width * dtype.itemsize
     comm = join(

@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bireme.kernels import late_rows
-from bireme.kernels.late_rows import LateRows, columns_meanwhile, whole_rows
+from bireme.kernels.late_rows import (
+    LateRows,
+    columns_meanwhile,
+    multiply_into,
+    rows_in_order,
+    whole_rows,
+)
 from bireme.kernels.linear import gated_linear, linear, linear_in_parts
 
 ROWS, WIDTH, OUTPUTS = 7, 12, 20
@@ -86,6 +92,33 @@ def test_what_the_cases_above_multiply_meanwhile(
 )  # fmt: skip
 def test_columns_of_known_products(rows: int, outputs: int, columns: int) -> None:
     assert columns_meanwhile(rows // 2, rows, outputs) == columns
+
+
+@pytest.mark.parametrize("own", SHARES)
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_a_product_of_which_rows_go_to_another(
+    own: slice, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late_rows, "_TILE_ROWS", 1)
+    monkeypatch.setattr(late_rows, "_MULTIPROCESSORS", multiprocessors)
+    x, weight, place = (
+        torch.randn(ROWS, WIDTH),
+        torch.randn(OUTPUTS, WIDTH),
+        torch.empty(ROWS, OUTPUTS),
+    )
+    made = multiply_into(place, x, weight, own)
+    assert made.data_ptr() == place.data_ptr()
+    torch.testing.assert_close(made, x @ weight.T)
+
+
+def test_the_other_ranks_rows_come_first_where_that_takes_no_longer() -> None:
+    first, second, whole = slice(0, 512), slice(512, 1024), slice(0, 1024)
+    assert rows_in_order(first, 1024, 8192) == [second, first]  # of a 70B shape
+    assert rows_in_order(second, 1024, 8192) == [first, second]
+    assert rows_in_order(second, 1024, 4096) == [
+        whole
+    ]  # of a 7B shape, which all are made of at once
+    assert rows_in_order(whole, 1024, 8192) == [whole]
 
 
 @given(st.integers(1, 5000), st.integers(1, 40000), st.data())

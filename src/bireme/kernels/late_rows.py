@@ -1,7 +1,7 @@
-"""Rows of which some are still on their way, and products that begin with the others.
+"""Rows of which some are on their way over a link, and products that go on meanwhile.
 
-A tensor group's ranks make a share of a sum's rows each, and bring it to one another. What the next product makes of a
-rank's own rows need not wait for that.
+Two ranks make a share of a sum's rows each. The product before begins with the rows that are for the other rank; the
+one behind with this rank's own.
 Shapes: T rows, D elements, N outputs.
 """
 
@@ -34,7 +34,7 @@ class LateRows:
         num_rows, num_own = len(self.rows), self.own.stop - self.own.start
         columns = columns_meanwhile(num_own, num_rows, len(weight))
         out = self.rows.new_empty(num_rows, len(weight))
-        others = slice(self.own.stop, num_rows) if self.own.start == 0 else slice(0, self.own.start)
+        others = others_of(self.own, num_rows)
         first, rest = slice(0, columns), slice(columns, len(weight))
         if columns:
             _multiply(self.rows, weight, bias, out, self.own, first)
@@ -48,6 +48,27 @@ class LateRows:
 
 def whole_rows(x: torch.Tensor | LateRows) -> torch.Tensor:
     return x.whole() if isinstance(x, LateRows) else x
+
+
+def others_of(own: slice, num_rows: int) -> slice:
+    """The rows that are not among the first or the last ones, `own`."""
+    return slice(own.stop, num_rows) if own.start == 0 else slice(0, own.start)
+
+
+def multiply_into(
+    place: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, own: slice
+) -> torch.Tensor:
+    """x W^T [T, N] into `place`, whose rows beside `own` lie with another rank."""
+    for rows in rows_in_order(own, len(x), len(weight)):
+        torch.mm(x[rows], weight.t(), out=place[rows])
+    return place
+
+
+def rows_in_order(own: slice, num_rows: int, num_outputs: int) -> list[slice]:
+    """Of a product whose rows beside `own` go over a link: these first; all at once where that takes fewer turns."""
+    parts = [part for part in (others_of(own, num_rows), own) if part.stop > part.start]
+    turns = sum(_turns(part.stop - part.start, num_outputs) for part in parts)
+    return parts if turns <= _turns(num_rows, num_outputs) else [slice(0, num_rows)]
 
 
 def columns_meanwhile(num_own: int, num_rows: int, num_outputs: int) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bireme.kernels.functional import softcap
-from bireme.kernels.late_rows import LateRows
+from bireme.kernels.late_rows import LateRows, multiply_into
 from bireme.kernels.linear import can_be_packed, linear, linear_in_parts, pack
 from bireme.parallel import layout
 from bireme.parallel.cuts import HeadCut, column_edges, vocabulary_range
@@ -231,7 +231,7 @@ class RowParallelLinear(ParallelModule):
         group = self.mesh.tensor
         place = group.place_of_addends(len(x), len(self.weight), x.dtype)
         if place is not None:
-            return torch.mm(x, self.weight.t(), out=place)
+            return multiply_into(place, x, self.weight, group.share(len(x)))
         multiply = linear_in_parts if group.takes_parts(len(x)) else linear
         return multiply(x, self.weight)
 

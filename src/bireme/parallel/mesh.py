@@ -50,6 +50,10 @@ class TensorGroup(Protocol):
         """Where addends [num_rows, width] of the two methods above are best put; None: anywhere."""
         return None
 
+    def share(self, num_rows: int) -> slice:
+        """Of the rows of such addends, that this rank sums: the others go to other ranks."""
+        return slice(0, num_rows)
+
     def takes_parts(self, num_rows: int) -> bool:
         """Whether addends of so many rows may come in parts because that is quicker in all."""
         return False

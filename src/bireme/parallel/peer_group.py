@@ -131,6 +131,9 @@ class PeerGroup(TensorGroup):
             return None
         return self._rooms.addends(num_rows, width, dtype)
 
+    def share(self, num_rows: int) -> slice:
+        return super().share(num_rows) if self._window is None else self._rooms.share(num_rows)
+
     def takes_parts(self, num_rows: int) -> bool:
         return num_rows > _WHOLE_ROWS and self._table.way(num_rows) is Way.ONE_SHOT
 
