@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import readme_tables
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,66 +46,53 @@ def test_transformers_on_cpus() -> None:
     assert f"and {1e3 * usual:.1f} at\nthe usual one" in README
 
 
-def row(name: str) -> list[str]:
-    (found,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", README, re.MULTILINE)
-    return str(found).split(" | ")
-
-
 def test_a_7b_shape_on_gpus() -> None:
-    layouts = kept("decode-llama-2-7b-2x-h200")["layouts"]
-    names = [f"tp {it['tp']} x pp {it['pp']}" for it in layouts]
-    assert f"| | {' | '.join(names)} |" in README
-    for batch in ("1", "8", "32", "64", "128"):
-        steps = [it["decode"][batch] for it in layouts]
-        assert row(f"decode, batch {batch}, ms a step") == [
-            f"{1e3 * it['step_s']:.2f} ({it['floor_s'] / it['step_s']:.0%})" for it in steps
-        ]
-    for size in ("1024", "3584"):
-        times = [(median(it["prefill"][size]["ttft_s"]), it["prefill"][size]) for it in layouts]
-        assert row(f"prefill 1 x {size}, ms") == [
-            f"{1e3 * took:.1f} ({it['floor_s'] / took:.0%})" for took, it in times
-        ]
-    loads = [it["throughput"] for it in layouts]
-    rates = [median(it["output_tokens_per_second_by_round"]) for it in loads]
-    floors = [it["num_prompts"] * it["output_len"] / it["floor_s"] for it in loads]
-    assert row("throughput, output tokens/s") == [
-        f"{rate:,.0f} ({rate / floor:.0%})" for rate, floor in zip(rates, floors, strict=True)
-    ]
-    assert row("start to first token, s (without a cache)") == [
-        f"{median(it['start_s']):.1f} ({it['start_with_empty_cache_s']:.1f})" for it in layouts
-    ]
-
-
-def test_beside_vllm_on_gpus() -> None:
-    layouts = kept("decode-llama-2-7b-2x-h200")["layouts"]
-    assert all(it["peers"]["vllm"]["versions"]["vllm"].startswith("0.24.") for it in layouts)
-    told = [it["peers"][name] for it in layouts for name in ("bireme", "vllm")]
-    for batch in ("1", "8", "32", "64", "128"):
-        steps = [f"{1e3 * median(it['step_s'][batch]):.2f}" for it in told]
-        assert row(f"batch {batch}, ms a step") == steps
-    for size in ("1024", "3584"):
-        times = [f"{1e3 * median(it['first_token_s'][size]):.1f}" for it in told]
-        assert row(f"prompt of {size}, ms") == times
-    assert row("output tokens/s") == [f"{median(it['output_tokens_per_s']):,.0f}" for it in told]
-    starts = [(it["start_with_empty_cache_s"], it["peers"]["vllm"]["start_s"]) for it in layouts]
-    assert row("first start, s") == [f"{seconds:.1f}" for both in starts for seconds in both]
+    assert "\n".join(readme_tables.beside_aims(readme_tables.SHAPE)) in README
+    layouts = kept(readme_tables.SHAPE)["layouts"]
     commits = {it["run"]["commit"][:7] for it in layouts}
     assert [f"at commit {commit} " in README for commit in commits] == [True]
 
 
-def of_70b(name: str) -> tuple[str, str, str, str]:
-    """Steps at batch 1 and 64 and a prompt in milliseconds, the start in seconds."""
-    (layout,) = kept(name)["layouts"]
-    one, many = (1e3 * layout["decode"][batch]["step_s"] for batch in ("1", "64"))
-    prefill = 1e3 * median(layout["prefill"]["1024"]["ttft_s"])
-    return f"{one:.1f}", f"{many:.1f}", f"{prefill:.0f}", f"{median(layout['start_s']):.1f}"
+def test_beside_vllm_on_gpus() -> None:
+    assert "\n".join(readme_tables.beside_vllm(readme_tables.SHAPE)) in README
+    layouts = kept(readme_tables.SHAPE)["layouts"]
+    assert all(it["peers"]["vllm"]["versions"]["vllm"].startswith("0.24.") for it in layouts)
 
 
 def test_a_70b_shape_on_gpus() -> None:
-    one, many, prefill, start = of_70b("decode-llama-3-70b-2x-h200")
-    assert (
-        f"takes {one} ms a step at batch 1, {many} at batch 64, {prefill} ms for a prompt" in README
-    )
-    assert f"{start} s from" in README
-    one, many, prefill, _ = of_70b("decode-llama-3-70b-2x-h200-other-host")
-    assert f"took {one}, {many} and {prefill} ms" in README
+    table = "\n".join(readme_tables.beside_aims(readme_tables.LARGE_SHAPE))
+    assert table.replace("aim", "limit") in README
+    (layout,) = kept(f"{readme_tables.LARGE_SHAPE}-other-host")["layouts"]
+    one, many = (1e3 * layout["decode"][batch]["step_s"] for batch in ("1", "64"))
+    prefill = 1e3 * median(layout["prefill"]["1024"]["ttft_s"])
+    assert f"took {one:.1f}, {many:.1f} and {prefill:.0f} ms" in README
+
+
+def cell(found: float, aim: float, *, is_rate: bool = False) -> readme_tables.Cell:
+    return readme_tables.Cell("", found, "", aim, 1, is_rate)
+
+
+def test_what_misses_its_aim() -> None:
+    assert cell(4.0, 4.0).missed == 0 == cell(3.9, 4.0).missed
+    assert cell(4.4, 4.0).missed == pytest.approx(0.1)
+    assert cell(90, 100, is_rate=True).missed == pytest.approx(0.1)
+    assert cell(110, 100, is_rate=True).missed == 0
+    bold = [line for line in README.splitlines() if "**" in line and line.startswith("| ")]
+    missed = [
+        it
+        for cells in readme_tables.cells(readme_tables.SHAPE).values()
+        for it in cells
+        if it.missed
+    ]
+    assert sum(line.count("**") for line in bold) >= 2 * len(missed)
+
+
+def test_where_the_time_of_such_a_cell_goes() -> None:
+    ranks = [{"products": 3.0, "sums": 0.25}]
+    seen = {"decode": {"8": {"ranks": ranks, "floor_ms": {"products": 2.5}}}}
+    seen["prefill"] = {"1024": {"ranks": ranks, "floor_ms": {"products": 1.0}}}
+    kinds = list(ranks[0])
+    by_kind = readme_tables.by_kind
+    assert by_kind(seen, "decode, batch 8, ms a step", kinds) == ["3.00 (2.50)", "0.25"]
+    assert by_kind(seen, "prefill 1 x 1024, ms", kinds) == ["3.00 (1.00)", "0.25"]
+    assert by_kind(seen, "throughput, output tokens/s", kinds) == ["", ""]

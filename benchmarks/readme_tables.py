@@ -1,0 +1,160 @@
+"""The tables of the READMEs that tell of GPUs, from the results that are kept: what was measured, what was aimed at
+(`aims.json`), what vLLM takes, and where the time of the cells goes that miss their aims.
+
+    python benchmarks/readme_tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).parent
+SHAPE, LARGE_SHAPE = "decode-llama-2-7b-2x-h200", "decode-llama-3-70b-2x-h200"
+KERNELS = "step-kernels-llama-2-7b-2x-h200"
+Layout = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure that was measured and what was aimed at. `beside` it stands the share that the hardware's floor has of
+    it, or of a start the one without a kernel cache. `digits` behind the point; `is_rate`: more is better."""
+
+    name: str
+    found: float
+    beside: str
+    aim: float
+    digits: int
+    is_rate: bool = False
+
+    @property
+    def missed(self) -> float:
+        """By how much of the aim; 0 where it is reached."""
+        behind = self.aim - self.found if self.is_rate else self.found - self.aim
+        return max(0.0, behind / self.aim)
+
+    def __str__(self) -> str:
+        beside = f" ({self.beside})" if self.beside else ""
+        return f"{self.found:,.{self.digits}f}{beside}"
+
+
+def kept(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return found
+
+
+def cells(name: str) -> dict[str, list[Cell]]:
+    """By layout, "tp,pp"."""
+    aims = json.loads((HERE / "aims.json").read_text())[name]
+    by_layout = {f"{it['tp']},{it['pp']}": it for it in kept(name)["layouts"]}
+    return {layout: list(_cells(it, aims[layout])) for layout, it in by_layout.items()}
+
+
+def _cells(found: Layout, aims: dict[str, Any]) -> Iterator[Cell]:
+    for batch, aim in aims["decode"].items():
+        one = found["decode"][batch]
+        share = f"{one['floor_s'] / one['step_s']:.0%}"
+        yield Cell(f"decode, batch {batch}, ms a step", 1e3 * one["step_s"], share, aim, 2)
+    for size, aim in aims["prefill"].items():
+        one = found["prefill"][size]
+        took = median(one["ttft_s"])
+        share = f"{one['floor_s'] / took:.0%}"
+        yield Cell(f"prefill 1 x {size}, ms", 1e3 * took, share, aim, 1)
+    if "throughput" in aims:
+        load = found["throughput"]
+        rate = median(load["output_tokens_per_second_by_round"])
+        floor = load["num_prompts"] * load["output_len"] / load["floor_s"]
+        share, aim = f"{rate / floor:.0%}", aims["throughput"]
+        yield Cell("throughput, output tokens/s", rate, share, aim, 0, is_rate=True)
+    name, beside = "start to first token, s", ""
+    if "start_with_empty_cache_s" in found:
+        name += " (without a cache)"
+        beside = f"{found['start_with_empty_cache_s']:.1f}"
+    yield Cell(name, median(found["start_s"]), beside, aims["start"], 1)
+
+
+def _lines(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _layout_name(layout: str) -> str:
+    tp, pp = layout.split(",")
+    return f"tp {tp} x pp {pp}"
+
+
+def beside_aims(name: str) -> list[str]:
+    """In Markdown; figures that miss their aims are in bold."""
+    columns = cells(name)
+    header = ["", *(head for layout in columns for head in (_layout_name(layout), "aim"))]
+    rows = []
+    for line in zip(*columns.values(), strict=True):
+        told = [(f"**{cell}**" if cell.missed else str(cell), f"{cell.aim:,}") for cell in line]
+        rows.append([line[0].name, *(part for both in told for part in both)])
+    return _lines(header, rows)
+
+
+def beside_vllm(name: str) -> list[str]:
+    """In Markdown: ours and vLLM's, timed from outside in the same way."""
+    layouts = kept(name)["layouts"]
+    names = [_layout_name(f"{it['tp']},{it['pp']}") for it in layouts]
+    told = [it["peers"][peer] for it in layouts for peer in ("bireme", "vllm")]
+
+    def row(title: str, figure: Callable[[Layout], str]) -> list[str]:
+        return [title, *(figure(one) for one in told)]
+
+    def step(batch: str) -> Callable[[Layout], str]:
+        return lambda one: f"{1e3 * median(one['step_s'][batch]):.2f}"
+
+    def prompt(size: str) -> Callable[[Layout], str]:
+        return lambda one: f"{1e3 * median(one['first_token_s'][size]):.1f}"
+
+    rows = [row(f"batch {batch}, ms a step", step(batch)) for batch in told[0]["step_s"]]
+    rows += [row(f"prompt of {size}, ms", prompt(size)) for size in told[0]["first_token_s"]]
+    rows.append(row("output tokens/s", lambda one: f"{median(one['output_tokens_per_s']):,.0f}"))
+    starts = [(it["start_with_empty_cache_s"], it["peers"]["vllm"]["start_s"]) for it in layouts]
+    rows.append(["first start, s", *(f"{seconds:.1f}" for both in starts for seconds in both)])
+    return _lines(["", *(head for one in names for head in (one, "vLLM"))], rows)
+
+
+def missing(name: str, kernels: str) -> list[str]:
+    """In Markdown: of each cell that misses its aim, by how much, and the milliseconds of its kinds of kernels as the
+    profiler saw them on the first rank, in brackets their floor. Throughput and starts have no such kinds."""
+    seen = {f"{it['tp']},{it['pp']}": it for it in kept(kernels)["layouts"]}
+    kinds = list(next(iter(seen["1,1"]["decode"].values()))["ranks"][0])
+    rows = []
+    for layout, of_layout in cells(name).items():
+        for cell in of_layout:
+            if cell.missed:
+                title = f"{_layout_name(layout)}: {cell.name.removesuffix(', ms a step')}"
+                said = [title, f"{cell} of {cell.aim:,}", f"{cell.missed:.1%}"]
+                rows.append([*said, *by_kind(seen[layout], cell.name, kinds)])
+    return _lines(["", "of its aim", "missed by", *kinds], rows)
+
+
+def by_kind(seen: Layout, cell: str, kinds: list[str]) -> list[str]:
+    """Of the cell of this name, in the order of `kinds`; empty where it has none."""
+    part, _, rest = cell.partition(" ")
+    part, size = part.strip(","), rest.split(",")[0].split()[-1]
+    if part not in ("decode", "prefill"):
+        return [""] * len(kinds)
+    one = seen[part][size]
+    told = {kind: f"{one['ranks'][0][kind]:.2f}" for kind in kinds}
+    for kind, floor_ms in one["floor_ms"].items():
+        told[kind] += f" ({floor_ms:.2f})"
+    return list(told.values())
+
+
+def main() -> None:
+    for lines in (beside_aims(SHAPE), beside_vllm(SHAPE), beside_aims(LARGE_SHAPE)):
+        print("\n".join(lines), end="\n\n")
+    if (HERE / "results" / f"{KERNELS}.json").exists():
+        print("\n".join(missing(SHAPE, KERNELS)))
+
+
+if __name__ == "__main__":
+    main()
