@@ -140,7 +140,7 @@ class Phase:
         place = None if group is None else group.place_of_addends(*shape, DTYPE)
         if group is None or place is None:
             return middle @ self.second.T
-        return multiply_into(place, middle, self.second, group.share(len(middle)))
+        return multiply_into(place, middle, self.second, group.rows_kept(len(middle)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,9 +22,12 @@ Layout = dict[str, Any]
 @dataclass(frozen=True)
 class Cell:
     """A figure that was measured and what was aimed at. `beside` it stands the share that the hardware's floor has of
-    it, or of a start the one without a kernel cache. `digits` behind the point; `is_rate`: more is better."""
+    it, or of a start the one without a kernel cache. `part` and `size` name it among results: decode, prefill.
+    `digits` behind the point; `is_rate`: more is better."""
 
     name: str
+    part: str
+    size: str
     found: float
     beside: str
     aim: float
@@ -58,23 +61,26 @@ def _cells(found: Layout, aims: dict[str, Any]) -> Iterator[Cell]:
     for batch, aim in aims["decode"].items():
         one = found["decode"][batch]
         share = f"{one['floor_s'] / one['step_s']:.0%}"
-        yield Cell(f"decode, batch {batch}, ms a step", 1e3 * one["step_s"], share, aim, 2)
+        name = f"decode, batch {batch}, ms a step"
+        yield Cell(name, "decode", batch, 1e3 * one["step_s"], share, aim, 2)
     for size, aim in aims["prefill"].items():
         one = found["prefill"][size]
         took = median(one["ttft_s"])
         share = f"{one['floor_s'] / took:.0%}"
-        yield Cell(f"prefill 1 x {size}, ms", 1e3 * took, share, aim, 1)
+        yield Cell(f"prefill 1 x {size}, ms", "prefill", size, 1e3 * took, share, aim, 1)
     if "throughput" in aims:
         load = found["throughput"]
         rate = median(load["output_tokens_per_second_by_round"])
         floor = load["num_prompts"] * load["output_len"] / load["floor_s"]
         share, aim = f"{rate / floor:.0%}", aims["throughput"]
-        yield Cell("throughput, output tokens/s", rate, share, aim, 0, is_rate=True)
+        yield Cell(
+            "throughput, output tokens/s", "throughput", "", rate, share, aim, 0, is_rate=True
+        )
     name, beside = "start to first token, s", ""
     if "start_with_empty_cache_s" in found:
         name += " (without a cache)"
         beside = f"{found['start_with_empty_cache_s']:.1f}"
-    yield Cell(name, median(found["start_s"]), beside, aims["start"], 1)
+    yield Cell(name, "start", "", median(found["start_s"]), beside, aims["start"], 1)
 
 
 def _lines(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -87,10 +93,10 @@ def _layout_name(layout: str) -> str:
     return f"tp {tp} x pp {pp}"
 
 
-def beside_aims(name: str) -> list[str]:
-    """In Markdown; figures that miss their aims are in bold."""
+def beside_aims(name: str, word: str = "aim") -> list[str]:
+    """In Markdown; figures that miss their aims, or what that `word` calls them, are in bold."""
     columns = cells(name)
-    header = ["", *(head for layout in columns for head in (_layout_name(layout), "aim"))]
+    header = ["", *(head for layout in columns for head in (_layout_name(layout), word))]
     rows = []
     for line in zip(*columns.values(), strict=True):
         told = [(f"**{cell}**" if cell.missed else str(cell), f"{cell.aim:,}") for cell in line]
@@ -121,28 +127,28 @@ def beside_vllm(name: str) -> list[str]:
     return _lines(["", *(head for one in names for head in (one, "vLLM"))], rows)
 
 
-def missing(name: str, kernels: str) -> list[str]:
+def missing(name: str, seen: Mapping[str, Layout]) -> list[str]:
     """In Markdown: of each cell that misses its aim, by how much, and the milliseconds of its kinds of kernels as the
-    profiler saw them on the first rank, in brackets their floor. Throughput and starts have no such kinds."""
-    seen = {f"{it['tp']},{it['pp']}": it for it in kept(kernels)["layouts"]}
-    kinds = list(next(iter(seen["1,1"]["decode"].values()))["ranks"][0])
-    rows = []
+    profiler saw them on the first rank (`step_kernels_gpu.py`, by layout), in brackets their floor. Throughput and
+    starts have no such kinds."""
+    rows, kinds = [], _kinds(seen)
     for layout, of_layout in cells(name).items():
         for cell in of_layout:
             if cell.missed:
                 title = f"{_layout_name(layout)}: {cell.name.removesuffix(', ms a step')}"
                 said = [title, f"{cell} of {cell.aim:,}", f"{cell.missed:.1%}"]
-                rows.append([*said, *by_kind(seen[layout], cell.name, kinds)])
+                one = seen[layout].get(cell.part, {}).get(cell.size)
+                rows.append([*said, *(told_by_kind(one, kinds) if one else [""] * len(kinds))])
     return _lines(["", "of its aim", "missed by", *kinds], rows)
 
 
-def by_kind(seen: Layout, cell: str, kinds: list[str]) -> list[str]:
-    """Of the cell of this name, in the order of `kinds`; empty where it has none."""
-    part, _, rest = cell.partition(" ")
-    part, size = part.strip(","), rest.split(",")[0].split()[-1]
-    if part not in ("decode", "prefill"):
-        return [""] * len(kinds)
-    one = seen[part][size]
+def _kinds(seen: Mapping[str, Layout]) -> list[str]:
+    one: Layout = next(iter(next(iter(seen.values()))["decode"].values()))
+    return list(one["ranks"][0])
+
+
+def told_by_kind(one: Layout, kinds: Sequence[str]) -> list[str]:
+    """Of a cell's kernels on the first rank, as `step_kernels_gpu.py` keeps them."""
     told = {kind: f"{one['ranks'][0][kind]:.2f}" for kind in kinds}
     for kind, floor_ms in one["floor_ms"].items():
         told[kind] += f" ({floor_ms:.2f})"
@@ -150,10 +156,11 @@ def by_kind(seen: Layout, cell: str, kinds: list[str]) -> list[str]:
 
 
 def main() -> None:
-    for lines in (beside_aims(SHAPE), beside_vllm(SHAPE), beside_aims(LARGE_SHAPE)):
-        print("\n".join(lines), end="\n\n")
+    tables = [beside_aims(SHAPE), beside_vllm(SHAPE), beside_aims(LARGE_SHAPE, "limit")]
     if (HERE / "results" / f"{KERNELS}.json").exists():
-        print("\n".join(missing(SHAPE, KERNELS)))
+        layouts = kept(KERNELS)["layouts"]
+        tables.append(missing(SHAPE, {f"{it['tp']},{it['pp']}": it for it in layouts}))
+    print("\n\n".join("\n".join(table) for table in tables))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from gpu_floors import (
     prefill_flop,
     read_bytes,
 )
+from readme_tables import told_by_kind
 
 from bireme import LLM
 from bireme.observe.kernel_trace import Kernel, kernels
@@ -138,13 +139,10 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
         cells = {f"decode, batch {size}": one for size, one in found["decode"].items()}
         cells |= {f"prefill 1 x {size}": one for size, one in found["prefill"].items()}
         for name, one in cells.items():
-            told = {kind: f"{one['ranks'][0][kind]:.2f}" for kind in KINDS}
-            for kind, floor_ms in one["floor_ms"].items():
-                told[kind] += f" ({floor_ms:.2f})"
             layout = f"tp {found['tp']}, pp {found['pp']}"
             lines.append(
                 f"| {layout}: {name} | {one['step_ms']:.2f} | {one['profiled_ms']:.2f} | "
-                f"{' | '.join(told.values())} |"
+                f"{' | '.join(told_by_kind(one, KINDS))} |"
             )
     return lines
 

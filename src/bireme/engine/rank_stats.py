@@ -15,7 +15,7 @@ from collections.abc import Callable
 import msgspec
 
 from bireme.engine.process_stat import major_faults
-from bireme.trace import SpanKind, SpanRing, Total
+from bireme.trace import COLLECTIVES, SpanKind, SpanRing, Total
 
 
 class RankBytes(msgspec.Struct, frozen=True):
@@ -73,7 +73,7 @@ class RankWatch:
         step, send, receive = (
             since[kind] for kind in (SpanKind.STEP, SpanKind.SEND, SpanKind.RECV)
         )
-        collective = [since[SpanKind.ALL_REDUCE], since[SpanKind.ALL_GATHER]]
+        collective = [since[kind] for kind in COLLECTIVES]
         # a running step's end takes it off again, and what counts up must not go down
         self._idle_ns = max(self._idle_ns, elapsed_ns - step.ns + receive.ns)
         return RankStats(

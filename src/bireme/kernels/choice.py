@@ -9,6 +9,7 @@ import torch
 
 from bireme.kernels.cpu.library import KINDS, library
 
+MULTIPROCESSORS = 132  # of a Hopper GPU, for which blocks and parts are chosen
 _SHARED = 1 << 15  # elements that torch divides among threads, and the kernels in C do not
 _SHARED_KEYS = 1 << 20
 

@@ -22,14 +22,13 @@ from typing import NamedTuple
 import torch
 
 from bireme.kernels.host_copies import download
-from bireme.trace import SpanKind, SpanRing
+from bireme.trace import COLLECTIVES, SpanKind, SpanRing
 
 _ANCHOR_EVERY_NS = 1_000_000_000  # a drift of 1 us was measured in a second
 _ANCHOR_TRIES = 5
 _MOST_STAMPED = 4096  # sums of a graph
 _NUM_LOOKED = 32  # kernels, to see what lies between two
 SAMPLED_EVERY = 16
-_SAMPLED = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
 
 
 class DeviceClock:
@@ -186,7 +185,7 @@ class DeviceSpans:
     ) -> AbstractContextManager[None]:
         if self._captured is not None:
             return self._within_graph(kind, num_bytes)
-        if kind in _SAMPLED and not self.is_sampled_step:
+        if kind in COLLECTIVES and not self.is_sampled_step:
             return self._counted(kind, num_bytes)
         return _DeviceSpan(self, kind, num_bytes, step_id, is_aside=False)
 
@@ -206,7 +205,7 @@ class DeviceSpans:
 
     @contextmanager
     def _within_graph(self, kind: SpanKind, num_bytes: int) -> Iterator[None]:
-        if kind not in _SAMPLED or self._captured is None:
+        if kind not in COLLECTIVES or self._captured is None:
             yield
             return
         from bireme.kernels.gpu.stamp import note_time
@@ -328,7 +327,7 @@ class DeviceSpans:
         self._ring.record(
             one.kind, one.outer, *one.times.host_ns(self._clock),
             one.num_bytes, one.step_id, one.incarnation,
-            weight=SAMPLED_EVERY if one.kind in _SAMPLED else 1,
+            weight=SAMPLED_EVERY if one.kind in COLLECTIVES else 1,
         )  # fmt: skip
         if isinstance(one.times, _Events):
             self._free += one.times

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 
 import torch
 
-_MULTIPROCESSORS = 132  # of a Hopper GPU
+from bireme.kernels.choice import MULTIPROCESSORS
+
+# of a part of a product: fewer take little longer than the weight takes to be read, which each part reads
+_FEWEST_ROWS = 256
 _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a product, that a multiprocessor makes at a time
 
 
 @dataclass(frozen=True)
 class LateRows:
     """`rows` [T, D], of which the first or the last ones, `own`, are there; the others once `arrive` was called, in
-    the stream that it was called in. It is called before the group's next sum."""
+    the stream that it was called in. It must be called before the group's next sum."""
 
     rows: torch.Tensor
     own: slice
@@ -65,17 +68,27 @@ def multiply_into(
 
 
 def rows_in_order(own: slice, num_rows: int, num_outputs: int) -> list[slice]:
-    """Of a product whose rows beside `own` go over a link: these first; all at once where that takes fewer turns."""
-    parts = [part for part in (others_of(own, num_rows), own) if part.stop > part.start]
-    turns = sum(_turns(part.stop - part.start, num_outputs) for part in parts)
-    return parts if turns <= _turns(num_rows, num_outputs) else [slice(0, num_rows)]
+    """Of a product whose rows beside `own` go over a link: these first; all at once where that takes less."""
+    parts = [others_of(own, num_rows), own]
+    sizes = [part.stop - part.start for part in parts]
+    turns = sum(_turns(size, num_outputs) for size in sizes)
+    if not are_parts_worth(*sizes) or turns > _turns(num_rows, num_outputs):
+        return [slice(0, num_rows)]
+    return parts
+
+
+def are_parts_worth(*sizes: int) -> bool:
+    """Whether products of so many rows each take about as long as one of all of them."""
+    return min(sizes) >= _FEWEST_ROWS
 
 
 def columns_meanwhile(num_own: int, num_rows: int, num_outputs: int) -> int:
-    """Outputs that all multiprocessors make of a rank's own rows in one turn; 0 where the product would take more turns
-    in all than it does at once."""
+    """Outputs that all multiprocessors make of a rank's own rows in one turn; 0 where the product would take longer in
+    all than it does at once."""
+    if not are_parts_worth(num_own, num_rows - num_own):
+        return 0
     own_tiles = -(-num_own // _TILE_ROWS)
-    columns = min(num_outputs, _MULTIPROCESSORS // max(1, own_tiles) * _TILE_COLUMNS)
+    columns = min(num_outputs, MULTIPROCESSORS // own_tiles * _TILE_COLUMNS)
     parts = (num_own, columns), (num_rows, num_outputs - columns), (num_rows - num_own, columns)
     return columns if sum(_turns(*part) for part in parts) <= _turns(num_rows, num_outputs) else 0
 
@@ -83,7 +96,7 @@ def columns_meanwhile(num_own: int, num_rows: int, num_outputs: int) -> int:
 def _turns(num_rows: int, num_outputs: int) -> int:
     """Of the multiprocessors, until all of a product's tiles are made."""
     tiles = -(-num_rows // _TILE_ROWS) * -(-num_outputs // _TILE_COLUMNS)
-    return -(-tiles // _MULTIPROCESSORS)
+    return -(-tiles // MULTIPROCESSORS)
 
 
 def _multiply(

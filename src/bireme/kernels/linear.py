@@ -52,7 +52,9 @@ def linear(
 
 def linear_in_parts(x: torch.Tensor | LateRows, weight: torch.Tensor) -> torch.Tensor:
     """`linear` as a sum that whoever reads it makes: float32 [P, T, out], or [T, out] where that is as quick."""
-    if isinstance(x, torch.Tensor) and has_kernels(x.device) and is_hopper(x.device):
+    if isinstance(x, LateRows):
+        return linear(x, weight)
+    if has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
         if few_rows.suits(x, weight, in_parts=True):

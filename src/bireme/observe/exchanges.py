@@ -26,6 +26,11 @@ class _Collective:
     spans: Mapping[str, Span]
 
     @property
+    def meets(self) -> bool:
+        """Whether nobody leaves before all have come."""
+        return all(span.kind is not SpanKind.GATHER_WAIT for span in self.spans.values())
+
+    @property
     def first_ns(self) -> int:
         return min(span.start_ns for span in self.spans.values())
 
@@ -36,13 +41,13 @@ class _Collective:
 
     @property
     def skew_ns(self) -> int:
-        return self.last[0] - self.first_ns
+        return self.last[0] - self.first_ns if self.meets else 0
 
     @property
     def moves_ns(self) -> list[int]:
-        """Of each rank, from when the last had come."""
-        come_ns = self.last[0]
-        return [max(0, span.end_ns - come_ns) for span in self.spans.values()]
+        """Of each rank, from when the last had come, or it itself where they do not meet."""
+        come_ns = self.last[0] if self.meets else 0
+        return [max(0, span.end_ns - max(come_ns, span.start_ns)) for span in self.spans.values()]
 
 
 _Size = tuple[int, str, int]  # stage, kind, bytes
@@ -96,6 +101,8 @@ def _told(
     late: Counter[str] = Counter()
     for one in them:
         come_ns, name = one.last
+        if not one.meets:
+            continue
         late[name] += sum(come_ns - span.start_ns for span in one.spans.values())
     worst = max(them, key=lambda one: one.skew_ns)
     moved_s = median(max(one.moves_ns) for one in them) / 1e9
@@ -120,7 +127,7 @@ def _told(
         max_skew_s=worst.skew_ns / 1e9,
         max_skew_by=worst.last[1],
         late_s={name: ns / 1e9 for name, ns in sorted(late.items()) if ns},
-        bytes_per_s=num_bytes / moved_s if moved_s else None,
+        bytes_per_s=num_bytes / moved_s if moved_s and them[0].meets else None,
         ceiling_bytes_per_s=ceiling,
         ceiling_most_bytes_per_s=most,
     )

@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from bireme.trace import RankSpans, Span, SpanKind
+from bireme.trace import COLLECTIVES, RankSpans, Span, SpanKind
 
 Key = tuple[int, int]  # incarnation, step_id
-COLLECTIVES = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
 
 
 @dataclass(slots=True)

@@ -231,7 +231,7 @@ class RowParallelLinear(ParallelModule):
         group = self.mesh.tensor
         place = group.place_of_addends(len(x), len(self.weight), x.dtype)
         if place is not None:
-            return multiply_into(place, x, self.weight, group.share(len(x)))
+            return multiply_into(place, x, self.weight, group.rows_kept(len(x)))
         multiply = linear_in_parts if group.takes_parts(len(x)) else linear
         return multiply(x, self.weight)
 

@@ -36,8 +36,9 @@ class TensorGroup(Protocol):
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
         """x + the sum over ranks of `addend` [T, D], or where the group `takes_parts` of its parts float32 [P, T, D],
-        which may be overwritten, and its RMSNorm, which lies there until the next sum. Of x + the sum a rank may hold
-        no more than what the next sum of this shape and dtype takes. x is older than the addend (`add_rms_norm`)."""
+        which may be overwritten, and its RMSNorm, which lies there until the next sum, and must have
+        arrived before it where it is late. Of x + the sum a rank may hold no more than what the next sum of this shape
+        and dtype takes. x is older than the addend (`add_rms_norm`)."""
         return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -50,8 +51,8 @@ class TensorGroup(Protocol):
         """Where addends [num_rows, width] of the two methods above are best put; None: anywhere."""
         return None
 
-    def share(self, num_rows: int) -> slice:
-        """Of the rows of such addends, that this rank sums: the others go to other ranks."""
+    def rows_kept(self, num_rows: int) -> slice:
+        """Of the rows of such addends, those that stay with this rank; the others are written to another's memory."""
         return slice(0, num_rows)
 
     def takes_parts(self, num_rows: int) -> bool:

@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
 
-_PROGRAMS = 2 * 132  # that a large GPU has at once
+_PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
 _MOST_SPLITS = 16
 
 

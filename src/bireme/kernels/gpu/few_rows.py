@@ -11,13 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.gpu.chain import await_before, chained
 
 MOST_ROWS = 64  # beyond which cuBLAS is as fast
 _SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
 _HELD_INPUTS = 128  # for whose weights there are registers
 _HELD_ROWS = 16  # beyond which registers for them cost as much as they save
-_MULTIPROCESSORS = 132  # of a Hopper GPU
 _SHARED_BYTES = 228 << 10  # of a multiprocessor
 _RESERVED_BYTES = 1 << 10  # of them, a program
 _BUSY = 0.9  # share of multiprocessors, of which more does not matter
@@ -178,8 +178,8 @@ def _wanted_parts(num_rows: int, num_outputs: int) -> int:
     nearly all multiprocessors work."""
     blocks = int(triton.cdiv(num_outputs, 64))
     if num_rows <= _HELD_ROWS:
-        return max(1, min(_MOST_PARTS, _MOST_AT_ONCE * _MULTIPROCESSORS // blocks))
-    least = _BUSY * _MULTIPROCESSORS
+        return max(1, min(_MOST_PARTS, _MOST_AT_ONCE * MULTIPROCESSORS // blocks))
+    least = _BUSY * MULTIPROCESSORS
     enough = (
         parts
         for parts in range(1, _MOST_PARTS)
@@ -191,7 +191,7 @@ def _wanted_parts(num_rows: int, num_outputs: int) -> int:
 def _busy(num_outputs: int, block: int, parts: int = 1) -> float:
     """The share of multiprocessors that have a program, while the last ones run too."""
     programs = triton.cdiv(num_outputs, block) * parts
-    return float(programs / (_MULTIPROCESSORS * triton.cdiv(programs, _MULTIPROCESSORS)))
+    return float(programs / (MULTIPROCESSORS * triton.cdiv(programs, MULTIPROCESSORS)))
 
 
 def block_sizes(
@@ -199,7 +199,7 @@ def block_sizes(
 ) -> dict[str, int]:
     """Sizes of blocks, and how they are pipelined."""
     num_outputs = len(weight) // 2 if is_gated else len(weight)
-    at_once = int(triton.cdiv(triton.cdiv(num_outputs, 64) * parts, _MULTIPROCESSORS))
+    at_once = int(triton.cdiv(triton.cdiv(num_outputs, 64) * parts, MULTIPROCESSORS))
     if is_gated and weight.shape[1] <= _FEW_INPUTS:  # soon over, so that what begins soon is best
         stages = 6 if at_once == 1 else 4
         return {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": stages}

@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.query_tiles import TILE, Tiles
 
-_PROGRAMS = 4 * 132  # that a large GPU has at once, or a few more
+_PROGRAMS = 4 * MULTIPROCESSORS  # that a large GPU has at once, or a few more
 
 
 @triton.jit

@@ -9,8 +9,9 @@ meet before, when every rank's addends are there, and after, when all that was r
 has come. How often a program has met the others lies in memory and is counted up, so that eager steps and replays of
 any graphs may follow one another.
 Of two ranks the second meeting may come later: a rank's share of the results is brought to the other by a copy, and
-behind it how many were brought, which is waited for where the first of them is read (`parallel/peer_group.py`).
-The flags are written by atomics, which GPUs can use on one another's memory over NVLink.
+behind it, in the same stream, how many were brought, which is waited for where the first of them is read
+(`parallel/peer_group.py`). All other flags are written by atomics, which GPUs can use on one another's memory over
+NVLink.
 Shapes: T rows, D elements, W ranks.
 """
 
@@ -109,12 +110,14 @@ def await_brought_kernel(arrived, brought, stamps, most_polls, IS_STAMPED: tl.co
     """Until as many shares have come from the other rank, which tells it in `arrived` int32 [1], as went to it."""
     begun = begun_at(IS_STAMPED)
     number = tl.load(brought)
-    ahead = tl.atomic_add(arrived, 0, sem="acquire", scope="sys") - number
+    # a copy engine writes no atomics: it is read plainly, and looked at by one only when it is there
+    ahead = tl.load(arrived, volatile=True) - number
     polls = 0
     while (ahead < 0) & (polls < most_polls):
-        ahead = tl.atomic_add(arrived, 0, sem="acquire", scope="sys") - number
+        ahead = tl.load(arrived, volatile=True) - number
         polls += 1
     tl.device_assert(ahead >= 0, "a rank did not bring its share of a sum in time")
+    tl.atomic_add(arrived, 0, sem="acquire", scope="sys")
     stamp(stamps, begun, IS_STAMPED)
 
 
