@@ -90,6 +90,11 @@ class Span(msgspec.Struct, frozen=True, gc=False):
     incarnation: int
 
     @property
+    def meets(self) -> bool:
+        """Of a collective: whether no rank leaves it before all have come."""
+        return self.kind is not SpanKind.GATHER_WAIT
+
+    @property
     def category(self) -> str:
         return _CATEGORY.get(self.kind, "compute")
 

@@ -36,9 +36,9 @@ class TensorGroup(Protocol):
         offset: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
         """x + the sum over ranks of `addend` [T, D], or where the group `takes_parts` of its parts float32 [P, T, D],
-        which may be overwritten, and its RMSNorm, which lies there until the next sum, and must have
-        arrived before it where it is late. Of x + the sum a rank may hold no more than what the next sum of this shape
-        and dtype takes. x is older than the addend (`add_rms_norm`)."""
+        which may be overwritten, and its RMSNorm, which lies there until the next sum; late rows must arrive before
+        that. Of x + the sum a rank may hold no more than what the next sum of this shape and dtype takes. x is older
+        than the addend (`add_rms_norm`)."""
         return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
