@@ -4,11 +4,10 @@
 
 The products of a rank's layers, attention left out, with random weights, of as many layers as a 70B model has, so that
 GPUs come to the limit of their power: alone; with the sums, residuals and norms that prompts have now (each rank a
-share of the rows, which a copy engine brings to the other while products go on with what is there); with those rows
-waited for before; and with the rows in lanes, of which one is summed while another is multiplied: a copy engine brings
-each rank's addends to the other, and a value in memory that the stream itself waits for tells that they are there, so
-that no multiprocessor waits. What they make in the first layers is compared with what plain sums do. Medians of
-milliseconds a layer.
+share of the rows, by its multiprocessors); and with the rows in lanes, of which one is summed while another is
+multiplied: a copy engine brings each rank's addends to the other, and a value in memory that the stream itself waits
+for tells that they are there, so that no multiprocessor waits. What they make in the first layers is compared with
+what plain sums do. Medians of milliseconds a layer.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.functional import rms_norm_reference
 from bireme.kernels.gpu.gated import silu_mul
-from bireme.kernels.late_rows import LateRows, multiply_into, whole_rows
 from bireme.kernels.linear import linear
 from bireme.model_config import ModelConfig
 from bireme.parallel.collectives import join
@@ -130,18 +128,14 @@ class Phase:
     first: torch.Tensor
     second: torch.Tensor
 
-    def __call__(
-        self, x: torch.Tensor | LateRows, group: TensorGroup | None = None
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, group: TensorGroup | None = None) -> torch.Tensor:
         """Addends [T, D] of rows [T, D], where the group has them best."""
         middle, width = linear(x, self.first), self.second.shape[1]
         is_gated = self.first.shape[0] == 2 * width
         middle = silu_mul(middle) if is_gated else middle[:, :width]
         shape = len(middle), len(self.second)
         place = None if group is None else group.place_of_addends(*shape, DTYPE)
-        if group is None or place is None:
-            return middle @ self.second.T
-        return multiply_into(place, middle, self.second, group.rows_kept(len(middle)))
+        return torch.mm(middle, self.second.T, out=place)
 
 
 @dataclass(frozen=True)
@@ -180,15 +174,12 @@ def alone(layers: Layers, x: torch.Tensor) -> None:
         phase(x)
 
 
-def as_now(
-    layers: Layers, group: TensorGroup, x: torch.Tensor, *, waits: bool = False
-) -> torch.Tensor:
-    normed: torch.Tensor | LateRows = x
+def as_now(layers: Layers, group: TensorGroup, x: torch.Tensor) -> torch.Tensor:
+    normed = x
     for phase in layers.phases:
         addend = phase(normed, group)
         x, normed = group.all_reduce_add_norm(addend, x, layers.norm, EPS)
-        normed = whole_rows(normed) if waits else normed
-    return whole_rows(normed)
+    return normed
 
 
 def in_lanes(layers: Layers, exchange: Exchange, x: torch.Tensor, num_lanes: int) -> torch.Tensor:
@@ -283,9 +274,6 @@ def measure(
         times = {
             "products": milliseconds(partial(alone, layers, x), group, device),
             "as now": milliseconds(partial(as_now, layers, group, x), group, device),
-            "waited for": milliseconds(
-                partial(as_now, layers, group, x, waits=True), group, device
-            ),
         }
         now = as_now(first, group, x).clone()
         differences = {"as now": check("sums now", now, plainly(first, group, x, 1))}

@@ -11,7 +11,7 @@ python=$(command -v python3)
 "$python" -m compileall -q -j 0 "$site" > /dev/null || true # as pip does; some files are of other versions of Python
 cat > "$command" <<WRAPPER
 #!/usr/bin/env bash
-export PYTHONPATH=$(printf %q "$site") HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1
+export PYTHONPATH=$(printf %q "$site") HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0
 exec $python "\$@"
 WRAPPER
 chmod +x "$command"

@@ -32,9 +32,8 @@ DEFAULT_CAPACITY = 1 << 16
 
 
 class SpanKind(IntEnum):
-    """What a span measures; nested kinds lie inside a STEP. SUBMIT to WORK are the driver's: a step is told to the
-    ranks, the oldest is waited for, there is no request, it is at work between those. REDUCE_SCATTER leaves each rank
-    a share of a sum, which copies bring to the others; GATHER_WAIT waits for theirs, and for no rank to come."""
+    """What a span measures; nested kinds lie inside a STEP. The last four are the driver's: a step is
+    told to the ranks, the oldest is waited for, there is no request, it is at work between those."""
 
     STEP = 1
     COMPUTE = 2
@@ -48,16 +47,9 @@ class SpanKind(IntEnum):
     WAIT = 10
     EMPTY = 11
     WORK = 12
-    REDUCE_SCATTER = 13
-    GATHER_WAIT = 14
 
 
-COLLECTIVES = (
-    SpanKind.ALL_REDUCE,
-    SpanKind.ALL_GATHER,
-    SpanKind.REDUCE_SCATTER,
-    SpanKind.GATHER_WAIT,
-)
+COLLECTIVES = (SpanKind.ALL_REDUCE, SpanKind.ALL_GATHER)
 
 
 _NUM_KINDS = max(SpanKind) + 1  # 0: what is around the outermost span
@@ -88,11 +80,6 @@ class Span(msgspec.Struct, frozen=True, gc=False):
     num_bytes: int
     step_id: int
     incarnation: int
-
-    @property
-    def meets(self) -> bool:
-        """Of a collective: whether no rank leaves it before all have come."""
-        return self.kind is not SpanKind.GATHER_WAIT
 
     @property
     def category(self) -> str:

@@ -51,12 +51,10 @@ class Shared:
 
     def rooms(self, rank: int, most_polls: int) -> Rooms:
         meetings = torch.zeros(sharded_sum.NUM_PROGRAMS, dtype=torch.int32)
-        brought = torch.zeros(1, dtype=torch.int32)
-        other = self.own[1 - rank] if len(self.own) == 2 else None
+        added = self.addends(rank)
         return Rooms(
-            addresses(self.own), meetings, brought, self.own[rank], other, self.addends(rank),
-            rank, SUM_BYTES, most_polls,
-        )  # fmt: skip
+            addresses(self.own), meetings, self.own[rank], added, rank, SUM_BYTES, most_polls
+        )
 
 
 def addresses(parts: torch.Tensor) -> torch.Tensor:
@@ -70,24 +68,18 @@ def close(found: torch.Tensor, expected: torch.Tensor, num_sums: int) -> bool:
     return torch.allclose(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
-def check(
-    own: Rooms, size: int, shape: tuple[int, int], dtype: torch.dtype, offset: float, *, is_brought: bool
-) -> None:  # fmt: skip
-    """Two norms that follow one another, and the whole sum behind them. `is_brought`: ranks copy their shares of the
-    norms to one another, and till then have nothing of the other's."""
+def check(own: Rooms, size: int, shape: tuple[int, int], dtype: torch.dtype, offset: float) -> None:
+    """Two norms that follow one another, and the whole sum behind them."""
     generator = torch.Generator().manual_seed(sum(shape))
     addends = torch.randn(3, size, *shape, generator=generator).to(dtype)
     expected, weight = torch.randn(2, *shape, generator=generator).to(dtype)
     held, weight = expected.clone(), weight[0].clone()
-    share = own.share(shape[0])
+    share = slice(shape[0] * own.rank // size, shape[0] * (own.rank + 1) // size)
     for num_sums, parts in enumerate(addends[:2], start=1):
         results = own.results(*shape, dtype)
         held, normed = sharded_sum.sharded_sum_add_norm(
-            own, parts[own.rank].clone(), held, weight, EPS, offset, is_brought=is_brought
+            own, parts[own.rank].clone(), held, weight, EPS, offset
         )
-        if is_brought:
-            own.bring(*shape, dtype)
-            own.await_brought()
         assert normed.data_ptr() == results.data_ptr()
         expected = expected + parts.float().sum(0).to(dtype)
         assert close(held[share], expected[share], num_sums)
@@ -99,28 +91,20 @@ def check(
     assert close(total, expected + addends[2].float().sum(0).to(dtype), 3)
 
 
-def work(rank: int, memory: Shared, is_brought: bool) -> None:
+def work(rank: int, memory: Shared) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # new memory is no number
     sharded_sum.NUM_PROGRAMS = NUM_PROGRAMS  # each is interpreted
     own = memory.rooms(rank, 10**6)
     for index, dtype in enumerate(DTYPES):
         for shape in SHAPES:
-            check(own, len(memory.own), shape, dtype, float(index % 2), is_brought=is_brought)
-    num_checks = len(DTYPES) * len(SHAPES)
-    num_meetings = 2 * 3 - (2 if is_brought else 0)
-    assert own.meetings.tolist() == [num_meetings * num_checks] * NUM_PROGRAMS
-    assert int(own.brought) == (2 * num_checks if is_brought else 0)
+            check(own, len(memory.own), shape, dtype, float(index % 2))
+    assert own.meetings.tolist() == [2 * 3 * len(DTYPES) * len(SHAPES)] * NUM_PROGRAMS
 
 
-@pytest.mark.parametrize(
-    ("size", "is_pushed", "is_brought"),
-    [(2, False, False), (3, False, False), (2, True, False), (2, False, True), (2, True, True)],
-)
-def test_sums_of_ranks_in_processes_of_their_own(
-    size: int, is_pushed: bool, is_brought: bool
-) -> None:
+@pytest.mark.parametrize(("size", "is_pushed"), [(2, False), (3, False), (2, True)])
+def test_sums_of_ranks_in_processes_of_their_own(size: int, is_pushed: bool) -> None:
     """Of changing numbers of rows, one of them fewer than ranks."""
-    multiprocessing.spawn(work, (Shared.of(size, is_pushed=is_pushed), is_brought), nprocs=size)
+    multiprocessing.spawn(work, (Shared.of(size, is_pushed=is_pushed),), nprocs=size)
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,18 +113,6 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer(monkeypatch: pytest.M
     x = torch.ones(4, 4)
     with pytest.raises(InterpreterError, match="did not come to a sum in time"):
         sharded_sum.sharded_sum_add(Shared.of(2, is_pushed=False).rooms(0, 3), x.clone(), x)
-
-
-def test_a_share_that_is_not_brought_is_waited_for_no_longer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asserting = InterpreterOptions(debug=True, sanitize_overflow=False)
-    monkeypatch.setattr(interpreter_builder, "options", asserting)
-    own = Shared.of(2, is_pushed=True).rooms(0, 3)
-    own.await_brought()  # none was made
-    own.brought.fill_(1)
-    with pytest.raises(InterpreterError, match="did not bring its share of a sum in time"):
-        own.await_brought()
 
 
 @pytest.mark.parametrize("is_pushed", [False, True])

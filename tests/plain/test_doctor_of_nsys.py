@@ -120,7 +120,6 @@ def test_bad_content_is_told_in_a_line(
     [
         ("peer_sum_kernel", Row.COLLECTIVE_MOVE),
         ("sharded_sum_kernel", Row.COLLECTIVE_MOVE),
-        ("await_brought_kernel", Row.COLLECTIVE_MOVE),
         ("void c10d::symmetric_memory::wait_signal_kernel(unsigned int**)", Row.TRANSFER),
         (SEND, Row.TRANSFER),
         ("few_rows_kernel", Row.COMPUTE),

@@ -56,18 +56,6 @@ def test_rates_are_of_when_all_had_come_and_the_last_is_named() -> None:
     assert size.overlapped_s == 0
 
 
-def test_who_waits_for_what_copies_bring_waits_for_no_rank_to_come() -> None:
-    waits = [Sum(4000, (0, 700), 2000, SpanKind.GATHER_WAIT)]
-    recorded = recorded_sums([waits], 2)
-    (size,) = collective_sizes(recorded, None)
-    assert (size.kind, size.count, size.late_s) == ("gather_wait", 1, {})
-    assert size.max_skew_s == size.mean_skew_s == 0
-    assert size.bytes_per_s is None
-    assert size.time_s == size.move_s == pytest.approx((2700 + 2000) / 2 * 1e-9)
-    for rank in make_ledger(recorded).ranks:
-        assert rank.ns[Row.COLLECTIVE_WAIT] == 0 == sum(rank.late_ns.values())
-
-
 def test_where_only_some_steps_are_marked_it_is_told() -> None:
     (size,) = collective_sizes(recorded_sums([[Sum(64, (0, 0), 100)], []], 2), None)
     assert size.is_sampled

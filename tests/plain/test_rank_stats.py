@@ -70,18 +70,6 @@ def test_every_moment_is_in_one_part() -> None:
     assert (stats.stage, stats.rank, stats.num_steps_total, stats.memory) == (1, 3, 2, MEMORY)
 
 
-def test_a_sum_that_is_waited_for_later_is_counted_once() -> None:
-    rank = Rank()
-    with rank.span(SpanKind.STEP), rank.span(SpanKind.COMPUTE):
-        with rank.span(SpanKind.REDUCE_SCATTER, 100):
-            rank.spend(2)
-        rank.spend(4)
-        with rank.span(SpanKind.GATHER_WAIT, 100):
-            rank.spend(1)
-    stats = rank.stats()
-    assert (stats.collective_bytes, stats.collective_s, stats.busy_s) == (100, 3, 4)
-
-
 def test_what_was_before_does_not_count() -> None:
     rank = Rank()
     rank.step()

@@ -73,7 +73,7 @@ class RankWatch:
         step, send, receive = (
             since[kind] for kind in (SpanKind.STEP, SpanKind.SEND, SpanKind.RECV)
         )
-        collective = {kind: since[kind] for kind in COLLECTIVES}
+        collective = [since[kind] for kind in COLLECTIVES]
         # a running step's end takes it off again, and what counts up must not go down
         self._idle_ns = max(self._idle_ns, elapsed_ns - step.ns + receive.ns)
         return RankStats(
@@ -81,17 +81,12 @@ class RankWatch:
             rank=self._rank,
             num_steps_total=step.num_spans,
             busy_s=_seconds(since[SpanKind.COMPUTE], since[SpanKind.SAMPLE]),
-            collective_s=_seconds(*collective.values()),
+            collective_s=_seconds(*collective),
             send_s=_seconds(send),
             receive_s=_seconds(receive),
             overhead_s=_seconds(step),
             idle_s=self._idle_ns / 1e9,
-            # what is waited for is counted where it was summed
-            collective_bytes=sum(
-                total.num_bytes
-                for kind, total in collective.items()
-                if kind is not SpanKind.GATHER_WAIT
-            ),
+            collective_bytes=sum(total.num_bytes for total in collective),
             sent_bytes=send.num_bytes,
             received_bytes=receive.num_bytes,
             major_faults_total=self._major_faults() - self._faults_before,

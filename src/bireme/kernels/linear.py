@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from bireme.kernels.choice import has_kernels, is_hopper
 from bireme.kernels.functional import gated
-from bireme.kernels.late_rows import LateRows
 
 _ROWS = 16  # that the order is chosen for; it serves one row as well as a long prompt
 
@@ -33,12 +32,8 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def linear(
-    x: torch.Tensor | LateRows, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """[T, in] -> [T, out] by a plain or packed weight [out, in]; of late rows by a plain one."""
-    if isinstance(x, LateRows):
-        return x.times(weight, bias)
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, in] -> [T, out] by a plain or packed weight [out, in]."""
     if has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
@@ -50,10 +45,8 @@ def linear(
     return out
 
 
-def linear_in_parts(x: torch.Tensor | LateRows, weight: torch.Tensor) -> torch.Tensor:
+def linear_in_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`linear` as a sum that whoever reads it makes: float32 [P, T, out], or [T, out] where that is as quick."""
-    if isinstance(x, LateRows):
-        return linear(x, weight)
     if has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
@@ -63,14 +56,10 @@ def linear_in_parts(x: torch.Tensor | LateRows, weight: torch.Tensor) -> torch.T
 
 
 def gated_linear(
-    x: torch.Tensor | LateRows,
-    weight: torch.Tensor,
-    activation: Callable[[torch.Tensor], torch.Tensor],
+    x: torch.Tensor, weight: torch.Tensor, activation: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """activation(x G^T) * (x U^T): [T, in] by G over U [2 F, in] -> [T, F]"""
-    if isinstance(x, LateRows) or activation is not F.silu:
-        return gated(linear(x, weight), activation)
-    if has_kernels(x.device) and is_hopper(x.device):
+    if activation is F.silu and has_kernels(x.device) and is_hopper(x.device):
         from bireme.kernels.gpu import few_rows
 
         if few_rows.suits(x, weight, is_gated=True):

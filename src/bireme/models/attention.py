@@ -19,7 +19,6 @@ from bireme.kernels.attention import (
 from bireme.kernels.choice import suits_c, suits_c_attention
 from bireme.kernels.cpu.ops import decode_attention, rope_and_write
 from bireme.kernels.functional import apply_rope
-from bireme.kernels.late_rows import LateRows
 from bireme.kernels.tiled_attention import SPLIT, Scoring, tiled_attention
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import ModelConfig
@@ -278,7 +277,7 @@ class Attention(nn.Module):
         out: torch.Tensor = self.out(self._attended(x, step))
         return out
 
-    def partial(self, x: torch.Tensor | LateRows, step: StepContext) -> torch.Tensor:
+    def partial(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """This rank's addend [T, hidden], or parts of it, float32 [P, T, hidden]."""
         return self.out.partial(self._attended(x, step))
 
@@ -292,7 +291,7 @@ class Attention(nn.Module):
         """Behind the sum over ranks."""
         return "bias" in self.out.layouts
 
-    def _attended(self, x: torch.Tensor | LateRows, step: StepContext) -> torch.Tensor:
+    def _attended(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         """[T, hidden] -> [T, H * D]"""
         own = None
         if step.paged is None:

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from bireme.kernels.functional import ACTIVATIONS, gated, grouped_linear, rms_norm
-from bireme.kernels.late_rows import LateRows, whole_rows
 from bireme.kernels.linear import gated_linear
 from bireme.model_config import ModelConfig
 from bireme.models.step import StepContext
@@ -45,7 +44,7 @@ class RMSNorm(ReplicatedParameter):
 
     def of_sum(
         self, x: torch.Tensor, addend: torch.Tensor | None, group: TensorGroup
-    ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + the group's sum of `addend`, if there is one, and its norm."""
         if addend is None:
             return x, self(x)
@@ -111,7 +110,7 @@ class MLP(nn.Module):
         """Behind the sum over ranks."""
         return "bias" in self.down.layouts
 
-    def partial(self, x: torch.Tensor | LateRows) -> torch.Tensor:
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's addend [T, D], or parts of it, float32 [P, T, D], with fewer kernels than modules."""
         if self.is_gated and "bias" not in self.up.layouts:
             return self.down.partial(gated_linear(x, self.up.weight, self.activation))
@@ -121,7 +120,7 @@ class MLP(nn.Module):
         out: torch.Tensor = self.down(self._up(x))
         return out
 
-    def _up(self, x: torch.Tensor | LateRows) -> torch.Tensor:
+    def _up(self, x: torch.Tensor) -> torch.Tensor:
         """[T, D] -> [T, F], activated."""
         h = self.up(x)
         return gated(h, self.activation) if self.is_gated else self.activation(h)
@@ -178,9 +177,8 @@ class MoE(ParallelModule):
         hidden, columns = self.down.shape[1], self.down.shape[2]
         return StepWork(token_elements=self.moe.num_experts_per_tok * (3 * hidden + 4 * columns))
 
-    def partial(self, x: torch.Tensor | LateRows) -> torch.Tensor:
+    def partial(self, x: torch.Tensor) -> torch.Tensor:
         """This rank's addend [T, D]: rows sorted by expert, one product a projection for all."""
-        x = whole_rows(x)
         weights, ids = self.route(x)
         order = ids.flatten().argsort(stable=True)
         experts = torch.arange(self.moe.num_experts, device=x.device)

@@ -26,25 +26,23 @@ class _Collective:
     spans: Mapping[str, Span]
 
     @property
+    def first_ns(self) -> int:
+        return min(span.start_ns for span in self.spans.values())
+
+    @property
     def last(self) -> tuple[int, str]:
         """When the last rank had come, and which: of several the last by name, as in the ledger."""
         return max((span.start_ns, name) for name, span in self.spans.items())
 
     @property
-    def waits_ns(self) -> list[int]:
-        """Of each rank, for the last to come."""
-        come_ns = self.last[0]
-        return [come_ns - span.start_ns if span.meets else 0 for span in self.spans.values()]
+    def skew_ns(self) -> int:
+        return self.last[0] - self.first_ns
 
     @property
     def moves_ns(self) -> list[int]:
-        """Of each rank, behind that."""
-        waited = zip(self.spans.values(), self.waits_ns, strict=True)
-        return [max(0, span.end_ns - span.start_ns - wait_ns) for span, wait_ns in waited]
-
-    @property
-    def skew_ns(self) -> int:
-        return max(self.waits_ns)
+        """Of each rank, from when the last had come."""
+        come_ns = self.last[0]
+        return [max(0, span.end_ns - come_ns) for span in self.spans.values()]
 
 
 _Size = tuple[int, str, int]  # stage, kind, bytes
@@ -97,10 +95,10 @@ def _told(
     overlapped = sum(work[name].beside_ns(span) for one in them for name, span in one.spans.items())
     late: Counter[str] = Counter()
     for one in them:
-        late[one.last[1]] += sum(one.waits_ns)
+        come_ns, name = one.last
+        late[name] += sum(come_ns - span.start_ns for span in one.spans.values())
     worst = max(them, key=lambda one: one.skew_ns)
     moved_s = median(max(one.moves_ns) for one in them) / 1e9
-    has_rate = moved_s and all(span.meets for span in them[0].spans.values())
     ceiling = most = None
     if ceilings is not None and kind == "all_reduce":
         ceiling = ceilings.all_reduce_bytes_per_s(ranks, num_bytes)
@@ -122,7 +120,7 @@ def _told(
         max_skew_s=worst.skew_ns / 1e9,
         max_skew_by=worst.last[1],
         late_s={name: ns / 1e9 for name, ns in sorted(late.items()) if ns},
-        bytes_per_s=num_bytes / moved_s if has_rate else None,
+        bytes_per_s=num_bytes / moved_s if moved_s else None,
         ceiling_bytes_per_s=ceiling,
         ceiling_most_bytes_per_s=most,
     )

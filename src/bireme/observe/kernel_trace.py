@@ -11,7 +11,7 @@ import msgspec
 from bireme.errors import UserError
 
 # how names begin of kernels in which ranks wait for one another
-_SUMS = ("nccl", "peer_sum", "sharded_sum", "await_brought")
+_SUMS = ("nccl", "peer_sum", "sharded_sum")
 # parts of names: what NCCL's between stages are called, and torch's of flags
 _MESSAGES = ("SendRecv", "wait_signal", "put_signal")
 _PAUSE_US = 10.0  # a shorter one is between kernels that follow one another

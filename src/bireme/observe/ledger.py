@@ -264,8 +264,6 @@ class _RankPieces:
 
     def _come(self, step: RankStep, ordinal: int, span: Span) -> tuple[int, str]:
         """When all of the group had come to a collective, and who was last."""
-        if not span.meets:
-            return span.start_ns, self._rank.name
         last_ns, name = self._arrivals[self._rank.stage, step.key, ordinal]
         return min(max(last_ns, span.start_ns), span.end_ns), name
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from bireme.kernels.functional import softcap
-from bireme.kernels.late_rows import LateRows, multiply_into
 from bireme.kernels.linear import can_be_packed, linear, linear_in_parts, pack
 from bireme.parallel import layout
 from bireme.parallel.cuts import HeadCut, column_edges, vocabulary_range
@@ -102,10 +101,10 @@ class ColumnParallelLinear(ParallelModule):
 
     weight: nn.Parameter
 
-    def forward(self, x: torch.Tensor | LateRows) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self._parameters.get("bias"))
 
-    def in_parts(self, x: torch.Tensor | LateRows) -> torch.Tensor:
+    def in_parts(self, x: torch.Tensor) -> torch.Tensor:
         """The same as a sum that whoever reads it makes, float32 [P, T, local out], where that is quicker."""
         return self(x) if "bias" in self.layouts else linear_in_parts(x, self.weight)
 
@@ -231,7 +230,7 @@ class RowParallelLinear(ParallelModule):
         group = self.mesh.tensor
         place = group.place_of_addends(len(x), len(self.weight), x.dtype)
         if place is not None:
-            return multiply_into(place, x, self.weight, group.rows_kept(len(x)))
+            return torch.mm(x, self.weight.t(), out=place)
         multiply = linear_in_parts if group.takes_parts(len(x)) else linear
         return multiply(x, self.weight)
 

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from bireme.kernels.functional import add_rms_norm, whole
-from bireme.kernels.late_rows import LateRows
 from bireme.parallel.pipeline import stage_ranks
 
 
@@ -34,11 +33,10 @@ class TensorGroup(Protocol):
         weight: torch.Tensor,
         eps: float,
         offset: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """x + the sum over ranks of `addend` [T, D], or where the group `takes_parts` of its parts float32 [P, T, D],
-        which may be overwritten, and its RMSNorm, which lies there until the next sum; late rows must arrive before
-        that. Of x + the sum a rank may hold no more than what the next sum of this shape and dtype takes. x is older
-        than the addend (`add_rms_norm`)."""
+        which may be overwritten, and its RMSNorm, which lies there until the next sum. Of x + the sum a rank may hold
+        no more than what the next sum of this shape and dtype takes. x is older than the addend (`add_rms_norm`)."""
         return add_rms_norm(x, self.all_reduce(addend), weight, eps, offset)
 
     def all_reduce_add(self, addend: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -50,10 +48,6 @@ class TensorGroup(Protocol):
     ) -> torch.Tensor | None:
         """Where addends [num_rows, width] of the two methods above are best put; None: anywhere."""
         return None
-
-    def rows_kept(self, num_rows: int) -> slice:
-        """Of the rows of such addends, those that stay with this rank; the others are written to another's memory."""
-        return slice(0, num_rows)
 
     def takes_parts(self, num_rows: int) -> bool:
         """Whether addends of so many rows may come in parts because that is quicker in all."""

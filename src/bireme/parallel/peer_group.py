@@ -14,7 +14,6 @@ from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
-from bireme.kernels.late_rows import LateRows, are_parts_worth
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.parallel.peer_window import Window, open_window
@@ -31,8 +30,7 @@ _MOST_POLLS = 2**31 - 1
 
 
 class PeerGroup(TensorGroup):
-    """All ranks call everything in the same order with the same shapes, on one stream; beside it, copies bring what one
-    of two ranks made of a prompt's rows to the other."""
+    """All ranks call everything in the same order with the same shapes, on one stream."""
 
     def __init__(
         self,
@@ -59,7 +57,7 @@ class PeerGroup(TensorGroup):
             device=device,
         )
         polls = min(_MOST_POLLS, int(timeout_s * _POLLS_PER_S))
-        numbers = torch.zeros(_FEW_ROWS + NUM_PROGRAMS + 1, dtype=torch.int32, device=device)
+        numbers = torch.zeros(_FEW_ROWS + NUM_PROGRAMS, dtype=torch.int32, device=device)
         self._inboxes = Inboxes(addresses, numbers[:_FEW_ROWS], rank, row_bytes // 4, polls)
         start = _inbox_bytes(size, row_bytes)
         if window is None:
@@ -68,22 +66,10 @@ class PeerGroup(TensorGroup):
         else:
             sources = torch.tensor(window.sources, device=device)
             added = Addends(sources, window.memory, window.part_bytes)
-        other = None
-        if size == 2:
-            other = self._handle.get_buffer(1 - rank, self._memory.shape, torch.uint8)[start:]
         self._rooms = Rooms(
-            addresses=addresses + start,
-            meetings=numbers[_FEW_ROWS:-1],
-            brought=numbers[-1:],
-            own=self._memory[start:],
-            other=other,
-            added=added,
-            rank=rank,
-            sum_bytes=sum_bytes,
-            most_polls=polls,
-        )
-        self._aside = torch.cuda.Stream(device, priority=-1)
-        self._is_awaited = True  # what the other rank brings
+            addresses + start, numbers[_FEW_ROWS:], self._memory[start:], added, rank, sum_bytes,
+            polls,
+        )  # fmt: skip
         self._memory.zero_()
         others.all_reduce(torch.zeros(1, device=device))  # nobody writes before all have
         torch.cuda.synchronize(device)
@@ -140,15 +126,11 @@ class PeerGroup(TensorGroup):
             return None
         return self._rooms.addends(num_rows, width, dtype)
 
-    def rows_kept(self, num_rows: int) -> slice:
-        return super().rows_kept(num_rows) if self._window is None else self._rooms.share(num_rows)
-
     def takes_parts(self, num_rows: int) -> bool:
         return num_rows > _WHOLE_ROWS and self._table.way(num_rows) is Way.ONE_SHOT
 
     def _way(self, x: torch.Tensor) -> Way:
         """The table's, where it can be gone for addends like x."""
-        assert self._is_awaited, "late rows arrive before the next sum"
         way = self._table.way(len(x))
         if way is Way.ONE_SHOT and self._inboxes.suits(x):
             return way
@@ -174,46 +156,17 @@ class PeerGroup(TensorGroup):
         weight: torch.Tensor,
         eps: float,
         offset: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor | LateRows]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         from bireme.kernels.gpu.peer_sum import peer_sum_add_norm
         from bireme.kernels.gpu.sharded_sum import sharded_sum_add_norm
 
-        way, is_brought = self._way(x), self._are_brought(len(x))
+        way = self._way(x)
         if way is Way.NCCL:
             return self._others.all_reduce_add_norm(addend, x, weight, eps, offset)
-        if way is Way.ONE_SHOT:
-            with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
-                return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset, stamps)
-        kind = SpanKind.REDUCE_SCATTER if is_brought else SpanKind.ALL_REDUCE
-        with self._spans.stamped(kind, x.nbytes) as stamps:
-            total, normed = sharded_sum_add_norm(
-                self._rooms, addend, x, weight, eps, offset, stamps, is_brought=is_brought
-            )
-        return total, self._on_the_way(normed) if is_brought else normed
-
-    def _are_brought(self, num_rows: int) -> bool:
-        """Whether something can be multiplied meanwhile."""
-        share = self._rooms.share(num_rows)
-        own = share.stop - share.start
-        return self._rooms.other is not None and are_parts_worth(own, num_rows - own)
-
-    def _on_the_way(self, normed: torch.Tensor) -> LateRows:
-        """By a copy engine, while the multiprocessors go on with this rank's own rows."""
-        num_rows, width = normed.shape
-        device = normed.device
-        self._aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._aside):
-            self._rooms.bring(num_rows, width, normed.dtype)
-        self._is_awaited = False
-
-        def arrive() -> None:
-            with self._spans.stamped(SpanKind.GATHER_WAIT, normed.nbytes) as stamps:
-                self._rooms.await_brought(stamps)
-            # this rank's own copy, too, is over before what it copies is overwritten
-            torch.cuda.current_stream(device).wait_stream(self._aside)
-            self._is_awaited = True
-
-        return LateRows(normed, self._rooms.share(num_rows), arrive)
+        with self._spans.stamped(SpanKind.ALL_REDUCE, x.nbytes) as stamps:
+            if way is Way.TWO_SHOT:
+                return sharded_sum_add_norm(self._rooms, addend, x, weight, eps, offset, stamps)
+            return peer_sum_add_norm(self._inboxes, addend, x, weight, eps, offset, stamps)
 
 
 def _inbox_bytes(num_ranks: int, row_bytes: int) -> int:

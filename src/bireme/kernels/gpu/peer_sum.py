@@ -219,6 +219,6 @@ def _run(
         HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, PARTS=parts, IS_PARTED=not total.is_cuda,
         IS_STAMPED=stamps is not None,
         # a thread has the 16 bytes of one store whole, so that there are no more threads than stores
-        num_warps=min(8, size // 32), debug=True, sanitize_overflow=False,
+        num_warps=min(16 if size > 1024 else 8, size // 32), debug=True, sanitize_overflow=False,
         **chained(total),
     )  # fmt: skip

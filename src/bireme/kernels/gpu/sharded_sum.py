@@ -8,10 +8,7 @@ of a share of the rows on each rank (sequence parallelism, arXiv:2205.05198). Pr
 meet before, when every rank's addends are there, and after, when all that was read has been read and all that was made
 has come. How often a program has met the others lies in memory and is counted up, so that eager steps and replays of
 any graphs may follow one another.
-Of two ranks the second meeting may come later: a rank's share of the results is brought to the other by a copy, and
-behind it, in the same stream, how many were brought, which is waited for where the first of them is read
-(`parallel/peer_group.py`). All other flags are written by atomics, which GPUs can use on one another's memory over
-NVLink.
+The flags are written by atomics, which GPUs can use on one another's memory over NVLink.
 Shapes: T rows, D elements, W ranks.
 """
 
@@ -25,7 +22,6 @@ import triton.language as tl
 
 from bireme.kernels.gpu.stamp import begun_at, stamp
 
-_ARRIVED_BYTES = 512  # of which four are used: what lies behind is aligned
 NUM_PROGRAMS = 128  # about one on each multiprocessor of a Hopper GPU: twice as many are no faster
 
 
@@ -53,14 +49,13 @@ def _meet(
 
 @triton.jit(do_not_specialize=["T", "skipped", "most_polls"])
 def sharded_sum_kernel(
-    x, weight, total, rooms, addends, meetings, brought, stamps, T, skipped, eps, offset, most_polls,
+    x, weight, total, rooms, addends, meetings, stamps, T, skipped, eps, offset, most_polls,
     RANK: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, IS_OF_SHARE: tl.constexpr,
     IS_ALIGNED: tl.constexpr, RESULTS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    IS_BROUGHT: tl.constexpr, IS_STAMPED: tl.constexpr,
+    IS_STAMPED: tl.constexpr,
 ):  # fmt: skip
     """`rooms` int64 [W] addresses of flags and, RESULTS bytes behind them, of results [T, D]; `addends` int64 [W], of
-    what each rank adds, `skipped` bytes before it: [T, D], or this rank's share of it; `meetings` int32 [programs].
-    IS_BROUGHT: a copy behind this kernel brings the results to the others, and `brought` int32 [1] counts it."""
+    what each rank adds, `skipped` bytes before it: [T, D], or this rank's share of it; `meetings` int32 [programs]."""
     program = tl.program_id(0)
     begun = begun_at(IS_STAMPED)
     meeting = tl.load(meetings + program) + 1
@@ -92,32 +87,11 @@ def sharded_sum_kernel(
                 made = (value * (scale + offset)).to(dtype)
             else:  # rounded before it is scaled, as models were trained
                 made = (value.to(dtype).to(tl.float32) * scale).to(dtype)
-        for step in tl.static_range(1 if IS_BROUGHT else W):
+        for step in tl.static_range(W):
             results = tl.multiple_of(tl.load(rooms + (RANK + step) % W) + RESULTS, 16)
             tl.store(results.to(tl.pointer_type(dtype)) + place, made, mask=inside)
-    if IS_BROUGHT:
-        if program == 0:
-            tl.store(brought, tl.load(brought) + 1)
-    else:
-        meeting += 1
-        _meet(rooms, meeting, most_polls, RANK, W)
-    tl.store(meetings + program, meeting)
-    stamp(stamps, begun, IS_STAMPED)
-
-
-@triton.jit(do_not_specialize=["most_polls"])
-def await_brought_kernel(arrived, brought, stamps, most_polls, IS_STAMPED: tl.constexpr):
-    """Until as many shares have come from the other rank, which tells it in `arrived` int32 [1], as went to it."""
-    begun = begun_at(IS_STAMPED)
-    number = tl.load(brought)
-    # a copy engine writes no atomics: it is read plainly, and looked at by one only when it is there
-    ahead = tl.load(arrived, volatile=True) - number
-    polls = 0
-    while (ahead < 0) & (polls < most_polls):
-        ahead = tl.load(arrived, volatile=True) - number
-        polls += 1
-    tl.device_assert(ahead >= 0, "a rank did not bring its share of a sum in time")
-    tl.atomic_add(arrived, 0, sem="acquire", scope="sys")
+    _meet(rooms, meeting + 1, most_polls, RANK, W)
+    tl.store(meetings + program, meeting + 1)
     stamp(stamps, begun, IS_STAMPED)
 
 
@@ -146,15 +120,12 @@ class Addends:
 @dataclass(frozen=True)
 class Rooms:
     """Memory of every rank that all map: `addresses` int64 [W], on the device, of `num_bytes` each, zeroed before
-    anybody sums: flags, and results of up to `sum_bytes`. `own`, uint8, is this rank's, `other`, where there are two,
-    the other's; `meetings` int32 [NUM_PROGRAMS] and `brought` int32 [1] are zeroed too. A rank waits for another
-    `most_polls` times at most."""
+    anybody sums: flags, and results of up to `sum_bytes`. `own`, uint8, is this rank's; `meetings` int32
+    [NUM_PROGRAMS], zeroed too. A rank waits for another `most_polls` times at most."""
 
     addresses: torch.Tensor
     meetings: torch.Tensor
-    brought: torch.Tensor
     own: torch.Tensor
-    other: torch.Tensor | None
     added: Addends
     rank: int
     sum_bytes: int
@@ -179,27 +150,6 @@ class Rooms:
         """Where what is made of a sum comes to lie, until the next one."""
         return _rows(self.own, self.first_result, num_rows, width, dtype)
 
-    def share(self, num_rows: int) -> slice:
-        """Of the rows, that this rank makes."""
-        size = len(self.addresses)
-        return slice(num_rows * self.rank // size, num_rows * (self.rank + 1) // size)
-
-    def bring(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
-        """Copies this rank's share of the results to the other of two ranks, and how many were brought."""
-        assert self.other is not None
-        theirs = _rows(self.other, self.first_result, num_rows, width, dtype)
-        share = self.share(num_rows)
-        theirs[share].copy_(self.results(num_rows, width, dtype)[share], non_blocking=True)
-        _arrived(self.other, self.first_result).copy_(self.brought, non_blocking=True)
-
-    def await_brought(self, stamps: torch.Tensor | None = None) -> None:
-        """The stream waits for the other's share of the last sum, and what it added is free again. `stamps` as of
-        sums."""
-        await_brought_kernel[(1,)](
-            _arrived(self.own, self.first_result), self.brought, self.brought if stamps is None else stamps,
-            self.most_polls, IS_STAMPED=stamps is not None, num_warps=1, debug=True, sanitize_overflow=False,
-        )  # fmt: skip
-
 
 def _rows(
     memory: torch.Tensor, start: int, num_rows: int, width: int, dtype: torch.dtype
@@ -209,12 +159,7 @@ def _rows(
 
 
 def _flag_bytes(num_ranks: int) -> int:
-    return 4 * NUM_PROGRAMS * num_ranks + _ARRIVED_BYTES
-
-
-def _arrived(room: torch.Tensor, first_result: int) -> torch.Tensor:
-    """int32 [1], where the other rank tells how many shares it brought."""
-    return room[first_result - _ARRIVED_BYTES :][:4].view(torch.int32)
+    return 4 * NUM_PROGRAMS * num_ranks
 
 
 def sharded_sum_add(
@@ -233,16 +178,12 @@ def sharded_sum_add_norm(
     eps: float,
     offset: float = 0.0,
     stamps: torch.Tensor | None = None,
-    *,
-    is_brought: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + the sum over the ranks of their addends [T, D], of which nothing but the rows of this rank's share is
-    written, and its RMSNorm, which lies there until the next sum: whole, or where it `is_brought` nothing but that
-    share, and the others' behind `Rooms.bring` and `await_brought`. All call it with the same T and D, in the same
-    order. `stamps` as above."""
+    written, and its RMSNorm, whole, which lies there until the next sum. All call it with the same T and D, in the
+    same order. `stamps` as above."""
     total = torch.empty_like(addend)
-    made = _run(rooms, addend, x, weight, total, eps, offset, stamps, is_brought=is_brought)
-    return total, made
+    return total, _run(rooms, addend, x, weight, total, eps, offset, stamps)
 
 
 def _run(
@@ -254,8 +195,6 @@ def _run(
     eps: float = 0.0,
     offset: float = 0.0,
     stamps: torch.Tensor | None = None,
-    *,
-    is_brought: bool = False,
 ) -> torch.Tensor:
     num_rows, width = addend.shape
     assert x.dtype == addend.dtype, "they lie side by side"
@@ -267,13 +206,13 @@ def _run(
     size, row_bytes = triton.next_power_of_2(width), width * addend.dtype.itemsize
     sharded_sum_kernel[(NUM_PROGRAMS,)](
         x.contiguous(), x if weight is None else weight, x if total is None else total,
-        rooms.addresses, rooms.added.sources, rooms.meetings, rooms.brought, x if stamps is None else stamps, num_rows,
+        rooms.addresses, rooms.added.sources, rooms.meetings, x if stamps is None else stamps, num_rows,
         rooms.added.skipped(num_rows, row_bytes, rooms.rank),
         eps, offset, rooms.most_polls,
         RANK=rooms.rank, W=len(rooms.addresses), D=width, SIZE=size,
         IS_OF_SHARE=rooms.added.boundary is not None, IS_ALIGNED=row_bytes % 16 == 0,
         RESULTS=rooms.first_result,
-        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, IS_BROUGHT=is_brought,
-        IS_STAMPED=stamps is not None, num_warps=max(1, min(16, size // 512)), debug=True, sanitize_overflow=False,
+        HAS_NORM=weight is not None, HAS_OFFSET=offset != 0, IS_STAMPED=stamps is not None,
+        num_warps=max(1, min(16, size // 512)), debug=True, sanitize_overflow=False,
     )  # fmt: skip
     return results
