@@ -13,7 +13,8 @@ one. `--briefly` leaves the throughput and the start with an empty cache out.
 With `--vllm`, an interpreter that has vLLM, each layout is followed by vLLM's at the same settings, and by ours timed
 as it is: the mean of a step between a long and a short generation, prompts from outside, and the constructor's time as
 the start; with `--transformers` one GPU is, by what it compiles. With `--keep-others` what the file of this name has
-of other layouts stays in it; each says of which run it is.
+of other layouts and peers stays in it, with `--only-peers` of the layouts themselves too; each says of which run it
+is.
 A floor of decode is what is read between two tokens of a request (all weights but the embedding, and at each stage
 the cache of the requests that are there together) by the bytes a second that a large sum reads or a large copy reads
 and writes, whichever is more, on one GPU, over the ranks of a stage; of prefill the products of all tokens, and of
@@ -256,17 +257,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def kept_of_others(name: str, gpus: Sequence[str], layouts: Sequence[str]) -> list[dict[str, Any]]:
-    """What the file of this name has of other layouts, on such GPUs."""
+def kept_before(name: str, gpus: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the file of this name has, by layout, if it is of such GPUs."""
     path = record.RESULTS / f"{name}.json"
     found = json.loads(path.read_text()) if path.exists() else {"gpus": []}
-    if found["gpus"] != list(gpus):
-        return []
-    return [
-        one
-        for one in found["layouts"]
-        if "run" in one and f"{one['tp']},{one['pp']}" not in layouts
-    ]
+    layouts = found["layouts"] if found["gpus"] == list(gpus) else []
+    return {f"{one['tp']},{one['pp']}": one for one in layouts}
 
 
 def cells_parser(description: str) -> argparse.ArgumentParser:
@@ -284,30 +280,39 @@ def main() -> None:
     parser.add_argument("--briefly", action="store_true")
     parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
     parser.add_argument("--transformers", action="store_true")
-    parser.add_argument("--keep-others", action="store_true")
+    parser.add_argument(
+        "--keep-others", action="store_true", help="what is kept of other layouts and peers stays"
+    )
+    parser.add_argument(
+        "--only-peers", action="store_true", help="beside what is kept of the layouts, which stays"
+    )
     asked = parser.parse_args()
-    rates, rate = memory_rates(), flop_per_s()
-    torch.cuda.empty_cache()  # the ranks are processes of their own
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     name = f"decode-{Path(asked.model).name}-{asked.name}"
-    results = kept_of_others(name, gpus, asked.layouts) if asked.keep_others else []
+    results = kept_before(name, gpus) if asked.keep_others or asked.only_peers else {}
+    if asked.only_peers and (lacking := set(asked.layouts) - set(results)):
+        parser.error(f"of {', '.join(sorted(lacking))} nothing is kept on these GPUs")
+    rates, rate = ({}, 0.0) if asked.only_peers else (memory_rates(), flop_per_s())
+    torch.cuda.empty_cache()  # the ranks are processes of their own
     here = record.environment([])
     run = {key: here[key] for key in ("date", "command", "commit")}
-    run |= {**rates, "flop_per_s": rate}
 
     def keep() -> None:
-        layouts = sorted(results, key=lambda it: (it["pp"], it["tp"]))
+        layouts = sorted(results.values(), key=lambda it: (it["pp"], it["tp"]))
         result = {"gpus": gpus, "layouts": layouts, "table": table(layouts).splitlines()}
         record.write(name, ["torch", "triton"], result)
 
     for layout in asked.layouts:
-        results.append({**measure(asked, layout, max(rates.values()), rate), "run": run})
-        keep()  # what was measured stays, whatever ends the next
-        print(table(results[-1:]), flush=True)
+        if not asked.only_peers:
+            own = measure(asked, layout, max(rates.values()), rate)
+            own["run"] = {**run, **rates, "flop_per_s": rate}
+            results[layout] = {**own, "peers": results.get(layout, {}).get("peers", {})}
+            keep()  # what was measured stays, whatever ends the next
+            print(table([results[layout]]), flush=True)
         for peer, told in peers(asked, layout):
-            results[-1].setdefault("peers", {})[peer] = told
+            results[layout].setdefault("peers", {})[peer] = {**told, "run": run}
             keep()
-        print(table(results[-1:]), flush=True)
+        print(table([results[layout]]), flush=True)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,10 @@ def test_beside_vllm_on_gpus() -> None:
     assert "\n".join(readme_tables.beside_vllm(readme_tables.SHAPE)) in README
     layouts = kept(readme_tables.SHAPE)["layouts"]
     assert all(it["peers"]["vllm"]["versions"]["vllm"].startswith("0.24.") for it in layouts)
+    runs = [peer["run"] for it in layouts for peer in it["peers"].values()]
+    assert [f"of commit {commit}" in README for commit in {run["commit"][:7] for run in runs}] == [
+        True
+    ]
 
 
 def test_a_70b_shape_on_gpus() -> None:
