@@ -265,6 +265,13 @@ def kept_before(name: str, gpus: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {f"{one['tp']},{one['pp']}": one for one in layouts}
 
 
+def tell_progress(what: str, start: float) -> float:
+    """For whoever has limited time. The time now."""
+    now = time.monotonic()
+    print(f"{what}: {now - start:.0f} s", file=sys.stderr, flush=True)
+    return now
+
+
 def cells_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--name", default="gpu")
@@ -303,15 +310,18 @@ def main() -> None:
         record.write(name, ["torch", "triton"], result)
 
     for layout in asked.layouts:
+        start = time.monotonic()
         if not asked.only_peers:
             own = measure(asked, layout, max(rates.values()), rate)
             own["run"] = {**run, **rates, "flop_per_s": rate}
             results[layout] = {**own, "peers": results.get(layout, {}).get("peers", {})}
             keep()  # what was measured stays, whatever ends the next
             print(table([results[layout]]), flush=True)
+            start = tell_progress(f"own figures at {layout}", start)
         for peer, told in peers(asked, layout):
             results[layout].setdefault("peers", {})[peer] = {**told, "run": run}
             keep()
+            start = tell_progress(f"{peer} at {layout}", start)
         print(table([results[layout]]), flush=True)
 
 
