@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         layout = f"tp {found['tp']}, pp {found['pp']}"
         columns[layout] = rows(found)
         for peer, told in found.get("peers", {}).items():
-            columns[f"{peer} {told['versions'][peer]}, {layout}"] = peer_rows(told)
+            title, commit = f"{peer} {told['versions'][peer]}, {layout}", told["run"]["commit"]
+            if commit != found["run"]["commit"]:
+                title += f", run at {commit[:7]}"
+            columns[title] = peer_rows(told)
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name in rows(results[0]):
         cells = (column.get(name, "") for column in columns.values())
@@ -260,9 +263,21 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def kept_before(name: str, gpus: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What the file of this name has, by layout, if it is of such GPUs."""
     path = record.RESULTS / f"{name}.json"
-    found = json.loads(path.read_text()) if path.exists() else {"gpus": []}
+    found = json.loads(path.read_text()) if path.exists() else {"gpus": [], "layouts": []}
     layouts = found["layouts"] if found["gpus"] == list(gpus) else []
     return {f"{one['tp']},{one['pp']}": one for one in layouts}
+
+
+def cannot_be(
+    asked: argparse.Namespace, gpus: Sequence[str], kept: Mapping[str, object]
+) -> str | None:
+    """What is wrong with what was asked."""
+    if not gpus:
+        return "there is no GPU"
+    if asked.only_peers and not (asked.vllm or asked.transformers):
+        return "--only-peers is of --vllm or --transformers"
+    lacking = sorted(set(asked.layouts) - set(kept)) if asked.only_peers else []
+    return f"of {', '.join(lacking)} nothing is kept on these GPUs" if lacking else None
 
 
 def tell_progress(what: str, start: float) -> float:
@@ -297,8 +312,8 @@ def main() -> None:
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     name = f"decode-{Path(asked.model).name}-{asked.name}"
     results = kept_before(name, gpus) if asked.keep_others or asked.only_peers else {}
-    if asked.only_peers and (lacking := set(asked.layouts) - set(results)):
-        parser.error(f"of {', '.join(sorted(lacking))} nothing is kept on these GPUs")
+    if wrong := cannot_be(asked, gpus, results):
+        parser.error(wrong)
     rates, rate = ({}, 0.0) if asked.only_peers else (memory_rates(), flop_per_s())
     torch.cuda.empty_cache()  # the ranks are processes of their own
     here = record.environment([])
