@@ -15,6 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SHAPE, LARGE_SHAPE = "decode-llama-2-7b-2x-h200", "decode-llama-3-70b-2x-h200"
+OTHER_SHAPE = "decode-heads-of-96-2x-h200"  # nothing was tuned for it
 KERNELS = "step-kernels-llama-2-7b-2x-h200"
 Layout = dict[str, Any]
 
@@ -121,9 +122,15 @@ def beside_vllm(name: str) -> list[str]:
 
     rows = [row(f"batch {batch}, ms a step", step(batch)) for batch in told[0]["step_s"]]
     rows += [row(f"prompt of {size}, ms", prompt(size)) for size in told[0]["first_token_s"]]
-    rows.append(row("output tokens/s", lambda one: f"{median(one['output_tokens_per_s']):,.0f}"))
-    starts = [(it["start_with_empty_cache_s"], it["peers"]["vllm"]["start_s"]) for it in layouts]
-    rows.append(["first start, s", *(f"{seconds:.1f}" for both in starts for seconds in both)])
+    if all("output_tokens_per_s" in one for one in told):
+        rows.append(
+            row("output tokens/s", lambda one: f"{median(one['output_tokens_per_s']):,.0f}")
+        )
+    if all("start_with_empty_cache_s" in it for it in layouts):
+        starts = [
+            (it["start_with_empty_cache_s"], it["peers"]["vllm"]["start_s"]) for it in layouts
+        ]
+        rows.append(["first start, s", *(f"{seconds:.1f}" for both in starts for seconds in both)])
     return _lines(["", *(head for one in names for head in (one, "vLLM"))], rows)
 
 
@@ -156,7 +163,8 @@ def told_by_kind(one: Layout, kinds: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    tables = [beside_aims(SHAPE), beside_vllm(SHAPE), beside_aims(LARGE_SHAPE, "limit")]
+    tables = [beside_aims(SHAPE), beside_aims(LARGE_SHAPE, "limit")]
+    tables += [beside_vllm(name) for name in (SHAPE, LARGE_SHAPE, OTHER_SHAPE)]
     if (HERE / "results" / f"{KERNELS}.json").exists():
         layouts = kept(KERNELS)["layouts"]
         tables.append(missing(SHAPE, {f"{it['tp']},{it['pp']}": it for it in layouts}))

@@ -10,6 +10,7 @@ attention) what they take at the rates of a large copy, or of a large product. E
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import tempfile
 from collections import Counter
@@ -87,15 +88,12 @@ def seen(
 
 
 def measure(
-    layout: str, model: str, batches: Sequence[int], prefills: Sequence[int], folder: Path
+    asked: argparse.Namespace, layout: str, read_bytes_per_s: float, rate: float, folder: Path
 ) -> dict[str, Any]:
     tp, pp = (int(width) for width in layout.split(","))
-    rates, rate = memory_rates(), flop_per_s()
-    read_bytes_per_s = max(rates.values())
-    torch.cuda.empty_cache()
+    batches, prefills = numbers(asked.batches), numbers(asked.prefills)
     found: dict[str, Any] = {"tp": tp, "pp": pp, "decode": {}, "prefill": {}}
-    found |= {**rates, "flop_per_s": rate}
-    with LLM(**settings(model, layout)) as llm:
+    with LLM(**settings(asked.model, layout)) as llm:
         # a process's first profile misses kernels
         seen(llm, folder, lambda: gaps_s(llm, 1, 8, seed=0))
         for batch in batches:
@@ -149,15 +147,16 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     asked = cells_parser(__doc__).parse_args()
-    sizes = numbers(asked.batches), numbers(asked.prefills)
+    rates, rate = memory_rates(), flop_per_s()  # before there are ranks beside it
+    torch.cuda.empty_cache()
     results = []
     for layout in asked.layouts:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(measure(layout, asked.model, *sizes, Path(folder)))
+            results.append(measure(asked, layout, max(rates.values()), rate, Path(folder)))
         print("\n".join(table(results[-1:])), flush=True)
         record.write(  # what was measured stays, whatever ends the next
             f"step-kernels-{Path(asked.model).name}-{asked.name}", ["torch", "triton"],
-            {"layouts": results, "table": table(results)},
+            {**rates, "flop_per_s": rate, "layouts": results, "table": table(results)},
         )  # fmt: skip
 
 

@@ -49,14 +49,22 @@ def test_a_7b_shape_on_gpus() -> None:
     assert [f"at commit {commit} " in README for commit in commits] == [True]
 
 
-def test_beside_vllm_on_gpus() -> None:
-    assert "\n".join(readme_tables.beside_vllm(readme_tables.SHAPE)) in README
-    layouts = kept(readme_tables.SHAPE)["layouts"]
-    assert all(it["peers"]["vllm"]["versions"]["vllm"].startswith("0.24.") for it in layouts)
-    runs = [peer["run"] for it in layouts for peer in it["peers"].values()]
-    assert [f"of commit {commit}" in README for commit in {run["commit"][:7] for run in runs}] == [
-        True
-    ]
+@pytest.mark.parametrize(
+    "shape", [readme_tables.SHAPE, readme_tables.LARGE_SHAPE, readme_tables.OTHER_SHAPE]
+)
+def test_beside_vllm_on_gpus(shape: str) -> None:
+    assert "\n".join(readme_tables.beside_vllm(shape)) in README
+    told = [peer for it in kept(shape)["layouts"] for peer in it["peers"].values()]
+    assert {peer["versions"].get("vllm", "0.24.0") for peer in told} == {"0.24.0"}
+    assert {f"of commit {peer['run']['commit'][:7]}" in README for peer in told} == {True}
+
+
+def test_transformers_on_a_gpu() -> None:
+    (alone,) = (it for it in kept(readme_tables.SHAPE)["layouts"] if it["tp"] == it["pp"] == 1)
+    theirs = alone["peers"]["transformers"]
+    assert theirs["versions"]["transformers"].startswith("5.17.")
+    steps = [f"{1e3 * median(times):.2f}" for times in theirs["step_s"].values()]
+    assert f"takes {', '.join(steps[:-1])} and {steps[-1]} ms a step" in README
 
 
 def test_a_70b_shape_on_gpus() -> None:
