@@ -1,6 +1,6 @@
 """The ledger of decode steps that are CUDA graphs beside what torch.profiler saw of them, and what spans cost.
 
-    python benchmarks/ledger_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 2,1 1,1] [--batches 8,64]
+    python benchmarks/ledger_gpu.py --name 2x-h200 [--model llama-2-7b] [--layouts 2,1 1,1 1,2] [--batches 8,64]
 
 Shares of a rank's time, of prompts of 8 tokens continued by 192, medians of three rounds. The ledger: collectives,
 work, and the rest, in which the GPU has none, with what of it is `host`; the same of steps that no profiler sees, from
@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--name", default="gpu")
     parser.add_argument("--model", default="llama-2-7b")
-    parser.add_argument("--layouts", nargs="+", default=["2,1", "1,1"])
+    parser.add_argument("--layouts", nargs="+", default=["2,1", "1,1", "1,2"])
     parser.add_argument("--batches", default="8,64")
     parser.add_argument("--step", nargs=2, metavar=("LAYOUT", "BATCH"), help="only tell this")
     asked = parser.parse_args()

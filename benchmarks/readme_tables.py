@@ -105,6 +105,31 @@ def beside_aims(name: str, word: str = "aim") -> list[str]:
     return _lines(header, rows)
 
 
+def shares(name: str) -> list[str]:
+    """In Markdown: medians by our own clock, with the shares that the hardware's floors are of them; of steps what a
+    tenth is quicker and a tenth slower than."""
+    layouts = kept(name)["layouts"]
+
+    def step(one: Layout) -> str:
+        took, first, last = (1e3 * one[key] for key in ("step_s", "p10_s", "p90_s"))
+        return f"{took:.2f} ({1e3 * one['floor_s'] / took:.0%}; {first:.2f} to {last:.2f})"
+
+    def prompt(one: Layout) -> str:
+        took = median(one["ttft_s"])
+        return f"{1e3 * took:.1f} ({one['floor_s'] / took:.0%})"
+
+    rows = [
+        [f"decode, batch {batch}, ms a step", *(step(it["decode"][batch]) for it in layouts)]
+        for batch in layouts[0]["decode"]
+    ]
+    rows += [
+        [f"prefill 1 x {size}, ms", *(prompt(it["prefill"][size]) for it in layouts)]
+        for size in layouts[0]["prefill"]
+    ]
+    rows.append(["start to first token, s", *(f"{median(it['start_s']):.1f}" for it in layouts)])
+    return _lines(["", *(_layout_name(f"{it['tp']},{it['pp']}") for it in layouts)], rows)
+
+
 def beside_vllm(name: str) -> list[str]:
     """In Markdown: ours and vLLM's, timed from outside in the same way."""
     layouts = kept(name)["layouts"]
@@ -123,14 +148,9 @@ def beside_vllm(name: str) -> list[str]:
     rows = [row(f"batch {batch}, ms a step", step(batch)) for batch in told[0]["step_s"]]
     rows += [row(f"prompt of {size}, ms", prompt(size)) for size in told[0]["first_token_s"]]
     if all("output_tokens_per_s" in one for one in told):
-        rows.append(
-            row("output tokens/s", lambda one: f"{median(one['output_tokens_per_s']):,.0f}")
-        )
-    if all("start_with_empty_cache_s" in it for it in layouts):
-        starts = [
-            (it["start_with_empty_cache_s"], it["peers"]["vllm"]["start_s"]) for it in layouts
-        ]
-        rows.append(["first start, s", *(f"{seconds:.1f}" for both in starts for seconds in both)])
+        rate = row("output tokens/s", lambda one: f"{median(one['output_tokens_per_s']):,.0f}")
+        rows.append(rate)
+    rows.append(row("constructor, s", lambda one: f"{one['start_s']:.1f}"))
     return _lines(["", *(head for one in names for head in (one, "vLLM"))], rows)
 
 
@@ -164,6 +184,7 @@ def told_by_kind(one: Layout, kinds: Sequence[str]) -> list[str]:
 
 def main() -> None:
     tables = [beside_aims(SHAPE), beside_aims(LARGE_SHAPE, "limit")]
+    tables += [shares(OTHER_SHAPE)]
     tables += [beside_vllm(name) for name in (SHAPE, LARGE_SHAPE, OTHER_SHAPE)]
     if (HERE / "results" / f"{KERNELS}.json").exists():
         layouts = kept(KERNELS)["layouts"]

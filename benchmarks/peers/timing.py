@@ -68,8 +68,8 @@ def seconds(generate: Generate, given: list[list[int]], num_tokens: int) -> floa
 
 
 def measured(asked: argparse.Namespace, generate: Generate) -> dict[str, Any]:
-    """Seconds of a step by batch, and to the first token by length of a prompt, of each round after one that does not
-    count (of prompts three times as many); of a load all at once, after its prompts alone."""
+    """Seconds of a step by batch, of each round after one that does not count; to the first token by length of a
+    prompt, of three times as many after as many that do not count; of a load all at once, after its prompts alone."""
     found: dict[str, Any] = {"step_s": {}, "first_token_s": {}}
     for batch in numbers(asked.batches):
         given = prompts(batch, asked.input_len)
@@ -81,9 +81,9 @@ def measured(asked: argparse.Namespace, generate: Generate) -> dict[str, Any]:
             for _ in range(asked.rounds)
         ]
     for length in numbers(asked.prefills):
-        given = prompts(1, length)
-        seconds(generate, given, 1)
-        count = 3 * asked.rounds
+        given, count = prompts(1, length), 3 * asked.rounds
+        for _ in range(count):  # some engines take several to settle
+            seconds(generate, given, 1)
         found["first_token_s"][length] = [seconds(generate, given, 1) for _ in range(count)]
     if asked.load:
         count, input_len, output_len = numbers(asked.load)

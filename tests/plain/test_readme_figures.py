@@ -36,6 +36,9 @@ def test_transformers_on_cpus() -> None:
     theirs = KEPT["peers"]["transformers"]["step_s"]["all cores"]
     first, second, third = (told(theirs, batch) for batch in BATCHES)
     assert f"takes {first}, {second} and {third} on both" in README
+    ours = KEPT["step_s"]["tp 2 x pp 1"]
+    first, second, third = (f"{median(theirs[it]) / median(ours[it]):.2f}" for it in BATCHES)
+    assert f"cores, **{first}**, {second} and {third} times as long as tp 2" in README
     assert KEPT["command"] in README
     usual = KEPT["step_bytes"] / median(KEPT["read_bytes_per_s"])
     assert f"take {1e3 * KEPT['floor_s']:.1f} ms at the best rate" in README
@@ -57,6 +60,10 @@ def test_beside_vllm_on_gpus(shape: str) -> None:
     told = [peer for it in kept(shape)["layouts"] for peer in it["peers"].values()]
     assert {peer["versions"].get("vllm", "0.24.0") for peer in told} == {"0.24.0"}
     assert {f"of commit {peer['run']['commit'][:7]}" in README for peer in told} == {True}
+
+
+def test_a_shape_that_nothing_was_tuned_for() -> None:
+    assert "\n".join(readme_tables.shares(readme_tables.OTHER_SHAPE)) in README
 
 
 def test_transformers_on_a_gpu() -> None:

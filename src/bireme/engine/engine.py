@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections import deque
@@ -27,8 +26,6 @@ from bireme.request import (
     TokenLogprobs,
 )
 from bireme.trace import SpanKind, SpanRing
-
-_CHECK_EVERY_S = 1.0  # at most: it looks at every block of the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +85,6 @@ class Engine:
         self.watcher: Callable[[ScheduledBatch], None] | None = None  # is told of every step
         self._matchers: dict[str, Matcher] = {}
         self._masked: deque[_Masked] = deque()
-        self._next_check_s = -math.inf
 
     def add(self, request: Request, matcher: Matcher | None = None) -> None:
         """Lets a request wait for its turn. CapacityError where the queue is full."""
@@ -202,9 +198,6 @@ class Engine:
                 output = self._executor.collect()
             self.scheduler.update(output)
         assert not self.scheduler.blocks.num_used, "cache blocks are held by no request"
-        if self.clock() >= self._next_check_s:
-            self.scheduler.check_integrity()
-            self._next_check_s = self.clock() + _CHECK_EVERY_S
         if self._spans is not None:
             self._spans.was_at_work()
 

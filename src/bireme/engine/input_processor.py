@@ -59,7 +59,7 @@ class InputProcessor:
         """CheckpointError where the model has none."""
         return Tokenizer(self.model.folder, self._chat_template)
 
-    @property
+    @cached_property
     def has_tokenizer(self) -> bool:
         """Token ids work without any tokenizer file; texts of outputs are empty then."""
         return has_tokenizer(self.model.folder)
