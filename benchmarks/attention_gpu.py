@@ -10,11 +10,11 @@ operations beside those of a large product.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
+import command_line
 import record
 import torch
 from gpu_floors import NO_CACHE_BYTES, flop_per_s, memory_rates, microseconds, numbers
@@ -104,10 +104,13 @@ def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", default="gpu")
-    parser.add_argument("--block-sizes", default="16,64")
+    parser.add_argument(
+        "--block-sizes", type=command_line.counts, default="16,64", help="of the cache, in tokens"
+    )
     asked = parser.parse_args()
+    command_line.need_gpus(parser)
     rates, rate = memory_rates(), flop_per_s()
     torch.cuda.empty_cache()
     found = []

@@ -11,7 +11,6 @@ read (all weights but the embedding) by what all cores together read from memory
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 import torch
 from beside import told_by_peer
@@ -138,11 +138,13 @@ class Measured:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--vllm", help="An interpreter that has vLLM for CPUs.")
+    parser = command_line.parser_of(__doc__)
+    parser.add_argument("--rounds", type=command_line.count, default=7)
+    parser.add_argument("--tokens", type=command_line.count, default=48)
+    parser.add_argument("--batches", type=command_line.counts, default="1,8,32")
+    parser.add_argument(
+        "--vllm", type=command_line.interpreter, help="An interpreter that has vLLM for CPUs."
+    )
     parser.add_argument("--name", default="decode-16x1024", help="Of the kept result; empty: none.")
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]

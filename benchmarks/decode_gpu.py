@@ -35,6 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 import torch
 from beside import told_by_peer
@@ -268,12 +269,8 @@ def kept_before(name: str, gpus: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {f"{one['tp']},{one['pp']}": one for one in layouts}
 
 
-def cannot_be(
-    asked: argparse.Namespace, gpus: Sequence[str], kept: Mapping[str, object]
-) -> str | None:
+def cannot_be(asked: argparse.Namespace, kept: Mapping[str, object]) -> str | None:
     """What is wrong with what was asked."""
-    if not gpus:
-        return "there is no GPU"
     if asked.only_peers and not (asked.vllm or asked.transformers):
         return "--only-peers is of --vllm or --transformers"
     lacking = sorted(set(asked.layouts) - set(kept)) if asked.only_peers else []
@@ -288,20 +285,40 @@ def tell_progress(what: str, start: float) -> float:
 
 
 def cells_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser = command_line.parser_of(description)
     parser.add_argument("--name", default="gpu")
-    parser.add_argument("--model", default="llama-2-7b", help="of examples/configs, or a folder")
-    parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
-    parser.add_argument("--batches", default="1,8,32,64,128")
-    parser.add_argument("--prefills", default="1024,3584")
+    parser.add_argument(
+        "--model",
+        type=command_line.shape,
+        default="llama-2-7b",
+        help="of examples/configs, or a folder",
+    )
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        type=command_line.layout,
+        metavar="TP,PP",
+        default=["1,1", "2,1", "1,2"],
+    )
+    parser.add_argument("--batches", type=command_line.counts, default="1,8,32,64,128")
+    parser.add_argument("--prefills", type=command_line.counts, default="1024,3584", help="tokens")
     return parser
 
 
 def main() -> None:
     parser = cells_parser(__doc__)
-    parser.add_argument("--briefly", action="store_true")
-    parser.add_argument("--vllm", metavar="PYTHON", help="an interpreter that has vLLM")
-    parser.add_argument("--transformers", action="store_true")
+    parser.add_argument(
+        "--briefly",
+        action="store_true",
+        help="without throughput, and the start with an empty cache",
+    )
+    parser.add_argument(
+        "--vllm",
+        type=command_line.interpreter,
+        metavar="PYTHON",
+        help="an interpreter that has vLLM",
+    )
+    parser.add_argument("--transformers", action="store_true", help="at 1,1")
     parser.add_argument(
         "--keep-others", action="store_true", help="what is kept of other layouts and peers stays"
     )
@@ -309,10 +326,11 @@ def main() -> None:
         "--only-peers", action="store_true", help="beside what is kept of the layouts, which stays"
     )
     asked = parser.parse_args()
+    command_line.need_gpus(parser, layouts=asked.layouts)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     name = f"decode-{Path(asked.model).name}-{asked.name}"
     results = kept_before(name, gpus) if asked.keep_others or asked.only_peers else {}
-    if wrong := cannot_be(asked, gpus, results):
+    if wrong := cannot_be(asked, results):
         parser.error(wrong)
     rates, rate = ({}, 0.0) if asked.only_peers else (memory_rates(), flop_per_s())
     torch.cuda.empty_cache()  # the ranks are processes of their own

@@ -12,12 +12,12 @@ other blocks.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from typing import Any
 
+import command_line
 import record
 import torch
 import torch.nn.functional as F
@@ -97,13 +97,18 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", default="gpu")
-    parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3-70b"])
-    parser.add_argument("--widths", default="1,2")
-    parser.add_argument("--rows", default="8,32,64")
-    parser.add_argument("--briefly", action="store_true")
+    parser.add_argument(
+        "--models", nargs="+", type=command_line.shape, default=["llama-2-7b", "llama-3-70b"]
+    )
+    parser.add_argument(
+        "--widths", type=command_line.counts, default="1,2", help="of tensor groups"
+    )
+    parser.add_argument("--rows", type=command_line.counts, default="8,32,64")
+    parser.add_argument("--briefly", action="store_true", help="try no other blocks")
     asked = parser.parse_args()
+    command_line.need_gpus(parser)
     rates, found = memory_rates(), []
     torch.cuda.empty_cache()
     for model, width in product(asked.models, numbers(asked.widths)):

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import command_line
 import record
 from logit_rows import Rows, logit_rows
 
@@ -29,6 +30,8 @@ from bireme.bench.throughput import measure_throughput
 from bireme.bench.workload import Workload
 from bireme.checkpoint.prepared import prepare_model
 from bireme.config import EngineConfig, ParallelConfig
+from bireme.engine.prepare import make_plan
+from bireme.errors import UserError
 from bireme.text.tokenizer import Tokenizer
 from bireme.verify import transformers_reference, verify
 
@@ -57,6 +60,11 @@ def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, A
         "model": MODEL, "device": asked.device, "dtype": DTYPE, "tensor_parallel_size": tp,
         "pipeline_parallel_size": pp, "enable_prefix_caching": False, **more,
     }  # fmt: skip
+
+
+def config_of(asked: argparse.Namespace, layout: str) -> EngineConfig:
+    tp, pp = (int(width) for width in layout.split(","))
+    return EngineConfig(parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE)
 
 
 def answers(
@@ -121,16 +129,15 @@ def num_apart(one: Rows, other: Rows) -> int:
 def measure(
     asked: argparse.Namespace, layout: str, prompts: list[list[int]], reference: Any
 ) -> dict[str, Any]:
-    tp, pp = (int(width) for width in layout.split(","))
     with LLM(**settings(asked, layout)) as llm:
         usual, usual_s = answers(llm, prompts, asked.tokens), token_s(llm)
         whole = answers(llm, prompts, asked.tokens, tells_prompts=True)
     with LLM(**settings(asked, layout, enforce_eager=True)) as llm:
         eager = answers(llm, prompts, asked.tokens)
-    config = EngineConfig(parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE)
+    config = config_of(asked, layout)
     told = verify(prepare_model(MODEL), config, prompts, reference=reference)
     return {
-        "tp": tp, "pp": pp,
+        **dict(zip(("tp", "pp"), map(int, layout.split(",")), strict=True)),
         "beside_float32": {
             "relative_difference": told.relative_difference, "tolerance": told.tolerance,
             "relative_mean": told.relative_mean, "mean_tolerance": told.mean_tolerance,
@@ -168,18 +175,27 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", default="cpu")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--layouts", nargs="+", default=["1,1", "2,1", "1,2"])
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument(
+        "--layouts", nargs="+", type=command_line.layout, default=["1,1", "2,1", "1,2"]
+    )
+    parser.add_argument("--prompts", type=command_line.count, default=64)
+    parser.add_argument("--tokens", type=command_line.count, default=64)
     asked = parser.parse_args()
     if asked.prompts > EngineConfig().max_num_seqs:
         parser.error(
             f"--prompts {asked.prompts}: at most {EngineConfig().max_num_seqs} go together"
         )
+    if asked.device == "cuda":
+        command_line.need_gpus(parser, layouts=asked.layouts)
     model = prepare_model(MODEL)
+    for layout in asked.layouts:
+        try:
+            make_plan(model, config_of(asked, layout))
+        except UserError as error:
+            parser.error(f"{layout}: {error}")
     tokenizer = Tokenizer(model.folder)
     prompts = [tokenizer.encode(text)[:MOST_PROMPT_TOKENS] for text in paragraphs(asked.prompts)]
     reference = transformers_reference(model, prompts, 32, "float32")

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 import torch
 import torch.distributed as dist
@@ -316,14 +317,17 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", default="gpu")
-    parser.add_argument("--models", nargs="+", default=["llama-2-7b", "llama-3-70b"])
-    parser.add_argument("--rows", default="1024,2048,3584")
+    parser.add_argument(
+        "--models", nargs="+", type=command_line.shape, default=["llama-2-7b", "llama-3-70b"]
+    )
+    parser.add_argument("--rows", type=command_line.counts, default="1024,2048,3584")
     parser.add_argument("--write-flags", action="store_true", help="by the stream, not by a copy")
     asked = parser.parse_args()
     if any(count % MOST_LANES for count in numbers(asked.rows)):
         parser.error(f"--rows {asked.rows}: numbers of rows are multiples of {MOST_LANES}")
+    command_line.need_gpus(parser, 2)
     with tempfile.TemporaryDirectory() as folder:
         kept = f"{folder}/found.json"
         spawn(work, (f"{folder}/meeting", asked, kept), nprocs=2)

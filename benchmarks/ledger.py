@@ -86,7 +86,7 @@ async def tokens_per_s(url: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seconds", type=float, default=1.0)
     arguments = parser.parse_args()

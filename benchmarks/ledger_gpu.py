@@ -13,7 +13,6 @@ own.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -24,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 from decode_gpu import settings
 from gpu_floors import numbers
@@ -166,13 +166,16 @@ def told(one: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", default="gpu")
-    parser.add_argument("--model", default="llama-2-7b")
-    parser.add_argument("--layouts", nargs="+", default=["2,1", "1,1", "1,2"])
-    parser.add_argument("--batches", default="8,64")
+    parser.add_argument("--model", type=command_line.shape, default="llama-2-7b")
+    parser.add_argument(
+        "--layouts", nargs="+", type=command_line.layout, default=["2,1", "1,1", "1,2"]
+    )
+    parser.add_argument("--batches", type=command_line.counts, default="8,64")
     parser.add_argument("--step", nargs=2, metavar=("LAYOUT", "BATCH"), help="only tell this")
     asked = parser.parse_args()
+    command_line.need_gpus(parser, layouts=[asked.step[0]] if asked.step else asked.layouts)
     if asked.step:
         tell_step(asked.model, asked.step[0], int(asked.step[1]))
         return

@@ -8,12 +8,13 @@ two ranks at once the checkpoint and the shards; each rank's bytes over the time
 
 from __future__ import annotations
 
-import argparse
+import os
 import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 import torch
 from shard import LLAMA, SHAPES, make_checkpoint
@@ -56,12 +57,15 @@ def bytes_per_s(folder: Path, tp: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where to write, on the disk")
     parser.add_argument("--name", default="gpu")
     parser.add_argument("--model", choices=SHAPES, default="7b")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=command_line.count, default=3)
     asked = parser.parse_args()
+    command_line.need_gpus(parser)
+    if not os.access(asked.folder, os.W_OK | os.X_OK):
+        parser.error(f"--folder {asked.folder} is no folder that can be written to")
     work = asked.folder / "bireme-loading-benchmark"
     shutil.rmtree(work, ignore_errors=True)
     checkpoint, shards = work / "checkpoint", work / "tp2"

@@ -297,7 +297,7 @@ def first_replies(num_rounds: int, transformers: str | None) -> dict[str, list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transformers", metavar="PYTHON")
     arguments = parser.parse_args()

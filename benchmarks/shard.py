@@ -132,7 +132,7 @@ def load_rank(folder: Path, model: ModelConfig, rank: int) -> tuple[float, dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where to write, on the disk")
     parser.add_argument("--model", choices=SHAPES, default="1.1b")
     parser.add_argument("--rounds", type=int, default=5)

@@ -10,13 +10,13 @@ one that does not count. In brackets the least and the most.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 from decode_gpu import first_token_s, settings
 from gpu_floors import CONFIGS
@@ -48,9 +48,10 @@ def _told(found: list[float], form: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", default="gpu")
     asked = parser.parse_args()
+    command_line.need_gpus(parser, layouts=LAYOUTS)
     config = json.loads((CONFIGS / "llama-2-7b" / "config.json").read_text())
     with tempfile.TemporaryDirectory() as folder:
         long = {**config, "max_position_embeddings": 2 * PROMPT_LEN}

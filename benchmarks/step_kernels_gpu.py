@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 import torch
 from decode_gpu import CONTEXT, INPUT_LEN, OUTPUT_LEN, cells_parser, first_token_s, gaps_s, settings
@@ -146,7 +147,9 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    asked = cells_parser(__doc__).parse_args()
+    parser = cells_parser(__doc__)
+    asked = parser.parse_args()
+    command_line.need_gpus(parser, layouts=asked.layouts)
     rates, rate = memory_rates(), flop_per_s()  # before there are ranks beside it
     torch.cuda.empty_cache()
     results = []

@@ -138,7 +138,7 @@ def encoding_us() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--messages", type=int, default=400)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", help=argparse.SUPPRESS)

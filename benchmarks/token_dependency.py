@@ -85,7 +85,7 @@ def measure(llm: LLM, mode: str, num_requests: int, num_tokens: int) -> tuple[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--token-ms", type=float, default=60.0)
