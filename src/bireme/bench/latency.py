@@ -12,6 +12,7 @@ import numpy as np
 
 from bireme.bench.workload import Workload
 from bireme.engine.llm import LLM
+from bireme.errors import RequestError
 
 PERCENTILES = (50, 90, 99)
 
@@ -86,7 +87,14 @@ def measure_latency(
     num_iterations: int,
     done: Callable[[], None] = lambda: None,
 ) -> LatencyResult:
-    """`done` is called after each iteration, warm-up included. No iteration repeats a prompt."""
+    """`done` is called after each iteration, warm-up included. No iteration repeats a prompt. RequestError where
+    not all of the batch can begin together."""
+    most = llm.config.max_num_seqs
+    if workload.num_prompts > most:
+        raise RequestError(
+            f"a batch of {workload.num_prompts} does not begin together: at most {most} requests run at "
+            "once (max_num_seqs); lower the one or raise the other"
+        )
     iterations = []
     for index in range(num_warmup + num_iterations):
         fresh = dataclasses.replace(workload, seed=workload.seed + index)

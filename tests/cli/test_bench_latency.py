@@ -1,0 +1,25 @@
+"""`bireme bench latency`: one batch that begins and ends together, or none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bireme.cli import run
+
+COMMAND = ["bench", "latency", "demo", "--output-len", "4", "--num-iters-warmup", "1"]
+
+
+def test_as_many_iterations_as_count_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*COMMAND, "--num-iters", "3", "--batch-size", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["latencies"]) == 3
+    assert 0 < told["ttft_s"]["p50"] < told["avg_latency"]
+    assert told["num_prompts"] == 2
+
+
+def test_a_batch_of_more_than_run_at_once_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([*COMMAND, "--batch-size", "5", "--max-num-seqs", "4"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("bireme: a batch of 5 does not begin together: at most 4 requests")
