@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """New text of continuation `choice` of prompt `index`; `output` is set with the last piece of its
     last continuation. `time_s`, of the engine's clock, is when the engine had it."""
 
@@ -72,7 +73,7 @@ class Delta:
     choice: int = 0
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    logprobs: list[Logprobs] = field(default_factory=list)
+    logprobs: list[Logprobs] = msgspec.field(default_factory=list)
     time_s: float = 0.0
 
 

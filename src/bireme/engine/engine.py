@@ -7,9 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
+
+import msgspec
 
 from bireme.engine.driver_spans import DriverSpans
 from bireme.engine.interrupt import deferred_interrupts
@@ -28,8 +30,7 @@ from bireme.request import (
 from bireme.trace import SpanKind, SpanRing
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True):
     """New tokens of one request; `finish_reason` is set with its last ones. Seconds of the engine's
     clock. `logprobs` is empty, or one a token."""
 
@@ -38,7 +39,7 @@ class TokenEvent:
     finish_reason: str | None
     stop_reason: int | str | None
     time_s: float
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = msgspec.field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int = 0
     scheduled_s: float | None = None  # when its first step was; None: never
@@ -224,6 +225,8 @@ class Engine:
 
     def _matched(self, news: News) -> News:
         """Tells the request's matcher; it may end the request, and where it fails, that one alone."""
+        if not self._matchers:
+            return news
         state = news.state
         matcher = self._matchers.get(state.request.request_id)
         if matcher is None or not news.token_ids:

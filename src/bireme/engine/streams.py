@@ -33,6 +33,7 @@ class ChoiceStream:
 
     def __init__(self, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
         self._params = params
+        self._has_stops = bool(params.stop_strings)
         self._decoder: IncrementalDecoder | None = tokenizer.decoder() if tokenizer else None
         self._stops = StopStrings(
             params.stop_strings, is_included=params.include_stop_str_in_output
@@ -65,7 +66,7 @@ class ChoiceStream:
         return text, self.token_ids[before:], self.logprobs[before:]
 
     def _settled(self, text: str) -> str:
-        if not self._params.stop_strings:
+        if not self._has_stops:
             return text
         is_early = len(self.token_ids) <= self._params.min_tokens
         text = self._stops.add(text, is_ignored=is_early)
@@ -151,11 +152,12 @@ class PromptStream:
             return None
         self._note(event)
         text, token_ids, logprobs = stream.add(event)
+        is_last = stream.finish_reason is not None and self.is_finished
         return Delta(
             self.index,
             text,
             token_ids,
-            self.output() if self.is_finished else None,
+            self.output() if is_last else None,
             choice,
             stream.finish_reason,
             stream.stop_reason,
