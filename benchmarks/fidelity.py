@@ -2,18 +2,21 @@
 determinism is asked for, to themselves, with what that costs.
 
     python benchmarks/fidelity.py --name 2x-h200 [--device cuda] [--layouts 1,1 2,1 1,2] [--prompts 64] [--tokens 64]
+        [--shape llama-2-7b]
 
 `demo` in bfloat16, with the first words of paragraphs of this project's guide as prompts. For each layout: logits
 beside transformers' in float32, of prompts and of 32 tokens after each; answers of all prompts together beside those of
 `enforce_eager`, and beside those of requests that ask for their prompts' log-probabilities too, so that the last layer
 makes all rows, as it does for the logits; with `deterministic`, the logits of every token of 8 requests together,
 bit by bit, beside those of each alone and of smaller steps, and the time from token to token of 8 requests beside the
-usual one.
+usual one. With `--shape`, logits of that shape with made-up weights too, beside those of one rank in float32: of
+prompts of 40 to 1,100 tokens in chunks of at most 512, and of 32 tokens after each.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -21,24 +24,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 import command_line
+import numpy as np
 import record
+from gpu_floors import model_folder
 from logit_rows import Rows, logit_rows
 
 from bireme import LLM, SamplingParams
 from bireme.bench.answer_times import Latencies
 from bireme.bench.throughput import measure_throughput
 from bireme.bench.workload import Workload
-from bireme.checkpoint.prepared import prepare_model
+from bireme.checkpoint.prepared import PreparedModel, prepare_model
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.prepare import make_plan
 from bireme.errors import UserError
 from bireme.text.tokenizer import Tokenizer
-from bireme.verify import transformers_reference, verify
+from bireme.verify import (
+    Certificate,
+    Reference,
+    transformers_reference,
+    uncut_reference,
+    verify,
+)
 
 MODEL = "demo"
-DTYPE: Literal["bfloat16"] = "bfloat16"
+DType = Literal["bfloat16", "float32"]
+DTYPE: DType = "bfloat16"
 GUIDE = Path(__file__).parent.parent / "docs" / "guide"
 MOST_PROMPT_TOKENS = 40
+SHAPE_PROMPTS = (40, 600, 1100)  # tokens
 Answers = list[list[int]]
 
 
@@ -65,6 +78,16 @@ def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, A
 def config_of(asked: argparse.Namespace, layout: str) -> EngineConfig:
     tp, pp = (int(width) for width in layout.split(","))
     return EngineConfig(parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE)
+
+
+def shape_settings(asked: argparse.Namespace, layout: str, dtype: DType) -> EngineConfig:
+    config = dataclasses.replace(config_of(asked, layout), dtype=dtype)
+    return dataclasses.replace(config, load_format="dummy", max_num_batched_tokens=512)
+
+
+def shape_prompts(model: PreparedModel) -> list[list[int]]:
+    random = np.random.default_rng(5)
+    return [random.integers(model.config.vocab_size, size=size).tolist() for size in SHAPE_PROMPTS]
 
 
 def answers(
@@ -126,8 +149,17 @@ def num_apart(one: Rows, other: Rows) -> int:
     return sum(one.get(place) != other.get(place) for place in one.keys() | other.keys())
 
 
+def beside_float32(told: Certificate) -> dict[str, Any]:
+    return {
+        "relative_difference": told.relative_difference, "tolerance": told.tolerance,
+        "relative_mean": told.relative_mean, "mean_tolerance": told.mean_tolerance,
+        "prefill_agreement": told.prefill_agreement, "decode_agreement": told.decode_agreement,
+        "is_same": told.is_same,
+    }  # fmt: skip
+
+
 def measure(
-    asked: argparse.Namespace, layout: str, prompts: list[list[int]], reference: Any
+    asked: argparse.Namespace, layout: str, prompts: list[list[int]], reference: Reference
 ) -> dict[str, Any]:
     with LLM(**settings(asked, layout)) as llm:
         usual, usual_s = answers(llm, prompts, asked.tokens), token_s(llm)
@@ -138,12 +170,7 @@ def measure(
     told = verify(prepare_model(MODEL), config, prompts, reference=reference)
     return {
         **dict(zip(("tp", "pp"), map(int, layout.split(",")), strict=True)),
-        "beside_float32": {
-            "relative_difference": told.relative_difference, "tolerance": told.tolerance,
-            "relative_mean": told.relative_mean, "mean_tolerance": told.mean_tolerance,
-            "prefill_agreement": told.prefill_agreement, "decode_agreement": told.decode_agreement,
-            "is_same": told.is_same,
-        },
+        "beside_float32": beside_float32(told),
         "beside_eager": agreement(usual, eager),
         "beside_all_rows": agreement(usual, whole),
         "token_s": usual_s,
@@ -154,17 +181,18 @@ def measure(
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """In Markdown."""
     lines = [
-        "| | logits beside float32, in deviations | greedy, of prompts and decode | answers as eager,"
-        " as with all rows |"
+        "| | logits beside float32, in deviations (of a shape with made-up weights) | greedy, of prompts and"
+        " decode | answers as eager, as with all rows |"
         " deterministic: tokens whose logits differ by a bit, alone and in smaller steps | its ms a token |",
         "|---|---|---|---|---|---|",
     ]
     for one in results:
         logits, eager, fixed = one["beside_float32"], one["beside_eager"], one["deterministic"]
-        whole = one["beside_all_rows"]
+        whole, shape = one["beside_all_rows"], one.get("shape_beside_float32")
+        of_shape = f"; {shape['relative_difference']:.1e}" if shape else ""
         lines.append(
             f"| tp {one['tp']}, pp {one['pp']} | {logits['relative_difference']:.1e} (at most "
-            f"{logits['tolerance']:.0e}) | {logits['prefill_agreement']:.2%}, "
+            f"{logits['tolerance']:.0e}{of_shape}) | {logits['prefill_agreement']:.2%}, "
             f"{logits['decode_agreement']:.2%} | {eager['share_of_answers_alike']:.0%} of "
             f"{eager['num_answers']}, {whole['share_of_answers_alike']:.0%} | "
             f"{fixed['num_rows_apart_alone']} and {fixed['num_rows_apart_in_smaller_steps']} of "
@@ -181,6 +209,7 @@ def main() -> None:
     parser.add_argument(
         "--layouts", nargs="+", type=command_line.layout, default=["1,1", "2,1", "1,2"]
     )
+    parser.add_argument("--shape", type=command_line.shape, help="whose logits are compared too")
     parser.add_argument("--prompts", type=command_line.count, default=64)
     parser.add_argument("--tokens", type=command_line.count, default=64)
     asked = parser.parse_args()
@@ -199,9 +228,18 @@ def main() -> None:
     tokenizer = Tokenizer(model.folder)
     prompts = [tokenizer.encode(text)[:MOST_PROMPT_TOKENS] for text in paragraphs(asked.prompts)]
     reference = transformers_reference(model, prompts, 32, "float32")
+    shape = shape_reference = None
+    if asked.shape:
+        shape = prepare_model(model_folder(asked.shape), needs_weights=False)
+        in_float32 = shape_settings(asked, "1,1", "float32")
+        shape_reference = uncut_reference(shape, in_float32, shape_prompts(shape))
     results = []
     for layout in asked.layouts:
         results.append(measure(asked, layout, prompts, reference))
+        if shape is not None and shape_reference is not None:
+            config = shape_settings(asked, layout, DTYPE)
+            told = verify(shape, config, shape_prompts(shape), reference=shape_reference)
+            results[-1]["shape_beside_float32"] = {"shape": asked.shape, **beside_float32(told)}
         print("\n".join(table(results[-1:])), flush=True)
         record.write(  # what was measured stays, whatever ends the next
             f"fidelity-{asked.name}", ["torch", "triton", "transformers"],

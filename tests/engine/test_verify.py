@@ -27,6 +27,7 @@ from bireme.verify import (
     certificate_json,
     certificate_name,
     certificate_text,
+    uncut_reference,
     verify,
 )
 from bireme.verify.comparison import compare
@@ -185,6 +186,19 @@ def test_a_model_that_fits_no_single_device_is_compared_with_transformers(pool: 
     found = verify(MODEL, CUT, [[1, 2, 3]], num_decode=2, reference="transformers", pool=pool)
     assert found.is_same, certificate_text(found)
     assert found.departure_unknown is None
+
+
+def test_a_cut_in_bfloat16_is_compared_with_one_rank_in_float32(pool: WorkerPool) -> None:
+    prompts = [[1, 2, 3], [4, 5, 6, 7]]
+    exact = dataclasses.replace(CUT, dtype="float32")
+    reference = uncut_reference(MODEL, exact, prompts, num_decode=4)
+    assert [len(ids) for ids in reference.sequences.ids] == [7, 8]
+    same = verify(MODEL, exact, prompts, num_decode=4, reference=reference, pool=pool)
+    rounded = dataclasses.replace(CUT, dtype="bfloat16")
+    found = verify(MODEL, rounded, prompts, num_decode=4, reference=reference, pool=pool)
+    assert same.is_same
+    assert found.is_same
+    assert same.relative_difference < 1e-4 < 1e-3 < found.relative_difference
 
 
 @pytest.mark.usefixtures("small_devices")

@@ -8,7 +8,7 @@ from bireme.verify.certificate import (
     certificate_name,
     certificate_text,
 )
-from bireme.verify.comparison import verify
+from bireme.verify.comparison import uncut_reference, verify
 from bireme.verify.oracle import transformers_reference
 from bireme.verify.sequences import Reference, Sequences, lead
 
@@ -23,5 +23,6 @@ __all__ = [
     "certificate_text",
     "lead",
     "transformers_reference",
+    "uncut_reference",
     "verify",
 ]

@@ -76,6 +76,20 @@ def verify(
                 own_pool.close()
 
 
+def uncut_reference(
+    model: PreparedModel,
+    config: EngineConfig,
+    prompts: Sequence[Sequence[int]],
+    num_decode: int = 32,
+) -> Reference:
+    """What this engine computes on one rank as `config` says: a reference for `verify` of another dtype."""
+    alone = dataclasses.replace(config, parallel=ParallelConfig(), devices=None)
+    plan = make_plan(model, alone)
+    with WorkerPool() as pool, tempfile.TemporaryDirectory(prefix="bireme-verify-") as folder:
+        comparison = _Comparison(model, alone, plan, pool, Path(folder))
+        return comparison.uncut(plan, [list(prompt) for prompt in prompts], num_decode)
+
+
 def compare(
     model_name: str, plan: WorkerPlan, reference: Reference, found: list[torch.Tensor]
 ) -> Certificate:
@@ -193,7 +207,7 @@ class _Comparison:
                     f"reference uncut needs the model on one device: {uncut}; "
                     "or use reference transformers"
                 )
-            return self._uncut(uncut, prompts, num_decode)
+            return self.uncut(uncut, prompts, num_decode)
         raise ConfigError(f"reference {name!r} is not known; use uncut or transformers")
 
     def _lead(
@@ -206,7 +220,7 @@ class _Comparison:
         executor.close()
         return logits
 
-    def _uncut(self, plan: WorkerPlan, prompts: list[list[int]], num_decode: int) -> Reference:
+    def uncut(self, plan: WorkerPlan, prompts: list[list[int]], num_decode: int) -> Reference:
         """Greedy continuations by one rank, and its logits along them."""
         executor = WorkerExecutor(plan, self._pool)
         sequences = Sequences(
