@@ -15,14 +15,14 @@ from bireme.engine.callers import Callers
 from bireme.engine.engine import TokenEvent
 from bireme.engine.input_processor import InputProcessor, ServedModel
 from bireme.errors import RequestError
-from bireme.outputs import Logprob
+from bireme.outputs import Delta, Logprob
 from bireme.request import PromptLogprobs, TokenLogprobs
 from bireme.sampling_params import SamplingParams
 from bireme.server.completions import CompletionReply
 from bireme.server.errors import ApiError, FieldNames
 from bireme.server.exchange import Exchange
 from bireme.server.finished import FinishedRequest
-from bireme.server.generation import Generation
+from bireme.server.generation import Generation, joined
 from bireme.server.logprobs import chat_logprobs
 from bireme.server.metrics import ServerMetrics
 from bireme.server.protocol.common import Usage
@@ -397,3 +397,12 @@ def test_a_stop_string_leaves_the_tokens_with_their_text() -> None:
     whole = told_of(items_of("one two three", None, stop=["two"]))
     assert whole[0][0] == "one "
     assert told_of(items_of("one two three", 1, stop=["two"])) == whole
+
+
+def test_deltas_of_a_continuation_that_follow_one_another_become_one() -> None:
+    first, second = Delta(0, "a", [1], None), Delta(0, "b", [2], None, finish_reason="stop")
+    other = Delta(0, "c", [3], None, choice=1)
+    assert joined([first, second, other]) == [
+        Delta(0, "ab", [1, 2], None, finish_reason="stop"),
+        other,
+    ]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
+import msgspec
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -238,7 +238,7 @@ def joined(deltas: Sequence[Delta]) -> list[Delta]:
     for delta in deltas:
         last = found[-1] if found else None
         if last is not None and (last.index, last.choice) == (delta.index, delta.choice):
-            found[-1] = dataclasses.replace(
+            found[-1] = msgspec.structs.replace(
                 delta,
                 text=last.text + delta.text,
                 token_ids=last.token_ids + delta.token_ids,
