@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import command_line
 import record
 import torch
 from rich.console import Console
@@ -92,7 +93,7 @@ def run_pair(transport: str, seconds: float) -> dict[int, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", help=argparse.SUPPRESS)

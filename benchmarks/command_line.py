@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Iterable
 
 import torch
-from gpu_floors import CONFIGS, model_folder
+from gpu_floors import CONFIGS, model_folder, numbers
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.errors import UserError
@@ -56,18 +57,13 @@ def interpreter(text: str) -> str:
     return text
 
 
-def num_ranks(layout: str) -> int:
-    tp, pp = layout.split(",")
-    return int(tp) * int(pp)
-
-
 def need_gpus(parser: argparse.ArgumentParser, most: int = 1, layouts: Iterable[str] = ()) -> None:
     """Ends the program where there are fewer than `most`, or than one of the layouts needs."""
     here = torch.cuda.device_count()
     if not here:
         parser.error("there is no GPU")
     for it in layouts:
-        if num_ranks(it) > here:
-            parser.error(f"{it} needs {num_ranks(it)} GPUs; {here} are here")
+        if (needed := math.prod(numbers(it))) > here:
+            parser.error(f"{it} needs {needed} GPUs; {here} are here")
     if most > here:
         parser.error(f"it needs {most} GPUs; {here} are here")

@@ -27,6 +27,7 @@ import command_line
 import record
 import torch
 from beside import told_by_peer
+from gpu_floors import numbers
 from rich.console import Console
 from rich.table import Table
 
@@ -147,7 +148,7 @@ def main() -> None:
     )
     parser.add_argument("--name", default="decode-16x1024", help="Of the kept result; empty: none.")
     arguments = parser.parse_args()
-    batches = [int(batch) for batch in arguments.batches.split(",")]
+    batches = numbers(arguments.batches)
     measured, peers = Measured(batches, arguments.tokens), dict[str, dict[str, Any]]()
     with model_folder(CONFIG) as folder:
         for seed in range(arguments.rounds):

@@ -82,7 +82,7 @@ def start_s(model: str, layout: str, environment: dict[str, str]) -> float:
 
 
 def settings(model: str, layout: str) -> dict[str, Any]:
-    tp, pp = (int(width) for width in layout.split(","))
+    tp, pp = numbers(layout)
     return {
         "model": model_folder(model), "load_format": "dummy", "device": "cuda", "dtype": "bfloat16",
         "tensor_parallel_size": tp, "pipeline_parallel_size": pp, "max_num_seqs": 256,
@@ -141,7 +141,7 @@ def load_floor_s(llm: LLM, read_bytes_per_s: float, rate: float) -> float:
 def measure(
     asked: argparse.Namespace, layout: str, read_bytes_per_s: float, rate: float
 ) -> dict[str, Any]:
-    tp, pp = (int(width) for width in layout.split(","))
+    tp, pp = numbers(layout)
     with LLM(**settings(asked.model, layout)) as llm:
         found: dict[str, Any] = {"tp": tp, "pp": pp}
         found["load_s"] = [loaded.seconds for loaded in llm.executor.loaded]

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import command_line
 import numpy as np
 import record
-from gpu_floors import model_folder
+from gpu_floors import model_folder, numbers
 from logit_rows import Rows, logit_rows
 
 from bireme import LLM, SamplingParams
@@ -68,7 +68,7 @@ def paragraphs(count: int) -> list[str]:
 
 
 def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, Any]:
-    tp, pp = (int(width) for width in layout.split(","))
+    tp, pp = numbers(layout)
     return {
         "model": MODEL, "device": asked.device, "dtype": DTYPE, "tensor_parallel_size": tp,
         "pipeline_parallel_size": pp, "enable_prefix_caching": False, **more,
@@ -76,7 +76,7 @@ def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, A
 
 
 def config_of(asked: argparse.Namespace, layout: str) -> EngineConfig:
-    tp, pp = (int(width) for width in layout.split(","))
+    tp, pp = numbers(layout)
     return EngineConfig(parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE)
 
 
@@ -166,10 +166,11 @@ def measure(
         whole = answers(llm, prompts, asked.tokens, tells_prompts=True)
     with LLM(**settings(asked, layout, enforce_eager=True)) as llm:
         eager = answers(llm, prompts, asked.tokens)
+    tp, pp = numbers(layout)
     config = config_of(asked, layout)
     told = verify(prepare_model(MODEL), config, prompts, reference=reference)
     return {
-        **dict(zip(("tp", "pp"), map(int, layout.split(",")), strict=True)),
+        "tp": tp, "pp": pp,
         "beside_float32": beside_float32(told),
         "beside_eager": agreement(usual, eager),
         "beside_all_rows": agreement(usual, whole),

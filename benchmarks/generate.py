@@ -8,11 +8,11 @@ In turn, `--rounds` times: transformers' generate (all cores), then Bireme at (1
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
 
+import command_line
 import record
 import torch
 from rich.console import Console
@@ -57,7 +57,7 @@ def of_bireme(llm: LLM, num_tokens: int) -> Callable[[int], float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

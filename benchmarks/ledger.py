@@ -10,7 +10,6 @@ error, for one turn varies by several percent.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import random
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import command_line
 import record
 
 from bireme.bench.client import Client, Target
@@ -86,7 +86,7 @@ async def tokens_per_s(url: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=80)
     parser.add_argument("--seconds", type=float, default=1.0)
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ of the process that makes ledgers and of the engine, from /proc, as milliseconds
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import command_line
 import record
 
 MODES = ("nobody", "ledger each second", "three viewers")
@@ -138,7 +138,7 @@ def measure(server: int, url: str, mode: str, seconds: float) -> tuple[dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--idle", action="store_true", help="Without streams.")

@@ -8,17 +8,17 @@ What follows `--name` goes to `bireme pipeline --config resnet-152`. On GPUs of 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 
+import command_line
 import record
 import torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", required=True)
     arguments, passed_on = parser.parse_known_args()
     command = [

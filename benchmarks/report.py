@@ -9,7 +9,6 @@ frame, the median of 12 times closer; and from the button to the frame that show
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 from playwright.sync_api import Page, sync_playwright
 
@@ -177,7 +177,7 @@ def seconds_of(page: Page, key: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--steps", type=int, default=4000)
     arguments = parser.parse_args()

@@ -13,7 +13,6 @@ serve`, by a Python that has transformers[serving].
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import http.client
 import json
@@ -32,6 +31,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import command_line
 import psutil
 import record
 
@@ -297,7 +297,7 @@ def first_replies(num_rounds: int, transformers: str | None) -> dict[str, list[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transformers", metavar="PYTHON")
     arguments = parser.parse_args()

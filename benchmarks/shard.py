@@ -11,7 +11,6 @@ adds; the kept result has every round.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import command_line
 import numpy as np
 import record
 import torch
@@ -132,7 +132,7 @@ def load_rank(folder: Path, model: ModelConfig, rank: int) -> tuple[float, dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where to write, on the disk")
     parser.add_argument("--model", choices=SHAPES, default="1.1b")
     parser.add_argument("--rounds", type=int, default=5)

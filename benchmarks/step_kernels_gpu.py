@@ -91,7 +91,7 @@ def seen(
 def measure(
     asked: argparse.Namespace, layout: str, read_bytes_per_s: float, rate: float, folder: Path
 ) -> dict[str, Any]:
-    tp, pp = (int(width) for width in layout.split(","))
+    tp, pp = numbers(layout)
     batches, prefills = numbers(asked.batches), numbers(asked.prefills)
     found: dict[str, Any] = {"tp": tp, "pp": pp, "decode": {}, "prefill": {}}
     with LLM(**settings(asked.model, layout)) as llm:

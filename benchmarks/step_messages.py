@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import command_line
 import msgspec
 import record
 from rich.console import Console
@@ -138,7 +139,7 @@ def encoding_us() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--messages", type=int, default=400)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--steps", help=argparse.SUPPRESS)

@@ -9,10 +9,10 @@ CPU, the demo model. Prints medians, and the median of each round's ratio.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 
+import command_line
 import record
 
 from bireme import LLM, SamplingParams, StructuredOutputsParams
@@ -59,7 +59,7 @@ def measure(llm: LLM, num_tokens: int, num_rounds: int) -> dict[str, list[float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()

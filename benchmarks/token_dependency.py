@@ -9,7 +9,6 @@ and all requests in one batch, one in flight. Shares are measured from the ranks
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import command_line
 import record
 from rich.console import Console
 from rich.table import Table
@@ -85,7 +85,7 @@ def measure(llm: LLM, mode: str, num_requests: int, num_tokens: int) -> tuple[fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=10)
     parser.add_argument("--token-ms", type=float, default=60.0)

@@ -8,7 +8,6 @@ and the certificate against the uncut model.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import command_line
 import record
 
 from bireme import LLM
@@ -48,7 +48,7 @@ def resident(folder: Path, max_model_len: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = command_line.parser_of(__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--max-model-len", type=int, default=256)

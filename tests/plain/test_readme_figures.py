@@ -47,9 +47,9 @@ def test_transformers_on_cpus() -> None:
 
 def test_a_7b_shape_on_gpus() -> None:
     assert "\n".join(readme_tables.beside_aims(readme_tables.SHAPE)) in README
-    layouts = kept(readme_tables.SHAPE)["layouts"]
-    commits = {it["run"]["commit"][:7] for it in layouts}
-    assert [f"at commit {commit} " in README for commit in commits] == [True]
+    (commit,) = commits_of(readme_tables.SHAPE)
+    assert f"Measured at commit {commit} by" in README
+    assert commits_of(readme_tables.LARGE_SHAPE) == {commit}, "README tells one commit of both"
 
 
 @pytest.mark.parametrize(
@@ -57,12 +57,20 @@ def test_a_7b_shape_on_gpus() -> None:
 )
 def test_beside_vllm_on_gpus(shape: str) -> None:
     assert "\n".join(readme_tables.beside_vllm(shape)) in README
-    told = [peer for it in kept(shape)["layouts"] for peer in it["peers"].values()]
-    assert {peer["versions"].get("vllm", "0.24.0") for peer in told} == {"0.24.0"}
-    assert {f"of commit {peer['run']['commit'][:7]}" in README for peer in told} == {True}
+    layouts = kept(shape)["layouts"]
+    assert {it["peers"]["vllm"]["versions"]["vllm"] for it in layouts} == {"0.24.0"}
+    runs = [peer["run"] for it in layouts for peer in it["peers"].values()]
+    assert {f"of commit {run['commit'][:7]}" in README for run in runs} == {True}
+
+
+def commits_of(shape: str) -> set[str]:
+    """Of our own figures."""
+    return {it["run"]["commit"][:7] for it in kept(shape)["layouts"]}
 
 
 def test_a_shape_that_nothing_was_tuned_for() -> None:
+    (commit,) = commits_of(readme_tables.OTHER_SHAPE)
+    assert f"--briefly` at commit {commit})" in README
     assert "\n".join(readme_tables.shares(readme_tables.OTHER_SHAPE)) in README
 
 
