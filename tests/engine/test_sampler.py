@@ -11,9 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sampling_steps import WORKSPACE, decodes, run_steps, shard_of, tokens_of
 
-from bireme.engine.sampling.choosing import Draws, RowGroup, _lowest_key, _Tempered, choose
-from bireme.engine.sampling.columns import SlotColumns
+from bireme.engine.sampling.choosing import RowGroup, _lowest_key, _Tempered, choose
+from bireme.engine.sampling.columns import ChoiceKind, SlotColumns
 from bireme.engine.sampling.shard import Shard, sortable
+from bireme.kernels.draws import Draws
 from bireme.kernels.noise import gumbel_noise
 from bireme.parallel.mesh import Alone
 from bireme.request import SamplingSetup, SlotSetup
@@ -201,6 +202,38 @@ def test_rows_of_a_group_keep_their_slots_and_positions() -> None:
     assert random.draws.seeds.tolist() == [52, 50]
     assert random.draws.temperature.tolist() == [2.0, 1.0]
     assert random.draws.positions.tolist() == [6, 8]
+
+
+def test_rows_of_all_kinds_are_drawn_as_their_slots_ask() -> None:
+    """The last slot is of no request; a slot that is greedy now may have drawn before."""
+    columns = SlotColumns(3, torch.device("cpu"))
+
+    def set_up(slot: int, temperature: float, top_p: float = 1.0) -> None:
+        asked = SamplingSetup(seed=slot + 50, temperature=temperature, top_p=top_p)
+        columns.set_up([SlotSetup(slot, 9, asked)])
+
+    set_up(0, 0.0)
+    set_up(1, 2.0)
+    assert columns.kind([0]) is ChoiceKind.GREEDY
+    assert columns.kind([0, 1]) is ChoiceKind.RANDOM
+    set_up(2, 1.0, top_p=0.5)
+    assert columns.kind([2, 0, 1]) is ChoiceKind.FILTERED
+    slots, positions = torch.tensor([3, 2, 1, 0]), torch.tensor([5, 6, 7, 8])
+    assert columns.draws(ChoiceKind.GREEDY, slots, positions) is None
+    random = columns.draws(ChoiceKind.RANDOM, slots, positions)
+    assert random is not None
+    assert not random.is_filtered
+    found = columns.draws(ChoiceKind.FILTERED, slots, positions)
+    assert found is not None
+    assert (found.has_top_k, found.has_top_p, found.has_min_p) == (True, True, True)
+    assert found.temperature.tolist() == [0.0, 1.0, 2.0, 0.0]
+    assert found.seeds[1:3].tolist() == [52, 51]
+    assert found.top_p[1:3].tolist() == [0.5, 1.0]
+    assert found.positions is positions
+    set_up(2, 0.0)
+    found = columns.draws(ChoiceKind.RANDOM, slots, positions)
+    assert found is not None
+    assert found.temperature.tolist() == [0.0, 0.0, 2.0, 0.0]
 
 
 @pytest.mark.parametrize("top_k", [0, 40])

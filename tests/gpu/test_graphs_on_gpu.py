@@ -19,6 +19,10 @@ pytestmark = [
 # of prompts, and of answers
 LENGTHS = [(3, 40), (50, 7), (17, 25), (1, 33), (80, 2), (400, 12)]
 SHORT_LENGTHS = [*LENGTHS[:-1], (83, 12)]  # of models for 96 tokens
+DRAWS: list[dict[str, float]] = [
+    {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.0}, {"temperature": 0},
+    {"temperature": 1.2, "top_k": 20, "min_p": 0.01}, {"temperature": 0.7, "top_k": 5, "top_p": 0.8},
+]  # fmt: skip
 Answers = list[tuple[list[int], list[float]]]
 
 
@@ -29,19 +33,21 @@ def answers(
     *,
     has_logprobs: bool,
     tells_prompts: bool = False,
+    draws: Sequence[dict[str, float]] = ({"temperature": 0},),
     **settings: object,
 ) -> Answers:
     """Ids, and their log-probabilities where they are asked for, of requests that run together."""
     prompts = [[5 + index % 40 for index in range(size)] for size, _ in lengths]
     params = [
         SamplingParams(
-            temperature=0,
+            **draws[index % len(draws)],  # type: ignore[arg-type]
+            seed=index,
             max_tokens=count,
             ignore_eos=True,
             logprobs=0 if has_logprobs else None,
             prompt_logprobs=0 if tells_prompts else None,
         )
-        for _, count in lengths
+        for index, (_, count) in enumerate(lengths)
     ]
     with LLM(str(model), pool=pool, device="cuda", **{"dtype": "float32", **settings}) as llm:
         outputs = [one for output in llm.generate(prompts, params) for one in output.outputs]
@@ -76,6 +82,20 @@ def test_every_layout(widths: tuple[int, ...], pool: WorkerPool, pair: tuple[int
     compare(
         "demo", pool, tensor_parallel_size=widths[0], pipeline_parallel_size=len(widths),
         devices=pair[: sum(widths)],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("draws", [DRAWS[1:3], DRAWS])
+@pytest.mark.parametrize("widths", [(1,), (2,), (1, 1)])
+def test_draws(
+    draws: Sequence[dict[str, float]],
+    widths: tuple[int, ...],
+    pool: WorkerPool,
+    pair: tuple[int, int],
+) -> None:
+    compare(
+        "demo", pool, tensor_parallel_size=widths[0], pipeline_parallel_size=len(widths),
+        devices=pair[: sum(widths)], draws=draws,
     )  # fmt: skip
 
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
 from bireme.engine.given_rows import GivenRows
+from bireme.engine.sampling.columns import ChoiceKind
 from bireme.engine.sampling.sampler import Chosen, Sampler
 from bireme.engine.slots import Slots
 from bireme.kernels.device_spans import CapturedSpans, DeviceSpans
@@ -97,12 +99,12 @@ class _Graph:
 @dataclass(frozen=True)
 class _Bucket:
     """Graphs of one number of rows: what these are; hidden states [rows, D] from the stage before; what the stage's
-    layers, or all but the last, make of them; on the last stage, what is chosen greedily."""
+    layers, or all but the last, make of them; on the last stage, of decode steps, the choice of ids."""
 
     given: GivenRows
     hidden: torch.Tensor | None
     layers: _Graph
-    greedy: _Graph | None
+    choices: Mapping[ChoiceKind, _Graph]
     leaves_last_layer: bool = False
 
 
@@ -142,9 +144,8 @@ class StepGraphs:
         """Before the groups are left that their collectives are of: NCCL would wait for them."""
         for buckets in (self._prompts, self._decodes):
             for bucket in buckets.values():
-                for captured in (bucket.layers, bucket.greedy):
-                    if captured is not None:
-                        captured.close()
+                for captured in (bucket.layers, *bucket.choices.values()):
+                    captured.close()
             buckets.clear()
 
     def take(self, batch: ScheduledBatch) -> bool:
@@ -176,12 +177,11 @@ class StepGraphs:
         """The stage's layers, of the batch that was placed last -> [T, D]"""
         return self._of(batch).layers.replay(self._spans)[: batch.num_tokens]
 
-    def choose(self, batch: ScheduledBatch) -> Chosen:
-        """The likeliest ids, from what `run` made for this batch, of one new token a sequence; they are the slots'
-        last ids from here on."""
+    def choose(self, batch: ScheduledBatch, kind: ChoiceKind) -> Chosen:
+        """The next ids, from what `run` made for this batch, of one new token a sequence; they are the slots' last ids
+        from here on."""
         bucket, count = self._of(batch), len(batch.pieces)
-        assert bucket.greedy is not None
-        ids = bucket.greedy.replay(self._spans)
+        ids = bucket.choices[kind].replay(self._spans)
         return Chosen(bucket.given.slots[:count], ids[:count], None)
 
     def _of(self, batch: ScheduledBatch) -> _Bucket:
@@ -195,7 +195,7 @@ class StepGraphs:
         given = GivenRows(self._words(GivenRows.num_words(size, None)), size, None)
         hidden = None if self._model.embedding is not None else self._hidden_rows(size)
         layers = self._layers(self._model, given, hidden)
-        return _Bucket(given, hidden, layers, self._greedy(given.slots, layers.made))
+        return _Bucket(given, hidden, layers, self._choices(given, layers.made))
 
     def _prompt_bucket(self, size: int) -> _Bucket:
         given = GivenRows(self._prompt_given, size, _most_tiles(size))
@@ -204,7 +204,7 @@ class StepGraphs:
         leaves_last_layer = self._sampler is not None and size > self._prompt_sizes[0]
         run = self._model.begin if leaves_last_layer else self._model
         layers = self._layers(run, given, hidden, self._prompt_made[:size])
-        return _Bucket(given, hidden, layers, None, leaves_last_layer)
+        return _Bucket(given, hidden, layers, {}, leaves_last_layer)
 
     def _words(self, count: int) -> torch.Tensor:
         return torch.zeros(count, dtype=torch.int64, device=self._device)
@@ -234,17 +234,17 @@ class StepGraphs:
         last = self._last_ids[given.slots]
         return last if given.ids is None else torch.where(given.ids < 0, last, given.ids)
 
-    def _greedy(self, slots: torch.Tensor, made: torch.Tensor) -> _Graph | None:
-        sampler = self._sampler
+    def _choices(self, given: GivenRows, made: torch.Tensor) -> dict[ChoiceKind, _Graph]:
+        sampler, slots = self._sampler, given.slots
         if sampler is None:
-            return None
+            return {}
 
-        def choose() -> torch.Tensor:
-            ids = sampler.likeliest(made)
+        def choose(kind: ChoiceKind) -> torch.Tensor:
+            ids = sampler.choose_alone(kind, made, slots, given.positions + 1)
             self._last_ids.index_copy_(0, slots, ids)
             return ids
 
-        return self._graph(choose)
+        return {kind: self._graph(partial(choose, kind)) for kind in ChoiceKind}
 
     def _graph(self, function: Callable[[], torch.Tensor]) -> _Graph:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))

@@ -13,37 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from bireme.engine.sampling.shard import Shard, sortable
+from bireme.kernels.draws import Draws
 from bireme.kernels.noise import gumbel_noise
 from bireme.parallel.mesh import TensorGroup
 
-_RADIX = ((21, 11), (10, 11), (0, 10))  # (shift, bits) from the top of a 32-bit key
+RADIX = ((21, 11), (10, 11), (0, 10))  # (shift, bits) from the top of a 32-bit key
 _MASS_ONE = 2.0**31
 _BYTES_PER_LOGIT = 64  # of temporaries while a row is drawn: eight of 8 bytes
 _BLOCK = 64  # that every shard's width is a multiple of
 _INT32_MIN = torch.iinfo(torch.int32).min
-
-
-@dataclass(frozen=True)
-class Draws:
-    """What rows that draw ask for: tensors [S]; top_k 0, top_p 1 and min_p 0 keep all.
-
-    `has_*` say on the host whether any row filters so.
-    """
-
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seeds: torch.Tensor
-    choices: torch.Tensor
-    positions: torch.Tensor
-    has_top_k: bool = False
-    has_top_p: bool = False
-    has_min_p: bool = False
-
-    @property
-    def is_filtered(self) -> bool:
-        return self.has_top_k or self.has_top_p or self.has_min_p
 
 
 @dataclass(frozen=True)
@@ -179,11 +157,11 @@ def _threshold(
     from the total weight, both int64 [S].
     """
     prefix = target = torch.zeros_like(tiles.temperature, dtype=torch.int64)
-    for shift, bits in _RADIX:
+    for shift, bits in RADIX:
         histogram = _histogram(tiles, weights_of, prefix, shift, bits)
         group.all_reduce(histogram)
         above = histogram.flip(1).cumsum(1).flip(1)  # weight in this bin and all higher ones
-        if shift == _RADIX[0][0]:
+        if shift == RADIX[0][0]:
             target = target_of(above[:, 0])
         chosen = (above >= target.unsqueeze(1)).sum(dim=1, keepdim=True) - 1
         chosen = chosen.clamp(min=0)

@@ -1,4 +1,4 @@
-"""What the slots ask of a draw, kept on the device, and the groups in which a step's rows are chosen."""
+"""What the slots ask of the choice of their ids, kept on the device, and how a step's rows are chosen together."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ from enum import IntEnum
 
 import torch
 
-from bireme.engine.sampling.choosing import Draws, RowGroup
+from bireme.engine.sampling.choosing import RowGroup
+from bireme.kernels.draws import Draws
 from bireme.kernels.host_copies import upload
 from bireme.request import SamplingSetup, SlotSetup
 
 
-class _Kind(IntEnum):
+class ChoiceKind(IntEnum):
+    """What makes a choice of a later kind can make one of an earlier kind too."""
+
     GREEDY = 0
     RANDOM = 1
     FILTERED = 2
 
     @classmethod
-    def of(cls, sampling: SamplingSetup) -> _Kind:
+    def of(cls, sampling: SamplingSetup) -> ChoiceKind:
         if sampling.temperature == 0:
             return cls.GREEDY
         is_filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
@@ -26,34 +29,52 @@ class _Kind(IntEnum):
 
 
 class SlotColumns:
-    """Rows of greedy slots cost nothing; rows that do not filter are not filtered beside others."""
+    """Of slots [0, num_slots], the last of which no request has: it is greedy."""
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self._device = device
-        self._setups: dict[int, tuple[_Kind, SamplingSetup]] = {}
-        self._whole = torch.zeros(num_slots, 3, dtype=torch.int64, device=device)
-        self._real = torch.zeros(num_slots, 3, dtype=torch.float32, device=device)
+        self._setups: dict[int, tuple[ChoiceKind, SamplingSetup]] = {}
+        self._whole = torch.zeros(3, num_slots + 1, dtype=torch.int64, device=device)
+        self._real = torch.zeros(3, num_slots + 1, dtype=torch.float32, device=device)
 
     def set_up(self, setups: Sequence[SlotSetup]) -> None:
+        changed = []
         for setup in setups:
-            self._setups[setup.slot] = _Kind.of(setup.sampling), setup.sampling
-        drawn = [setup for setup in setups if setup.sampling.temperature > 0]
-        if not drawn:
+            kind, before = ChoiceKind.of(setup.sampling), self._kind(setup.slot)
+            self._setups[setup.slot] = kind, setup.sampling
+            if max(kind, before) > ChoiceKind.GREEDY:
+                changed.append(setup)
+        if not changed:
             return
-        slots = upload(torch.tensor([setup.slot for setup in drawn]), self._device)
-        asked = [setup.sampling for setup in drawn]
+        slots = upload(torch.tensor([setup.slot for setup in changed]), self._device)
+        asked = [setup.sampling for setup in changed]
         whole = torch.tensor([(each.seed, each.choice, each.top_k) for each in asked])
         real = torch.tensor([(each.temperature, each.top_p, each.min_p) for each in asked])
-        self._whole[slots] = upload(whole, self._device)
-        self._real[slots] = upload(real.float(), self._device)
+        self._whole[:, slots] = upload(whole.t().contiguous(), self._device)
+        self._real[:, slots] = upload(real.float().t().contiguous(), self._device)
 
-    def are_greedy(self, slots: Sequence[int]) -> bool:
-        return all(self._setups[slot][0] is _Kind.GREEDY for slot in slots)
+    def kind(self, slots: Sequence[int]) -> ChoiceKind:
+        """That makes the choice of all of these."""
+        return max(self._kind(slot) for slot in slots)
+
+    def _kind(self, slot: int) -> ChoiceKind:
+        return self._setups[slot][0] if slot in self._setups else ChoiceKind.GREEDY
+
+    def draws(
+        self, kind: ChoiceKind, on_device: torch.Tensor, positions: torch.Tensor
+    ) -> Draws | None:
+        """Of rows of slots int64 [S] `on_device`, of no later kind, and their tokens' positions; greedy ones have
+        temperature 0. Nothing is asked of the host: it may be part of a graph."""
+        if kind is ChoiceKind.GREEDY:
+            return None
+        is_filtered = kind is ChoiceKind.FILTERED
+        return self._draws(on_device, positions, is_filtered, is_filtered, is_filtered)
 
     def groups(
         self, slots: Sequence[int], on_device: torch.Tensor, positions: torch.Tensor
     ) -> list[RowGroup]:
-        """Of rows whose slots are `slots`, int64 [S] `on_device` too, and their tokens' positions."""
+        """Of rows whose slots are `slots`, int64 [S] `on_device` too, and their tokens' positions. Rows of greedy slots
+        cost nothing; rows that do not filter are not filtered beside others."""
         kinds = [self._setups[slot][0] for slot in slots]
         groups = []
         for kind in sorted(set(kinds)):
@@ -62,20 +83,17 @@ class SlotColumns:
             if len(members) < len(slots):
                 rows = upload(torch.tensor(members), self._device)
             draws = None
-            if kind is not _Kind.GREEDY:
+            if kind is not ChoiceKind.GREEDY:
                 asked = [self._setups[slots[row]][1] for row in members]
-                draws = self._draws(asked, on_device[rows], positions[rows])
+                draws = self._draws(
+                    on_device[rows], positions[rows],
+                    any(each.top_k > 0 for each in asked), any(each.top_p < 1 for each in asked),
+                    any(each.min_p > 0 for each in asked),
+                )  # fmt: skip
             groups.append(RowGroup(rows, draws))
         return groups
 
-    def _draws(
-        self, asked: Sequence[SamplingSetup], slots: torch.Tensor, positions: torch.Tensor
-    ) -> Draws:
-        seeds, choices, top_k = self._whole[slots].unbind(1)
-        temperature, top_p, min_p = self._real[slots].unbind(1)
-        return Draws(
-            temperature, top_k, top_p, min_p, seeds, choices, positions,
-            has_top_k=any(each.top_k > 0 for each in asked),
-            has_top_p=any(each.top_p < 1 for each in asked),
-            has_min_p=any(each.min_p > 0 for each in asked),
-        )  # fmt: skip
+    def _draws(self, slots: torch.Tensor, positions: torch.Tensor, *has_filters: bool) -> Draws:
+        seeds, choices, top_k = self._whole.index_select(1, slots)
+        temperature, top_p, min_p = self._real.index_select(1, slots)
+        return Draws(temperature, top_k, top_p, min_p, seeds, choices, positions, *has_filters)

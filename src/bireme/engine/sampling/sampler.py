@@ -16,12 +16,14 @@ import torch
 
 from bireme.engine.sampling.adjusting import Adjustments
 from bireme.engine.sampling.answer import Answer, Awaited, arrival
-from bireme.engine.sampling.choosing import RowGroup, choose
-from bireme.engine.sampling.columns import SlotColumns
+from bireme.engine.sampling.choosing import choose
+from bireme.engine.sampling.choosing_on_gpu import choose_on_gpu
+from bireme.engine.sampling.columns import ChoiceKind, SlotColumns
 from bireme.engine.sampling.logprobs import in_tiles, to_records
 from bireme.engine.sampling.prompts import PromptPart, prompt_parts, told_prompts
 from bireme.engine.sampling.shard import Shard
 from bireme.errors import EngineError
+from bireme.kernels.choice import has_kernels
 from bireme.kernels.host_copies import upload
 from bireme.request import (
     SamplingSetup,
@@ -39,8 +41,8 @@ Logits = Callable[[torch.Tensor], torch.Tensor]  # hidden states [R, D] -> [R, V
 
 @dataclass(frozen=True)
 class Chosen:
-    """The new ids [S] of the slots [S] of a step, and the model's own logits, float32 [S, V], where a slot asks
-    for log-probabilities."""
+    """The new ids [S] of the slots [S] of a step, and the model's own logits [S, V], where a slot may ask for
+    log-probabilities."""
 
     slots: torch.Tensor
     ids: torch.Tensor
@@ -82,29 +84,37 @@ class Sampler:
         ]
         slots, positions = (list(column) for column in zip(*sampled, strict=True))
         on_device = upload(torch.tensor([slots, positions]), self._device)
-        logits = self._logits(x).float()
+        logits = self._logits(x)
         adjusted = self._adjusted(batch, logits, slots, positions)
-        groups = self._columns.groups(slots, on_device[0], on_device[1])
-        ids = choose(adjusted, self._shard, groups, self._workspace_bytes)
+        if has_kernels(self._device):
+            ids = self._drawn(adjusted, self._columns.kind(slots), on_device[0], on_device[1])
+        else:
+            groups = self._columns.groups(slots, on_device[0], on_device[1])
+            ids = choose(adjusted.float(), self._shard, groups, self._workspace_bytes)
         self._adjustments.append(slots, positions, ids)
         return Chosen(on_device[0], ids, logits)
 
-    def is_plain(self, batch: ScheduledBatch) -> bool:
-        """True where every piece asks for the likeliest id of the model's own logits, and for nothing else."""
+    def kind_alone(self, batch: ScheduledBatch) -> ChoiceKind | None:
+        """Of what makes the choice of every piece; None where any does not sample, or asks for more than an id of the
+        model's own logits."""
         if not all(piece.samples and not piece.needs_mask for piece in batch.pieces):
-            return False
+            return None
         slots = [piece.slot for piece in batch.pieces]
         positions = [piece.start + piece.num_tokens for piece in batch.pieces]
-        return (
-            self._columns.are_greedy(slots)
-            and not self._asking(slots)
-            and not self._adjustments.touch(slots, positions)
-        )
+        if self._asking(slots) or self._adjustments.touch(slots, positions):
+            return None
+        return self._columns.kind(slots)
 
-    def likeliest(self, x: torch.Tensor) -> torch.Tensor:
-        """Ids [S] of rows [S, D] that ask for nothing else; on the device alone."""
-        logits = self._logits(x).float()
-        return choose(logits, self._shard, [RowGroup(slice(None), None)], self._workspace_bytes)
+    def choose_alone(
+        self, kind: ChoiceKind, x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Ids [S] for these positions [S] of slots [S], of no later kind, from rows [S, D]; on the device alone."""
+        return self._drawn(self._logits(x), kind, slots, positions)
+
+    def _drawn(
+        self, logits: torch.Tensor, kind: ChoiceKind, slots: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        return choose_on_gpu(logits, self._shard, self._columns.draws(kind, slots, positions))
 
     def answer(
         self, batch: ScheduledBatch, x: torch.Tensor, chosen: Chosen | None, *, answers: bool
@@ -140,8 +150,7 @@ class Sampler:
         masked = [row for row, needs in enumerate(needs_mask) if needs]
         if not masked and not self._adjustments.touch(slots, positions):
             return logits
-        if self._asking(slots):
-            logits = logits.clone()
+        logits = logits.to(torch.float32, copy=bool(self._asking(slots)))
         self._adjustments.apply(logits, slots, positions)
         if masked:
             masks = _masks_of(self._masks(batch.header), [slots[row] for row in masked])
