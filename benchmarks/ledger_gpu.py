@@ -138,7 +138,8 @@ def step_s(model: str, layout: str, batch: int, *, has_spans: bool) -> float:
         path = [folder, os.environ.get("PYTHONPATH", "")]
         if not has_spans:
             (Path(folder) / "sitecustomize.py").write_text(WITHOUT_SPANS)
-        command = [sys.executable, __file__, "--model", model, "--step", layout, str(batch)]
+        command = [sys.executable, __file__, "--model", model, "--layouts", layout]
+        command += ["--batches", str(batch), "--step"]
         done = subprocess.run(
             command, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             stdout=subprocess.PIPE, text=True, check=True,
@@ -173,29 +174,29 @@ def main() -> None:
         "--layouts", nargs="+", type=command_line.layout, default=["2,1", "1,1", "1,2"]
     )
     parser.add_argument("--batches", type=command_line.counts, default="8,64")
-    parser.add_argument("--step", nargs=2, metavar=("LAYOUT", "BATCH"), help="only tell this")
+    parser.add_argument("--step", action="store_true", help="only of the first layout and batch")
     asked = parser.parse_args()
-    command_line.need_gpus(parser, layouts=[asked.step[0]] if asked.step else asked.layouts)
+    layout, batch = asked.layouts[0], numbers(asked.batches)[0]
+    command_line.need_gpus(parser, layouts=[layout] if asked.step else asked.layouts)
     if asked.step:
-        tell_step(asked.model, asked.step[0], int(asked.step[1]))
+        tell_step(asked.model, layout, batch)
         return
     found: dict[str, Any] = {}
-    for layout in asked.layouts:
+    for its in asked.layouts:
         with (
             tempfile.TemporaryDirectory() as folder,
-            LLM(**settings(asked.model, layout)) as llm,
+            LLM(**settings(asked.model, its)) as llm,
         ):
             ranks = [
                 one
-                for batch in numbers(asked.batches)
-                for one in beside_profiler(llm, batch, Path(folder))
+                for together in numbers(asked.batches)
+                for one in beside_profiler(llm, together, Path(folder))
             ]
-        found[layout] = ranks
+        found[its] = ranks
         for one in ranks:
-            print(f"{layout} batch {one['batch']} {one['rank']}: {told(one)}", flush=True)
+            print(f"{its} batch {one['batch']} {one['rank']}: {told(one)}", flush=True)
     name = f"ledger-{Path(asked.model).name}-{asked.name}"
     record.write(name, ["torch", "triton"], {"shares": found})
-    layout, batch = asked.layouts[0], numbers(asked.batches)[0]
     costs: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(ROUNDS):
         for has_spans, seconds in costs.items():
