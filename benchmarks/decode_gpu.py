@@ -49,11 +49,11 @@ from gpu_floors import (
 )
 from step_kinds import step_kinds
 
-from bireme import LLM
+from bireme import LLM, SamplingParams
 from bireme.bench.answer_times import Latencies
 from bireme.bench.step_log import logged
 from bireme.bench.throughput import measure_throughput
-from bireme.bench.workload import Workload
+from bireme.bench.workload import GREEDY, Workload
 from bireme.observe.causes import Row
 from bireme.observe.ledger import make_ledger
 from bireme.observe.window import whole_since
@@ -90,9 +90,13 @@ def settings(model: str, layout: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def gaps_s(llm: LLM, batch: int, output_len: int, seed: int) -> list[float]:
+def gaps_s(
+    llm: LLM, batch: int, output_len: int, seed: int, choice: SamplingParams = GREEDY
+) -> list[float]:
     seen = Latencies()
-    workload = Workload(num_prompts=batch, input_len=INPUT_LEN, output_len=output_len, seed=seed)
+    workload = Workload(
+        num_prompts=batch, input_len=INPUT_LEN, output_len=output_len, seed=seed, choice=choice
+    )
     measure_throughput(llm, workload, seen=seen.note)
     return seen.gaps_s
 

@@ -1,22 +1,26 @@
 """The choice of ids on a GPU: the likeliest, a draw from all, and a draw from what top-k and top-p leave.
 
-    python benchmarks/sampling_gpu.py --name 1x-h200
+    python benchmarks/sampling_gpu.py --name 2x-h200 [--layouts 1,1 2,1 1,2] [--batches 1,64]
 
 In a CUDA graph, of logits in bfloat16 as a model's head leaves them: in kernels, and in torch, beside the time in which
-the logits are read once.
+the logits are read once. Then whole decode steps: the time between two tokens of a request.
 """
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import command_line
+import decode_gpu
 import record
 import torch
-from gpu_floors import NO_CACHE_BYTES, memory_rates, microseconds
+from gpu_floors import NO_CACHE_BYTES, memory_rates, microseconds, numbers
 
+from bireme import LLM, SamplingParams
 from bireme.engine.sampling.choosing import RowGroup, choose
 from bireme.engine.sampling.choosing_on_gpu import choose_on_gpu
 from bireme.engine.sampling.shard import Shard
@@ -26,6 +30,12 @@ from bireme.parallel.mesh import Alone
 DEVICE = torch.device("cuda")
 WORKSPACE_BYTES = 32 << 20  # as an engine has it
 SIZES = list(product((32000, 128256), (1, 8, 64, 128)))  # vocabulary, rows
+CHOICES = {
+    "likeliest": SamplingParams(temperature=0), "all": SamplingParams(temperature=0.8, seed=0),
+    "top-p": SamplingParams(temperature=0.8, top_p=0.9, seed=0),
+    "top-k and top-p": SamplingParams(temperature=0.8, top_k=50, top_p=0.9, seed=0),
+}  # fmt: skip
+NUM_TOKENS, ROUNDS = 128, 3
 _MOST_TENSORS = 64
 
 
@@ -63,11 +73,29 @@ def measure(vocab: int, num_rows: int, read_bytes_per_s: float) -> list[dict[str
     return found
 
 
+def steps(model: str, layout: str, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Means of several rounds, taken in turns."""
+    with LLM(**decode_gpu.settings(model, layout)) as llm:
+        for batch in batches:
+            found: dict[str, list[float]] = {kind: [] for kind in CHOICES}
+            for seed in range(-1, ROUNDS):
+                for kind, choice in CHOICES.items():
+                    gaps = decode_gpu.gaps_s(llm, batch, NUM_TOKENS, seed, choice)
+                    found[kind].append(statistics.mean(gaps))
+            for kind, means in found.items():
+                yield {"layout": layout, "batch": batch, "from": kind, "step_s": means[1:]}
+
+
 def main() -> None:
     parser = command_line.parser_of(__doc__)
     parser.add_argument("--name", default="gpu")
+    parser.add_argument("--model", type=command_line.shape, default="llama-2-7b")
+    parser.add_argument(
+        "--layouts", nargs="+", type=command_line.layout, default=["1,1", "2,1", "1,2"]
+    )
+    parser.add_argument("--batches", type=command_line.counts, default="1,64")
     asked = parser.parse_args()
-    command_line.need_gpus(parser)
+    command_line.need_gpus(parser, layouts=asked.layouts)
     rates, found = memory_rates(), []
     torch.cuda.empty_cache()
     for vocab, num_rows in SIZES:
@@ -78,7 +106,16 @@ def main() -> None:
                 f"read in {one['floor_us']:.1f}",
                 flush=True,
             )
-    record.write(f"sampling-{asked.name}", ["torch", "triton"], {**rates, "choices": found})
+    torch.cuda.empty_cache()
+    whole = []
+    for layout in asked.layouts:
+        for one in steps(asked.model, layout, numbers(asked.batches)):
+            whole.append(one)
+            told = ", ".join(f"{1e3 * mean:.3f}" for mean in one["step_s"])
+            print(f"{layout} batch {one['batch']:3}, {one['from']:15}: {told} ms", flush=True)
+    record.write(
+        f"sampling-{asked.name}", ["torch", "triton"], {**rates, "choices": found, "steps": whole}
+    )
 
 
 if __name__ == "__main__":
