@@ -134,6 +134,8 @@ class StepGraphs:
         self._prompt_given = self._words(GivenRows.num_words(most, _most_tiles(most)))
         self._prompt_made = self._hidden_rows(most)
         self._prompt_hidden = None if model.embedding is not None else self._hidden_rows(most)
+        if sampler is not None:
+            sampler.prepare()
         with _nothing_collected():
             # the largest first: what they hold for a moment is held once
             prompts, decodes = reversed(self._prompt_sizes), reversed(self._sizes)

@@ -36,6 +36,7 @@ class SlotColumns:
         self._setups: dict[int, tuple[ChoiceKind, SamplingSetup]] = {}
         self._whole = torch.zeros(3, num_slots + 1, dtype=torch.int64, device=device)
         self._real = torch.zeros(3, num_slots + 1, dtype=torch.float32, device=device)
+        self.no_slot = torch.full((1,), num_slots, device=device)
 
     def set_up(self, setups: Sequence[SlotSetup]) -> None:
         changed = []

@@ -111,6 +111,13 @@ class Sampler:
         """Ids [S] for these positions [S] of slots [S], of no later kind, from rows [S, D]; on the device alone."""
         return self._drawn(self._logits(x), kind, slots, positions)
 
+    def prepare(self) -> None:
+        """Compiles what chooses from logits that were changed, before a request waits for it; by all ranks together."""
+        logits = torch.zeros(1, self._shard.width, device=self._device)
+        slots = self._columns.no_slot
+        for kind in ChoiceKind:
+            self._drawn(logits, kind, slots, slots)
+
     def _drawn(
         self, logits: torch.Tensor, kind: ChoiceKind, slots: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 What `engine.sampling.choosing` does in torch, of all rows in one launch, whatever each of them asks for: a row of
 temperature 0 takes its likeliest id. Scores are float64 and masses integers, so that neither depends on how the
-vocabulary is cut.
+vocabulary is cut. What is compiled for one number of rows serves all.
 Shapes: S rows, V local vocabulary, N parts of it.
 """
 
@@ -46,7 +46,17 @@ def _noise(seed, choice, position, ids):
     return -tl.log(-tl.log((word.to(tl.float64) + 0.5) * _LOWEST_UNIT))
 
 
-@triton.jit(do_not_specialize=["S", "first_id"])
+@triton.jit(
+    do_not_specialize=["S", "first_id"],
+    do_not_specialize_on_alignment=[
+        "temperatures",
+        "seeds",
+        "choices",
+        "positions",
+        "lowest",
+        "best",
+    ],
+)
 def _best_of_part_kernel(
     logits, stride, V, first_id, temperatures, seeds, choices, positions, lowest, best, S,
     IS_DRAWN: tl.constexpr, IS_FILTERED: tl.constexpr, PART: tl.constexpr,
@@ -73,7 +83,7 @@ def _best_of_part_kernel(
     tl.store(best + (part * 2 + 1) * S + row, first.to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["N", "S"])
+@triton.jit(do_not_specialize=["N", "S"], do_not_specialize_on_alignment=["best", "ids"])
 def _first_of_best_kernel(best, ids, N, S, SIZE: tl.constexpr):
     row = tl.program_id(0)
     part = tl.arange(0, SIZE)
@@ -84,7 +94,10 @@ def _first_of_best_kernel(best, ids, N, S, SIZE: tl.constexpr):
     tl.store(ids + row, first.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["shift", "bits"])
+@triton.jit(
+    do_not_specialize=["shift", "bits"],
+    do_not_specialize_on_alignment=["temperatures", "tops", "limits", "lowest", "prefixes"],
+)
 def _weigh_kernel(
     logits, stride, V, temperatures, tops, limits, lowest, prefixes, histogram, shift, bits,
     BY_MASS: tl.constexpr, PART: tl.constexpr, NUM_BINS: tl.constexpr,
@@ -108,7 +121,10 @@ def _weigh_kernel(
         tl.atomic_add(histogram + place, weight, counts & (weight > 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["shift", "bits"])
+@triton.jit(
+    do_not_specialize=["shift", "bits"],
+    do_not_specialize_on_alignment=["temperatures", "limits", "lowest", "prefixes", "targets"],
+)
 def _descend_kernel(
     histogram, temperatures, limits, lowest, prefixes, targets, shift, bits,
     BY_MASS: tl.constexpr, NUM_BINS: tl.constexpr,
