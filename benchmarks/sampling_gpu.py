@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -23,9 +22,11 @@ from gpu_floors import NO_CACHE_BYTES, memory_rates, microseconds, numbers
 from bireme import LLM, SamplingParams
 from bireme.engine.sampling.choosing import RowGroup, choose
 from bireme.engine.sampling.choosing_on_gpu import choose_on_gpu
+from bireme.engine.sampling.columns import ChoiceKind, SlotColumns
 from bireme.engine.sampling.shard import Shard
 from bireme.kernels.draws import Draws
 from bireme.parallel.mesh import Alone
+from bireme.request import SamplingSetup, SlotSetup
 
 DEVICE = torch.device("cuda")
 WORKSPACE_BYTES = 32 << 20  # as an engine has it
@@ -39,15 +40,15 @@ NUM_TOKENS, ROUNDS = 128, 3
 _MOST_TENSORS = 64
 
 
-def draws(num_rows: int) -> dict[str, Draws | None]:
-    counters = torch.arange(num_rows, device=DEVICE)
-    kept = torch.ones(num_rows, device=DEVICE)
-    of_all = Draws(0.8 * kept, 0 * counters, kept, 0 * kept, counters, 0 * counters, counters)
-    filtered = replace(
-        of_all, top_k=50 + 0 * counters, top_p=0.9 * kept, has_top_k=True, has_top_p=True
+def draws(num_rows: int, asked: SamplingParams) -> Draws | None:
+    """As an engine's graph takes them."""
+    columns = SlotColumns(num_rows, DEVICE)
+    setup = SamplingSetup(
+        seed=0, temperature=asked.temperature, top_k=asked.top_k, top_p=asked.top_p
     )
-    by_mass = replace(of_all, top_p=0.9 * kept, has_top_p=True)
-    return {"likeliest": None, "all": of_all, "top-p": by_mass, "top-k and top-p": filtered}
+    columns.set_up([SlotSetup(slot, 1024, setup) for slot in range(num_rows)])
+    slots = torch.arange(num_rows, device=DEVICE)
+    return columns.draws(ChoiceKind.of(setup), slots, slots)
 
 
 def measure(vocab: int, num_rows: int, read_bytes_per_s: float) -> list[dict[str, Any]]:
@@ -55,7 +56,8 @@ def measure(vocab: int, num_rows: int, read_bytes_per_s: float) -> list[dict[str
     count = min(_MOST_TENSORS, max(2, NO_CACHE_BYTES // (2 * vocab * num_rows)))
     tensors = [2 * torch.randn(num_rows, vocab, device=DEVICE).bfloat16() for _ in range(count)]
     found = []
-    for kind, asked in draws(num_rows).items():
+    for kind, choice in CHOICES.items():
+        asked = draws(num_rows, choice)
         group = RowGroup(slice(None), asked)
         found.append(
             {

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sampling_steps import WORKSPACE, decodes, run_steps, shard_of, tokens_of
+from sampling_steps import CPU, WORKSPACE, decodes, piece, run_steps, shard_of, tokens_of
 
 from bireme.engine.sampling.choosing import RowGroup, _lowest_key, _Tempered, choose
 from bireme.engine.sampling.columns import ChoiceKind, SlotColumns
+from bireme.engine.sampling.sampler import Sampler
 from bireme.engine.sampling.shard import Shard, sortable
 from bireme.kernels.draws import Draws
 from bireme.kernels.noise import gumbel_noise
 from bireme.parallel.mesh import Alone
-from bireme.request import SamplingSetup, SlotSetup
+from bireme.request import SamplingSetup, SlotSetup, StepMasks
 from thread_group import ThreadGroup, run_group
 
 GREEDY = [RowGroup(slice(None), None)]
@@ -208,8 +211,8 @@ def test_rows_of_all_kinds_are_drawn_as_their_slots_ask() -> None:
     """The last slot is of no request; a slot that is greedy now may have drawn before."""
     columns = SlotColumns(3, torch.device("cpu"))
 
-    def set_up(slot: int, temperature: float, top_p: float = 1.0) -> None:
-        asked = SamplingSetup(seed=slot + 50, temperature=temperature, top_p=top_p)
+    def set_up(slot: int, temperature: float, **filters: Any) -> None:
+        asked = SamplingSetup(seed=slot + 50, temperature=temperature, **filters)
         columns.set_up([SlotSetup(slot, 9, asked)])
 
     set_up(0, 0.0)
@@ -217,23 +220,57 @@ def test_rows_of_all_kinds_are_drawn_as_their_slots_ask() -> None:
     assert columns.kind([0]) is ChoiceKind.GREEDY
     assert columns.kind([0, 1]) is ChoiceKind.RANDOM
     set_up(2, 1.0, top_p=0.5)
-    assert columns.kind([2, 0, 1]) is ChoiceKind.FILTERED
+    assert columns.kind([2, 0, 1]) is ChoiceKind.BY_MASS
     slots, positions = torch.tensor([3, 2, 1, 0]), torch.tensor([5, 6, 7, 8])
     assert columns.draws(ChoiceKind.GREEDY, slots, positions) is None
     random = columns.draws(ChoiceKind.RANDOM, slots, positions)
     assert random is not None
     assert not random.is_filtered
-    found = columns.draws(ChoiceKind.FILTERED, slots, positions)
+    found = columns.draws(ChoiceKind.BY_MASS, slots, positions)
     assert found is not None
-    assert (found.has_top_k, found.has_top_p, found.has_min_p) == (True, True, True)
+    assert (found.has_top_k, found.has_top_p, found.has_min_p) == (False, True, True)
     assert found.temperature.tolist() == [0.0, 1.0, 2.0, 0.0]
     assert found.seeds[1:3].tolist() == [52, 51]
     assert found.top_p[1:3].tolist() == [0.5, 1.0]
     assert found.positions is positions
+    set_up(0, 1.0, top_k=3)
+    assert columns.kind([2, 0, 1]) is ChoiceKind.BY_RANK
+    found = columns.draws(ChoiceKind.BY_RANK, slots, positions)
+    assert found is not None
+    assert (found.has_top_k, found.has_top_p, found.has_min_p) == (True, True, True)
+    assert found.top_k[1:].tolist() == [0, 0, 3]
     set_up(2, 0.0)
+    set_up(0, 0.0)
     found = columns.draws(ChoiceKind.RANDOM, slots, positions)
     assert found is not None
     assert found.temperature.tolist() == [0.0, 0.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind"),
+    [
+        ({}, ChoiceKind.GREEDY),
+        ({"temperature": 0.5}, ChoiceKind.RANDOM),
+        ({"temperature": 0.5, "min_p": 0.1}, ChoiceKind.BY_MASS),
+        ({"temperature": 0.5, "top_k": 9, "top_p": 0.1}, ChoiceKind.BY_RANK),
+        ({"top_k": 9}, ChoiceKind.GREEDY),
+        ({"num_logprobs": 0}, None),
+        ({"presence_penalty": 0.5}, None),
+        ({"logit_bias": [(3, 1.0)]}, None),
+        ({"min_len": 5, "stop_ids": [3]}, None),
+        ({"min_len": 2, "stop_ids": [3]}, ChoiceKind.GREEDY),
+    ],
+)
+def test_what_a_graph_can_choose(asked: dict[str, Any], kind: ChoiceKind | None) -> None:
+    shard = Shard.of(150, 1, 0, Alone())
+    sampler = Sampler(lambda x: x, shard, lambda _: StepMasks(0, 0, [], []), 2, 1000, CPU)
+    setups = [SamplingSetup(seed=0), SamplingSetup(seed=0, **asked)]
+    (batch,) = decodes(setups, 3, 1, 60)
+    sampler.set_up(batch.setups)
+    assert sampler.kind_alone(batch) is kind
+    with_mask = msgspec.structs.replace(batch, pieces=[piece(0, 2), piece(1, 2, needs_mask=True)])
+    unasked = msgspec.structs.replace(batch, pieces=[piece(0, 2), piece(1, 2, samples=False)])
+    assert sampler.kind_alone(with_mask) is sampler.kind_alone(unasked) is None
 
 
 @pytest.mark.parametrize("top_k", [0, 40])

@@ -85,17 +85,19 @@ def test_every_layout(widths: tuple[int, ...], pool: WorkerPool, pair: tuple[int
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("draws", [DRAWS[1:3], DRAWS])
+@pytest.mark.parametrize(("draws", "max_num_seqs"), [(DRAWS[1:3], 8), (DRAWS, 8), (DRAWS, 2)])
 @pytest.mark.parametrize("widths", [(1,), (2,), (1, 1)])
 def test_draws(
     draws: Sequence[dict[str, float]],
+    max_num_seqs: int,
     widths: tuple[int, ...],
     pool: WorkerPool,
     pair: tuple[int, int],
 ) -> None:
+    """Where slots are few, requests of other kinds take them one after another."""
     compare(
         "demo", pool, tensor_parallel_size=widths[0], pipeline_parallel_size=len(widths),
-        devices=pair[: sum(widths)], draws=draws,
+        devices=pair[: sum(widths)], draws=draws, max_num_seqs=max_num_seqs,
     )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from thread_group import ThreadGroup, run_group
 
 HAS_GPU = torch.cuda.is_available()
 ROWS = 12
+IN_16_BITS = torch.bfloat16 if HAS_GPU else torch.float16  # NumPy has no bfloat16
 VOCABULARIES = [150, 5000, *([128256] if HAS_GPU else [])]
 
 
@@ -49,6 +50,16 @@ def asked_of(device: torch.device) -> Draws:
         positions=torch.arange(ROWS, device=device) * 1000 + 7,
         has_top_k=True, has_top_p=True, has_min_p=True,
     )  # fmt: skip
+
+
+def without(asked: Draws, filters: set[str]) -> Draws:
+    off = {
+        "top_k": torch.zeros_like(asked.top_k), "top_p": torch.ones_like(asked.top_p),
+        "min_p": torch.zeros_like(asked.min_p),
+    }  # fmt: skip
+    for name in filters:
+        asked = replace(asked, **{name: off[name], f"has_{name}": False})  # type: ignore[arg-type]
+    return asked
 
 
 def expected(logits: torch.Tensor, asked: Draws) -> list[int]:
@@ -86,15 +97,12 @@ def check(found: torch.Tensor, wanted: list[int]) -> None:
 
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize(
-    "filters", [{}, {"top_k"}, {"top_p"}, {"min_p"}, {"top_k", "top_p", "min_p"}]
+    "filters", [set(), {"top_k"}, {"top_p"}, {"min_p"}, {"top_k", "top_p", "min_p"}]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, IN_16_BITS])
 def test_draws(vocab: int, filters: set[str], dtype: torch.dtype, device: torch.device) -> None:
     logits, asked = rows_of(vocab, device).to(dtype), asked_of(device)
-    off = {"top_k": torch.zeros_like(asked.top_k), "top_p": torch.ones_like(asked.top_p),
-           "min_p": torch.zeros_like(asked.min_p)}  # fmt: skip
-    for name in off.keys() - filters:
-        asked = replace(asked, **{name: off[name], f"has_{name}": False})
+    asked = without(asked, {"top_k", "top_p", "min_p"} - filters)
     shard = Shard.of(vocab, 1, 0, Alone())
     check(choose_on_gpu(logits, shard, asked), expected(logits, asked))
 
@@ -122,12 +130,23 @@ def test_the_likeliest(vocab: int, device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")
-def test_rows_without_a_number_get_an_id_that_there_is(device: torch.device) -> None:
-    logits = torch.full((ROWS, 4096), math.nan, device=device)
-    shard = Shard.of(4096, 1, 0, Alone())
+@pytest.mark.parametrize("vocab", [150, 1000, 4096, 5000])
+def test_rows_without_a_number_get_an_id_that_there_is(vocab: int, device: torch.device) -> None:
+    """The columns behind a vocabulary have numbers."""
+    shard = Shard.of(vocab, 1, 0, Alone())
+    logits = torch.full((ROWS, shard.width), -math.inf, device=device)
+    logits[:, :vocab] = math.nan
     for asked in (None, asked_of(device)):
         found = choose_on_gpu(logits, shard, asked)
-        assert ((found >= 0) & (found < 4096)).all()
+        assert ((found >= 0) & (found < vocab)).all()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_at_least_one_is_kept(device: torch.device) -> None:
+    logits, shard = torch.randn(ROWS, 5000, device=device), Shard.of(5000, 1, 0, Alone())
+    asked = replace(asked_of(device), top_p=torch.zeros(ROWS, device=device))
+    logits[0, 77] = logits[6, 4000] = math.inf
+    assert choose_on_gpu(logits, shard, asked).tolist() == logits.argmax(1).tolist()
 
 
 @pytest.mark.skipif(HAS_GPU, reason="hidden states of these steps lie on the CPU")
@@ -171,16 +190,22 @@ class TakingTurns(TensorGroup):
             return self._group.all_gather(x)
 
 
+@pytest.mark.parametrize("kind", ["greedy", "random", "filtered"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_vocabulary_that_is_cut(size: int, device: torch.device) -> None:
-    logits, asked, turn = rows_of(5000, device), asked_of(device), threading.Lock()
+def test_a_vocabulary_that_is_cut(kind: str, size: int, device: torch.device) -> None:
+    logits, turn = rows_of(5000, device), threading.Lock()
+    asked = asked_of(device)
+    if kind == "greedy":
+        asked = replace(asked, temperature=0 * asked.temperature)
+    if kind != "filtered":
+        asked = without(asked, {"top_k", "top_p", "min_p"})
 
     def work(rank: int, group: ThreadGroup) -> torch.Tensor:
         with turn:
             shard = Shard.of(5000, size, rank, TakingTurns(group, turn))
             own = logits.new_full((ROWS, shard.width), -math.inf)
             own[:, : shard.num_real] = logits[:, shard.first_id : shard.first_id + shard.num_real]
-            return choose_on_gpu(own, shard, asked)
+            return choose_on_gpu(own, shard, None if kind == "greedy" else asked)
 
     for found in run_group(size, work):
         check(found, expected(logits, asked))

@@ -242,7 +242,7 @@ class StepGraphs:
             return {}
 
         def choose(kind: ChoiceKind) -> torch.Tensor:
-            ids = sampler.choose_alone(kind, made, slots, given.positions + 1)
+            ids = sampler.choose_alone(kind, made, slots, given.positions)
             self._last_ids.index_copy_(0, slots, ids)
             return ids
 

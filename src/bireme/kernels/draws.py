@@ -1,10 +1,12 @@
-"""What rows ask of the choice of their next id."""
+"""What rows ask of the choice of their next id, and the digits by which a threshold is found for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+
+RADIX = ((21, 11), (10, 11), (0, 10))  # (shift, bits) from the top of a 32-bit key
 
 
 @dataclass(frozen=True)

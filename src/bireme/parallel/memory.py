@@ -10,7 +10,7 @@ from bireme.model_config import ModelConfig
 from bireme.parallel.cuts import vocabulary_width
 from bireme.parallel.layout import RankLayout
 
-# of a sampled row, its sums and their copies (`engine/sampling/choosing.py`)
+# of a sampled row, its sums and their copies (`engine/sampling/choosing.py`; on GPUs one of four)
 _HISTOGRAM_BYTES = 4 * 8 * 2048
 _SAID_BYTES = 4  # of a token that penalties must know (`engine/sampling/penalties.py`)
 

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from bireme.engine.sampling.shard import Shard, sortable
-from bireme.kernels.draws import Draws
+from bireme.kernels.draws import RADIX, Draws
 from bireme.kernels.noise import gumbel_noise
 from bireme.parallel.mesh import TensorGroup
 
-RADIX = ((21, 11), (10, 11), (0, 10))  # (shift, bits) from the top of a 32-bit key
 _MASS_ONE = 2.0**31
 _BYTES_PER_LOGIT = 64  # of temporaries while a row is drawn: eight of 8 bytes
 _BLOCK = 64  # that every shard's width is a multiple of

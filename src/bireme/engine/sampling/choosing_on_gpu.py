@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from bireme.engine.sampling.choosing import RADIX
-from bireme.engine.sampling.shard import Shard, sortable
-from bireme.kernels.draws import Draws
+from bireme.engine.sampling.shard import Shard
+from bireme.kernels.draws import RADIX, Draws
 from bireme.parallel.mesh import TensorGroup
 
 
@@ -31,10 +30,7 @@ def _lowest_keys(logits: torch.Tensor, draws: Draws, group: TensorGroup) -> torc
     """int64 [S], from 0: the least key that stays: min-p and top-k, then top-p of what they leave."""
     from bireme.kernels.gpu.sampling import Thresholds
 
-    highest = group.all_gather(logits.amax(dim=1)).amax(dim=0).float()
-    found = Thresholds(logits, draws, tops := highest / draws.temperature)
-    if draws.has_min_p:
-        found.lowest.copy_(sortable(tops + draws.min_p.log())).add_(2**31)
+    found = Thresholds(logits, draws, group.all_gather(logits.amax(dim=1)))
     for has_limit, by_mass in ((draws.has_top_k, False), (draws.has_top_p, True)):
         for shift, bits in RADIX if has_limit else ():
             found.weigh(shift, bits, by_mass=by_mass)

@@ -18,14 +18,16 @@ class ChoiceKind(IntEnum):
 
     GREEDY = 0
     RANDOM = 1
-    FILTERED = 2
+    BY_MASS = 2  # min-p and top-p
+    BY_RANK = 3  # top-k
 
     @classmethod
     def of(cls, sampling: SamplingSetup) -> ChoiceKind:
         if sampling.temperature == 0:
             return cls.GREEDY
-        is_filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-        return cls.FILTERED if is_filtered else cls.RANDOM
+        if sampling.top_k > 0:
+            return cls.BY_RANK
+        return cls.BY_MASS if sampling.top_p < 1 or sampling.min_p > 0 else cls.RANDOM
 
 
 class SlotColumns:
@@ -68,8 +70,8 @@ class SlotColumns:
         temperature 0. Nothing is asked of the host: it may be part of a graph."""
         if kind is ChoiceKind.GREEDY:
             return None
-        is_filtered = kind is ChoiceKind.FILTERED
-        return self._draws(on_device, positions, is_filtered, is_filtered, is_filtered)
+        by_mass = kind >= ChoiceKind.BY_MASS
+        return self._draws(on_device, positions, kind is ChoiceKind.BY_RANK, by_mass, by_mass)
 
     def groups(
         self, slots: Sequence[int], on_device: torch.Tensor, positions: torch.Tensor

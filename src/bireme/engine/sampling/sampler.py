@@ -108,8 +108,10 @@ class Sampler:
     def choose_alone(
         self, kind: ChoiceKind, x: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Ids [S] for these positions [S] of slots [S], of no later kind, from rows [S, D]; on the device alone."""
-        return self._drawn(self._logits(x), kind, slots, positions)
+        """Ids [S] behind tokens at positions [S] of slots [S], of no later kind, from their rows [S, D]; on the device
+        alone."""
+        behind = positions if kind is ChoiceKind.GREEDY else positions + 1
+        return self._drawn(self._logits(x), kind, slots, behind)
 
     def prepare(self) -> None:
         """Compiles what chooses from logits that were changed, before a request waits for it; by all ranks together."""

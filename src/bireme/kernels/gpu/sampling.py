@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.draws import Draws
+from bireme.kernels.draws import RADIX, Draws
 
 _PART = 2048  # columns of one program
-_NUM_BINS = 2048
+_NUM_BINS = 1 << max(bits for _, bits in RADIX)
 _LARGEST_ID = tl.constexpr(0x7FFFFFFF)
 _LOWEST_UNIT, _WHOLE_MASS = tl.constexpr(2.0**-32), tl.constexpr(2.0**31)
 
@@ -65,6 +65,7 @@ def _best_of_part_kernel(
     at = part * PART + tl.arange(0, PART)
     x = tl.load(logits + row.to(tl.int64) * stride + at, at < V, other=float("-inf"))
     x = x.to(tl.float32)
+    x = tl.where(x == x, x, float("-inf"))  # NaN would be less than what is behind a row
     ids = first_id + at
     score = x.to(tl.float64)
     if IS_DRAWN:
@@ -73,10 +74,12 @@ def _best_of_part_kernel(
             x = tl.div_rn(x, temperature)
             if IS_FILTERED:
                 x = tl.where(_key(x).to(tl.int64) >= tl.load(lowest + row), x, float("-inf"))
-            noise = _noise(
-                tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row), ids
-            )
-            score = x.to(tl.float64) + noise
+            if tl.max(x, 0) > float("-inf"):
+                score = x.to(tl.float64) + _noise(
+                    tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row), ids
+                )
+            else:
+                score = x.to(tl.float64)
     highest = tl.max(score, 0)
     first = tl.min(tl.where(score == highest, ids, _LARGEST_ID), 0)
     tl.store(best + (part * 2) * S + row, highest)
@@ -88,10 +91,36 @@ def _first_of_best_kernel(best, ids, N, S, SIZE: tl.constexpr):
     row = tl.program_id(0)
     part = tl.arange(0, SIZE)
     score = tl.load(best + part * 2 * S + row, part < N, other=float("-inf"))
-    id_ = tl.load(best + (part * 2 + 1) * S + row, part < N, other=0.0)
+    id_ = tl.load(best + (part * 2 + 1) * S + row, part < N, other=_LARGEST_ID)
     first = tl.min(tl.where(score == tl.max(score, 0), id_, _LARGEST_ID), 0)
-    first = tl.where(first == _LARGEST_ID, 0.0, first)  # nothing but NaN
     tl.store(ids + row, first.to(tl.int64))
+
+
+@triton.jit(
+    do_not_specialize=["G", "S"],
+    do_not_specialize_on_alignment=[
+        "highest",
+        "temperatures",
+        "min_p",
+        "tops",
+        "lowest",
+        "prefixes",
+    ],
+)
+def _begin_kernel(highest, temperatures, min_p, tops, lowest, prefixes, G, S):
+    row = tl.program_id(0)
+    top = tl.load(highest + row).to(tl.float32)
+    for rank in range(1, G):
+        top = tl.maximum(top, tl.load(highest + rank * S + row).to(tl.float32))
+    temperature, share = tl.load(temperatures + row), tl.load(min_p + row)
+    least = tl.zeros([], tl.int64)
+    if temperature > 0:
+        top = tl.div_rn(top, temperature)
+        if share > 0:
+            least = _key(top + tl.log(share)).to(tl.int64)
+    tl.store(tops + row, top)
+    tl.store(lowest + row, least)
+    tl.store(prefixes + row, tl.zeros([], tl.int64))
 
 
 @triton.jit(
@@ -139,10 +168,11 @@ def _descend_kernel(
         total = tl.sum(weight, 0)
         above = total - tl.cumsum(weight, 0)  # of all higher bins
         prefix, target = tl.load(prefixes + row), tl.load(targets + row)
-        if shift + bits == 32:
+        if shift + bits == 32:  # from the top: what is there is of another threshold
             prefix = prefix * 0
             if BY_MASS:
-                target = tl.ceil(total.to(tl.float64) * limit.to(tl.float64)).to(tl.int64)
+                wanted = tl.ceil(total.to(tl.float64) * limit.to(tl.float64)).to(tl.int64)
+                target = tl.maximum(wanted, 1)
             else:
                 target = limit.to(tl.int64)  # of fewer ids all are kept
         chosen = tl.maximum(tl.sum((above + weight >= target).to(tl.int32), 0) - 1, 0)
@@ -155,22 +185,28 @@ def _descend_kernel(
 
 class Thresholds:
     """The least keys that rows keep, `lowest` int64 [S], counted from 0; found by radix selection, as a group of ranks
-    sums `histogram` int64 [S, 2048] between `weigh` and `descend`. `tops` float32 [S]: the highest over temperature.
+    sums `histogram` int64 [S, bins] between `weigh` and `descend`. It begins with what min-p keeps of the highest
+    logits [ranks, S] of all.
     """
 
-    def __init__(self, logits: torch.Tensor, draws: Draws, tops: torch.Tensor) -> None:
-        self._logits, self._draws, self._tops = logits, draws, tops
-        num_rows = len(logits)
-        self.lowest = torch.zeros(num_rows, dtype=torch.int64, device=logits.device)
-        self._state = torch.zeros(2, num_rows, dtype=torch.int64, device=logits.device)
-        self.histogram = self._state.new_zeros(num_rows, _NUM_BINS)
+    def __init__(self, logits: torch.Tensor, draws: Draws, highest: torch.Tensor) -> None:
+        self._logits, self._draws = logits, draws
+        num_ranks, num_rows = highest.shape
+        self._tops = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
+        state = torch.empty(3, num_rows, dtype=torch.int64, device=logits.device)
+        self.lowest, self._prefixes, self._targets = state.unbind(0)
+        self.histogram = state.new_zeros(num_rows, _NUM_BINS)
+        _begin_kernel[(num_rows,)](
+            highest, draws.temperature, draws.min_p, self._tops, self.lowest, self._prefixes,
+            num_ranks, num_rows, num_warps=1,
+        )  # fmt: skip
 
     def weigh(self, shift: int, bits: int, *, by_mass: bool) -> None:
         """Adds this shard's numbers, or masses, of the keys that begin as was found before, by their next bits."""
         logits, draws = self._logits, self._draws
         _weigh_kernel[(_num_parts(logits), len(logits))](
             logits, logits.stride(0), logits.shape[1], draws.temperature, self._tops,
-            self._limits(by_mass), self.lowest, self._state[0], self.histogram, shift, bits,
+            self._limits(by_mass), self.lowest, self._prefixes, self.histogram, shift, bits,
             BY_MASS=by_mass, PART=_PART, NUM_BINS=_NUM_BINS, num_warps=8,
         )  # fmt: skip
 
@@ -178,7 +214,7 @@ class Thresholds:
         """Finds these bits of the threshold, from the histogram, which is empty then."""
         _descend_kernel[(len(self._logits),)](
             self.histogram, self._draws.temperature, self._limits(by_mass), self.lowest,
-            self._state[0], self._state[1], shift, bits,
+            self._prefixes, self._targets, shift, bits,
             BY_MASS=by_mass, NUM_BINS=_NUM_BINS, num_warps=8,
         )  # fmt: skip
 
@@ -198,6 +234,7 @@ def best_of_parts(
     _best_of_part_kernel[(len(best), len(logits))](
         logits, logits.stride(0), logits.shape[1], first_id, *asked, lowest, best, len(logits),
         IS_DRAWN=draws is not None, IS_FILTERED=lowest is not None, PART=_PART, num_warps=8,
+        sanitize_overflow=False,  # words of a hash wrap
     )  # fmt: skip
     return best
 
