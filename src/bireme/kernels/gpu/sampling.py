@@ -74,12 +74,11 @@ def _best_of_part_kernel(
             x = tl.div_rn(x, temperature)
             if IS_FILTERED:
                 x = tl.where(_key(x).to(tl.int64) >= tl.load(lowest + row), x, float("-inf"))
+            score = x.to(tl.float64)
             if tl.max(x, 0) > float("-inf"):
-                score = x.to(tl.float64) + _noise(
+                score += _noise(
                     tl.load(seeds + row), tl.load(choices + row), tl.load(positions + row), ids
                 )
-            else:
-                score = x.to(tl.float64)
     highest = tl.max(score, 0)
     first = tl.min(tl.where(score == highest, ids, _LARGEST_ID), 0)
     tl.store(best + (part * 2) * S + row, highest)
