@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from gpu_floors import CONFIGS, model_folder, numbers
@@ -17,6 +17,22 @@ from bireme.errors import UserError
 def parser_of(description: str) -> argparse.ArgumentParser:
     """That tells the first paragraph of a program's docstring."""
     return argparse.ArgumentParser(description=description.partition("\n\n")[0])
+
+
+def shape_parser(
+    description: str,
+    layouts: Sequence[str] = ("1,1", "2,1", "1,2"),
+    batches: str = "1,8,32,64,128",
+) -> argparse.ArgumentParser:
+    """Of a program that measures a shape at these layouts and batches where it is not told others."""
+    parser = parser_of(description)
+    parser.add_argument("--name", default="gpu")
+    parser.add_argument(
+        "--model", type=shape, default="llama-2-7b", help="of examples/configs, or a folder"
+    )
+    parser.add_argument("--layouts", nargs="+", type=layout, metavar="TP,PP", default=[*layouts])
+    parser.add_argument("--batches", type=counts, default=batches)
+    return parser
 
 
 def count(text: str) -> int:

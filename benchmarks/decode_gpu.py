@@ -49,11 +49,11 @@ from gpu_floors import (
 )
 from step_kinds import step_kinds
 
-from bireme import LLM, SamplingParams
+from bireme import LLM
 from bireme.bench.answer_times import Latencies
 from bireme.bench.step_log import logged
 from bireme.bench.throughput import measure_throughput
-from bireme.bench.workload import GREEDY, Workload
+from bireme.bench.workload import Workload
 from bireme.observe.causes import Row
 from bireme.observe.ledger import make_ledger
 from bireme.observe.window import whole_since
@@ -90,13 +90,9 @@ def settings(model: str, layout: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def gaps_s(
-    llm: LLM, batch: int, output_len: int, seed: int, choice: SamplingParams = GREEDY
-) -> list[float]:
+def gaps_s(llm: LLM, batch: int, output_len: int, seed: int) -> list[float]:
     seen = Latencies()
-    workload = Workload(
-        num_prompts=batch, input_len=INPUT_LEN, output_len=output_len, seed=seed, choice=choice
-    )
+    workload = Workload(num_prompts=batch, input_len=INPUT_LEN, output_len=output_len, seed=seed)
     measure_throughput(llm, workload, seen=seen.note)
     return seen.gaps_s
 
@@ -289,22 +285,7 @@ def tell_progress(what: str, start: float) -> float:
 
 
 def cells_parser(description: str) -> argparse.ArgumentParser:
-    parser = command_line.parser_of(description)
-    parser.add_argument("--name", default="gpu")
-    parser.add_argument(
-        "--model",
-        type=command_line.shape,
-        default="llama-2-7b",
-        help="of examples/configs, or a folder",
-    )
-    parser.add_argument(
-        "--layouts",
-        nargs="+",
-        type=command_line.layout,
-        metavar="TP,PP",
-        default=["1,1", "2,1", "1,2"],
-    )
-    parser.add_argument("--batches", type=command_line.counts, default="1,8,32,64,128")
+    parser = command_line.shape_parser(description)
     parser.add_argument("--prefills", type=command_line.counts, default="1024,3584", help="tokens")
     return parser
 

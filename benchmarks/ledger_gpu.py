@@ -167,13 +167,7 @@ def told(one: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = command_line.parser_of(__doc__)
-    parser.add_argument("--name", default="gpu")
-    parser.add_argument("--model", type=command_line.shape, default="llama-2-7b")
-    parser.add_argument(
-        "--layouts", nargs="+", type=command_line.layout, default=["2,1", "1,1", "1,2"]
-    )
-    parser.add_argument("--batches", type=command_line.counts, default="8,64")
+    parser = command_line.shape_parser(__doc__, ["2,1", "1,1", "1,2"], "8,64")
     parser.add_argument("--step", action="store_true", help="only of the first layout and batch")
     asked = parser.parse_args()
     layout, batch = asked.layouts[0], numbers(asked.batches)[0]

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import command_line
-import decode_gpu
 import record
 import torch
+from decode_gpu import INPUT_LEN, settings
 from gpu_floors import NO_CACHE_BYTES, memory_rates, microseconds, numbers
 
 from bireme import LLM, SamplingParams
+from bireme.bench.answer_times import Latencies
+from bireme.bench.throughput import measure_throughput
+from bireme.bench.workload import Workload
 from bireme.engine.sampling.choosing import RowGroup, choose
 from bireme.engine.sampling.choosing_on_gpu import choose_on_gpu
 from bireme.engine.sampling.columns import ChoiceKind, SlotColumns
@@ -38,6 +42,19 @@ CHOICES = {
 }  # fmt: skip
 NUM_TOKENS, ROUNDS = 128, 3
 _MOST_TENSORS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Workload):
+    """Tokens are chosen as `choice` says."""
+
+    choice: SamplingParams
+
+    def make(self, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
+        prompts, params = super().make(vocab_size)
+        return prompts, [
+            replace(self.choice, max_tokens=one.max_tokens, ignore_eos=True) for one in params
+        ]
 
 
 def draws(num_rows: int, asked: SamplingParams) -> Draws | None:
@@ -77,25 +94,24 @@ def measure(vocab: int, num_rows: int, read_bytes_per_s: float) -> list[dict[str
 
 def steps(model: str, layout: str, batches: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Means of several rounds, taken in turns."""
-    with LLM(**decode_gpu.settings(model, layout)) as llm:
+    with LLM(**settings(model, layout)) as llm:
         for batch in batches:
             found: dict[str, list[float]] = {kind: [] for kind in CHOICES}
             for seed in range(-1, ROUNDS):
                 for kind, choice in CHOICES.items():
-                    gaps = decode_gpu.gaps_s(llm, batch, NUM_TOKENS, seed, choice)
-                    found[kind].append(statistics.mean(gaps))
+                    seen = Latencies()
+                    load = Drawn(
+                        num_prompts=batch, input_len=INPUT_LEN, output_len=NUM_TOKENS, seed=seed,
+                        choice=choice,
+                    )  # fmt: skip
+                    measure_throughput(llm, load, seen=seen.note)
+                    found[kind].append(statistics.mean(seen.gaps_s))
             for kind, means in found.items():
                 yield {"layout": layout, "batch": batch, "from": kind, "step_s": means[1:]}
 
 
 def main() -> None:
-    parser = command_line.parser_of(__doc__)
-    parser.add_argument("--name", default="gpu")
-    parser.add_argument("--model", type=command_line.shape, default="llama-2-7b")
-    parser.add_argument(
-        "--layouts", nargs="+", type=command_line.layout, default=["1,1", "2,1", "1,2"]
-    )
-    parser.add_argument("--batches", type=command_line.counts, default="1,64")
+    parser = command_line.shape_parser(__doc__, batches="1,64")
     asked = parser.parse_args()
     command_line.need_gpus(parser, layouts=asked.layouts)
     rates, found = memory_rates(), []

@@ -220,13 +220,13 @@ def test_rows_of_all_kinds_are_drawn_as_their_slots_ask() -> None:
     assert columns.kind([0]) is ChoiceKind.GREEDY
     assert columns.kind([0, 1]) is ChoiceKind.RANDOM
     set_up(2, 1.0, top_p=0.5)
-    assert columns.kind([2, 0, 1]) is ChoiceKind.BY_MASS
+    assert columns.kind([2, 0, 1]) is ChoiceKind.TOP_P
     slots, positions = torch.tensor([3, 2, 1, 0]), torch.tensor([5, 6, 7, 8])
     assert columns.draws(ChoiceKind.GREEDY, slots, positions) is None
     random = columns.draws(ChoiceKind.RANDOM, slots, positions)
     assert random is not None
     assert not random.is_filtered
-    found = columns.draws(ChoiceKind.BY_MASS, slots, positions)
+    found = columns.draws(ChoiceKind.TOP_P, slots, positions)
     assert found is not None
     assert (found.has_top_k, found.has_top_p, found.has_min_p) == (False, True, True)
     assert found.temperature.tolist() == [0.0, 1.0, 2.0, 0.0]
@@ -234,8 +234,8 @@ def test_rows_of_all_kinds_are_drawn_as_their_slots_ask() -> None:
     assert found.top_p[1:3].tolist() == [0.5, 1.0]
     assert found.positions is positions
     set_up(0, 1.0, top_k=3)
-    assert columns.kind([2, 0, 1]) is ChoiceKind.BY_RANK
-    found = columns.draws(ChoiceKind.BY_RANK, slots, positions)
+    assert columns.kind([2, 0, 1]) is ChoiceKind.TOP_K
+    found = columns.draws(ChoiceKind.TOP_K, slots, positions)
     assert found is not None
     assert (found.has_top_k, found.has_top_p, found.has_min_p) == (True, True, True)
     assert found.top_k[1:].tolist() == [0, 0, 3]
@@ -251,8 +251,8 @@ def test_rows_of_all_kinds_are_drawn_as_their_slots_ask() -> None:
     [
         ({}, ChoiceKind.GREEDY),
         ({"temperature": 0.5}, ChoiceKind.RANDOM),
-        ({"temperature": 0.5, "min_p": 0.1}, ChoiceKind.BY_MASS),
-        ({"temperature": 0.5, "top_k": 9, "top_p": 0.1}, ChoiceKind.BY_RANK),
+        ({"temperature": 0.5, "min_p": 0.1}, ChoiceKind.TOP_P),
+        ({"temperature": 0.5, "top_k": 9, "top_p": 0.1}, ChoiceKind.TOP_K),
         ({"top_k": 9}, ChoiceKind.GREEDY),
         ({"num_logprobs": 0}, None),
         ({"presence_penalty": 0.5}, None),

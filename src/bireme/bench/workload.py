@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from bireme.errors import RequestError
 from bireme.sampling_params import SamplingParams
-
-GREEDY = SamplingParams(temperature=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """`num_prompts` prompts of `input_len` tokens, each continued by `output_len` tokens; lengths
-    vary by `range_ratio` either way, evenly drawn. Tokens are chosen as `choice` says, greedily if it does not."""
+    vary by `range_ratio` either way, evenly drawn."""
 
     num_prompts: int
     input_len: int
     output_len: int
     range_ratio: float = 0.0
     seed: int = 0
-    choice: SamplingParams = GREEDY
 
     def __post_init__(self) -> None:
         check_lengths(self.num_prompts, self.input_len, self.output_len, self.range_ratio)
 
     def make(self, vocab_size: int) -> tuple[list[list[int]], list[SamplingParams]]:
-        """Prompts, and what is asked of each: exactly so many tokens."""
+        """Prompts, and what is asked of each: greedy, exactly so many tokens."""
         draw = random.Random(self.seed)
         prompts = [
             [
@@ -37,8 +34,8 @@ class Workload:
             for _ in range(self.num_prompts)
         ]
         params = [
-            replace(
-                self.choice,
+            SamplingParams(
+                temperature=0,
                 max_tokens=draw_length(draw, self.output_len, self.range_ratio),
                 ignore_eos=True,
             )

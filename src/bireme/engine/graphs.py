@@ -179,9 +179,14 @@ class StepGraphs:
         """The stage's layers, of the batch that was placed last -> [T, D]"""
         return self._of(batch).layers.replay(self._spans)[: batch.num_tokens]
 
-    def choose(self, batch: ScheduledBatch, kind: ChoiceKind) -> Chosen:
-        """The next ids, from what `run` made for this batch, of one new token a sequence; they are the slots' last ids
-        from here on."""
+    def choose(self, batch: ScheduledBatch) -> Chosen | None:
+        """The next ids, from what `run` made for this batch; they are the slots' last ids from here on. None where no
+        graph makes that choice."""
+        if not batch.is_decode or self._sampler is None:
+            return None
+        kind = self._sampler.kind_alone(batch)
+        if kind is None:
+            return None
         bucket, count = self._of(batch), len(batch.pieces)
         ids = bucket.choices[kind].replay(self._spans)
         return Chosen(bucket.given.slots[:count], ids[:count], None)

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from bireme.engine.capture import StepCapture
 from bireme.engine.graphs import StepGraphs
 from bireme.engine.sampling.answer import Answer
-from bireme.engine.sampling.sampler import Chosen, MaskSource, Sampler
+from bireme.engine.sampling.sampler import MaskSource, Sampler
 from bireme.engine.sampling.shard import Shard
 from bireme.engine.slots import CacheShape, Slots, Workspace
 from bireme.engine.tiles import SIZES, TiledModel, tile_model
@@ -281,24 +281,10 @@ class ModelRunner:
         chosen = None
         with self.spans.span(SpanKind.SAMPLE):
             if batch.sampling_slots:
-                chosen = self._chosen(sampler, batch, x, graphs, has_all)
+                chosen = None if graphs is None else graphs.choose(batch)
+                if chosen is None:
+                    rows = x[self._on_device(asked_rows(batch.pieces))] if has_all else x
+                    chosen = sampler.choose(batch, rows)
+                    self._last_ids.index_copy_(0, chosen.slots, chosen.ids)
                 self.comm.sampled_sender.send(batch.header, self._last_ids)
             return sampler.answer(batch, x, chosen, answers=self.comm.mesh.answers)
-
-    def _chosen(
-        self,
-        sampler: Sampler,
-        batch: ScheduledBatch,
-        x: torch.Tensor,
-        graphs: StepGraphs | None,
-        has_all: bool,
-    ) -> Chosen:
-        """The slots' new last ids."""
-        if graphs is not None and batch.is_decode:
-            kind = sampler.kind_alone(batch)
-            if kind is not None:
-                return graphs.choose(batch, kind)
-        rows = x[self._on_device(asked_rows(batch.pieces))] if has_all else x
-        chosen = sampler.choose(batch, rows)
-        self._last_ids.index_copy_(0, chosen.slots, chosen.ids)
-        return chosen

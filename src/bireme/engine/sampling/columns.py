@@ -18,16 +18,16 @@ class ChoiceKind(IntEnum):
 
     GREEDY = 0
     RANDOM = 1
-    BY_MASS = 2  # min-p and top-p
-    BY_RANK = 3  # top-k
+    TOP_P = 2  # and min-p
+    TOP_K = 3
 
     @classmethod
     def of(cls, sampling: SamplingSetup) -> ChoiceKind:
         if sampling.temperature == 0:
             return cls.GREEDY
         if sampling.top_k > 0:
-            return cls.BY_RANK
-        return cls.BY_MASS if sampling.top_p < 1 or sampling.min_p > 0 else cls.RANDOM
+            return cls.TOP_K
+        return cls.TOP_P if sampling.top_p < 1 or sampling.min_p > 0 else cls.RANDOM
 
 
 class SlotColumns:
@@ -70,8 +70,8 @@ class SlotColumns:
         temperature 0. Nothing is asked of the host: it may be part of a graph."""
         if kind is ChoiceKind.GREEDY:
             return None
-        by_mass = kind >= ChoiceKind.BY_MASS
-        return self._draws(on_device, positions, kind is ChoiceKind.BY_RANK, by_mass, by_mass)
+        is_filtered = kind >= ChoiceKind.TOP_P
+        return self._draws(on_device, positions, kind is ChoiceKind.TOP_K, is_filtered, is_filtered)
 
     def groups(
         self, slots: Sequence[int], on_device: torch.Tensor, positions: torch.Tensor
