@@ -40,12 +40,15 @@ class DeviceTables:
             at += range(first, first + len(blocks[0]))
         if not at:
             return
-        new = [
-            [id_ for _, _, blocks in added for id_ in blocks[kind]]
-            for kind in range(len(self._kinds))
+        count, num_kinds = len(at), len(self._kinds)
+        packed = np.empty((num_kinds + 2) * count, dtype=np.int32)
+        packed[: 2 * count].view(np.int64)[:] = at
+        packed[2 * count :] = [
+            id_ for kind in range(num_kinds) for *_, blocks in added for id_ in blocks[kind]
         ]
-        packed = torch.from_numpy(np.array([at, *new], dtype=np.int64))
-        places, *by_kind = upload(packed, self._device).unbind(0)
-        for kind, ids in zip(self._kinds, by_kind, strict=True):
+        given = upload(torch.from_numpy(packed), self._device)
+        places = given[: 2 * count].view(torch.int64)
+        for index, kind in enumerate(self._kinds, start=2):
             if kind.window in self.of:  # other stages may have layers of other kinds
-                self.of[kind.window].view(-1).index_copy_(0, places, ids.int())
+                ids = given[index * count : (index + 1) * count]
+                self.of[kind.window].view(-1).index_copy_(0, places, ids)

@@ -13,10 +13,13 @@ from bireme.engine.messages import Join
 from bireme.engine.setup import num_cores
 from bireme.engine.world import World
 from bireme.parallel.broadcast import RingPlan
-from bireme.parallel.counters import create_memory
+from bireme.parallel.counters import SPIN_S, create_memory
 from bireme.parallel.peer_room import PeerRoom
 from bireme.parallel.segment_plan import SegmentPlan, create_segment, is_supported
 from bireme.parallel.shm_helper import load_helper
+
+# where no core is wanted for what the ranks compute: one that slept takes twice as long to begin a step
+_SPIN_BESIDE_GPU_S = 0.2
 
 
 def threads_per_rank(num_ranks: int) -> int:
@@ -105,7 +108,8 @@ def _steps(plan: WorldPlan, held: ExitStack, *, is_compiled: bool) -> Steps:
     if not plan.shares_memory:
         folder = tempfile.mkdtemp(prefix="bireme-")
         return QueueSteps(tuple(f"ipc://{folder}/steps-{rank}" for rank in range(num_ranks)))
-    ring = RingPlan(num_readers=num_ranks, is_compiled=is_compiled)
+    spin_s = SPIN_S if "cpu" in plan.devices else _SPIN_BESIDE_GPU_S
+    ring = RingPlan(num_readers=num_ranks, is_compiled=is_compiled, spin_s=spin_s)
     fd, path = create_memory(ring.num_bytes, "bireme-steps")
     held.callback(os.close, fd)
     return RingSteps(path, ring)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bireme.errors import EngineError
-from bireme.parallel.counters import LINE_BYTES, Memory
+from bireme.parallel.counters import LINE_BYTES, SPIN_S, Memory
 
 MAX_FRAME_BYTES = 1 << 30
 WATCH_S = 0.1  # how often a writer that waits looks around
@@ -22,11 +22,13 @@ Watch = Callable[[int], None]  # of the reader that keeps the writer waiting; ra
 
 @dataclass(frozen=True, kw_only=True)
 class RingPlan:
-    """One counter of what was written, one a reader of what it took, and the ring."""
+    """One counter of what was written, one a reader of what it took, and the ring; how long who waits spins before it
+    sleeps, where each has a core."""
 
     num_readers: int
     capacity: int = 1 << 21  # bytes, a power of two
     is_compiled: bool = False
+    spin_s: float = SPIN_S
 
     @property
     def data_at(self) -> int:
@@ -39,8 +41,9 @@ class RingPlan:
     def map(self, path: str) -> Memory:
         num_counters = self.num_readers + 1  # as many as there are processes
         return Memory(
-            path, self.num_bytes, num_counters, num_counters, is_compiled=self.is_compiled
-        )
+            path, self.num_bytes, num_counters, num_counters,
+            is_compiled=self.is_compiled, spin_s=self.spin_s,
+        )  # fmt: skip
 
 
 class BroadcastWriter:

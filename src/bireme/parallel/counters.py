@@ -1,7 +1,7 @@
 """Counters in memory that processes of one host share: raised by one, awaited by others.
 
-A waiter spins for a moment, then sleeps in a futex until a deadline, so that ranks that share a
-core get on. Each lies on a cache line of its own: the count modulo 2^32, and a word that says that
+A waiter spins for a moment, then sleeps in a futex, both until a deadline at most, so that ranks
+that share a core get on. Each lies on a cache line of its own: the count modulo 2^32, and a word that says that
 someone sleeps. All who share them use the same of the two kinds of `Counter`.
 """
 
@@ -20,8 +20,7 @@ _FUTEX, _WAIT, _WAKE = 202, 0, 1  # x86-64
 _LIBC = ctypes.CDLL(None)
 _FIRST_SLEEP_NS, _LONGEST_SLEEP_NS = 2_000_000, 32_000_000
 _BEFORE = 1 << 31  # of a difference modulo 2^32: a count that was not reached yet
-_SPINS, _SPINS_WHEN_SHARED = 2000, 20  # from Python: about 100 us and 1 us
-_PAUSES, _PAUSES_WHEN_SHARED = 4000, 40  # compiled: about 100 us and 1 us
+SPIN_S, _SPIN_WHEN_SHARED_S = 1e-4, 1e-6
 
 
 def create_memory(num_bytes: int, name: str) -> tuple[int, str]:
@@ -34,11 +33,18 @@ def create_memory(num_bytes: int, name: str) -> tuple[int, str]:
 class Memory:
     """A shared file, mapped, that begins with counters; unmapped when nobody refers to it any more.
 
-    `num_busy` processes that use it want a core each.
+    `num_busy` processes that use it want a core each. Where they have one, waiters spin for `spin_s`.
     """
 
     def __init__(
-        self, path: str, num_bytes: int, num_counters: int, num_busy: int, *, is_compiled: bool
+        self,
+        path: str,
+        num_bytes: int,
+        num_counters: int,
+        num_busy: int,
+        *,
+        is_compiled: bool,
+        spin_s: float = SPIN_S,
     ) -> None:
         with open(path, "r+b") as file:
             self.map = mmap.mmap(file.fileno(), num_bytes)
@@ -46,10 +52,7 @@ class Memory:
         self.words = memoryview(self.map)[: num_counters * LINE_BYTES].cast("I")
         self.helper = _required_helper() if is_compiled else None
         is_shared = num_busy > len(os.sched_getaffinity(0))
-        if self.helper is None:
-            self.num_spins = _SPINS_WHEN_SHARED if is_shared else _SPINS
-        else:
-            self.num_spins = _PAUSES_WHEN_SHARED if is_shared else _PAUSES
+        self.spin_s = _SPIN_WHEN_SHARED_S if is_shared else spin_s
 
     def counter(self, index: int) -> Counter:
         return Counter(self, index) if self.helper is None else CompiledCounter(self, index)
@@ -77,7 +80,7 @@ class Counter:
         self._memory = memory  # keeps it mapped
         self._words, self._at = memory.words, index * LINE_BYTES // 4
         self._address = ctypes.c_void_p(memory.address + index * LINE_BYTES)
-        self._num_spins = memory.num_spins
+        self._spin_s = memory.spin_s
 
     def has_reached(self, count: int) -> bool:
         return not (self._words[self._at] - count) & _BEFORE
@@ -94,21 +97,24 @@ class Counter:
 
     def await_count(self, count: int, timeout_s: float) -> bool:
         """False if the count was not reached within `timeout_s`."""
-        for _ in range(self._num_spins):
-            if self.has_reached(count):
-                return True
-        return self._sleep(count, timeout_s)
+        begun = time.monotonic()
+        spin_end = begun + min(self._spin_s, timeout_s)
+        while not self.has_reached(count):
+            if time.monotonic() >= spin_end:
+                return self._sleep(count, begun + timeout_s)
+        return True
 
-    def _sleep(self, count: int, timeout_s: float) -> bool:
+    def _sleep(self, count: int, deadline: float) -> bool:
         words, at = self._words, self._at
-        deadline, sleep_ns = time.monotonic() + timeout_s, _FIRST_SLEEP_NS
+        sleep_ns = _FIRST_SLEEP_NS
         while ((seen := words[at]) - count) & _BEFORE:
+            left_ns = int((deadline - time.monotonic()) * 1e9)
+            if left_ns <= 0:
+                return False
             words[at + 1] = 1
-            pause = ctypes.byref(_Timespec(0, sleep_ns))
+            pause = ctypes.byref(_Timespec(0, min(sleep_ns, left_ns)))
             _LIBC.syscall(_FUTEX, self._address, _WAIT, ctypes.c_uint(seen), pause, None, 0)
             sleep_ns = min(2 * sleep_ns, _LONGEST_SLEEP_NS)
-            if time.monotonic() > deadline:
-                return False
         return True
 
 
@@ -119,6 +125,7 @@ class CompiledCounter(Counter):
         super().__init__(memory, index)
         assert memory.helper is not None
         self._raise, self._await = memory.helper.raise_to, memory.helper.await_count
+        self._spin_ns = round(1e9 * memory.spin_s)
 
     def raise_to(self, count: int) -> None:
         self._raise(self._address, count & 0xFFFFFFFF)
@@ -129,6 +136,6 @@ class CompiledCounter(Counter):
         deadline = time.monotonic() + timeout_s
         while True:  # interrupted: Python handles the signal between two turns
             left_ns = int(max(0.0, deadline - time.monotonic()) * 1e9)
-            found = self._await(self._address, count & 0xFFFFFFFF, self._num_spins, left_ns)
+            found = self._await(self._address, count & 0xFFFFFFFF, self._spin_ns, left_ns)
             if found != INTERRUPTED:
                 return bool(found == REACHED)

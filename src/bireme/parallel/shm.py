@@ -138,7 +138,7 @@ class CompiledGroup(ShmGroup):
         self._group = Group(
             size=size,
             me=self._me,
-            num_spins=memory.num_spins,
+            spin_ns=round(1e9 * memory.spin_s),
             timeout_ns=int(segment.timeout_s * 1e9),
             counters=(ctypes.c_void_p * size)(*counters),
             buffers=(ctypes.c_void_p * (2 * size))(*buffers),

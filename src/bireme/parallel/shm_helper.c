@@ -20,14 +20,14 @@
 #define CHUNK_BYTES (1u << 20) /* of a sum at a time: CHUNK_BYTES of shm.py */
 #define BLOCK 512              /* elements summed at a time: they stay in the first cache */
 #define YIELDS 4
+#define PAUSES 16 /* between two looks at the clock: a microsecond, or less */
 #define VECTOR __attribute__((target("avx2,f16c")))
 
 enum { REACHED, LATE, INTERRUPTED };
 
 struct group {
     int32_t size, me;
-    uint32_t num_spins;
-    int64_t timeout_ns;
+    int64_t spin_ns, timeout_ns;
     uint32_t *const *counters;
     char *const *buffers; /* of rank r and parity p: 2 * r + p */
 };
@@ -53,19 +53,25 @@ void bireme_raise(uint32_t *line, uint32_t count) {
         syscall(SYS_futex, line, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
 
-int bireme_await(uint32_t *line, uint32_t count, uint32_t num_spins, int64_t timeout_ns) {
+/* Spins, and then sleeps, until the deadline. */
+int bireme_await(uint32_t *line, uint32_t count, int64_t spin_ns, int64_t timeout_ns) {
     uint32_t seen;
-    for (uint32_t spin = 0; spin < num_spins; spin++) {
-        if (!is_before(line, count, &seen))
-            return REACHED;
-        __builtin_ia32_pause();
-    }
-    for (int turn = 0; turn < YIELDS; turn++) {
+    if (!is_before(line, count, &seen))
+        return REACHED;
+    int64_t begun = now_ns(), deadline = begun + timeout_ns;
+    int64_t spin_end = begun + (spin_ns < timeout_ns ? spin_ns : timeout_ns);
+    do {
+        for (int turn = 0; turn < PAUSES; turn++) {
+            if (!is_before(line, count, &seen))
+                return REACHED;
+            __builtin_ia32_pause();
+        }
+    } while (now_ns() < spin_end);
+    for (int turn = 0; spin_end < deadline && turn < YIELDS; turn++) {
         if (!is_before(line, count, &seen))
             return REACHED;
         sched_yield();
     }
-    int64_t deadline = now_ns() + timeout_ns;
     int status = REACHED;
     __atomic_fetch_add(line + 1, 1, __ATOMIC_SEQ_CST);
     while (status == REACHED && is_before(line, count, &seen)) {
@@ -88,7 +94,7 @@ static int await_all(const struct group *group, uint32_t count) {
         if (rank == group->me)
             continue;
         while (status == INTERRUPTED) {
-            status = bireme_await(group->counters[rank], count, group->num_spins, left);
+            status = bireme_await(group->counters[rank], count, group->spin_ns, left);
             if (status != INTERRUPTED)
                 break;
             deadline = deadline ? deadline : now_ns() + left;

@@ -18,7 +18,7 @@ class Group(ctypes.Structure):
     _fields_ = (
         ("size", c_int32),
         ("me", c_int32),
-        ("num_spins", c_uint32),
+        ("spin_ns", c_int64),
         ("timeout_ns", c_int64),
         ("counters", POINTER(c_void_p)),
         ("buffers", POINTER(c_void_p)),
@@ -31,9 +31,7 @@ class Helper:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.is_usable = _typed(library.bireme_is_usable, c_int)
         self.raise_to = _typed(library.bireme_raise, None, c_void_p, c_uint32)
-        self.await_count = _typed(
-            library.bireme_await, c_int, c_void_p, c_uint32, c_uint32, c_int64
-        )
+        self.await_count = _typed(library.bireme_await, c_int, c_void_p, c_uint32, c_int64, c_int64)
         group = POINTER(Group)
         self.all_reduce = _typed(
             library.bireme_all_reduce, c_int, group, c_void_p, c_uint64, c_int, c_uint32
