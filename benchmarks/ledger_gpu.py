@@ -4,11 +4,11 @@
 
 Shares of a rank's time, of prompts of 8 tokens continued by 192, medians of three rounds. The ledger: collectives,
 work, and the rest, in which the GPU has none, with what of it is `host`; the same of steps that no profiler sees, from
-a third of 384 tokens on. The profiler: kernels that ranks exchange by, other kernels with what lies between those that
-were launched together, however long (a GPU may stop amid a graph while it is traced, of which the ledger knows
-nothing), and pauses; of both of these the longest too. Then the mean time from token to token of the first layout and
-batch with spans and without (nobody can ask for that: they are patched away here), in turn, each in processes of its
-own.
+a third of 384 tokens on. The profiler: kernels in which a tensor group's ranks wait for one another, other kernels with
+what lies between those that were launched together, however long (a GPU may stop amid a graph while it is traced, of
+which the ledger knows nothing), and pauses with the kernels in which stages wait for one another. Then the mean time
+from token to token of the first layout and batch with spans and without (nobody can ask for that: they are patched away
+here), in turn, each in processes of its own.
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def shares_by_profiler(path: Path) -> Shares:
     found = kernel_times(path)
     assert found is not None, path
     return {
-        "collective": found.exchange_s / found.whole_s,
+        "collective": found.collective_s / found.whole_s,
         "work": (found.other_s + found.between_s) / found.whole_s,
-        "rest": found.pause_s / found.whole_s,
+        "rest": (found.pause_s + found.message_s) / found.whole_s,
+        "messages": found.message_s / found.whole_s,
         "between kernels": found.between_s / found.whole_s,
         "longest between kernels": found.longest_between_s / found.whole_s,
         "longest pause": found.longest_pause_s / found.whole_s,

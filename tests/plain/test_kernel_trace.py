@@ -47,13 +47,14 @@ def test_every_microsecond_is_of_the_kernel_that_began_first(tmp_path: Path) -> 
         ("gemm", 62, 5),
         ("gemm", 79, 1),
         ("gemm", 100, 1),
+        ("wait_signal_kernel", 101, 3),
         launches={4: 7, 5: 8, 6: 8, 7: 9},
     )
     found = kernel_times(trace)
     assert found is not None
     micro = KernelTimes(*(1e6 * value for value in vars(found).values()))
     expected = KernelTimes(
-        whole_s=101, exchange_s=5, other_s=35, between_s=14, pause_s=47,
+        whole_s=104, collective_s=5, message_s=3, other_s=35, between_s=14, pause_s=47,
         longest_between_s=12, longest_pause_s=20,
     )  # fmt: skip
     assert vars(micro) == pytest.approx(vars(expected))

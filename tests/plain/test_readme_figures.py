@@ -47,9 +47,12 @@ def test_transformers_on_cpus() -> None:
 
 def test_a_7b_shape_on_gpus() -> None:
     assert "\n".join(readme_tables.beside_aims(readme_tables.SHAPE)) in README
-    (commit,) = commits_of(readme_tables.SHAPE)
-    assert f"Measured at commit {commit} by" in README
-    assert commits_of(readme_tables.LARGE_SHAPE) == {commit}, "README tells one commit of both"
+    layouts: dict[str, list[str]] = {}
+    for it in kept(readme_tables.SHAPE)["layouts"]:
+        commit = it["run"]["commit"][:7]
+        layouts.setdefault(commit, []).append(f"tp {it['tp']} x pp {it['pp']}")
+    said = ", ".join(f"{' and '.join(of)} at commit {commit}" for commit, of in layouts.items())
+    assert said in README.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -83,11 +86,24 @@ def test_transformers_on_a_gpu() -> None:
 
 
 def test_a_70b_shape_on_gpus() -> None:
+    (commit,) = commits_of(readme_tables.LARGE_SHAPE)
+    assert f"made up on the GPUs, at commit {commit}, beside" in README.replace("\n", " ")
+    (ours,) = kept(readme_tables.LARGE_SHAPE)["layouts"]
+    times = [1e3 * took for took in ours["prefill"]["1024"]["ttft_s"]]
+    assert f"The five prompts took {min(times):.1f} to {max(times):.1f}." in README
     assert "\n".join(readme_tables.beside_aims(readme_tables.LARGE_SHAPE, "limit")) in README
     (layout,) = kept(f"{readme_tables.LARGE_SHAPE}-other-host")["layouts"]
     one, many = (1e3 * layout["decode"][batch]["step_s"] for batch in ("1", "64"))
     prefill = 1e3 * median(layout["prefill"]["1024"]["ttft_s"])
     assert f"took {one:.1f}, **{many:.1f}** and **{prefill:.0f}** ms" in README
+
+
+def test_what_is_missing_on_gpus() -> None:
+    layouts = {f"{it['tp']},{it['pp']}": it for it in kept(readme_tables.KERNELS)["layouts"]}
+    told = "\n".join(readme_tables.missing(readme_tables.SHAPE, layouts))
+    readme = (ROOT / "benchmarks/README.md").read_text()
+    assert told in readme
+    assert f"of commit {kept(readme_tables.KERNELS)['commit'][:7]}, as" in readme
 
 
 def missed(found: float, aim: float, *, is_rate: bool = False) -> float:

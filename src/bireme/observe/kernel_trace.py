@@ -59,6 +59,10 @@ class Kernel(NamedTuple):
         return is_exchange(self.name)
 
     @property
+    def is_message(self) -> bool:
+        return is_message(self.name)
+
+    @property
     def follows_pause(self) -> bool:
         """And was not launched together with what ran before."""
         return self.gap_us >= _PAUSE_US and not self.goes_on
@@ -66,12 +70,14 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels that exchange with other ranks, in
-    others, where two run together in that which began first; and in none, between kernels that follow one another or
-    were launched together, and otherwise; of both of these the longest too."""
+    """Of a GPU, from its first kernel to the end of the last, in seconds: in kernels in which ranks of a tensor group
+    wait for one another, in those in which stages do, in others, where two run together in that which began first; and
+    in none, between kernels that follow one another or were launched together, and otherwise; of both of these the
+    longest too."""
 
     whole_s: float
-    exchange_s: float
+    collective_s: float
+    message_s: float
     other_s: float
     between_s: float
     pause_s: float
@@ -103,6 +109,7 @@ def kernel_times(path: Path) -> KernelTimes | None:
     found = kernels(path)
     if not found:
         return None
+    message = sum(it.own_us for it in found if it.is_message)
     exchange = sum(it.own_us for it in found if it.is_exchange)
     other = sum(it.own_us for it in found if not it.is_exchange)
     gaps = [it.gap_us for it in found if not it.follows_pause]
@@ -111,7 +118,8 @@ def kernel_times(path: Path) -> KernelTimes | None:
     whole = exchange + other + between + pause
     times = (
         whole,
-        exchange,
+        exchange - message,
+        message,
         other,
         between,
         pause,
@@ -124,5 +132,5 @@ def kernel_times(path: Path) -> KernelTimes | None:
 def kernel_share(path: Path) -> float | None:
     """Of the time between its first and its last kernel, that of collectives left out; None where it ran none."""
     found = kernel_times(path)
-    rest_s = 0.0 if found is None else found.whole_s - found.exchange_s
+    rest_s = 0.0 if found is None else found.whole_s - found.collective_s - found.message_s
     return None if found is None or rest_s <= 0 else found.other_s / rest_s
