@@ -18,7 +18,7 @@ from bireme.parallel.peer_room import PeerRoom
 from bireme.parallel.segment_plan import SegmentPlan, create_segment, is_supported
 from bireme.parallel.shm_helper import load_helper
 
-# where no core is wanted for what the ranks compute: one that slept takes twice as long to begin a step
+# where cores compute nothing: a rank that slept begins a step 0.2 ms later, and is slower then (two H200s)
 _SPIN_BESIDE_GPU_S = 0.2
 
 

@@ -22,8 +22,8 @@ Watch = Callable[[int], None]  # of the reader that keeps the writer waiting; ra
 
 @dataclass(frozen=True, kw_only=True)
 class RingPlan:
-    """One counter of what was written, one a reader of what it took, and the ring; how long who waits spins before it
-    sleeps, where each has a core."""
+    """One counter of what was written, one a reader of what it took, and the ring. A reader spins for `spin_s` before
+    it sleeps, where each process has a core."""
 
     num_readers: int
     capacity: int = 1 << 21  # bytes, a power of two
@@ -38,11 +38,11 @@ class RingPlan:
     def num_bytes(self) -> int:
         return self.data_at + self.capacity
 
-    def map(self, path: str) -> Memory:
+    def map(self, path: str, spin_s: float = SPIN_S) -> Memory:
         num_counters = self.num_readers + 1  # as many as there are processes
         return Memory(
             path, self.num_bytes, num_counters, num_counters,
-            is_compiled=self.is_compiled, spin_s=self.spin_s,
+            is_compiled=self.is_compiled, spin_s=spin_s,
         )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ class BroadcastWriter:
 
 class BroadcastReader:
     def __init__(self, path: str, plan: RingPlan, reader: int) -> None:
-        memory = plan.map(path)
+        memory = plan.map(path, plan.spin_s)
         self._data = memory.raw(plan.data_at, plan.capacity)
         self._written, self._taken = memory.counter(0), memory.counter(1 + reader)
         self._capacity, self._count = plan.capacity, 0

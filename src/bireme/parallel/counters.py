@@ -1,8 +1,8 @@
 """Counters in memory that processes of one host share: raised by one, awaited by others.
 
 A waiter spins for a moment, then sleeps in a futex, both until a deadline at most, so that ranks
-that share a core get on. Each lies on a cache line of its own: the count modulo 2^32, and a word that says that
-someone sleeps. All who share them use the same of the two kinds of `Counter`.
+that share a core get on. Each lies on a cache line of its own: the count modulo 2^32, and a word
+that says that someone sleeps. All who share them use the same of the two kinds of `Counter`.
 """
 
 from __future__ import annotations
