@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bireme.kernels.device_spans import SAMPLED_EVERY, DeviceSpans
+from bireme.kernels.device_spans import MOST_BEGUN, SAMPLED_EVERY, DeviceSpans
 from bireme.trace import Span, SpanKind, SpanRing
 
 pytestmark = [
@@ -109,6 +109,28 @@ def test_a_graphs_collectives_are_when_its_replays_came_to_them(ring: SpanRing) 
         assert span.end_ns - span.start_ns == pytest.approx(2 / 3 * step_ns, rel=0.05)
     total = ring.totals()[SpanKind.ALL_GATHER]
     assert (total.num_bytes, total.num_spans) == (100 * (SAMPLED_EVERY + 1), SAMPLED_EVERY + 1)
+
+
+def test_a_span_since_a_graph_begins_when_the_device_comes_to_it(ring: SpanRing) -> None:
+    spans, graph = DeviceSpans(ring, DEVICE), torch.cuda.CUDAGraph()
+    with spans.capturing(notes_begin=True) as captured, torch.cuda.graph(graph):
+        spans.note_begin()
+        torch.cuda._sleep(CYCLES)
+    num_steps = MOST_BEGUN + 2  # each place is used, and two anew
+    for step_id in range(num_steps):
+        spans.set_step(step_id, 0)
+        with spans.span(SpanKind.STEP), spans.span_since_graph(SpanKind.COMPUTE):
+            torch.cuda._sleep(CYCLES)  # as if the graph's launch took so long
+            graph.replay()
+            spans.replayed(captured)
+        torch.cuda.synchronize(DEVICE)
+    spans.flush()
+    steps, works = of_kind(ring, SpanKind.STEP), of_kind(ring, SpanKind.COMPUTE)
+    assert [span.step_id for span in works] == list(range(num_steps))
+    for step, work in zip(steps, works, strict=True):
+        assert work.end_ns <= step.end_ns
+        halves = 2 * (work.end_ns - work.start_ns), step.end_ns - step.start_ns
+        assert halves[0] == pytest.approx(halves[1], rel=0.1)
 
 
 def test_nvtx_ranges_bear_the_names_of_spans(tmp_path: Path) -> None:

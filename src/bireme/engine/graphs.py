@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,6 +28,7 @@ from bireme.kernels.query_tiles import TILE, num_tiles
 from bireme.models.blocks import StageModel
 from bireme.models.step import StepContext
 from bireme.request import ScheduledBatch
+from bireme.trace import SpanKind
 
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _LARGEST_STRIDE = 128  # between the sizes beyond
@@ -175,6 +176,10 @@ class StepGraphs:
             assert hidden is not None
             bucket.hidden[:count] = hidden
 
+    def span(self) -> AbstractContextManager[None]:
+        """Of a step's layers, in which `run` is called once: from when the device comes to them."""
+        return self._spans.span_since_graph(SpanKind.COMPUTE)
+
     def run(self, batch: ScheduledBatch) -> torch.Tensor:
         """The stage's layers, of the batch that was placed last -> [T, D]"""
         return self._of(batch).layers.replay(self._spans)[: batch.num_tokens]
@@ -235,7 +240,7 @@ class StepGraphs:
             made = run(self._ids(given) if hidden is None else hidden, step)
             return made if place is None else place.copy_(made)
 
-        return self._graph(layers)
+        return self._graph(layers, notes_begin=True)
 
     def _ids(self, given: GivenRows) -> torch.Tensor:
         last = self._last_ids[given.slots]
@@ -253,28 +258,31 @@ class StepGraphs:
 
         return {kind: self._graph(partial(choose, kind)) for kind in ChoiceKind}
 
-    def _graph(self, function: Callable[[], torch.Tensor]) -> _Graph:
+    def _graph(self, function: Callable[[], torch.Tensor], *, notes_begin: bool = False) -> _Graph:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             function()  # kernels are compiled and libraries make their plans, which cannot be captured
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        noting = self._capture(function)
+        noting = self._capture(function, notes_others=True, notes_begin=notes_begin)
         if noting.spans.num_others <= _MOST_NOTED:
             return noting
-        return replace(self._capture(function, notes_others=False), noting=noting)
+        plain = self._capture(function, notes_others=False, notes_begin=notes_begin)
+        return replace(plain, noting=noting)
 
     def _capture(
-        self, function: Callable[[], torch.Tensor], *, notes_others: bool = True
+        self, function: Callable[[], torch.Tensor], *, notes_others: bool, notes_begin: bool
     ) -> _Graph:
         """Without what `torch.cuda.graph` does each time: its stream is the first device's, and it gives all cached
         memory back."""
         graph = torch.cuda.CUDAGraph()
         with (
-            self._spans.capturing(notes_others=notes_others) as spans,
+            self._spans.capturing(notes_others=notes_others, notes_begin=notes_begin) as spans,
             torch.cuda.stream(self._stream),
         ):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                if notes_begin:
+                    self._spans.note_begin()
                 made = function()
             except BaseException:
                 with suppress(RuntimeError):  # the capture is void: the first error tells why

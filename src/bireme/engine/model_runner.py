@@ -156,7 +156,7 @@ class ModelRunner:
         else:
             hidden = self._input(batch)
         graphs.place(batch, hidden)
-        with self.spans.span(SpanKind.COMPUTE):
+        with graphs.span():
             x = graphs.run(batch)
             if graphs.leaves_last_layer(batch):
                 x = self.model.end(x, self._slots.context(batch.pieces, asks_all=asks_all))

@@ -6,95 +6,30 @@ has passed them. Each span is an NVTX range of the same name as well.
 
 Two events and their times cost the host about 20 us, so that the many collectives of a step are marked in
 one step of `SAMPLED_EVERY` alone; the others are counted. In CUDA graphs they are stamped by kernels (`gpu/stamp.py`),
-their own where they can: events would keep those from being chained.
+their own where they can: events would keep those from being chained. When a graph begins its first kernel tells: an
+event before it is passed while the host still launches the graph.
 """
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 
+from bireme.kernels.device_clock import DeviceClock
 from bireme.kernels.host_copies import download
 from bireme.trace import COLLECTIVES, SpanKind, SpanRing
 
-_ANCHOR_EVERY_NS = 1_000_000_000  # a drift of 1 us was measured in a second
-_ANCHOR_TRIES = 5
 _MOST_STAMPED = 4096  # sums of a graph
 _NUM_LOOKED = 32  # kernels, to see what lies between two
+MOST_BEGUN = 64  # graphs of which no span was written yet
 SAMPLED_EVERY = 16
-
-
-class DeviceClock:
-    """A device's times on the host's clock, to within half of what an empty event takes to come back."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
-        self._stamp: torch.Tensor | None = None
-        self._stamp_behind_ns = self._between_ns = 0
-        self._anchor()
-
-    def look_at_stamps(self, place: torch.Tensor) -> None:
-        """From here on too; by stamps that are written to `place`, int64 [N, 2]."""
-        from bireme.kernels.gpu.stamp import between_kernels_ns
-
-        self._between_ns = between_kernels_ns(place)
-        self._stamp = place[0, :1]
-        self._anchor()
-
-    def keep(self) -> None:
-        """Looks at both clocks again, where the last look is long ago, on a stream of its own."""
-        if time.monotonic_ns() - self._anchor_ns > _ANCHOR_EVERY_NS:
-            self._anchor()
-
-    def host_ns(self, event: torch.cuda.Event) -> int:
-        """Of an event that is over."""
-        elapsed_ms: float = self._event.elapsed_time(event)
-        return self._anchor_ns + round(elapsed_ms * 1e6)
-
-    def host_ns_of_stamps(self, begun: int, ended: int, *, is_own: bool) -> tuple[int, int]:
-        """Of the device's own clock. `is_own`: a kernel stamped its own end; what it takes from there to the begin of
-        the next is its time too."""
-        rest_ns = self._between_ns if is_own else 0
-        return begun + self._stamp_behind_ns, ended + self._stamp_behind_ns + rest_ns
-
-    def _anchor(self) -> None:
-        self._event, self._anchor_ns = min(
-            (self._look() for _ in range(_ANCHOR_TRIES)), key=lambda look: look[2]
-        )[:2]
-        if self._stamp is not None:
-            # an event is never passed before the stamp that it follows
-            self._stamp_behind_ns = min(
-                self._look_at_stamp(self._stamp) for _ in range(_ANCHOR_TRIES)
-            )
-
-    def _look(self) -> tuple[torch.cuda.Event, int, int]:
-        """An event, when it was on the host's clock, and how sure that is not (nanoseconds)."""
-        event = torch.cuda.Event(enable_timing=True)
-        start_ns = time.monotonic_ns()
-        event.record(self._stream)
-        event.synchronize()
-        end_ns = time.monotonic_ns()
-        return event, (start_ns + end_ns) // 2, end_ns - start_ns
-
-    def _look_at_stamp(self, place: torch.Tensor) -> int:
-        """How far the clock of stamps is behind the host's, or a little more (nanoseconds)."""
-        from bireme.kernels.gpu.stamp import look_at_clock
-
-        event, arrived = torch.cuda.Event(enable_timing=True), torch.cuda.Event()
-        with torch.cuda.stream(self._stream):
-            look_at_clock(place)
-            event.record()
-            stamp = download(place)
-            arrived.record()
-        arrived.synchronize()
-        return self.host_ns(event) - int(stamp)
 
 
 class _Events(NamedTuple):
@@ -105,6 +40,42 @@ class _Events(NamedTuple):
 
     def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
         return clock.host_ns(self.start), clock.host_ns(self.end)
+
+
+class _SinceGraph(NamedTuple):
+    """From a graph's first kernel on, which noted its time `at` a place of the host's memory."""
+
+    noted: NDArray[Any]
+    at: int
+    end: torch.cuda.Event
+
+    def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
+        end_ns = clock.host_ns(self.end)
+        return min(clock.host_ns_of_stamp(int(self.noted[self.at])), end_ns), end_ns
+
+
+class _GraphBegins:
+    """The times at which graphs began that note it, in the order of their launches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._places = torch.zeros(MOST_BEGUN, dtype=torch.int64, pin_memory=True)
+        self._noted = self._places.numpy()
+        self._count, self._num_launched = torch.zeros(1, dtype=torch.int64, device=device), 0
+        self.note()  # it is compiled before it is captured
+        self._count.zero_()
+
+    def note(self) -> None:
+        from bireme.kernels.gpu.stamp import note_time_next
+
+        note_time_next(self._places, self._count)
+
+    def launched(self) -> None:
+        self._num_launched += 1
+
+    def until(self, end: torch.cuda.Event) -> _SinceGraph:
+        """From where the graph began that was launched last."""
+        assert self._num_launched, "no graph was launched that notes when it begins"
+        return _SinceGraph(self._noted, (self._num_launched - 1) % MOST_BEGUN, end)
 
 
 class _Copied:
@@ -142,15 +113,16 @@ class _Marked:
     step_id: int
     incarnation: int
     over: torch.cuda.Event
-    times: _Events | _Stamps
+    times: _Events | _SinceGraph | _Stamps
 
 
 @dataclass
 class CapturedSpans:
     """The collectives inside a CUDA graph, in the order of their stamps, with their bytes, and whether a kernel stamps
-    its own. Without `notes_others` the others have none."""
+    its own. Without `notes_others` the others have none. `notes_begin`: its first kernel notes when it begins."""
 
     notes_others: bool
+    notes_begin: bool
     counts: list[tuple[SpanKind, int, bool]] = field(default_factory=list)
 
     @property
@@ -169,7 +141,7 @@ class DeviceSpans:
         self._free: list[torch.cuda.Event] = []
         self._num_steps = 0
         self._captured: CapturedSpans | None = None
-        self._has_stamps = False
+        self._begins: _GraphBegins | None = None  # once something is captured
         # of the graph that was replayed last; of the clock; of kernels that are in no graph, which nobody reads
         self._stamps = torch.zeros(_MOST_STAMPED, 2, dtype=torch.int64, device=device)
         self._looked = torch.zeros(_NUM_LOOKED, 2, dtype=torch.int64, device=device)
@@ -188,6 +160,10 @@ class DeviceSpans:
         if kind in COLLECTIVES and not self.is_sampled_step:
             return self._counted(kind, num_bytes)
         return _DeviceSpan(self, kind, num_bytes, step_id, is_aside=False)
+
+    def span_since_graph(self, kind: SpanKind) -> AbstractContextManager[None]:
+        """A span in which a graph is launched that notes its begin; it is from there on."""
+        return _DeviceSpan(self, kind, 0, None, is_aside=False, is_since_graph=True)
 
     @property
     def is_sampled_step(self) -> bool:
@@ -227,22 +203,32 @@ class DeviceSpans:
         return self._stamps[row]
 
     @contextmanager
-    def capturing(self, *, notes_others: bool = True) -> Iterator[CapturedSpans]:
-        """What runs within is captured in a CUDA graph: its spans are told by `replayed`."""
+    def capturing(
+        self, *, notes_others: bool = True, notes_begin: bool = False
+    ) -> Iterator[CapturedSpans]:
+        """What runs within is captured in a CUDA graph: its spans are told by `replayed`. With `notes_begin`,
+        `note_begin` is the first of it."""
         from bireme.kernels.gpu.stamp import note_time
 
-        if not self._has_stamps:
-            self._has_stamps = True
+        if self._begins is None:
             self._clock.look_at_stamps(self._looked)
             note_time(self.unread)  # it is compiled before it is captured
-        self._captured = CapturedSpans(notes_others)
+            self._begins = _GraphBegins(self._device)
+        self._captured = CapturedSpans(notes_others, notes_begin)
         try:
             yield self._captured
         finally:
             self._captured = None
 
+    def note_begin(self) -> None:
+        """In a graph that is captured with `notes_begin`, before all else."""
+        assert self._begins is not None, "nothing is captured"
+        self._begins.note()
+
     def replayed(self, captured: CapturedSpans) -> None:
         """Of a graph that was launched just now."""
+        if captured.notes_begin and self._begins is not None:
+            self._begins.launched()
         if not captured.counts:
             return
         if not self.is_sampled_step:
@@ -273,15 +259,15 @@ class DeviceSpans:
             self._ring.count(kind, num_bytes)
             torch.cuda.nvtx.range_pop()
 
-    def begin(self, kind: SpanKind) -> tuple[int, torch.cuda.Event]:
+    def begin(self, kind: SpanKind, *, is_since_graph: bool) -> tuple[int, torch.cuda.Event | None]:
         torch.cuda.nvtx.range_push(kind.name.lower())
-        return self._ring.begin(kind), self._mark()
+        return self._ring.begin(kind), None if is_since_graph else self._mark()
 
     def end(
         self,
         kind: SpanKind,
         outer: int,
-        start: torch.cuda.Event,
+        start: torch.cuda.Event | None,
         num_bytes: int,
         step_id: int | None,
         *,
@@ -293,9 +279,17 @@ class DeviceSpans:
         own_id, incarnation = self._ring.step
         marked = _Marked(
             kind, 0 if is_aside else outer, num_bytes,
-            own_id if step_id is None else step_id, incarnation, end, _Events(start, end),
+            own_id if step_id is None else step_id, incarnation, end, self._times(start, end),
         )  # fmt: skip
         (self._aside if is_aside else self._pending).append(marked)
+
+    def _times(
+        self, start: torch.cuda.Event | None, end: torch.cuda.Event
+    ) -> _Events | _SinceGraph:
+        if start is not None:
+            return _Events(start, end)
+        assert self._begins is not None, "no graph was captured"
+        return self._begins.until(end)
 
     def _mark(self) -> torch.cuda.Event:
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
@@ -331,10 +325,12 @@ class DeviceSpans:
         )  # fmt: skip
         if isinstance(one.times, _Events):
             self._free += one.times
+        elif isinstance(one.times, _SinceGraph):
+            self._free.append(one.times.end)
 
 
 class _DeviceSpan:
-    __slots__ = ("_about", "_is_aside", "_kind", "_outer", "_spans", "_start")
+    __slots__ = ("_about", "_is_aside", "_is_since_graph", "_kind", "_outer", "_spans", "_start")
 
     def __init__(
         self,
@@ -344,12 +340,15 @@ class _DeviceSpan:
         step_id: int | None,
         *,
         is_aside: bool,
+        is_since_graph: bool = False,
     ) -> None:
         self._spans, self._kind, self._about = spans, kind, (num_bytes, step_id)
-        self._is_aside = is_aside
+        self._is_aside, self._is_since_graph = is_aside, is_since_graph
 
     def __enter__(self) -> None:
-        self._outer, self._start = self._spans.begin(self._kind)
+        self._outer, self._start = self._spans.begin(
+            self._kind, is_since_graph=self._is_since_graph
+        )
 
     def __exit__(self, *_: object) -> None:
         self._spans.end(self._kind, self._outer, self._start, *self._about, is_aside=self._is_aside)
