@@ -26,19 +26,12 @@ def cache_places(table, start, stop, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def attend_block(
-    state, query, keys, values, is_there, seen, distance, slope, d, scale, cap,
-    D: tl.constexpr, SIZE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    IS_MASKED: tl.constexpr,
+def _weigh(
+    state, query, k, seen, distance, slope, scale, cap,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE]) so far, scores times log2(e);
-    `keys` and `values` [N, SIZE] are addresses, those of rows `is_there` [N] alone hold anything. Unless IS_MASKED all
-    are there, and seen by all queries."""
+    """Weights [M, N] of places with keys `k` [N, SIZE], and the state that has all of them but their values."""
     best, total, mixed = state
-    mask = (d < D)[None, :]
-    if IS_MASKED:
-        mask &= is_there[:, None]
-    k = _load(keys, mask, IS_MASKED or SIZE != D)
     score = tl.dot(query, tl.trans(k), input_precision="ieee")
     if HAS_CAP:  # cap * tanh(score / cap)
         score = cap * (1 - 2 / (tl.exp(2 * score * scale / cap) + 1))
@@ -55,7 +48,42 @@ def attend_block(
         higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(score - higher_or_0[:, None])
     shrink = tl.exp2(best - higher_or_0)
-    v = _load(values, mask, IS_MASKED or SIZE != D)
-    total = total * shrink + tl.sum(p, 1)
-    mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
-    return higher, total, mixed
+    return p, (higher, total * shrink + tl.sum(p, 1), mixed * shrink[:, None])
+
+
+@triton.jit
+def _mix(p, v, state):
+    best, total, mixed = state
+    return best, total, tl.dot(p.to(v.dtype), v, mixed, input_precision="ieee")
+
+
+@triton.jit
+def attend_block(
+    state, query, keys, values, is_there, seen, distance, slope, d, scale, cap,
+    D: tl.constexpr, SIZE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE]) so far, scores times log2(e);
+    `keys` and `values` [N, SIZE] are addresses, those of rows `is_there` [N] alone hold anything. Unless IS_MASKED all
+    are there, and seen by all queries."""
+    mask = (d < D)[None, :]
+    if IS_MASKED:
+        mask &= is_there[:, None]
+    k = _load(keys, mask, IS_MASKED or SIZE != D)
+    p, state = _weigh(
+        state, query, k, seen, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, IS_MASKED
+    )
+    return _mix(p, _load(values, mask, IS_MASKED or SIZE != D), state)
+
+
+@triton.jit
+def attend_described(
+    state, query, rows, first, key_column, value_column, distance, slope, scale, cap,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """The same of keys and values that lie in described rows from `first` on, seen by all queries."""
+    k = rows.load([first, key_column])
+    p, state = _weigh(
+        state, query, k, distance, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, False
+    )
+    return _mix(p, rows.load([first, value_column]), state)

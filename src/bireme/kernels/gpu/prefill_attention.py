@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.choice import MULTIPROCESSORS
-from bireme.kernels.gpu.attend import attend_block, cache_places
+from bireme.kernels.gpu.attend import attend_block, attend_described, cache_places
+from bireme.kernels.gpu.descriptors import can_be_described, described
 from bireme.kernels.query_tiles import TILE, Tiles
 
 _PROGRAMS = 4 * MULTIPROCESSORS  # that a large GPU has at once, or a few more
@@ -46,28 +47,36 @@ def _attend_own(
     state, query, at_m, begin, end, qkv, row_stride, row, position, kv, d, slope, scale, cap,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
-    STAGES: tl.constexpr,
+    IS_DESCRIBED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The same of the run's own rows of qkv, of which `row` is that of `position`."""
+    """The same of the run's own rows of qkv, of which `row` is that of `position`. Described ones are fetched in
+    whole blocks, which are seen by all queries: not IS_MASKED."""
     for at in tl.range(begin, end, N, num_stages=STAGES):
         n = at + tl.arange(0, N)
         distance = at_m[:, None] - n[None, :]
-        seen = (distance >= 0) & (n < end)[None, :]
-        own = qkv + (row - position + n)[:, None] * row_stride + (H + kv) * D + d[None, :]
-        state = attend_block(
-            state, query, own, own + K * D, n < end, seen, distance, slope, d, scale, cap,
-            D, SIZE, HAS_CAP, HAS_SLOPES, IS_MASKED,
-        )  # fmt: skip
+        if IS_DESCRIBED:
+            state = attend_described(
+                state, query, qkv, (row - position + at).to(tl.int32), (H + kv) * D,
+                (H + K + kv) * D, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES,
+            )  # fmt: skip
+        else:
+            seen = (distance >= 0) & (n < end)[None, :]
+            own = qkv + (row - position + n)[:, None] * row_stride + (H + kv) * D + d[None, :]
+            state = attend_block(
+                state, query, own, own + K * D, n < end, seen, distance, slope, d, scale, cap,
+                D, SIZE, HAS_CAP, HAS_SLOPES, IS_MASKED,
+            )  # fmt: skip
     return state
 
 
 @triton.jit
 def _attend_tile(
-    row, position, count, beside, head, q, keys, values, qkv, table, slots, head_map, slopes, out,
-    scale, cap, table_stride, row_stride,
+    row, position, count, beside, head, q, keys, values, qkv, blocks, table, slots, head_map,
+    slopes, out, scale, cap, table_stride, row_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, OWN_STAGES: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, IS_DESCRIBED: tl.constexpr,
+    OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows [row, row + count) of a step, the first of them at `position` of a run, whose rows lie side by side from
     position `beside` on."""
@@ -107,12 +116,14 @@ def _attend_tile(
     if HAS_ROWS:
         before = beside + tl.maximum(0, position - beside) // N * N
         state = _attend_own(
-            state, query, at_m, beside, before, qkv, row_stride, row, position, kv, d, slope,
-            scale, cap, H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, False, OWN_STAGES,
+            state, query, at_m, beside, before, blocks if IS_DESCRIBED else qkv, row_stride, row,
+            position, kv, d, slope, scale, cap,
+            H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, False, IS_DESCRIBED, OWN_STAGES,
         )  # fmt: skip
         state = _attend_own(
             state, query, at_m, before, stop, qkv, row_stride, row, position, kv, d, slope,
-            scale, cap, H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, True, (OWN_STAGES + 1) // 2,
+            scale, cap, H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, True, False,
+            1 if IS_DESCRIBED else (OWN_STAGES + 1) // 2,
         )  # fmt: skip
     best, total, mixed = state
     total = tl.where(total == 0.0, 1.0, total)  # of rows behind the last
@@ -121,22 +132,24 @@ def _attend_tile(
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def prefill_attention_kernel(
-    q, keys, values, qkv, table, slots, tiles, head_map, slopes, out, num_tiles, scale, cap,
-    table_stride, row_stride,
+    q, keys, values, qkv, blocks, table, slots, tiles, head_map, slopes, out, num_tiles, scale,
+    cap, table_stride, row_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, OWN_STAGES: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, IS_DESCRIBED: tl.constexpr,
+    OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs of a head take its tiles in turn, up to the first that is of no run."""
+    """Programs of a head take its tiles in turn, up to the first that is of no run. `blocks`: qkv described."""
     tile, head = tl.program_id(1), tl.program_id(0)
     count = tl.load(tiles + tile * 4 + 2)
     while count > 0:
         row = tl.load(tiles + tile * 4).to(tl.int64)
         position, beside = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 3)
         _attend_tile(
-            row, position, count, beside, head, q, keys, values, qkv, table, slots, head_map,
-            slopes, out, scale, cap, table_stride, row_stride,
-            H, K, D, SIZE, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, HAS_ROWS, OWN_STAGES,
+            row, position, count, beside, head, q, keys, values, qkv, blocks, table, slots,
+            head_map, slopes, out, scale, cap, table_stride, row_stride,
+            H, K, D, SIZE, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, HAS_ROWS, IS_DESCRIBED,
+            OWN_STAGES,
         )  # fmt: skip
         tile += tl.num_programs(1)
         count = tl.load(tiles + tile * 4 + 2, mask=tile < num_tiles, other=0)
@@ -169,13 +182,16 @@ def prefill_attention(
     columns = max(-(-len(q) // TILE), _PROGRAMS // num_heads)  # many runs may be short
     has_rows = qkv is not None and not window
     rows = qkv if qkv is not None else q
+    places = 32 if is_wide else 64
+    is_described = has_rows and not is_wide and size == head_dim and can_be_described(rows)
+    blocks = described(rows, [places, head_dim]) if is_described else rows
     prefill_attention_kernel[(num_heads, min(num_tiles, columns))](
-        q, keys, values, rows, table, slots, tiles.on_device, head_map,
+        q, keys, values, rows, blocks, table, slots, tiles.on_device, head_map,
         slopes if slopes is not None else q, out, num_tiles, scale, cap or 0.0, table.stride(0),
         rows.stride(0),
-        H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=32 if is_wide else 64,
+        H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=places,
         BLOCK_SIZE=block_size, WINDOW=window or 0, HAS_CAP=cap is not None,
-        HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows,
+        HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows, IS_DESCRIBED=is_described,
         # rows that lie side by side are fetched further ahead: their addresses are worked out at once
         OWN_STAGES=1 if is_wide else 3, num_warps=4, num_stages=1 if is_wide else 2,
     )  # fmt: skip
