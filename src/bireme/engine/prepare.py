@@ -272,6 +272,7 @@ def _budget(
 def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
     config, engine = plan.model, plan.config
     is_on_gpus = any(device != "cpu" for device in plan.devices)
+    chunks = GPU_CHUNKS if is_on_gpus else CPU_CHUNKS
     return SchedulerLimits(
         pp_size=engine.parallel.pp_size,
         max_num_seqs=engine.max_num_seqs,
@@ -279,9 +280,9 @@ def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
         block_size=engine.block_size,
         max_num_waiting=engine.max_num_waiting,
         has_prefix_caching=engine.enable_prefix_caching,
-        context_per_token=_context_per_token(config),
+        context_per_token=_context_per_token(config) / chunks.context_cost,
         depends_on_length=config.rope is not None and depends_on_length(config.rope),
-        chunks=GPU_CHUNKS if is_on_gpus else CPU_CHUNKS,
+        chunks=chunks,
     )
 
 
