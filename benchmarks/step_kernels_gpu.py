@@ -37,17 +37,7 @@ from bireme import LLM
 from bireme.observe.kernel_trace import Kernel, kernels
 
 ATTENTION = ("decode_attention", "join_splits", "prefill_attention")
-PRODUCTS = (
-    "nvjet",
-    "cutlass",
-    "gemm",
-    "gemv",
-    "few_rows",
-    "described_rows",
-    "one_row",
-    "splitk",
-    "cublas",
-)
+PRODUCTS = ("nvjet", "cutlass", "gemm", "gemv", "few_rows", "one_row", "splitk", "cublas")
 BETWEEN_PRODUCTS = ("rms_norm", "rope_and_write", "silu_mul")
 KINDS = ["products", "attention", "sums", "norms, rotation, gates", "others", "between", "pause"]
 NUM_SEEN = 64  # tokens

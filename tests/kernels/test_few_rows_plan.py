@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from bireme.kernels.gpu import described_rows
 from bireme.kernels.gpu.few_rows import block_rows, block_sizes, num_parts
 
 
@@ -55,33 +54,3 @@ def test_programs_of_a_multiprocessor_have_room(num_rows: int) -> None:
         at_once = math.ceil(math.ceil(outputs / blocks["BLOCK_N"]) * parts / 132)
         is_alone = at_once > 3 or blocks["BLOCK_N"] == 128 or (is_gated and inputs > 4096)
         assert is_alone or at_once * (num_bytes + 1024) <= 228 << 10, (outputs, inputs)
-
-
-@pytest.mark.parametrize("num_rows", [17, 32, 64, 97, 128])
-def test_programs_of_described_products_have_room(num_rows: int) -> None:
-    for outputs, inputs, is_gated in PRODUCTS:
-        parts = 1 if is_gated else num_parts(num_rows, outputs, inputs)
-        blocks = described_rows.block_sizes(num_rows, outputs, is_gated=is_gated, parts=parts)
-        rows = (1 + is_gated) * blocks["BLOCK_N"] + block_rows(num_rows)
-        num_bytes = blocks["num_stages"] * 2 * blocks["BLOCK_K"] * rows
-        assert num_bytes <= 227 << 10, (outputs, inputs)
-
-
-def test_products_of_many_rows_are_described_where_that_is_quicker_than_cublas() -> None:
-    weight = torch.zeros(4096, 512, dtype=torch.float16)
-
-    def described(num_rows: int, weight: torch.Tensor, *, is_gated: bool = False) -> bool:
-        x = torch.zeros(num_rows, weight.shape[1], dtype=weight.dtype)
-        parts = 1 if is_gated else num_parts(num_rows, *weight.shape)
-        return described_rows.suits(x, weight, is_gated=is_gated, parts=parts)
-
-    assert [rows for rows in range(1, 200) if described(rows, weight)] == [
-        *range(17, 65),
-        *range(97, 129),
-    ]
-    assert [rows for rows in range(1, 200) if described(rows, weight, is_gated=True)] == [
-        *range(97, 129)
-    ]
-    assert not described(128, weight.repeat(2, 1))  # in one part: cuBLAS is as quick
-    assert not described(32, weight[:, :508].contiguous())  # rows of 1,016 bytes
-    assert not described(32, weight.bfloat16())  # which the interpreter does not know

@@ -12,10 +12,7 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.choice import MULTIPROCESSORS
-from bireme.kernels.gpu import described_rows
 from bireme.kernels.gpu.chain import await_before, chained
-from bireme.kernels.gpu.gated import silu_mul_of_sums
-from bireme.kernels.gpu.multiprocessors import at_once, busy
 
 MOST_ROWS = 64  # beyond which cuBLAS is as fast
 _SURELY_ROWS = 32  # up to which it is slower whatever the weight's shape
@@ -29,6 +26,13 @@ _MOST_PARTS = 4
 _MOST_AT_ONCE = 3  # programs of a multiprocessor
 _FEWEST_STAGES = 3
 _FEW_INPUTS = 4096
+
+
+@triton.jit
+def _silu_mul(gate, up, dtype: tl.constexpr):
+    """Rounded where the separate steps round."""
+    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype)
+    return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up
 
 
 @triton.jit
@@ -75,7 +79,7 @@ def one_row_kernel(
         result += tl.load(bias + n, mask=is_output, other=0.0).to(tl.float32)
     dtype: tl.constexpr = out.dtype.element_ty
     if IS_GATED:
-        tl.store(out + n, silu_mul_of_sums(result, tl.sum(ups, 1), dtype), mask=is_output)
+        tl.store(out + n, _silu_mul(result, tl.sum(ups, 1), dtype), mask=is_output)
     else:
         tl.store(out + n, result.to(dtype), mask=is_output)
 
@@ -128,7 +132,7 @@ def few_rows_kernel(
     dtype: tl.constexpr = out.dtype.element_ty
     result = sums.to(dtype)
     if IS_GATED:
-        result = silu_mul_of_sums(sums, ups, dtype)
+        result = _silu_mul(sums, ups, dtype)
     row = (part * T + t)[None, :]
     tl.store(out + row * N + n[:, None], result, mask=is_output & (t < T)[None, :])
 
@@ -138,21 +142,17 @@ def suits(
 ) -> bool:
     """Whether these kernels are for x [T, K] and weight [N, K]. Of many rows they are for products whose activation
     they save a kernel of its own, and for those that give all multiprocessors work: cuBLAS parts others by inputs, as
-    they do where whoever reads them takes parts. Of more than MOST_ROWS `described_rows` may be."""
-    is_known = (
+    they do where whoever reads them takes parts."""
+    parts = num_parts(len(x), *weight.shape) if in_parts else 1
+    has_work = is_gated or _busy(len(weight), 64, parts) > _BUSY
+    return (
         x.dim() == 2
-        and len(x) > 0
+        and 0 < len(x) <= (MOST_ROWS if has_work else _SURELY_ROWS)
         and x.dtype == weight.dtype
         and x.element_size() == 2
         and x.stride(1) == 1
         and weight.is_contiguous()
     )
-    if not is_known:
-        return False
-    parts = num_parts(len(x), *weight.shape) if in_parts else 1
-    if len(x) > MOST_ROWS:
-        return described_rows.suits(x, weight, is_gated=is_gated, parts=parts)
-    return is_gated or len(x) <= _SURELY_ROWS or _busy(len(weight), 64, parts) > _BUSY
 
 
 def block_rows(num_rows: int) -> int:
@@ -190,7 +190,8 @@ def _wanted_parts(num_rows: int, num_outputs: int) -> int:
 
 def _busy(num_outputs: int, block: int, parts: int = 1) -> float:
     """The share of multiprocessors that have a program, while the last ones run too."""
-    return busy(int(triton.cdiv(num_outputs, block)) * parts)
+    programs = triton.cdiv(num_outputs, block) * parts
+    return float(programs / (MULTIPROCESSORS * triton.cdiv(programs, MULTIPROCESSORS)))
 
 
 def block_sizes(
@@ -198,23 +199,23 @@ def block_sizes(
 ) -> dict[str, int]:
     """Sizes of blocks, and how they are pipelined."""
     num_outputs = len(weight) // 2 if is_gated else len(weight)
-    together = at_once(int(triton.cdiv(num_outputs, 64)) * parts)
+    at_once = int(triton.cdiv(triton.cdiv(num_outputs, 64) * parts, MULTIPROCESSORS))
     if is_gated and weight.shape[1] <= _FEW_INPUTS:  # soon over, so that what begins soon is best
-        stages = 6 if together == 1 else 4
+        stages = 6 if at_once == 1 else 4
         return {"BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": stages}
     if parts == 1 and num_rows > _SURELY_ROWS and _busy(num_outputs, 128) >= _busy(num_outputs, 64):
         block_k = 64 if is_gated else 128
         return {"BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 4}
-    stages = _stages(num_rows, together, is_gated=is_gated)
+    stages = _stages(num_rows, at_once, is_gated=is_gated)
     return {"BLOCK_N": 64, "BLOCK_K": 128, "num_warps": 4, "num_stages": stages}
 
 
-def _stages(num_rows: int, together: int, *, is_gated: bool) -> int:
+def _stages(num_rows: int, at_once: int, *, is_gated: bool) -> int:
     """As many as leave room for all programs of a multiprocessor at once, if that is enough for each."""
     most, num_weights = (4, 2) if is_gated else (6, 1)
     stage_bytes = 2 * 128 * (64 * num_weights + block_rows(num_rows))  # of weights and x
-    fitting = (_SHARED_BYTES // together - _RESERVED_BYTES) // stage_bytes
-    return min(most, fitting) if together <= _MOST_AT_ONCE and fitting >= _FEWEST_STAGES else most
+    fitting = (_SHARED_BYTES // at_once - _RESERVED_BYTES) // stage_bytes
+    return min(most, fitting) if at_once <= _MOST_AT_ONCE and fitting >= _FEWEST_STAGES else most
 
 
 def few_rows_linear(
@@ -248,9 +249,6 @@ def _product(
     out = x.new_empty(num_rows, num_outputs)
     if parts > 1:
         out = x.new_empty(parts, num_rows, num_outputs, dtype=torch.float32)
-    if described_rows.suits(x, weight, is_gated=is_gated, parts=parts):
-        described_rows.multiply_into(out, x, weight, bias, is_gated=is_gated)
-        return out
     given_bias = bias if bias is not None else weight
     flags = {"IS_GATED": is_gated, "HAS_BIAS": bias is not None, **chained(x)}
     if num_rows == 1:

@@ -12,13 +12,6 @@ _BLOCK = 1024
 
 
 @triton.jit
-def silu_mul_of_sums(gate, up, dtype: tl.constexpr):
-    """Rounded where the separate steps round."""
-    gate, up = gate.to(dtype).to(tl.float32), up.to(dtype)
-    return (gate / (1.0 + tl.exp(-gate))).to(dtype) * up
-
-
-@triton.jit
 def silu_mul_kernel(h, out, F, BLOCK: tl.constexpr, IS_CHAINED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
