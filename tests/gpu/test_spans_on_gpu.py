@@ -115,12 +115,12 @@ def test_a_span_since_a_graph_begins_when_the_device_comes_to_it(ring: SpanRing)
     spans, graph = DeviceSpans(ring, DEVICE), torch.cuda.CUDAGraph()
     with spans.capturing(notes_begin=True) as captured, torch.cuda.graph(graph):
         spans.note_begin()
-        torch.cuda._sleep(CYCLES)
+        torch.cuda._sleep(CYCLES // 8)
     num_steps = MOST_BEGUN + 2  # each place is used, and two anew
     for step_id in range(num_steps):
         spans.set_step(step_id, 0)
         with spans.span(SpanKind.STEP), spans.span_since_graph(SpanKind.COMPUTE):
-            torch.cuda._sleep(CYCLES)  # as if the graph's launch took so long
+            torch.cuda._sleep(CYCLES // 8)  # as if the graph's launch took so long
             graph.replay()
             spans.replayed(captured)
         torch.cuda.synchronize(DEVICE)
@@ -131,6 +131,18 @@ def test_a_span_since_a_graph_begins_when_the_device_comes_to_it(ring: SpanRing)
         assert work.end_ns <= step.end_ns
         halves = 2 * (work.end_ns - work.start_ns), step.end_ns - step.start_ns
         assert halves[0] == pytest.approx(halves[1], rel=0.1)
+
+
+def test_a_span_in_which_no_graph_is_launched_is_none(ring: SpanRing) -> None:
+    spans, graph = DeviceSpans(ring, DEVICE), torch.cuda.CUDAGraph()
+    with spans.capturing(notes_begin=True), torch.cuda.graph(graph):
+        spans.note_begin()
+    with pytest.raises(OSError, match="lost"), spans.span_since_graph(SpanKind.COMPUTE):
+        raise OSError("lost")
+    with spans.span(SpanKind.STEP):
+        torch.cuda._sleep(CYCLES // 8)
+    spans.flush()
+    assert [span.kind for span in ring.read()] == [SpanKind.STEP]
 
 
 def test_nvtx_ranges_bear_the_names_of_spans(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from bireme.engine.graphs import graph_sizes
 from bireme.kernels import functional
 from bireme.kernels.attention import attention, attention_bias
-from bireme.kernels.gpu import chain, few_rows
+from bireme.kernels.gpu import chain, descriptors, few_rows
 from bireme.kernels.gpu import prefill_attention as prefill_attention_module
 from bireme.kernels.gpu.decode_attention import block_positions, decode_attention, num_splits
 from bireme.kernels.gpu.few_rows import (
@@ -353,6 +353,54 @@ def test_prefill_attention(
         torch.tensor(head_map, dtype=torch.int32, device=device), 0.3, window, cap, slopes, qkv,
     )  # fmt: skip
     assert near(from_rows, found, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", AS_MODELS_RUN)
+@pytest.mark.parametrize("head_dim", [64, 128] if HAS_GPU else [64])
+@pytest.mark.parametrize(("cap", "has_slopes"), [(None, False), (5.0, False), (None, True)])
+def test_keys_and_values_that_a_gpu_fetches_by_itself(
+    cap: float | None,
+    has_slopes: bool,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of runs beside others, before rows of no run that hold no numbers; the cache has none of the runs' own."""
+    described: list[list[int]] = []
+
+    def noted(x: torch.Tensor, block: list[int]) -> object:
+        described.append(block)
+        return descriptors.described(x, block)
+
+    monkeypatch.setattr(prefill_attention_module, "described", noted)
+    head_map, lengths, counts = [0, 0, 1, 1], [177, 1, 73], [140, 1, 73]
+    keys, values, table, places = _paged(lengths, 16, 2, head_dim, device)
+    keys, values = keys.to(dtype), values.to(dtype)
+    cached = keys.clone(), values.clone()
+    qkv = _taken_out(*cached, places, counts, len(head_map))
+    qkv = torch.cat((qkv, torch.full_like(qkv[:5], torch.nan)))
+    q = torch.randn(len(qkv), 4, head_dim, device=device).to(dtype)
+    starts = [length - count for length, count in zip(lengths, counts, strict=True)]
+    slots = torch.arange(3, device=device).repeat_interleave(torch.tensor(counts, device=device))
+    room = torch.zeros(num_tiles(counts) + 2, 4, dtype=torch.int32)
+    room[:-2] = torch.from_numpy(tiles_of(starts, counts))
+    slopes = torch.rand(4, device=device) if has_slopes else None
+    found = prefill_attention(
+        q, *cached, table, 16, torch.cat((slots, slots[:5])),
+        Tiles(room.to(device), has_other_rows=True),
+        torch.tensor(head_map, dtype=torch.int32, device=device), 0.1, None, cap, slopes, qkv,
+    )  # fmt: skip
+    assert described == [[64, head_dim]]
+    assert not found[-5:].any()
+    for slot, (rows, of) in enumerate(
+        zip(found[:-5].split(counts), q[:-5].split(counts), strict=True)
+    ):
+        k, v = (x[places[slot]][:, head_map].float().transpose(0, 1)[None] for x in (keys, values))
+        at = torch.arange(starts[slot], lengths[slot], device=device)[None]
+        bias = attention_bias(at, (0, lengths[slot]), None, slopes, torch.float32)
+        expected = attention(of.float().transpose(0, 1)[None], k, v, bias, 0.1, cap)
+        assert near(rows, expected[0].transpose(0, 1), 2 * ROUNDED[dtype]), slot
 
 
 @pytest.mark.parametrize("most", [1, 2, 20, 33, 40, 64, 100, 256, 300])

@@ -9,31 +9,55 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+# of steps with prompts, that a GPU has graphs of: others have rows of no request behind them
+GRAPH_ROWS = (
+    64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
+    2560, 3072, 3584, 4096,
+)  # fmt: skip
+_NEAR = 0.35  # of a chunk: so much more or less is as well
+# attention to a prompt: queries of a program, of one head; programs that a Hopper GPU has at once; how much of their
+# last turn is worth it
+_TILE, _PROGRAMS, _WORTH = 64, 264, 0.85
+
 
 @dataclass(frozen=True)
 class ChunkSizes:
-    """What suits a device. `least`: tokens about as quick, each, as those of a longer chunk. `multiple`: sizes that its
-    tiles are made for. `whole`: the same of chunks that have nearly so many, since its graphs have no rows behind them
-    then, and attention leaves no multiprocessor idle at its end. `per_stage`: chunks of a long prompt; more, and what
-    each costs beside its tokens tells. `context_cost`: how much longer a multiplication of attention takes than one by
-    a token's matrices."""
+    """What suits a device. `least`: tokens about as quick, each, as those of a longer chunk. `per_stage`: chunks of a
+    long prompt; more, and what each costs beside its tokens tells. `context_cost`: how much longer a multiplication of
+    attention takes than one by a token's matrices. `rows`: of a step, that leave none unused, if not all do, and those
+    of them that leave no multiprocessor unused either."""
 
     least: int
-    multiple: int
-    whole: int
     per_stage: int
-    context_cost: float
+    context_cost: float = 1.0
+    rows: tuple[int, ...] = ()
+    best_rows: frozenset[int] = frozenset()
 
-    def fitting(self, num_tokens: float) -> int:
-        if num_tokens >= _NEARLY * self.whole:
-            return max(1, round(num_tokens / self.whole)) * self.whole
-        return math.ceil(num_tokens / self.multiple - 1e-9) * self.multiple
+    def fitting(self, num_tokens: float, beside: int) -> int:
+        """Tokens, about so many, that are such rows with `beside` others."""
+
+        def apart(rows: int) -> float:
+            return abs(rows - beside - num_tokens)
+
+        near = [rows for rows in self.rows if apart(rows) <= _NEAR * num_tokens]
+        if not near:
+            return math.ceil(num_tokens - 1e-9)
+        best = [rows for rows in near if rows in self.best_rows]
+        return min(best or near, key=apart) - beside
 
 
-_NEARLY = 0.75
-CPU_CHUNKS = ChunkSizes(least=256, multiple=1, whole=1, per_stage=8, context_cost=1.0)
-# measured on H200s, with heads of 128
-GPU_CHUNKS = ChunkSizes(least=512, multiple=64, whole=512, per_stage=12, context_cost=1.6)
+CPU_CHUNKS = ChunkSizes(least=256, per_stage=8)
+
+
+def gpu_chunks(num_heads: int) -> ChunkSizes:
+    """Of ranks with so many query heads, as measured on H200s."""
+    best = frozenset(size for size in GRAPH_ROWS if _fills(-(-size // _TILE) * num_heads))
+    return ChunkSizes(least=512, per_stage=12, context_cost=1.6, rows=GRAPH_ROWS, best_rows=best)
+
+
+def _fills(num_programs: int) -> bool:
+    turns = -(-num_programs // _PROGRAMS)
+    return turns == 1 or num_programs >= _WORTH * turns * _PROGRAMS
 
 
 def chunk_cost(
@@ -41,23 +65,31 @@ def chunk_cost(
 ) -> float:
     """Of each chunk of prompts with `num_given` tokens in all. With one stage that of the largest step at a prompt's
     beginning; with more, so little that chunks follow one another through them and none works alone for long."""
+    ratio = context_per_token / sizes.context_cost
     if num_stages == 1:
-        return _cost(most, context_per_token)
+        return _cost(most, ratio)
     count = max(1, min(round(num_given / sizes.least), sizes.per_stage * num_stages))
-    return _cost(num_given, context_per_token) / count
+    return _cost(num_given, ratio) / count
 
 
 def chunk_tokens(
-    start: int, stop: int, most: int, cost: float, sizes: ChunkSizes, context_per_token: float
+    start: int,
+    stop: int,
+    most: int,
+    cost: float,
+    sizes: ChunkSizes,
+    context_per_token: float,
+    beside: int = 0,
 ) -> int:
-    """Of a prompt's tokens [start, stop) those that cost about `cost`, at most `most`: as much as each chunk after
-    them, so that no small one is left over."""
-    left = _cost(stop, context_per_token) - _cost(start, context_per_token)
+    """Of a prompt's tokens [start, stop) those that cost about `cost`, at most `most`, in a step with `beside` other
+    rows: as much as each chunk after them, so that no small one is left over."""
+    ratio = context_per_token / sizes.context_cost
+    left = _cost(stop, ratio) - _cost(start, ratio)
     count = round(left / cost)
     if count <= 1:
         return min(most, stop - start)
-    num_tokens = _num_tokens(start, left / count, context_per_token)
-    return min(most, stop - start, sizes.fitting(num_tokens))
+    num_tokens = _num_tokens(start, left / count, ratio)
+    return min(most, stop - start, sizes.fitting(num_tokens, beside))
 
 
 def _cost(num_tokens: float, context_per_token: float) -> float:

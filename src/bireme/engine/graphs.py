@@ -19,6 +19,7 @@ from functools import partial
 
 import torch
 
+from bireme.engine.chunks import GRAPH_ROWS
 from bireme.engine.given_rows import GivenRows
 from bireme.engine.sampling.columns import ChoiceKind
 from bireme.engine.sampling.sampler import Chosen, Sampler
@@ -36,10 +37,6 @@ _MOST_NOTED = 4  # collectives of a graph that stamps of them beside it hold up 
 _LARGE_STEP = 512  # tokens, which take a GPU longer than launches of their kernels take the host
 _MANY_SINGLES = 32  # sequences with one new token, in a large step
 _MOST_RUNS = 256  # of tokens, in a step with prompts, each of them at most a tile more
-_PROMPT_SIZES = (
-    64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048,
-    2560, 3072, 3584, 4096,
-)  # fmt: skip
 
 
 def graph_sizes(most: int) -> tuple[int, ...]:
@@ -50,7 +47,7 @@ def graph_sizes(most: int) -> tuple[int, ...]:
 
 def prompt_graph_sizes(most: int) -> tuple[int, ...]:
     """Rows that graphs of steps with prompts are captured for, where a step has at most `most`."""
-    return tuple(size for size in _PROMPT_SIZES if size <= most)
+    return tuple(size for size in GRAPH_ROWS if size <= most)
 
 
 @contextmanager

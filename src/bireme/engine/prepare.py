@@ -25,7 +25,7 @@ from bireme.engine.budget import (
     resolve_max_model_len,
     step_limits,
 )
-from bireme.engine.chunks import CPU_CHUNKS, GPU_CHUNKS
+from bireme.engine.chunks import CPU_CHUNKS, gpu_chunks
 from bireme.engine.executor import WorkerPlan
 from bireme.engine.input_processor import ServedModel
 from bireme.engine.limits import SchedulerLimits
@@ -272,7 +272,7 @@ def _budget(
 def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
     config, engine = plan.model, plan.config
     is_on_gpus = any(device != "cpu" for device in plan.devices)
-    chunks = GPU_CHUNKS if is_on_gpus else CPU_CHUNKS
+    num_heads = -(-config.num_heads // min(engine.parallel.widths))  # of the largest cut
     return SchedulerLimits(
         pp_size=engine.parallel.pp_size,
         max_num_seqs=engine.max_num_seqs,
@@ -280,9 +280,9 @@ def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
         block_size=engine.block_size,
         max_num_waiting=engine.max_num_waiting,
         has_prefix_caching=engine.enable_prefix_caching,
-        context_per_token=_context_per_token(config) / chunks.context_cost,
+        context_per_token=_context_per_token(config),
         depends_on_length=config.rope is not None and depends_on_length(config.rope),
-        chunks=chunks,
+        chunks=gpu_chunks(num_heads) if is_on_gpus else CPU_CHUNKS,
     )
 
 

@@ -232,13 +232,14 @@ class Scheduler:
     def _choose_prompts(self, group: int, choice: _Choice) -> None:
         """Chunks of prompts that have begun, and those that begin with this group; oldest first, so
         that none gives its blocks to a younger one of the same batch."""
-        budget = self.limits.max_num_batched_tokens - len(choice.pieces)
+        limits = self.limits
+        most = limits.max_num_batched_tokens
+        budget = most - len(choice.pieces)
         if not self._prefilling:
             return
-        limits = self.limits
         given = sum(state.num_given for state in self._prefilling)
         sizes, ratio = limits.chunks, limits.context_per_token
-        cost = chunk_cost(given, limits.pp_size, limits.max_num_batched_tokens, sizes, ratio)
+        cost = chunk_cost(given, limits.pp_size, most, sizes, ratio)
         for state in self._prefilling:
             if budget <= 0:
                 return
@@ -247,7 +248,9 @@ class Scheduler:
             if state.is_new:
                 self._prefixes.share(state, state.slot)
             start = state.num_computed
-            num_tokens = chunk_tokens(start, state.num_given, budget, cost, sizes, ratio)
+            num_tokens = chunk_tokens(
+                start, state.num_given, budget, cost, sizes, ratio, beside=most - budget
+            )
             blocks = self._grow(state, start, start + num_tokens)
             if blocks is None:
                 return

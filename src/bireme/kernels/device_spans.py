@@ -17,10 +17,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from numpy.typing import NDArray
 
 from bireme.kernels.device_clock import DeviceClock
 from bireme.kernels.host_copies import download
@@ -28,7 +27,7 @@ from bireme.trace import COLLECTIVES, SpanKind, SpanRing
 
 _MOST_STAMPED = 4096  # sums of a graph
 _NUM_LOOKED = 32  # kernels, to see what lies between two
-MOST_BEGUN = 64  # graphs of which no span was written yet
+MOST_BEGUN = 256  # graphs of which no span was written yet
 SAMPLED_EVERY = 16
 
 
@@ -42,25 +41,13 @@ class _Events(NamedTuple):
         return clock.host_ns(self.start), clock.host_ns(self.end)
 
 
-class _SinceGraph(NamedTuple):
-    """From a graph's first kernel on, which noted its time `at` a place of the host's memory."""
-
-    noted: NDArray[Any]
-    at: int
-    end: torch.cuda.Event
-
-    def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
-        end_ns = clock.host_ns(self.end)
-        return min(clock.host_ns_of_stamp(int(self.noted[self.at])), end_ns), end_ns
-
-
 class _GraphBegins:
     """The times at which graphs began that note it, in the order of their launches."""
 
     def __init__(self, device: torch.device) -> None:
         self._places = torch.zeros(MOST_BEGUN, dtype=torch.int64, pin_memory=True)
         self._noted = self._places.numpy()
-        self._count, self._num_launched = torch.zeros(1, dtype=torch.int64, device=device), 0
+        self._count, self.num_launched = torch.zeros(1, dtype=torch.int64, device=device), 0
         self.note()  # it is compiled before it is captured
         self._count.zero_()
 
@@ -69,13 +56,23 @@ class _GraphBegins:
 
         note_time_next(self._places, self._count)
 
-    def launched(self) -> None:
-        self._num_launched += 1
+    def stamp(self, number: int) -> int:
+        """Of the launch with that number, which is over."""
+        since = self.num_launched - number
+        assert since <= MOST_BEGUN, f"{since} graphs began since, room is for {MOST_BEGUN}"
+        return int(self._noted[number % MOST_BEGUN])
 
-    def until(self, end: torch.cuda.Event) -> _SinceGraph:
-        """From where the graph began that was launched last."""
-        assert self._num_launched, "no graph was launched that notes when it begins"
-        return _SinceGraph(self._noted, (self._num_launched - 1) % MOST_BEGUN, end)
+
+class _SinceGraph(NamedTuple):
+    """From where the graph began of the launch with that number."""
+
+    begins: _GraphBegins
+    number: int
+    end: torch.cuda.Event
+
+    def host_ns(self, clock: DeviceClock) -> tuple[int, int]:
+        end_ns = clock.host_ns(self.end)
+        return min(clock.host_ns_of_stamp(self.begins.stamp(self.number)), end_ns), end_ns
 
 
 class _Copied:
@@ -161,9 +158,22 @@ class DeviceSpans:
             return self._counted(kind, num_bytes)
         return _DeviceSpan(self, kind, num_bytes, step_id, is_aside=False)
 
-    def span_since_graph(self, kind: SpanKind) -> AbstractContextManager[None]:
-        """A span in which a graph is launched that notes its begin; it is from there on."""
-        return _DeviceSpan(self, kind, 0, None, is_aside=False, is_since_graph=True)
+    @contextmanager
+    def span_since_graph(self, kind: SpanKind) -> Iterator[None]:
+        """A span in which a graph is launched that notes its begin; it is from there on, and none where that fails."""
+        assert self._begins is not None, "nothing was captured"
+        number = self._begins.num_launched
+        torch.cuda.nvtx.range_push(kind.name.lower())
+        outer = self._ring.begin(kind)
+        try:
+            yield
+        finally:
+            if self._begins.num_launched > number:
+                end = self._mark()
+                times = _SinceGraph(self._begins, number, end)
+                self._pending.append(_Marked(kind, outer, 0, *self._ring.step, end, times))
+            self._ring.end(outer)
+            torch.cuda.nvtx.range_pop()
 
     @property
     def is_sampled_step(self) -> bool:
@@ -228,7 +238,7 @@ class DeviceSpans:
     def replayed(self, captured: CapturedSpans) -> None:
         """Of a graph that was launched just now."""
         if captured.notes_begin and self._begins is not None:
-            self._begins.launched()
+            self._begins.num_launched += 1
         if not captured.counts:
             return
         if not self.is_sampled_step:
@@ -259,15 +269,15 @@ class DeviceSpans:
             self._ring.count(kind, num_bytes)
             torch.cuda.nvtx.range_pop()
 
-    def begin(self, kind: SpanKind, *, is_since_graph: bool) -> tuple[int, torch.cuda.Event | None]:
+    def begin(self, kind: SpanKind) -> tuple[int, torch.cuda.Event]:
         torch.cuda.nvtx.range_push(kind.name.lower())
-        return self._ring.begin(kind), None if is_since_graph else self._mark()
+        return self._ring.begin(kind), self._mark()
 
     def end(
         self,
         kind: SpanKind,
         outer: int,
-        start: torch.cuda.Event | None,
+        start: torch.cuda.Event,
         num_bytes: int,
         step_id: int | None,
         *,
@@ -279,17 +289,9 @@ class DeviceSpans:
         own_id, incarnation = self._ring.step
         marked = _Marked(
             kind, 0 if is_aside else outer, num_bytes,
-            own_id if step_id is None else step_id, incarnation, end, self._times(start, end),
+            own_id if step_id is None else step_id, incarnation, end, _Events(start, end),
         )  # fmt: skip
         (self._aside if is_aside else self._pending).append(marked)
-
-    def _times(
-        self, start: torch.cuda.Event | None, end: torch.cuda.Event
-    ) -> _Events | _SinceGraph:
-        if start is not None:
-            return _Events(start, end)
-        assert self._begins is not None, "no graph was captured"
-        return self._begins.until(end)
 
     def _mark(self) -> torch.cuda.Event:
         event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
@@ -330,7 +332,7 @@ class DeviceSpans:
 
 
 class _DeviceSpan:
-    __slots__ = ("_about", "_is_aside", "_is_since_graph", "_kind", "_outer", "_spans", "_start")
+    __slots__ = ("_about", "_is_aside", "_kind", "_outer", "_spans", "_start")
 
     def __init__(
         self,
@@ -340,15 +342,12 @@ class _DeviceSpan:
         step_id: int | None,
         *,
         is_aside: bool,
-        is_since_graph: bool = False,
     ) -> None:
         self._spans, self._kind, self._about = spans, kind, (num_bytes, step_id)
-        self._is_aside, self._is_since_graph = is_aside, is_since_graph
+        self._is_aside = is_aside
 
     def __enter__(self) -> None:
-        self._outer, self._start = self._spans.begin(
-            self._kind, is_since_graph=self._is_since_graph
-        )
+        self._outer, self._start = self._spans.begin(self._kind)
 
     def __exit__(self, *_: object) -> None:
         self._spans.end(self._kind, self._outer, self._start, *self._about, is_aside=self._is_aside)

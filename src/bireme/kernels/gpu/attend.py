@@ -30,7 +30,8 @@ def _weigh(
     state, query, k, seen, distance, slope, scale, cap,
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Weights [M, N] of places with keys `k` [N, SIZE], and the state that has all of them but their values."""
+    """Weights [M, N] of places with keys `k` [N, SIZE], and the state that has all of them but their values. `seen` is
+    for IS_MASKED alone."""
     best, total, mixed = state
     score = tl.dot(query, tl.trans(k), input_precision="ieee")
     if HAS_CAP:  # cap * tanh(score / cap)
@@ -84,6 +85,6 @@ def attend_described(
     """The same of keys and values that lie in described rows from `first` on, seen by all queries."""
     k = rows.load([first, key_column])
     p, state = _weigh(
-        state, query, k, distance, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, False
+        state, query, k, None, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, False
     )
     return _mix(p, rows.load([first, value_column]), state)

@@ -123,7 +123,7 @@ def _attend_tile(
         state = _attend_own(
             state, query, at_m, before, stop, qkv, row_stride, row, position, kv, d, slope,
             scale, cap, H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, True, False,
-            1 if IS_DESCRIBED else (OWN_STAGES + 1) // 2,
+            1 if IS_DESCRIBED else (OWN_STAGES + 1) // 2,  # a block or two, as was quickest
         )  # fmt: skip
     best, total, mixed = state
     total = tl.where(total == 0.0, 1.0, total)  # of rows behind the last
