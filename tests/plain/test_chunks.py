@@ -18,7 +18,14 @@ from bireme.engine.chunks import (
 )
 
 RATIO = 10_000.0
-GPU_CHUNKS = gpu_chunks(32)
+TILE, TILES_AT_ONCE = 64, 264  # of a Hopper GPU
+
+
+def of_heads(num_heads: int) -> ChunkSizes:
+    return gpu_chunks(num_heads, TILE, TILES_AT_ONCE)
+
+
+GPU_CHUNKS = of_heads(32)
 
 
 def chunks(
@@ -42,7 +49,7 @@ def test_short_prompts_on_a_gpu(num_tokens: int, expected: list[int]) -> None:
 @pytest.mark.parametrize("beside", [1, 33, 64, 100, 200])
 @pytest.mark.parametrize("num_heads", [8, 28, 32, 40, 56, 64])
 def test_chunks_beside_other_rows_leave_no_row_of_a_graph(beside: int, num_heads: int) -> None:
-    sizes = gpu_chunks(num_heads)
+    sizes = of_heads(num_heads)
     cost = chunk_cost(8192, 2, 4096, sizes, RATIO)
     first = chunk_tokens(0, 8192, 4096, cost, sizes, RATIO, beside=beside)
     assert first + beside in GRAPH_ROWS
@@ -50,11 +57,16 @@ def test_chunks_beside_other_rows_leave_no_row_of_a_graph(beside: int, num_heads
     assert 0.6 * alone <= first <= 1.6 * alone
 
 
-def test_chunks_on_a_gpu_leave_no_multiprocessor_unused() -> None:
-    """Attention of 512 queries for 32 heads has 256 programs of the 264 that there are at once, of 640 it has 320."""
-    found = chunks(32768, 2, 4096, GPU_CHUNKS)
-    assert {size % 512 for size in found} == {0}
-    assert {size % 64 for size in chunks(32768, 2, 4096, gpu_chunks(56))[:-1]} == {0}
+@pytest.mark.parametrize("num_heads", [16, 32, 64])
+def test_chunks_of_a_long_prompt_leave_few_multiprocessors_unused(num_heads: int) -> None:
+    """Of 512 queries of 32 heads there are 256 tiles of the 264 that there are at once, of 640 there are 320."""
+    for size in chunks(32768, 2, 4096, of_heads(num_heads))[:-1]:
+        num_tiles = size / TILE * num_heads
+        assert num_tiles >= 0.8 * TILES_AT_ONCE * math.ceil(num_tiles / TILES_AT_ONCE), size
+
+
+def test_chunks_of_a_long_prompt_of_32_heads() -> None:
+    assert {size % 512 for size in chunks(32768, 2, 4096, GPU_CHUNKS)} == {0}
 
 
 def test_a_long_prompt_is_cut_so_that_no_stage_works_alone_for_long() -> None:
@@ -79,7 +91,7 @@ def test_one_stage_takes_as_many_as_it_may() -> None:
     num_stages=st.integers(2, 8),
     most=st.integers(64, 8192),
     ratio=st.sampled_from([200.0, RATIO, math.inf]),
-    sizes=st.sampled_from([CPU_CHUNKS, *map(gpu_chunks, (5, 28, 32, 56))]),
+    sizes=st.sampled_from([CPU_CHUNKS, *map(of_heads, (5, 28, 32, 56))]),
 )
 def test_chunks_of_a_prompt(
     num_tokens: int, num_stages: int, most: int, ratio: float, sizes: ChunkSizes
@@ -112,7 +124,7 @@ def test_chunks_cost_the_same(num_tokens: int, num_stages: int, ratio: float) ->
 def test_chunks_on_a_gpu_cost_nearly_the_same(
     num_tokens: int, num_stages: int, num_heads: int
 ) -> None:
-    sizes = gpu_chunks(num_heads)
+    sizes = of_heads(num_heads)
     found, ratio = chunks(num_tokens, num_stages, 4096, sizes), RATIO / sizes.context_cost
     starts = [sum(found[:index]) for index in range(len(found))]
     costs = [n * (1 + (start + n / 2) / ratio) for n, start in zip(found, starts, strict=True)]

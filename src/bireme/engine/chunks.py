@@ -15,9 +15,7 @@ GRAPH_ROWS = (
     2560, 3072, 3584, 4096,
 )  # fmt: skip
 _NEAR = 0.35  # of a chunk: so much more or less is as well
-# attention to a prompt: queries of a program, of one head; programs that a Hopper GPU has at once; how much of their
-# last turn is worth it
-_TILE, _PROGRAMS, _WORTH = 64, 264, 0.85
+_WORTH = 0.85  # of what a GPU has at once, on average
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,17 @@ class ChunkSizes:
 CPU_CHUNKS = ChunkSizes(least=256, per_stage=8)
 
 
-def gpu_chunks(num_heads: int) -> ChunkSizes:
-    """Of ranks with so many query heads, as measured on H200s."""
-    best = frozenset(size for size in GRAPH_ROWS if _fills(-(-size // _TILE) * num_heads))
+def gpu_chunks(num_heads: int, tile: int, tiles_at_once: int) -> ChunkSizes:
+    """As measured on H200s: of ranks that attend to `tile` queries at a time, and of so many query heads to
+    `tiles_at_once`."""
+
+    def is_filled_by(rows: int) -> bool:
+        num_tiles = -(-rows // tile) * num_heads
+        turns = -(-num_tiles // tiles_at_once)
+        return turns == 1 or num_tiles >= _WORTH * turns * tiles_at_once
+
+    best = frozenset(filter(is_filled_by, GRAPH_ROWS))
     return ChunkSizes(least=512, per_stage=12, context_cost=1.6, rows=GRAPH_ROWS, best_rows=best)
-
-
-def _fills(num_programs: int) -> bool:
-    turns = -(-num_programs // _PROGRAMS)
-    return turns == 1 or num_programs >= _WORTH * turns * _PROGRAMS
 
 
 def chunk_cost(

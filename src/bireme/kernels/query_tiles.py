@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.host_copies import upload
 
 TILE = 64  # queries
+TILES_AT_ONCE = 2 * MULTIPROCESSORS  # each of one head, that a Hopper GPU attends to
 
 
 def num_tiles(counts: Sequence[int]) -> int:
