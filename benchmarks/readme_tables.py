@@ -15,7 +15,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SHAPE, LARGE_SHAPE = "decode-llama-2-7b-2x-h200", "decode-llama-3-70b-2x-h200"
-OTHER_SHAPE = "decode-heads-of-96-2x-h200"  # nothing was tuned for it
+OTHER_SHAPE = "decode-heads-of-64-2x-h200"  # nothing was tuned for it
 KERNELS = "step-kernels-llama-2-7b-2x-h200"
 Layout = dict[str, Any]
 

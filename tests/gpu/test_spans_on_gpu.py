@@ -115,22 +115,23 @@ def test_a_span_since_a_graph_begins_when_the_device_comes_to_it(ring: SpanRing)
     spans, graph = DeviceSpans(ring, DEVICE), torch.cuda.CUDAGraph()
     with spans.capturing(notes_begin=True) as captured, torch.cuda.graph(graph):
         spans.note_begin()
-        torch.cuda._sleep(CYCLES // 8)
+        torch.cuda._sleep(CYCLES // 4)
     num_steps = MOST_BEGUN + 2  # each place is used, and two anew
     for step_id in range(num_steps):
         spans.set_step(step_id, 0)
         with spans.span(SpanKind.STEP), spans.span_since_graph(SpanKind.COMPUTE):
-            torch.cuda._sleep(CYCLES // 8)  # as if the graph's launch took so long
+            torch.cuda._sleep(CYCLES // 4)  # as if the graph's launch took so long
             graph.replay()
             spans.replayed(captured)
         torch.cuda.synchronize(DEVICE)
     spans.flush()
     steps, works = of_kind(ring, SpanKind.STEP), of_kind(ring, SpanKind.COMPUTE)
     assert [span.step_id for span in works] == list(range(num_steps))
+    kilohertz = torch.cuda.get_device_properties(DEVICE).clock_rate  # at most
+    half_ns = 1_000_000 * (CYCLES // 4) / kilohertz - LOOK_NS  # at least, whoever else is there
     for step, work in zip(steps, works, strict=True):
+        assert step.start_ns + half_ns < work.start_ns < work.end_ns - half_ns
         assert work.end_ns <= step.end_ns
-        halves = 2 * (work.end_ns - work.start_ns), step.end_ns - step.start_ns
-        assert halves[0] == pytest.approx(halves[1], rel=0.1)
 
 
 def test_a_span_in_which_no_graph_is_launched_is_none(ring: SpanRing) -> None:
