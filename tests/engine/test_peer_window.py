@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +37,21 @@ def test_each_gets_the_file_of_the_other(tmp_path: Path) -> None:
 def test_a_rank_that_does_not_come_is_waited_for_no_longer() -> None:
     with pytest.raises(EngineError, match="cannot exchange memory for sums: timed out"):
         swap(0, 0, HashStore(), 0.1)
+
+
+def test_both_end_at_once_where_one_cannot_listen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_long = tmp_path / ("long" * 30)  # for the address of a socket
+    too_long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(too_long))
+    store = HashStore()
+    with ThreadPoolExecutor(2) as ranks:
+        first, second = (ranks.submit(swap, 0, index, store, TIMEOUT_S) for index in (0, 1))
+        with pytest.raises(EngineError, match="AF_UNIX path too long"):
+            first.result()
+        with pytest.raises(EngineError, match="the other rank cannot listen"):
+            second.result()
 
 
 def test_a_rank_that_leaves_before_it_gives_anything(tmp_path: Path) -> None:

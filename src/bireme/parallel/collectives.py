@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from bireme.errors import PeerLost
 from bireme.parallel.links import LateChecks, Receiver, Sender, message_head
 from bireme.parallel.mesh import Alone, Mesh, TensorGroup
 from bireme.parallel.message_header import HEADER_BYTES, Stated
 from bireme.parallel.peer_group import peer_group
-from bireme.parallel.peer_memory import RingPlan, connect, have_peer_access
+from bireme.parallel.peer_memory import PeerRingPlan, connect, have_peer_access
 from bireme.parallel.peer_room import PeerRoom
 from bireme.parallel.pipeline import Edge, forward_edges, sampled_edges, stage_ranks
 from bireme.parallel.segment_plan import Ring, SegmentPlan
@@ -302,17 +302,20 @@ def _over_distributed(
         return found
 
     def through_peers(
-        groups: dict[Edge, dist.ProcessGroup], num_bytes: int
-    ) -> tuple[Sender, Receiver | None]:
+        kind: str, groups: dict[Edge, dist.ProcessGroup], num_bytes: int
+    ) -> tuple[Sender, Receiver | None] | None:
+        if not num_bytes:
+            return None
         plans = [
-            RingPlan(edge, len(widths) + 1, num_bytes, _PATIENCE * timeout_s) for edge in groups
+            PeerRingPlan(edge, len(widths) + 1, num_bytes, _PATIENCE * timeout_s) for edge in groups
         ]
-        return connect(plans, groups, rank, device, store, spans, is_beside=room.sends_beside)
+        own = PrefixStore(kind, store)
+        return connect(plans, groups, rank, device, own, spans, is_beside=room.sends_beside)
 
-    if room.hidden_bytes:
-        found.hidden_sender, found.hidden_receiver = through_peers(forward, room.hidden_bytes)
-    if room.sampled_bytes:
-        found.sampled_sender, found.sampled_receiver = through_peers(sampled, room.sampled_bytes)
+    if ends := through_peers("hidden", forward, room.hidden_bytes):
+        found.hidden_sender, found.hidden_receiver = ends
+    if ends := through_peers("sampled", sampled, room.sampled_bytes):
+        found.sampled_sender, found.sampled_receiver = ends
     return found
 
 

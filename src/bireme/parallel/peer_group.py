@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, _SymmetricMemory
 
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
+from bireme.parallel.attempts import made_by_all
 from bireme.parallel.mesh import TensorGroup
 from bireme.parallel.peer_memory import have_peer_access, mapped
 from bireme.parallel.peer_window import Window, open_window
@@ -25,6 +26,7 @@ _WHOLE_ROWS = 16  # up to which so few programs read them that parts take longer
 _MOST_ROWS = 2**31 - 1
 _ALIGNMENT = 512  # bytes
 _MOST_SUM_BYTES = 2**31 - 1  # a kernel's place in them is an int32
+_INSTEAD = "ranks sum over NCCL, and not through each other's memory"
 _POLLS_PER_S = 4e6  # at most; a look at a row takes a quarter of a microsecond or more
 _MOST_POLLS = 2**31 - 1
 
@@ -188,7 +190,7 @@ def peer_group(
     spans: SpanWriter,
 ) -> TensorGroup:
     """For rows of up to `row_bytes`, and of up to `sum_bytes` together; `others` itself where these GPUs cannot write
-    each other's memory."""
+    each other's memory, or it cannot be mapped."""
     if not row_bytes or not has_kernels(device) or not isinstance(spans, DeviceSpans):
         return others
     if not have_peer_access(list(combinations(ranks, 2)), rank, device, store):
@@ -203,5 +205,14 @@ def peer_group(
         window = open_window(share_bytes, ranks, rank, device, own_store, timeout_s)
     if window is None:
         num_bytes += sum_bytes  # for the addends
-    memory = mapped(num_bytes, ranks, group, rank, device, store)
+    memory = made_by_all(
+        lambda: mapped(num_bytes, ranks, group, rank, device, store),
+        "memory",
+        _INSTEAD,
+        ranks,
+        rank,
+        own_store,
+    )
+    if memory is None:
+        return others
     return PeerGroup(others, memory, window, row_bytes, sum_bytes, timeout_s, spans)

@@ -12,6 +12,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from uuid import uuid4
 
 import torch
@@ -24,6 +25,8 @@ from torch._C._distributed_c10d import (
 )
 
 from bireme.errors import EngineError
+from bireme.parallel.attempts import made_by_all
+from bireme.parallel.driver import has_native_atomics
 from bireme.parallel.links import LateChecks, Receiver, Sender, message_head
 from bireme.parallel.message_header import HEADER_BYTES, Stated
 from bireme.parallel.pipeline import Edge
@@ -31,10 +34,11 @@ from bireme.request import StepHeader
 from bireme.trace import SpanKind, SpanWriter
 
 _ALIGNMENT = 512  # of a slot, bytes
+_INSTEAD = "stages send over NCCL, and not through each other's memory"
 
 
 @dataclass(frozen=True)
-class RingPlan:
+class PeerRingPlan:
     """Of an edge: messages that it holds, the largest of them (bytes), and how long a stream waits for a
     flag before it gives up."""
 
@@ -48,12 +52,12 @@ class RingPlan:
         return -(-(HEADER_BYTES + self.message_bytes) // _ALIGNMENT) * _ALIGNMENT
 
 
-class Ring:
+class PeerRing:
     """One side of an edge. Both ranks make it, in the same order as their other rings."""
 
     def __init__(
         self,
-        plan: RingPlan,
+        plan: PeerRingPlan,
         group: dist.ProcessGroup,
         rank: int,
         device: torch.device,
@@ -123,18 +127,21 @@ def _agreed_name(group: dist.ProcessGroup, *, is_first: bool, store: Store) -> s
 def have_peer_access(
     pairs: Sequence[tuple[int, int]], rank: int, device: torch.device, store: Store
 ) -> bool:
-    """Whether the ranks of every pair have GPUs that can write each other's memory; the same on all of
-    them."""
+    """Whether the ranks of every pair have GPUs that can write each other's memory, with atomics: flags are raised by
+    those. The same on all of them."""
     store.set(f"device/{rank}", str(device.index))
     places = {rank: int(store.get(f"device/{rank}")) for pair in pairs for rank in pair}
-    devices = [(places[one], places[other]) for one, other in pairs]
     return all(
-        one != other and torch.cuda.can_device_access_peer(one, other) for one, other in devices
+        one != other
+        and torch.cuda.can_device_access_peer(one, other)
+        and has_native_atomics(one, other)
+        for pair in pairs
+        for one, other in permutations(places[rank] for rank in pair)
     )
 
 
 def connect(
-    plans: Sequence[RingPlan],
+    plans: Sequence[PeerRingPlan],
     groups: Mapping[Edge, dist.ProcessGroup],
     rank: int,
     device: torch.device,
@@ -142,11 +149,18 @@ def connect(
     spans: SpanWriter,
     *,
     is_beside: bool,
-) -> tuple[Sender, Receiver | None]:
-    """What a rank sends and receives through, of all edges of one kind. `is_beside`: it sends on a stream of its
-    own."""
+) -> tuple[Sender, Receiver | None] | None:
+    """What a rank sends and receives through, of all edges of one kind; None where memory cannot be mapped. Ranks with
+    no edge call it too, with a store of this kind's own. `is_beside`: it sends on a stream of its own."""
     mine = [plan for plan in plans if rank in (plan.edge.src, plan.edge.dst)]
-    rings = [Ring(plan, groups[plan.edge], rank, device, store) for plan in mine]
+
+    def make() -> list[PeerRing]:
+        return [PeerRing(plan, groups[plan.edge], rank, device, store) for plan in mine]
+
+    ends = sorted({end for plan in plans for end in (plan.edge.src, plan.edge.dst)} | {rank})
+    rings = made_by_all(make, "rings", _INSTEAD, ends, rank, store)
+    if rings is None:
+        return None
     receivers = [ring for ring in rings if ring.plan.edge.dst == rank]
     senders = [ring for ring in rings if ring.plan.edge.src == rank]
     sender = PeerSenderBeside(senders, device, spans) if is_beside else PeerSender(senders, spans)
@@ -160,7 +174,7 @@ class PeerSender:
     """The sending side of a rank's edges of one kind, in the stream that makes the rows: it waits where a receiver is
     a ring behind."""
 
-    def __init__(self, rings: Sequence[Ring], spans: SpanWriter) -> None:
+    def __init__(self, rings: Sequence[PeerRing], spans: SpanWriter) -> None:
         self._rings, self._spans, self._count = rings, spans, 0
 
     def send(self, header: StepHeader, rows: torch.Tensor) -> None:
@@ -197,7 +211,7 @@ class PeerSenderBeside(PeerSender):
     """The same on a stream of its own, so that the stream that makes the rows goes on. The host waits where a receiver
     is a ring behind; until then nobody may overwrite `rows`."""
 
-    def __init__(self, rings: Sequence[Ring], device: torch.device, spans: SpanWriter) -> None:
+    def __init__(self, rings: Sequence[PeerRing], device: torch.device, spans: SpanWriter) -> None:
         super().__init__(rings, spans)
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._in_flight: deque[torch.cuda.Event] = deque()
@@ -230,7 +244,7 @@ def _bytes_of(rows: torch.Tensor) -> torch.Tensor:
 class PeerReceiver:
     """The receiving side of one edge."""
 
-    def __init__(self, ring: Ring, device: torch.device, spans: SpanWriter) -> None:
+    def __init__(self, ring: PeerRing, device: torch.device, spans: SpanWriter) -> None:
         self._ring, self._spans, self._count = ring, spans, 0
         self._stream = torch.cuda.Stream(device)
         self._late = LateChecks(ring.plan.edge)

@@ -3,22 +3,23 @@ each row to the rank that it is for."""
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import Store
 
 from bireme.errors import EngineError
+from bireme.parallel.attempts import made_by_all
+from bireme.parallel.driver import call_driver
 
-T = TypeVar("T")
+_INSTEAD = "for sums of prompts ranks read each other's rows, and do not write them"
 _GRANULE = 2 << 20  # bytes that a GPU maps at once
 
 
@@ -35,17 +36,19 @@ def open_window(
     part_bytes = -(-num_bytes // _GRANULE) * _GRANULE
     index = list(ranks).index(rank)
     with ExitStack() as handles:  # what is mapped stays when its handle goes
-        own = _tried(lambda: [_allocate(part_bytes, device, handles) for _ in range(2)])
-        if not _all_have("allocated", own is not None, ranks, rank, store):
+
+        def allocate() -> list[Any]:
+            return [_allocate(part_bytes, device, handles) for _ in range(2)]
+
+        own = made_by_all(allocate, "allocated", _INSTEAD, ranks, rank, store)
+        if own is None:
             return None
-        assert own is not None
 
         def window() -> Window:
             for_peer = _exchange(own[1], index, store, timeout_s, handles)
             return Window(own[0], for_peer, own[1], index, part_bytes, device)
 
-        made = _tried(window)
-    return made if _all_have("mapped", made is not None, ranks, rank, store) else None
+        return made_by_all(window, "mapped", _INSTEAD, ranks, rank, store)
 
 
 class Window:
@@ -72,25 +75,6 @@ class Window:
         self.sources[index] = start + index * part_bytes
 
 
-def _tried(make: Callable[[], T]) -> T | None:
-    try:
-        return make()
-    except (
-        RuntimeError,
-        OSError,
-        ImportError,
-    ) as error:  # of the driver, its bindings, and the store
-        logging.getLogger(__name__).warning(
-            "for sums of prompts ranks read each other's rows, and do not write them: %s", error
-        )
-        return None
-
-
-def _all_have(name: str, has: bool, ranks: Sequence[int], rank: int, store: Store) -> bool:
-    store.set(f"{name}/{rank}", "1" if has else "0")
-    return all(store.get(f"{name}/{peer}") == b"1" for peer in ranks)
-
-
 def _allocate(num_bytes: int, device: torch.device, handles: ExitStack) -> Any:
     """A handle of memory of a GPU, which another process can be given."""
     from cuda.bindings import driver
@@ -100,23 +84,23 @@ def _allocate(num_bytes: int, device: torch.device, handles: ExitStack) -> Any:
     asked.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
     asked.location.id = device.index
     asked.requestedHandleTypes = _shareable()
-    handle = _call("cuMemCreate", num_bytes, asked, 0)
-    handles.callback(_call, "cuMemRelease", handle)
+    handle = call_driver("cuMemCreate", num_bytes, asked, 0)
+    handles.callback(call_driver, "cuMemRelease", handle)
     return handle
 
 
 def _exchange(handle: Any, index: int, store: Store, timeout_s: float, handles: ExitStack) -> Any:
     """Gives the other rank a handle for its own."""
-    own = int(_call("cuMemExportToShareableHandle", handle, _shareable(), 0))
+    own = int(call_driver("cuMemExportToShareableHandle", handle, _shareable(), 0))
     try:
         other = swap(own, index, store, timeout_s)
     finally:
         os.close(own)
     try:
-        imported = _call("cuMemImportFromShareableHandle", other, _shareable())
+        imported = call_driver("cuMemImportFromShareableHandle", other, _shareable())
     finally:
         os.close(other)
-    handles.callback(_call, "cuMemRelease", imported)
+    handles.callback(call_driver, "cuMemRelease", imported)
     return imported
 
 
@@ -134,9 +118,11 @@ def swap(fd: int, index: int, store: Store, timeout_s: float) -> int:
 
 
 def _connected(index: int, store: Store, timeout_s: float) -> socket.socket:
-    """To the other rank, over a socket that no other user can reach."""
+    """To the other rank, over a socket that no other user can reach; OSError on both where the first cannot listen."""
     if index:
         path = store.get("socket").decode()
+        if not path:
+            raise ConnectionRefusedError("the other rank cannot listen")
         link = socket.socket(socket.AF_UNIX)
         link.settimeout(timeout_s)
         try:
@@ -145,11 +131,17 @@ def _connected(index: int, store: Store, timeout_s: float) -> socket.socket:
             link.close()
             raise
         return link
-    with TemporaryDirectory(prefix="bireme-") as folder, socket.socket(socket.AF_UNIX) as listening:
-        path = str(Path(folder) / "window")
-        listening.settimeout(timeout_s)
-        listening.bind(path)
-        listening.listen(1)
+    with ExitStack() as until_met:
+        try:
+            folder = until_met.enter_context(TemporaryDirectory(prefix="bireme-"))
+            listening = until_met.enter_context(socket.socket(socket.AF_UNIX))
+            path = str(Path(folder) / "window")
+            listening.settimeout(timeout_s)
+            listening.bind(path)
+            listening.listen(1)
+        except OSError:
+            store.set("socket", "")
+            raise
         store.set("socket", path)
         link = listening.accept()[0]
     link.settimeout(timeout_s)
@@ -166,33 +158,23 @@ def _map(parts: Sequence[Any], part_bytes: int, device: torch.device) -> int:
     access.location.id = device.index
     access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
     with ExitStack() as undo:
-        start = int(_call("cuMemAddressReserve", num_bytes, 0, 0, 0))
-        undo.callback(_call, "cuMemAddressFree", start, num_bytes)
+        start = int(call_driver("cuMemAddressReserve", num_bytes, 0, 0, 0))
+        undo.callback(call_driver, "cuMemAddressFree", start, num_bytes)
         for at, part in enumerate(parts):
-            _call("cuMemMap", start + at * part_bytes, part_bytes, 0, part, 0)
-            undo.callback(_call, "cuMemUnmap", start + at * part_bytes, part_bytes)
-        _call("cuMemSetAccess", start, num_bytes, [access], 1)
+            call_driver("cuMemMap", start + at * part_bytes, part_bytes, 0, part, 0)
+            undo.callback(call_driver, "cuMemUnmap", start + at * part_bytes, part_bytes)
+        call_driver("cuMemSetAccess", start, num_bytes, [access], 1)
         undo.pop_all()
     return start
 
 
 def _unmap(start: int, num_bytes: int, device: torch.device) -> None:
     torch.cuda.synchronize(device)  # a product may be writing there
-    _call("cuMemUnmap", start, num_bytes)
-    _call("cuMemAddressFree", start, num_bytes)
+    call_driver("cuMemUnmap", start, num_bytes)
+    call_driver("cuMemAddressFree", start, num_bytes)
 
 
 def _shareable() -> Any:
     from cuda.bindings import driver
 
     return driver.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-
-
-def _call(name: str, *arguments: Any) -> Any:
-    """What a function of the driver made; EngineError if it failed."""
-    from cuda.bindings import driver
-
-    error, *made = getattr(driver, name)(*arguments)
-    if int(error):
-        raise EngineError(f"memory for sums of two GPUs cannot be had: {name} says {error.name}")
-    return made[0] if made else None
