@@ -8,6 +8,7 @@
 #                  Default: the CPU build where no NVIDIA driver is seen, else the CUDA build.
 
 torch_version=2.13.0
+triton_version=3.9.0 # whose interpreter runs the GPUs' kernels beside the CPU build of torch, which brings none
 torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -48,7 +49,7 @@ requirements_key() {
   {
     cat constraints.txt
     awk '/^\[/ { wanted = /^\[(build-system|project)/ } wanted' pyproject.toml
-    echo "$torch_version ${BIREME_TORCH:-}"
+    echo "$torch_version $triton_version ${BIREME_TORCH:-}"
   } | cksum
 }
 
@@ -58,6 +59,10 @@ read_stamp() {
   [[ ! -r .venv/stamp ]] || { read -r identity && read -r key && read -r extras; } <.venv/stamp || true
   [[ -x .venv/bin/python && $identity == "$(venv_identity)" ]] || identity=''
   [[ -n $identity && $key == "$(requirements_key)" ]] || extras=''
+}
+
+needs_triton() {
+  [[ $1 == *+cpu && $(uname -sm) == 'Linux x86_64' ]]
 }
 
 # Sizes as measured on Linux x86-64 with Python 3.11.
@@ -73,7 +78,10 @@ announce() {
     esac
   fi
   case $extra in
-    test) others_mb=$((others_mb + 77)) ;;
+    test)
+      others_mb=$((others_mb + 77))
+      ! needs_triton "$torch" || others_mb=$((others_mb + 286))
+      ;;
     check) others_mb=$((others_mb + 31)) ;;
   esac
   echo "Installing what ${0##*/} needs into .venv; pip downloads, less what it has already," \
@@ -124,6 +132,9 @@ fill_venv() {
   torch=$(installed_torch)
   pip install --quiet --constraint constraints.txt hatchling editables
   pip install --quiet --constraint constraints.txt --no-build-isolation "$torch" --editable "$package"
+  if [[ $1 == test ]] && needs_triton "$torch"; then
+    pip install --quiet "triton==$triton_version"
+  fi
   extras=${extras:-core}
   [[ " $extras " == *" $1 "* ]] || extras+=" $1"
   printf '%s\n' "$(venv_identity)" "$(requirements_key)" "$extras" >.venv/stamp

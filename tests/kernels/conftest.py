@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter."""
+"""What tests of all kernels share."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    pytest.importorskip("triton", minversion="3.9", reason="interprets loops with NumPy 2.4")
-else:
-    pytest.importorskip("triton")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import os
+import shutil
 from functools import cache
 
 import torch
@@ -15,8 +18,16 @@ _SHARED_KEYS = 1 << 20
 
 
 @cache
-def _is_triton_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def is_triton_there() -> bool:
+    """With a C compiler, which it builds the launchers of kernels with."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if "CC" in os.environ or shutil.which("gcc") or shutil.which("clang"):
+        return True
+    logging.getLogger(__name__).warning(
+        "no C compiler for Triton (gcc, clang, or what CC names): GPUs run torch's kernels, which is slower"
+    )
+    return False
 
 
 @cache
@@ -27,8 +38,8 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """True where the Triton versions run: on CUDA devices, where Triton is installed."""
-    return device.type == "cuda" and _is_triton_there()
+    """True where the Triton versions run: on CUDA devices, where Triton and a C compiler are installed."""
+    return device.type == "cuda" and is_triton_there()
 
 
 def suits_c(x: torch.Tensor) -> bool:

@@ -89,7 +89,9 @@ class BroadcastReader:
 
     def receive(self, timeout_s: float | None = None) -> bytearray | None:
         """The next frame; None where none begins within `timeout_s`."""
-        while not self._written.await_count(self._count + 1, timeout_s or _LONG_S):
+        while not self._written.await_count(
+            self._count + 1, _LONG_S if timeout_s is None else timeout_s
+        ):
             if timeout_s is not None:
                 return None
         length = bytearray(_LENGTH.size)
