@@ -5,11 +5,12 @@
 In a CUDA graph, over more caches than the device's own cache holds, whose blocks lie in no order. Decode: the bytes of
 keys and values beside what a large sum reads, or a large copy reads and writes, a second, whichever is more. Prefill: a
 chunk behind a context, with the chunk's own keys and values read where they were projected, as steps do; causal
-operations beside those of a large product.
+operations beside those of a large product, and where there is no context, torch's flash and cuDNN's attention.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 import command_line
 import record
 import torch
+import torch.nn.functional as F
 from gpu_floors import NO_CACHE_BYTES, flop_per_s, memory_rates, microseconds, numbers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bireme.kernels.gpu.decode_attention import decode_attention
 from bireme.kernels.gpu.prefill_attention import prefill_attention
@@ -92,6 +95,26 @@ def prefill_us(shape: Shape) -> float:
     return microseconds(attend, shape.caches())
 
 
+def torch_us(shape: Shape) -> dict[str, float]:
+    """Of a prompt without context, by each of torch's fast ways that is there."""
+    num_heads, num_kv = HEADS[shape.heads]
+    q, k, v = (
+        torch.randn(1, heads, shape.num_tokens, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        for heads in (num_heads, num_kv, num_kv)
+    )
+
+    def attend(queries: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            queries, k, v, is_causal=True, enable_gqa=num_kv < num_heads
+        )
+
+    found = {}
+    for way in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        with sdpa_kernel(way), suppress(RuntimeError):  # torch's, where it has no such kernel
+            found[way.name] = microseconds(attend, [q, q.clone()])
+    return found
+
+
 def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any]:
     num_heads, num_kv = HEADS[shape.heads]
     if shape.num_tokens == 1:
@@ -100,7 +123,10 @@ def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any
     else:
         pairs = shape.num_tokens * (shape.before + (shape.num_tokens + 1) / 2)
         taken_us, floor_us = prefill_us(shape), 1e6 * 4 * pairs * num_heads * HEAD_DIM / rate
-    return {**asdict(shape), "us": taken_us, "floor_us": floor_us}
+    found = {**asdict(shape), "us": taken_us, "floor_us": floor_us}
+    if shape.num_tokens > 1 and not shape.before:
+        found["torch_us"] = torch_us(shape)
+    return found
 
 
 def main() -> None:
@@ -123,6 +149,7 @@ def main() -> None:
             print(
                 f"{heads:8} blocks of {size}, {shape.num_seqs:3} x {shape.num_tokens} tokens behind "
                 f"{shape.before}: {one['us']:.1f} us ({one['floor_us'] / one['us']:.0%})",
+                *(f"{name} {us:.1f}" for name, us in one.get("torch_us", {}).items()),
                 flush=True,
             )
     record.write(

@@ -25,9 +25,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -47,6 +45,7 @@ from gpu_floors import (
     prefill_flop,
     read_bytes,
 )
+from starting import seconds_to_first_token
 from step_kinds import step_kinds
 
 from bireme import LLM
@@ -66,19 +65,7 @@ LOAD = Workload(num_prompts=512, input_len=512, output_len=128, seed=5)
 
 
 def start_s(model: str, layout: str, environment: dict[str, str]) -> float:
-    """Until a process of its own has the first token."""
-    start = time.monotonic()
-    program = Path(__file__).with_name("first_token.py")
-    command = [sys.executable, str(program), json.dumps(settings(model, layout))]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, env={**os.environ, **environment}
-    ) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        seconds = time.monotonic() - start
-    if not line:
-        raise RuntimeError(f"{' '.join(command)} ended without a token")
-    return seconds
+    return seconds_to_first_token(settings(model, layout), environment)
 
 
 def settings(model: str, layout: str) -> dict[str, Any]:

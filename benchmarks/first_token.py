@@ -1,4 +1,4 @@
-"""A process that ends once it has a model's first token; `decode_gpu.py` measures how long that takes.
+"""A process that ends once it has a model's first token; `starting.py` measures how long that takes.
 
     python benchmarks/first_token.py '{"model": "demo"}'
 

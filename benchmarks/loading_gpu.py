@@ -4,6 +4,7 @@
 
 Makes a bfloat16 Llama checkpoint of random bits in DIR and shards it to tp 2. One rank then loads the checkpoint, and
 two ranks at once the checkpoint and the shards; each rank's bytes over the time from its first read to its last copy.
+Then a process of its own starts from each, and has a first token, with graphs of up to 256 requests.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import command_line
 import record
 import torch
 from shard import LLAMA, SHAPES, make_checkpoint
+from starting import seconds_to_first_token
 
 from bireme import LLM
 from bireme.checkpoint.prepared import shard_model
@@ -56,6 +58,14 @@ def bytes_per_s(folder: Path, tp: int) -> list[float]:
     ]
 
 
+def start_s(folder: Path, tp: int) -> float:
+    settings = {
+        "model": str(folder), "device": "cuda", "tensor_parallel_size": tp, "max_num_seqs": 256,
+        "max_num_batched_tokens": 4096,
+    }  # fmt: skip
+    return seconds_to_first_token(settings, {})
+
+
 def main() -> None:
     parser = command_line.parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where to write, on the disk")
@@ -73,6 +83,7 @@ def main() -> None:
     if torch.cuda.device_count() > 1:
         ways |= {"checkpoint, two ranks": (checkpoint, 2), "shards, two ranks": (shards, 2)}
     found: dict[str, list[list[float]]] = {name: [] for name in ways}
+    starts: dict[str, list[float]] = {}
     try:
         num_bytes = make_checkpoint(checkpoint, {**LLAMA, **SHAPES[asked.model]})
         if len(ways) > 1:
@@ -80,17 +91,23 @@ def main() -> None:
         for _ in range(asked.rounds):
             for name, (folder, tp) in ways.items():
                 found[name].append(bytes_per_s(folder, tp))
+        for name, (folder, tp) in ways.items():
+            start_s(folder, tp)  # compiles what is not there yet
+            starts[name] = [start_s(folder, tp) for _ in range(asked.rounds)]
     finally:
         shutil.rmtree(work, ignore_errors=True)
     pinned = pinned_bytes_per_s()
     result: dict[str, Any] = {
         "num_bytes": num_bytes, "pinned_bytes_per_s": pinned, "bytes_per_s_by_rank": found,
+        "start_s": starts,
     }  # fmt: skip
     print(f"{num_bytes / 1e9:.1f} GB; from pinned memory {pinned / 1e9:.1f} GB/s")
     for name, rounds in found.items():
         slowest = [min(rates) / 1e9 for rates in rounds]
         said = ", ".join(f"{rate:.1f}" for rate in slowest)
         print(f"{name}: GB/s of the slower rank, median {statistics.median(slowest):.1f} ({said})")
+        said = ", ".join(f"{took:.1f}" for took in starts[name])
+        print(f"    start to first token, s: {statistics.median(starts[name]):.1f} ({said})")
     record.write(f"loading-{asked.model}-{asked.name}", ["torch", "safetensors", "triton"], result)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -290,6 +292,40 @@ def test_attention_as_models_run(
         expected = wanted[0].transpose(0, 1)
         assert near(rows, expected, 2 * ROUNDED[dtype]), slot
         assert near(decoded[slot], expected[-1], 2 * ROUNDED[dtype]), slot
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="takes 9 GB of a GPU")
+def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> None:
+    lengths, new, block_size, head_dim = [344, 97], [200, 1], 16, 128
+    keys, values, table, _ = _paged(lengths, block_size, 2, head_dim, device)
+    near_by = keys.bfloat16(), values.bfloat16()
+    shift = 2**31 // (2 * head_dim)  # tokens
+    far = [torch.empty(shift + len(x), 2, head_dim, dtype=x.dtype, device=device) for x in near_by]
+    for x, of in zip(far, near_by, strict=True):
+        x[shift:] = of
+    q = torch.randn(sum(new), 4, head_dim, device=device).bfloat16()
+    qkv = torch.randn(8, 8 * head_dim, device=device).bfloat16()
+    starts = [length - count for length, count in zip(lengths, new, strict=True)]
+    head_map = torch.tensor([0, 0, 1, 1], dtype=torch.int32, device=device)
+    slots = torch.tensor([0] * 200 + [1], device=device)
+
+    def results(cache: Sequence[torch.Tensor], before: int) -> list[torch.Tensor]:
+        own = table + before // block_size
+        found = [
+            prefill_attention(
+                q, *cache, own, block_size, slots, Tiles.of(starts, new, device), head_map, 0.1
+            ),
+            decode_attention(
+                q[-2:], *cache, own, block_size, torch.arange(2, device=device),
+                torch.tensor(lengths, device=device) - 1, head_map.new_tensor([0, 2, 4]), 2, 0.1,
+            ),
+        ]  # fmt: skip
+        places = torch.arange(8, device=device) + before
+        found.append(rope_and_write(qkv, 4, None, None, places, *cache))
+        return [*found, *(x[places] for x in cache)]
+
+    for one, other in zip(results(near_by, 0), results(far, shift), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
