@@ -131,7 +131,7 @@ def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any
 
 def main() -> None:
     parser = command_line.parser_of(__doc__)
-    parser.add_argument("--name", default="gpu")
+    command_line.add_name(parser)
     parser.add_argument(
         "--block-sizes", type=command_line.counts, default="16,64", help="of the cache, in tokens"
     )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from gpu_floors import CONFIGS, model_folder, numbers
@@ -26,13 +28,30 @@ def shape_parser(
 ) -> argparse.ArgumentParser:
     """Of a program that measures a shape at these layouts and batches where it is not told others."""
     parser = parser_of(description)
-    parser.add_argument("--name", default="gpu")
+    add_name(parser)
     parser.add_argument(
-        "--model", type=shape, default="llama-2-7b", help="of examples/configs, or a folder"
-    )
+        "--model", type=shape, default="llama-2-7b",
+        help="of examples/configs, or a folder, as those in benchmarks/shapes",
+    )  # fmt: skip
     parser.add_argument("--layouts", nargs="+", type=layout, metavar="TP,PP", default=[*layouts])
-    parser.add_argument("--batches", type=counts, default=batches)
+    parser.add_argument("--batches", type=counts, default=batches, metavar="N,N,...")
     return parser
+
+
+def add_name(parser: argparse.ArgumentParser, default: str = "gpu") -> None:
+    parser.add_argument(
+        "--name", type=name, default=default,
+        help=f"what the kept result's file is called by, in benchmarks/results ({default})",
+    )  # fmt: skip
+
+
+def name(text: str) -> str:
+    """Part of a file's name."""
+    if not re.fullmatch(r"[\w.-]*", text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not of letters, digits, '-', '_' and '.' alone"
+        )
+    return text
 
 
 def count(text: str) -> int:
@@ -44,8 +63,8 @@ def count(text: str) -> int:
 
 def counts(text: str) -> str:
     """One or several with commas between them."""
-    for part in text.split(","):
-        count(part)
+    if not all(part.isdecimal() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole numbers from 1 on, like 1,8")
     return text
 
 
@@ -53,7 +72,7 @@ def layout(text: str) -> str:
     """TP,PP"""
     parts = text.split(",")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is no TP,PP like 2,1")
+        raise argparse.ArgumentTypeError(f"{text!r} is no TP,PP like 2,1, each from 1 on")
     return text
 
 
@@ -67,19 +86,31 @@ def shape(text: str) -> str:
     return text
 
 
-def interpreter(text: str) -> str:
-    if shutil.which(text) is None:
-        raise argparse.ArgumentTypeError(f"{text} is no program here")
-    return text
+def interpreter_with(package: str) -> Callable[[str], str]:
+    """Of Python, that has a peer's package."""
+    looks = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+
+    def interpreter(text: str) -> str:
+        if shutil.which(text) is None:
+            raise argparse.ArgumentTypeError(f"{text} is no program here")
+        if subprocess.run([text, "-c", looks], capture_output=True, check=False).returncode:
+            raise argparse.ArgumentTypeError(f"{text} has no {package}")
+        return text
+
+    return interpreter
 
 
 def need_gpus(parser: argparse.ArgumentParser, most: int = 1, layouts: Iterable[str] = ()) -> None:
     """Ends the program where there are fewer than `most`, or than one of the layouts needs."""
     here = torch.cuda.device_count()
     if not here:
-        parser.error("there is no GPU")
+        parser.error(f"it needs {_of_gpus(most)}; torch sees none here")
     for it in layouts:
         if (needed := math.prod(numbers(it))) > here:
-            parser.error(f"{it} needs {needed} GPUs; {here} are here")
+            parser.error(f"{it} needs {_of_gpus(needed)}; {here} are here")
     if most > here:
-        parser.error(f"it needs {most} GPUs; {here} are here")
+        parser.error(f"it needs {_of_gpus(most)}; {here} are here")
+
+
+def _of_gpus(count: int) -> str:
+    return "a GPU" if count == 1 else f"{count} GPUs"

@@ -37,6 +37,7 @@ from bireme.bench.workload import Workload
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2)]
 PEER_ROUNDS = 2  # in each of ours
+INPUT_LEN, MAX_MODEL_LEN, MAX_NUM_SEQS = 32, 512, 32
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 1024,
     "intermediate_size": 2816, "num_hidden_layers": 16, "num_attention_heads": 16,
@@ -73,7 +74,7 @@ def step_bytes(llm: LLM) -> int:
 
 
 def step_s(llm: LLM, batch: int, num_tokens: int, seed: int) -> float:
-    workload = Workload(num_prompts=batch, input_len=32, output_len=num_tokens, seed=seed)
+    workload = Workload(num_prompts=batch, input_len=INPUT_LEN, output_len=num_tokens, seed=seed)
     return measure_latency(llm, workload, num_warmup=0, num_iterations=1).step_s
 
 
@@ -87,7 +88,7 @@ def add_peers(
         told = told_by_peer("transformers", sys.executable, [str(folder), *options], {})
         add_peer(peers, "transformers", "all cores", told)
     for tp, pp in LAYOUTS if vllm else []:
-        settings = json.dumps({"max_model_len": 512, "max_num_seqs": 32})
+        settings = json.dumps({"max_model_len": MAX_MODEL_LEN, "max_num_seqs": MAX_NUM_SEQS})
         told = told_by_peer(
             "vllm", str(vllm),
             [str(folder), *options, "--layout", f"{tp},{pp}", "--settings", settings],
@@ -121,7 +122,7 @@ class Measured:
                 (tp, pp): stack.enter_context(
                     LLM(
                         folder, tensor_parallel_size=tp, pipeline_parallel_size=pp, device="cpu",
-                        load_format="dummy", max_model_len=512, max_num_seqs=32,
+                        load_format="dummy", max_model_len=MAX_MODEL_LEN, max_num_seqs=MAX_NUM_SEQS,
                         memory_limit_bytes=3 << 30,
                     )
                 )
@@ -144,14 +145,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=command_line.count, default=48)
     parser.add_argument("--batches", type=command_line.counts, default="1,8,32")
     parser.add_argument(
-        "--vllm", type=command_line.interpreter, help="An interpreter that has vLLM for CPUs."
+        "--vllm",
+        type=command_line.interpreter_with("vllm"),
+        metavar="PYTHON",
+        help="an interpreter that has vLLM for CPUs",
     )
-    parser.add_argument("--name", default="decode-16x1024", help="Of the kept result; empty: none.")
+    parser.add_argument(
+        "--name", type=command_line.name, default="decode-16x1024",
+        help="of the kept result, which this project's repository has; empty: none",
+    )  # fmt: skip
     arguments = parser.parse_args()
     batches = numbers(arguments.batches)
+    if not 2 <= arguments.tokens <= MAX_MODEL_LEN - INPUT_LEN:
+        parser.error(
+            f"--tokens {arguments.tokens}: from 2 to {MAX_MODEL_LEN - INPUT_LEN} can be timed"
+        )
+    if max(batches) > MAX_NUM_SEQS:
+        parser.error(f"--batches {arguments.batches}: at most {MAX_NUM_SEQS} requests run at once")
     measured, peers = Measured(batches, arguments.tokens), dict[str, dict[str, Any]]()
     with model_folder(CONFIG) as folder:
         for seed in range(arguments.rounds):
+            print(f"round {seed + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
             measured.round(folder, seed)
             add_peers(peers, folder, arguments.batches, arguments.tokens, arguments.vllm)
     found, rates, num_bytes = measured.found, measured.rates, measured.num_bytes

@@ -258,8 +258,6 @@ def kept_before(name: str, gpus: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def cannot_be(asked: argparse.Namespace, kept: Mapping[str, object]) -> str | None:
     """What is wrong with what was asked."""
-    if asked.only_peers and not (asked.vllm or asked.transformers):
-        return "--only-peers is of --vllm or --transformers"
     lacking = sorted(set(asked.layouts) - set(kept)) if asked.only_peers else []
     return f"of {', '.join(lacking)} nothing is kept on these GPUs" if lacking else None
 
@@ -286,7 +284,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--vllm",
-        type=command_line.interpreter,
+        type=command_line.interpreter_with("vllm"),
         metavar="PYTHON",
         help="an interpreter that has vLLM",
     )
@@ -298,6 +296,8 @@ def main() -> None:
         "--only-peers", action="store_true", help="beside what is kept of the layouts, which stays"
     )
     asked = parser.parse_args()
+    if asked.only_peers and not (asked.vllm or asked.transformers):
+        parser.error("--only-peers is of --vllm or --transformers")
     command_line.need_gpus(parser, layouts=asked.layouts)
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     name = f"decode-{Path(asked.model).name}-{asked.name}"

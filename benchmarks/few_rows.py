@@ -98,7 +98,7 @@ def measure(
 
 def main() -> None:
     parser = command_line.parser_of(__doc__)
-    parser.add_argument("--name", default="gpu")
+    command_line.add_name(parser)
     parser.add_argument(
         "--models", nargs="+", type=command_line.shape, default=["llama-2-7b", "llama-3-70b"]
     )

@@ -205,7 +205,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     parser = command_line.parser_of(__doc__)
-    parser.add_argument("--name", default="cpu")
+    command_line.add_name(parser, "cpu")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument(
         "--layouts", nargs="+", type=command_line.layout, default=["1,1", "2,1", "1,2"]

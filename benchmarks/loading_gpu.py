@@ -69,7 +69,7 @@ def start_s(folder: Path, tp: int) -> float:
 def main() -> None:
     parser = command_line.parser_of(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="where to write, on the disk")
-    parser.add_argument("--name", default="gpu")
+    command_line.add_name(parser)
     parser.add_argument("--model", choices=SHAPES, default="7b")
     parser.add_argument("--rounds", type=command_line.count, default=3)
     asked = parser.parse_args()

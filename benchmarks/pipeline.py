@@ -19,7 +19,7 @@ import torch
 
 def main() -> None:
     parser = command_line.parser_of(__doc__)
-    parser.add_argument("--name", required=True)
+    parser.add_argument("--name", type=command_line.name, required=True)
     arguments, passed_on = parser.parse_known_args()
     command = [
         sys.executable, "-P", "-m", "bireme", "pipeline", "--config", "resnet-152", *passed_on, "--json",

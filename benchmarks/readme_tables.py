@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,6 +184,7 @@ def told_by_kind(one: Layout, kinds: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.partition("\n\n")[0]).parse_args()
     tables = [beside_aims(SHAPE), beside_aims(LARGE_SHAPE, "limit")]
     tables += [shares(OTHER_SHAPE)]
     tables += [beside_vllm(name) for name in (SHAPE, LARGE_SHAPE, OTHER_SHAPE)]

@@ -49,7 +49,7 @@ def _told(found: list[float], form: str) -> str:
 
 def main() -> None:
     parser = command_line.parser_of(__doc__)
-    parser.add_argument("--name", default="gpu")
+    command_line.add_name(parser)
     asked = parser.parse_args()
     command_line.need_gpus(parser, layouts=LAYOUTS)
     config = json.loads((CONFIGS / "llama-2-7b" / "config.json").read_text())

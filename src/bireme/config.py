@@ -49,7 +49,8 @@ def parse_ints(text: str, what: str, least: int = 1) -> tuple[int, ...]:
             f"{what} {text!r} is not a whole number, or a list of them like 3,2"
         ) from None
     if min(values) < least:
-        raise ConfigError(f"{what} {text} holds {min(values)}; the smallest is {least}")
+        wrong = f"holds {min(values)}" if len(values) > 1 else "is too small"
+        raise ConfigError(f"{what} {text} {wrong}; the smallest is {least}")
     return values
 
 

@@ -45,7 +45,9 @@ class LatencyResult:
     @property
     def step_s(self) -> float:
         """The median time between two tokens of a request; 0 where each has but one."""
-        steps = max(1, self.workload.output_len - 1)
+        steps = self.workload.output_len - 1
+        if not steps:
+            return 0.0
         return float(np.median([(it.total_s - it.first_s) / steps for it in self.iterations]))
 
     @property

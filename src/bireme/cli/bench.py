@@ -101,6 +101,7 @@ def latency(
     from bireme.bench.latency import measure_latency
     from bireme.bench.workload import Workload
 
+    options.check_at_least("batch_size", batch_size, 1)
     workload = Workload(
         num_prompts=batch_size, input_len=input_len, output_len=output_len, seed=seed
     )
@@ -157,11 +158,15 @@ def _latency_rows(result: LatencyResult) -> list[tuple[str, str]]:
     def told(figures: dict[str, float]) -> str:
         return ", ".join(f"{name} {value * 1000:.1f} ms" for name, value in figures.items())
 
-    rate = f"{format_bytes(result.weight_bytes_per_s)}/s"
+    steps, reads = [], []
+    if result.step_s:
+        rate = f"{format_bytes(result.weight_bytes_per_s)}/s"
+        steps = [("from token to token", f"median {result.step_s * 1000:.2f} ms")]
+        reads = [("weights read", f"{rate} ({format_bytes(result.weight_bytes)} a step)")]
     return [
         ("in all", told(result.percentiles(lambda it: it.total_s))),
         ("to the first tokens", told(result.percentiles(lambda it: it.first_s))),
-        ("from token to token", f"median {result.step_s * 1000:.2f} ms"),
+        *steps,
         ("rate", f"{result.output_tokens_per_s:.1f} tokens/s of output"),
-        ("weights read", f"{rate} ({format_bytes(result.weight_bytes)} a step)"),
+        *reads,
     ]

@@ -44,8 +44,8 @@ def run(
     from bireme.observe.told import told_of_trace
 
     num_columns = max(20, Console().width - LABEL_WIDTH)
+    options.check_seconds(seconds)
     if options.is_url(source):
-        options.check_seconds(seconds)
         told = _of_server(source, seconds, api_key, num_columns)
     else:
         options.check_no_address(source)

@@ -17,8 +17,9 @@ SIGNS = {
     Row.UNATTRIBUTED: "?",
 }
 LEGEND = (
-    "0-9 compute, by step; = collective; w wait for the group; > transfer;\n"
-    "/ fill, drain; < imbalance; ~ token dependency; . starved; h host; ? unattributed"
+    "0-9 compute, by step (its last digit); = collective; w wait for the group;\n"
+    "> transfer; / fill, drain; < imbalance; ~ token dependency; . starved;\n"
+    "h host; ? unattributed"
 )
 
 
