@@ -10,7 +10,6 @@ operations beside those of a large product, and where there is no context, torch
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -20,6 +19,7 @@ import record
 import torch
 import torch.nn.functional as F
 from gpu_floors import NO_CACHE_BYTES, flop_per_s, memory_rates, microseconds, numbers
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bireme.kernels.gpu.decode_attention import decode_attention
@@ -31,6 +31,12 @@ HEAD_DIM = 128
 HEADS = {"7B": (32, 32), "7B / 2": (16, 16), "70B / 2": (32, 4)}  # query and KV heads of a rank
 DECODES = list(product((1, 8, 64, 128), (192, 1024)))  # sequences, context
 PREFILLS = [(1024, 0), (3584, 0), (4096, 28672)]  # new tokens, context before
+
+
+TORCH_WAYS = {
+    SDPBackend.FLASH_ATTENTION: can_use_flash_attention,
+    SDPBackend.CUDNN_ATTENTION: can_use_cudnn_attention,
+}
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,12 @@ def torch_us(shape: Shape) -> dict[str, float]:
             queries, k, v, is_causal=True, enable_gqa=num_kv < num_heads
         )
 
+    asked = SDPAParams(q, k, v, None, 0.0, True, num_kv < num_heads)
     found = {}
-    for way in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-        with sdpa_kernel(way), suppress(RuntimeError):  # torch's, where it has no such kernel
-            found[way.name] = microseconds(attend, [q, q.clone()])
+    for way, can_use in TORCH_WAYS.items():
+        if can_use(asked):
+            with sdpa_kernel(way):
+                found[way.name] = microseconds(attend, [q, q.clone()])
     return found
 
 

@@ -103,14 +103,6 @@ def interpreter_with(package: str) -> Callable[[str], str]:
 def need_gpus(parser: argparse.ArgumentParser, most: int = 1, layouts: Iterable[str] = ()) -> None:
     """Ends the program where there are fewer than `most`, or than one of the layouts needs."""
     here = torch.cuda.device_count()
-    if not here:
-        parser.error(f"it needs {_of_gpus(most)}; torch sees none here")
-    for it in layouts:
-        if (needed := math.prod(numbers(it))) > here:
-            parser.error(f"{it} needs {_of_gpus(needed)}; {here} are here")
-    if most > here:
-        parser.error(f"it needs {_of_gpus(most)}; {here} are here")
-
-
-def _of_gpus(count: int) -> str:
-    return "a GPU" if count == 1 else f"{count} GPUs"
+    for what, needed in [("it", most), *((it, math.prod(numbers(it))) for it in layouts)]:
+        if needed > here:
+            parser.error(f"{what} needs GPUs: {needed}; torch sees {here} here")

@@ -29,6 +29,16 @@ from bireme.kernels.query_tiles import Tiles, num_tiles, tiles_of
 
 HAS_GPU = torch.cuda.is_available()
 AS_MODELS_RUN = [torch.float16, *([torch.bfloat16] if HAS_GPU else [])]  # NumPy has no bfloat16
+biases = pytest.mark.parametrize(
+    ("window", "cap", "has_slopes"),
+    [
+        (None, None, False),
+        (20, None, False),
+        (None, 5.0, False),
+        (None, None, True),
+        (7, 3.0, True),
+    ],
+)
 ROUNDED = {torch.float16: 5e-4, torch.bfloat16: 4e-3}  # of each element, relative
 
 
@@ -214,16 +224,7 @@ def _taken_out(  # type: ignore[no-untyped-def]
     return qkv.flatten(1)
 
 
-@pytest.mark.parametrize(
-    ("window", "cap", "has_slopes"),
-    [
-        (None, None, False),
-        (20, None, False),
-        (None, 5.0, False),
-        (None, None, True),
-        (7, 3.0, True),
-    ],
-)
+@biases
 @pytest.mark.parametrize("head_map", [[0, 1], [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
 def test_decode_attention(
     head_map: list[int],
@@ -336,16 +337,7 @@ def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
 
 
 @pytest.mark.parametrize("num_programs", [528, 5])  # of all tiles, or of several each
-@pytest.mark.parametrize(
-    ("window", "cap", "has_slopes"),
-    [
-        (None, None, False),
-        (20, None, False),
-        (None, 5.0, False),
-        (None, None, True),
-        (7, 3.0, True),
-    ],
-)
+@biases
 def test_prefill_attention(
     window: int | None,
     cap: float | None,
