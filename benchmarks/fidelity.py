@@ -52,6 +52,7 @@ DTYPE: DType = "bfloat16"
 GUIDE = Path(__file__).parent.parent / "docs" / "guide"
 MOST_PROMPT_TOKENS = 40
 SHAPE_PROMPTS = (40, 600, 1100)  # tokens
+LONG_PROMPT = 1024  # tokens
 Answers = list[list[int]]
 
 
@@ -123,6 +124,27 @@ def token_s(llm: LLM) -> float:
     return statistics.median(seen.gaps_s)
 
 
+def first_token_s(llm: LLM) -> float:
+    """Of one prompt."""
+    told = Latencies()
+    for seed in (3, 4):
+        told = Latencies()
+        load = Workload(num_prompts=1, input_len=LONG_PROMPT, output_len=1, seed=seed)
+        measure_throughput(llm, load, seen=told.note)
+    return told.told().ttft_s["p50"]
+
+
+def shape_cost(asked: argparse.Namespace, layout: str) -> dict[str, float]:
+    """Of `deterministic`, for the shape."""
+    found = {}
+    for name, is_fixed in (("usual", False), ("deterministic", True)):
+        more: dict[str, Any] = {"model": str(model_folder(asked.shape)), "load_format": "dummy"}
+        with LLM(**(settings(asked, layout, deterministic=is_fixed) | more)) as llm:
+            found[f"{name}_token_s"] = token_s(llm)
+            found[f"{name}_first_token_s"] = first_token_s(llm)
+    return found
+
+
 def determinism(
     asked: argparse.Namespace, layout: str, prompts: Sequence[list[int]]
 ) -> dict[str, Any]:
@@ -179,18 +201,29 @@ def measure(
     }  # fmt: skip
 
 
+def told_cost(seconds: dict[str, float]) -> str:
+    """Of the shape, behind the model's."""
+    ms = {name: 1e3 * number for name, number in seconds.items()}
+    return (
+        f"; {ms['deterministic_token_s']:.2f} ({ms['usual_token_s']:.2f}), first token of {LONG_PROMPT:,}"
+        f" {ms['deterministic_first_token_s']:.1f} ({ms['usual_first_token_s']:.1f})"
+    )
+
+
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """In Markdown."""
     lines = [
         "| | logits beside float32, in deviations (of a shape with made-up weights) | greedy, of prompts and"
         " decode | answers as eager, as with all rows |"
-        " deterministic: tokens whose logits differ by a bit, alone and in smaller steps | its ms a token |",
+        " deterministic: tokens whose logits differ by a bit, alone and in smaller steps |"
+        " its ms a token (of the shape) |",
         "|---|---|---|---|---|---|",
     ]
     for one in results:
         logits, eager, fixed = one["beside_float32"], one["beside_eager"], one["deterministic"]
         whole, shape = one["beside_all_rows"], one.get("shape_beside_float32")
         of_shape = f"; {shape['relative_difference']:.1e}" if shape else ""
+        cost = told_cost(one["shape_cost"]) if "shape_cost" in one else ""
         lines.append(
             f"| tp {one['tp']}, pp {one['pp']} | {logits['relative_difference']:.1e} (at most "
             f"{logits['tolerance']:.0e}{of_shape}) | {logits['prefill_agreement']:.2%}, "
@@ -198,7 +231,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
             f"{eager['num_answers']}, {whole['share_of_answers_alike']:.0%} | "
             f"{fixed['num_rows_apart_alone']} and {fixed['num_rows_apart_in_smaller_steps']} of "
             f"{fixed['num_rows']} | "
-            f"{1e3 * fixed['token_s']:.2f} (usually {1e3 * one['token_s']:.2f}) |"
+            f"{1e3 * fixed['token_s']:.2f} (usually {1e3 * one['token_s']:.2f}){cost} |"
         )
     return lines
 
@@ -241,6 +274,7 @@ def main() -> None:
             config = shape_settings(asked, layout, DTYPE)
             told = verify(shape, config, shape_prompts(shape), reference=shape_reference)
             results[-1]["shape_beside_float32"] = {"shape": asked.shape, **beside_float32(told)}
+            results[-1]["shape_cost"] = shape_cost(asked, layout)
         print("\n".join(table(results[-1:])), flush=True)
         record.write(  # what was measured stays, whatever ends the next
             f"fidelity-{asked.name}", ["torch", "triton", "transformers"],

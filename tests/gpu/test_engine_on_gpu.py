@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,17 +43,28 @@ def logprobs(output: RequestOutput) -> list[dict[int, float]]:
     return [{id_: item.logprob for id_, item in place.items()} for place in found]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_deterministic_logits_do_not_depend_on_the_crowd(pool: WorkerPool, dtype: str) -> None:
-    params = greedy(logprobs=5)
-    with LLM(
-        "demo", device="cuda", dtype=dtype, pool=pool, deterministic=True,
-        max_num_batched_tokens=17, max_num_seqs=4,
-    ) as llm:  # fmt: skip
+@pytest.mark.parametrize(
+    ("widths", "dtype"),
+    [((1,), "float32"), ((1,), "float16"), *((w, "bfloat16") for w in ((1,), (2,), (1, 1)))],
+)
+def test_deterministic_logits_do_not_depend_on_the_crowd(
+    widths: tuple[int, ...], dtype: str, pool: WorkerPool, request: pytest.FixtureRequest
+) -> None:
+    """Nor on whether kernels are captured."""
+    params, num_ranks = greedy(logprobs=5), sum(widths)
+    devices = request.getfixturevalue("pair") if num_ranks > 1 else (0,)
+    asked: dict[str, Any] = {
+        "device": "cuda", "dtype": dtype, "pool": pool, "deterministic": True, "devices": devices,
+        "tensor_parallel_size": widths[0], "pipeline_parallel_size": len(widths), "max_num_seqs": 4,
+    }  # fmt: skip
+    with LLM("demo", max_num_batched_tokens=17, **asked) as llm:
         together = llm.generate([*PROMPTS, *PROMPTS], params)
         alone = [llm.generate([prompt], params)[0] for prompt in PROMPTS]
         assert llm.start().scheduler.num_prefix_hits > 0
-    for crowd, single in zip(together, alone + alone, strict=True):
+    with LLM("demo", enforce_eager=True, **asked) as llm:
+        together += llm.generate(PROMPTS, params)
+    alone *= 3
+    for crowd, single in zip(together, alone, strict=True):
         assert crowd.outputs[0].token_ids == single.outputs[0].token_ids
         for mine, theirs in zip(logprobs(crowd), logprobs(single), strict=True):
             # a logit that differs in its last bit would show; float64 sums of other shapes do not

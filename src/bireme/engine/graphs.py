@@ -10,21 +10,20 @@ which makes as many rows as are asked for, launched while the graph is still bus
 
 from __future__ import annotations
 
-import gc
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from bireme.engine.captured import CapturedGraph, GraphCapturer, nothing_collected
 from bireme.engine.chunks import GRAPH_ROWS
 from bireme.engine.given_rows import GivenRows
 from bireme.engine.sampling.columns import ChoiceKind
 from bireme.engine.sampling.sampler import Chosen, Sampler
 from bireme.engine.slots import Slots
-from bireme.kernels.device_spans import CapturedSpans, DeviceSpans
 from bireme.kernels.query_tiles import TILE, num_tiles
 from bireme.models.blocks import StageModel
 from bireme.models.step import StepContext
@@ -33,7 +32,6 @@ from bireme.trace import SpanKind
 
 _SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256)
 _LARGEST_STRIDE = 128  # between the sizes beyond
-_MOST_NOTED = 4  # collectives of a graph that stamps of them beside it hold up little
 _LARGE_STEP = 512  # tokens, which take a GPU longer than launches of their kernels take the host
 _MANY_SINGLES = 32  # sequences with one new token, in a large step
 _MOST_RUNS = 256  # of tokens, in a step with prompts, each of them at most a tile more
@@ -50,48 +48,8 @@ def prompt_graph_sizes(most: int) -> tuple[int, ...]:
     return tuple(size for size in GRAPH_ROWS if size <= most)
 
 
-@contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """While a stream is captured nothing may be given back to the device, as the end of an earlier model's parts
-    would, whenever a collection comes upon them. So what can be is given back before, and after."""
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-        torch.cuda.empty_cache()
-
-
 def _most_tiles(rows: int) -> int:
     return rows // TILE + _MOST_RUNS
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """What a function made when it was captured is made anew at every replay, in the same memory. `noting`: the same
-    with stamps of all collectives, where this one has none of many."""
-
-    graph: torch.cuda.CUDAGraph
-    made: torch.Tensor
-    spans: CapturedSpans
-    noting: _Graph | None = None
-
-    def replay(self, spans: DeviceSpans) -> torch.Tensor:
-        if self.noting is not None and spans.is_sampled_step:
-            return self.made.copy_(self.noting.replay(spans))
-        self.graph.replay()
-        spans.replayed(self.spans)
-        return self.made
-
-    def close(self) -> None:
-        self.graph.reset()
-        if self.noting is not None:
-            self.noting.close()
 
 
 @dataclass(frozen=True)
@@ -101,8 +59,8 @@ class _Bucket:
 
     given: GivenRows
     hidden: torch.Tensor | None
-    layers: _Graph
-    choices: Mapping[ChoiceKind, _Graph]
+    layers: CapturedGraph
+    choices: Mapping[ChoiceKind, CapturedGraph]
     leaves_last_layer: bool = False
 
 
@@ -116,15 +74,14 @@ class StepGraphs:
         sampler: Sampler | None,
         last_ids: torch.Tensor,
         hidden: tuple[int, torch.dtype],
-        spans: DeviceSpans,
+        capturer: GraphCapturer,
         num_slots: int,
         most_tokens: int,
     ) -> None:
         self._model, self._slots, self._sampler = model, slots, sampler
-        self._last_ids, self._hidden, self._spans = last_ids, hidden, spans
+        self._last_ids, self._hidden, self._spans = last_ids, hidden, capturer.spans
         self._device = last_ids.device
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(self._device)
+        self._capturer = capturer
         self._sizes = graph_sizes(num_slots)
         self._prompt_sizes = prompt_graph_sizes(most_tokens)
         # of steps with prompts: one for all sizes, since steps follow one another
@@ -134,7 +91,7 @@ class StepGraphs:
         self._prompt_hidden = None if model.embedding is not None else self._hidden_rows(most)
         if sampler is not None:
             sampler.prepare()
-        with _nothing_collected():
+        with nothing_collected():
             # the largest first: what they hold for a moment is held once
             prompts, decodes = reversed(self._prompt_sizes), reversed(self._sizes)
             self._prompts = {size: self._prompt_bucket(size) for size in prompts}
@@ -228,7 +185,7 @@ class StepGraphs:
         given: GivenRows,
         hidden: torch.Tensor | None,
         place: torch.Tensor | None = None,
-    ) -> _Graph:
+    ) -> CapturedGraph:
         """Into `place`, or where what is made lies anyway."""
         given.clear(self._slots.padding_slot)
 
@@ -237,13 +194,13 @@ class StepGraphs:
             made = run(self._ids(given) if hidden is None else hidden, step)
             return made if place is None else place.copy_(made)
 
-        return self._graph(layers, notes_begin=True)
+        return self._capturer.capture(layers, notes_begin=True)
 
     def _ids(self, given: GivenRows) -> torch.Tensor:
         last = self._last_ids[given.slots]
         return last if given.ids is None else torch.where(given.ids < 0, last, given.ids)
 
-    def _choices(self, given: GivenRows, made: torch.Tensor) -> dict[ChoiceKind, _Graph]:
+    def _choices(self, given: GivenRows, made: torch.Tensor) -> dict[ChoiceKind, CapturedGraph]:
         sampler, slots = self._sampler, given.slots
         if sampler is None:
             return {}
@@ -253,37 +210,4 @@ class StepGraphs:
             self._last_ids.index_copy_(0, slots, ids)
             return ids
 
-        return {kind: self._graph(partial(choose, kind)) for kind in ChoiceKind}
-
-    def _graph(self, function: Callable[[], torch.Tensor], *, notes_begin: bool = False) -> _Graph:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            function()  # kernels are compiled and libraries make their plans, which cannot be captured
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        noting = self._capture(function, notes_others=True, notes_begin=notes_begin)
-        if noting.spans.num_others <= _MOST_NOTED:
-            return noting
-        plain = self._capture(function, notes_others=False, notes_begin=notes_begin)
-        return replace(plain, noting=noting)
-
-    def _capture(
-        self, function: Callable[[], torch.Tensor], *, notes_others: bool, notes_begin: bool
-    ) -> _Graph:
-        """Without what `torch.cuda.graph` does each time: its stream is the first device's, and it gives all cached
-        memory back."""
-        graph = torch.cuda.CUDAGraph()
-        with (
-            self._spans.capturing(notes_others=notes_others, notes_begin=notes_begin) as spans,
-            torch.cuda.stream(self._stream),
-        ):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                if notes_begin:
-                    self._spans.note_begin()
-                made = function()
-            except BaseException:
-                with suppress(RuntimeError):  # the capture is void: the first error tells why
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-        return _Graph(graph, made, spans)
+        return {kind: self._capturer.capture(partial(choose, kind)) for kind in ChoiceKind}

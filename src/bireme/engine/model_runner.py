@@ -15,12 +15,13 @@ import torch
 from numpy.typing import ArrayLike
 
 from bireme.engine.capture import StepCapture
+from bireme.engine.captured import GraphCapturer
 from bireme.engine.graphs import StepGraphs
 from bireme.engine.sampling.answer import Answer
 from bireme.engine.sampling.sampler import MaskSource, Sampler
 from bireme.engine.sampling.shard import Shard
 from bireme.engine.slots import CacheShape, Slots, Workspace
-from bireme.engine.tiles import SIZES, TiledModel, tile_model
+from bireme.engine.tiles import SIZES, TiledModel, Watch, tile_model
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.host_copies import upload
@@ -141,7 +142,7 @@ class ModelRunner:
         if self._tiled is not None:
             x = self._input(batch)
             with self.spans.span(SpanKind.COMPUTE):
-                return self._tiled(x, batch.pieces)
+                return self._tiled(x, batch.pieces, self._watch)
         step = self._slots.context(batch.pieces, is_probed=self._is_probed, asks_all=asks_all)
         x = self._input(batch)
         with self.spans.span(SpanKind.COMPUTE):
@@ -169,29 +170,42 @@ class ModelRunner:
     @property
     def _is_probed(self) -> bool:
         """Whether somebody wants to see what every layer makes, or takes."""
-        has_probes = self.capture is not None and self.capture.has_probes
-        return has_probes or self.are_layers_timed
+        return self._watch is not Watch.NOTHING
+
+    @property
+    def _watch(self) -> Watch:
+        if self.capture is not None and self.capture.has_probes:
+            return Watch.ALL
+        return Watch.TIMES if self.are_layers_timed else Watch.NOTHING
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Before the first step, by all ranks of a tensor group together; of a model that is not tiled, and
-        whose layers wait for no result on the host."""
-        has_experts = any(isinstance(module, MoE) for module in self.model.modules())
-        if has_experts and self.dtype != torch.bfloat16:
-            return
-        if isinstance(self.spans, DeviceSpans) and has_kernels(self.device):
+        """Before the first step, by all ranks of a tensor group together; of a model that is not tiled."""
+        capturer = self._capturer()
+        if capturer is not None:
             self._graphs = StepGraphs(
                 self.model, self._slots, self._sampler, self._last_ids,
-                (self.config.hidden_size, self.dtype), self.spans, self._num_slots, self._most_tokens,
+                (self.config.hidden_size, self.dtype), capturer, self._num_slots, self._most_tokens,
             )  # fmt: skip
+
+    def _capturer(self) -> GraphCapturer | None:
+        """None where layers wait for a result on the host, or for no GPU's kernels."""
+        has_experts = any(isinstance(module, MoE) for module in self.model.modules())
+        if has_experts and self.dtype != torch.bfloat16:
+            return None
+        if isinstance(self.spans, DeviceSpans) and has_kernels(self.device):
+            return GraphCapturer(self.spans, self.device)
+        return None
 
     def close(self) -> None:
         """Gives back what would hold up leaving the groups."""
         graphs, self._graphs = self._graphs, None
         if graphs is not None:
             graphs.close()
+        if self._tiled is not None:
+            self._tiled.close()
 
-    def make_deterministic(self) -> None:
+    def make_deterministic(self, *, is_captured: bool = True) -> None:
         """From here on a token's result does not depend on what else runs; before the first step, and
         on all ranks of a tensor group together."""
         count = min(2 * SIZES[0], self._slots.num_places)
@@ -200,7 +214,10 @@ class ModelRunner:
             inputs = torch.randint(self.config.vocab_size, (count,), generator=generator)
         else:
             inputs = torch.randn(count, self.config.hidden_size, generator=generator).to(self.dtype)
-        self._tiled = tile_model(self.model, self._slots, self.comm.mesh, inputs.to(self.device))
+        self._tiled = tile_model(
+            self.model, self._slots, self.comm.mesh, inputs.to(self.device),
+            self._capturer() if is_captured else None,
+        )  # fmt: skip
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
         """[S, D] -> [S, V]"""

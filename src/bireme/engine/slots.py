@@ -142,6 +142,11 @@ class Slots:
             self._frequencies = frequencies.repeat(rows, 1).to(device)
 
     @property
+    def is_paged(self) -> bool:
+        """Whether the kernels of a GPU find contexts by tables that lie there."""
+        return self._on_device is not None
+
+    @property
     def num_places(self) -> int:
         """Tokens that one request can have in every layer at once."""
         fewest = min((kind.num_blocks - 1 for kind in self._shape.kinds), default=0)

@@ -4,76 +4,198 @@ else is in its batch and however its request was split over steps.
 All operations of a tile have shapes of their own, and each row keeps to itself. Whether a row's
 place in the tile matters is up to the libraries below; it is tried out before the first request,
 and the largest tile is taken for which it does not.
-Shapes: T tokens, N rows of a tile, D hidden size, S sampled rows, V local vocabulary.
+Shapes: T tokens, n of them in a tile, N rows of a tile, D hidden size, S sampled rows, V local vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum, auto
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bireme.engine.captured import CapturedGraph, GraphCapturer, nothing_collected
 from bireme.engine.slots import Slots, rows_of
 from bireme.errors import EngineError
+from bireme.kernels.host_copies import upload_into
 from bireme.models.blocks import StageModel
 from bireme.parallel.mesh import Mesh
 from bireme.request import ScheduledPiece
 
-SIZES = (16, 8, 4, 2, 1)
+SIZES = (64, 32, 16, 8, 4, 2, 1)
+_LARGEST_GATHERED = 16  # rows, whose contexts are gathered whether they are a token's or not
+
+
+class Watch(Enum):
+    """What somebody sees of a step's modules, which a graph would hide."""
+
+    NOTHING = auto()
+    TIMES = auto()  # of the kernels that run anyway
+    ALL = auto()  # what every module makes, for which a GPU has kernels that round elsewhere
+
+
+class _Tiles(Protocol):
+    """Computes one tile after another."""
+
+    def run(
+        self,
+        x: torch.Tensor,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        watch: Watch,
+    ) -> torch.Tensor:
+        """ids [n] or hidden states [n, D] at positions [n] of slots [n] -> hidden states [n, D]"""
+
+    def close(self) -> None: ...
+
+
+def _padded(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    whole = rows.new_zeros(num_rows, *rows.shape[1:])
+    whole[: len(rows)] = rows
+    return whole
+
+
+class _GatheredTiles:
+    """Every row's context is gathered, and gone through in splits of a fixed size."""
+
+    def __init__(self, model: StageModel, slots: Slots, num_rows: int) -> None:
+        self._model, self._slots, self._num_rows = model, slots, num_rows
+
+    def run(
+        self,
+        x: torch.Tensor,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        watch: Watch,
+    ) -> torch.Tensor:
+        step = self._slots.tile(slots, positions, self._num_rows)
+        made: torch.Tensor = self._model(_padded(x, self._num_rows), step)
+        return made[: len(x)]
+
+    def close(self) -> None:
+        pass
+
+
+class _PagedTiles:
+    """The kernels of a GPU take every row for a sequence's one new token: in how many splits they go through its
+    context depends on N alone, and where these begin on its position."""
+
+    def __init__(
+        self,
+        model: StageModel,
+        slots: Slots,
+        num_rows: int,
+        inputs: torch.Tensor,
+        capturer: GraphCapturer | None,
+    ) -> None:
+        """Of rows like `inputs`; captured, or launched kernel by kernel."""
+        self._model, self._slots, self._num_rows = model, slots, num_rows
+        self._x = inputs.new_zeros(num_rows, *inputs.shape[1:])
+        self._given = torch.zeros(2, num_rows, dtype=torch.int64, device=inputs.device)
+        self._given[0] = slots.padding_slot
+        self._capturer = capturer
+        self._graph: CapturedGraph | None = None
+        if capturer is not None:
+            with nothing_collected():
+                self._graph = capturer.capture(self._launch)
+
+    def run(
+        self,
+        x: torch.Tensor,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        watch: Watch,
+    ) -> torch.Tensor:
+        given = np.zeros((2, self._num_rows), dtype=np.int64)
+        given[0] = self._slots.padding_slot
+        given[:, : len(x)] = slots, positions
+        upload_into(self._given, torch.from_numpy(given))
+        self._x[: len(x)] = x
+        self._x[len(x) :] = 0
+        if self._graph is None or self._capturer is None or watch is not Watch.NOTHING:
+            return self._launch(is_probed=watch is Watch.ALL)[: len(x)]
+        return self._graph.replay(self._capturer.spans)[: len(x)].clone()
+
+    def _launch(self, *, is_probed: bool = False) -> torch.Tensor:
+        slots, positions = self._given
+        step = self._slots.paged(slots, positions, None, is_probed=is_probed)
+        made: torch.Tensor = self._model(self._x, step)
+        return made
+
+    def close(self) -> None:
+        if self._graph is not None:
+            self._graph.close()
 
 
 class TiledModel:
     """Stands in for a stage's model."""
 
-    def __init__(self, model: StageModel, slots: Slots, num_rows: int) -> None:
-        self._model, self._slots, self.num_rows = model, slots, num_rows
+    def __init__(self, model: StageModel, tiles: _Tiles, num_rows: int) -> None:
+        self._model, self._tiles, self.num_rows = model, tiles, num_rows
 
-    def __call__(self, x: torch.Tensor, pieces: Sequence[ScheduledPiece]) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, pieces: Sequence[ScheduledPiece], watch: Watch = Watch.NOTHING
+    ) -> torch.Tensor:
         """ids [T] or hidden states [T, D] -> hidden states [T, D]"""
-        return self.at(x, *rows_of(pieces))
+        slots, positions = rows_of(pieces)
+        return self.at(x, slots, positions, watch)
 
     def at(
-        self, x: torch.Tensor, slots: NDArray[np.int64], positions: NDArray[np.int64]
+        self,
+        x: torch.Tensor,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        watch: Watch = Watch.NOTHING,
     ) -> torch.Tensor:
         """Rows at positions of slots, in tiles one after another: a later one sees an earlier one."""
         parts = []
         for first in range(0, len(x), self.num_rows):
             rows = slice(first, first + self.num_rows)
-            step = self._slots.tile(slots[rows], positions[rows], self.num_rows)
-            parts.append(self._model(self._padded(x[rows]), step)[: len(x[rows])])
+            parts.append(self._tiles.run(x[rows], slots[rows], positions[rows], watch))
         return torch.cat(parts)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[S, D] -> [S, V]"""
         parts = [
-            self._model.logits(self._padded(rows))[: len(rows)] for rows in x.split(self.num_rows)
+            self._model.logits(_padded(rows, self.num_rows))[: len(rows)]
+            for rows in x.split(self.num_rows)
         ]
         return torch.cat(parts)
 
-    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
-        whole = rows.new_zeros(self.num_rows, *rows.shape[1:])
-        whole[: len(rows)] = rows
-        return whole
+    def close(self) -> None:
+        """Before the groups are left that tiles sum over."""
+        self._tiles.close()
 
 
 @torch.inference_mode()
-def tile_model(model: StageModel, slots: Slots, mesh: Mesh, inputs: torch.Tensor) -> TiledModel:
+def tile_model(
+    model: StageModel,
+    slots: Slots,
+    mesh: Mesh,
+    inputs: torch.Tensor,
+    capturer: GraphCapturer | None = None,
+) -> TiledModel:
     """With the largest tile that keeps its rows apart; all ranks of a tensor group call it together.
 
-    `inputs` are made-up ids or hidden states, the same on each of them. EngineError where not even
-    one row a tile gives the same twice.
+    `inputs` are made-up ids or hidden states, the same on each of them; `capturer`: for tiles that are CUDA graphs.
+    EngineError where not even one row a tile gives the same twice.
     """
     slots.try_on(len(inputs))
     for size in SIZES:
         whole = inputs[: len(inputs) // size * size]
-        if not len(whole):
+        if not len(whole) or (size > _LARGEST_GATHERED and not slots.is_paged):
             continue
-        tiled = TiledModel(model, slots, size)
+        tiles: _Tiles = _GatheredTiles(model, slots, size)
+        if slots.is_paged:
+            tiles = _PagedTiles(model, slots, size, inputs, capturer)
+        tiled = TiledModel(model, tiles, size)
         differs = torch.tensor([not _keeps_apart(tiled, model, whole)], device=inputs.device)
         if not mesh.tensor.all_reduce(differs.long()).item():
             return tiled
+        tiled.close()
     raise EngineError("this device gives no two equal results, so nothing on it is deterministic")
 
 

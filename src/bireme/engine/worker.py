@@ -177,7 +177,7 @@ class Worker(rank.Rank[Commands]):
             self._spans, lambda header: self._await_masks(header, config.step_timeout_s),
         )  # fmt: skip
         if config.deterministic:
-            self._runner.make_deterministic()
+            self._runner.make_deterministic(is_captured=not config.enforce_eager)
         elif not config.enforce_eager:
             self._runner.capture_graphs()
         read = source.stats if isinstance(source, Artifact) else None
