@@ -5,12 +5,14 @@ determinism is asked for, to themselves, with what that costs.
         [--shape llama-2-7b]
 
 `demo` in bfloat16, with the first words of paragraphs of this project's guide as prompts. For each layout: logits
-beside transformers' in float32, of prompts and of 32 tokens after each; answers of all prompts together beside those of
-`enforce_eager`, and beside those of requests that ask for their prompts' log-probabilities too, so that the last layer
-makes all rows, as it does for the logits; with `deterministic`, the logits of every token of 8 requests together,
-bit by bit, beside those of each alone and of smaller steps, and the time from token to token of 8 requests beside the
-usual one. With `--shape`, logits of that shape with made-up weights too, beside those of one rank in float32: of
-prompts of 40 to 1,100 tokens in chunks of at most 512, and of 32 tokens after each.
+beside transformers' in float32, of prompts and of 32 tokens after each; answers of all prompts together beside those
+of `enforce_eager`, and beside those of requests that ask for their prompts' log-probabilities too, so that the last
+layer makes all rows, as it does for the logits; with `deterministic`, the logits of every token of 8 requests
+together, one of them of 900 tokens, bit by bit, beside those of each alone and of smaller steps, and the time from
+token to token of 8 requests beside the usual one. With `--shape`, logits of that shape with made-up weights too,
+beside those of one rank in float32: of prompts of 40 to 1,100 tokens in chunks of at most 512, and of 32 tokens after
+each; and what `deterministic` costs there, from token to token of 8 requests, and to the first token of a prompt of
+1,024.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ DType = Literal["bfloat16", "float32"]
 DTYPE: DType = "bfloat16"
 GUIDE = Path(__file__).parent.parent / "docs" / "guide"
 MOST_PROMPT_TOKENS = 40
+LONGEST_TOKENS = 900  # of one prompt, which attention goes through in many parts
 SHAPE_PROMPTS = (40, 600, 1100)  # tokens
 LONG_PROMPT = 1024  # tokens
 Answers = list[list[int]]
@@ -148,16 +151,16 @@ def shape_cost(asked: argparse.Namespace, layout: str) -> dict[str, float]:
 def determinism(
     asked: argparse.Namespace, layout: str, prompts: Sequence[list[int]]
 ) -> dict[str, Any]:
-    """Of some of the prompts: they are slow."""
-    some, num_tokens = prompts[:8], min(16, asked.tokens)
+    """Of as few prompts as are told."""
+    num_tokens = min(16, asked.tokens)
     with LLM(**settings(asked, layout, deterministic=True)) as llm:
-        together = logit_rows(llm, lambda: answers(llm, some, num_tokens))
+        together = logit_rows(llm, lambda: answers(llm, prompts, num_tokens))
         alone: Rows = {}
-        for prompt in some:
+        for prompt in prompts:
             alone |= logit_rows(llm, partial(answers, llm, [prompt], num_tokens))
         seconds = token_s(llm)
     with LLM(**settings(asked, layout, deterministic=True, max_num_batched_tokens=16)) as llm:
-        split = logit_rows(llm, lambda: answers(llm, some, num_tokens))
+        split = logit_rows(llm, lambda: answers(llm, prompts, num_tokens))
     return {
         "num_rows": len(together),
         "num_rows_apart_alone": num_apart(together, alone),
@@ -181,7 +184,11 @@ def beside_float32(told: Certificate) -> dict[str, Any]:
 
 
 def measure(
-    asked: argparse.Namespace, layout: str, prompts: list[list[int]], reference: Reference
+    asked: argparse.Namespace,
+    layout: str,
+    prompts: list[list[int]],
+    longest: list[int],
+    reference: Reference,
 ) -> dict[str, Any]:
     with LLM(**settings(asked, layout)) as llm:
         usual, usual_s = answers(llm, prompts, asked.tokens), token_s(llm)
@@ -197,7 +204,7 @@ def measure(
         "beside_eager": agreement(usual, eager),
         "beside_all_rows": agreement(usual, whole),
         "token_s": usual_s,
-        "deterministic": determinism(asked, layout, prompts),
+        "deterministic": determinism(asked, layout, [*prompts[:7], longest]),
     }  # fmt: skip
 
 
@@ -260,7 +267,9 @@ def main() -> None:
         except UserError as error:
             parser.error(f"{layout}: {error}")
     tokenizer = Tokenizer(model.folder)
-    prompts = [tokenizer.encode(text)[:MOST_PROMPT_TOKENS] for text in paragraphs(asked.prompts)]
+    texts = paragraphs(asked.prompts)
+    prompts = [tokenizer.encode(text)[:MOST_PROMPT_TOKENS] for text in texts]
+    longest = tokenizer.encode("\n".join(paragraphs(64)))[:LONGEST_TOKENS]
     reference = transformers_reference(model, prompts, 32, "float32")
     shape = shape_reference = None
     if asked.shape:
@@ -269,7 +278,7 @@ def main() -> None:
         shape_reference = uncut_reference(shape, in_float32, shape_prompts(shape))
     results = []
     for layout in asked.layouts:
-        results.append(measure(asked, layout, prompts, reference))
+        results.append(measure(asked, layout, prompts, longest, reference))
         if shape is not None and shape_reference is not None:
             config = shape_settings(asked, layout, DTYPE)
             told = verify(shape, config, shape_prompts(shape), reference=shape_reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -71,6 +72,19 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(
     assert not any(map(is_alive, processes))
     assert all(span.end_ns for spans in llm.spans().values() for span in spans)
     assert len(llm.spans()[llm.plan.rank_names[victim]]) > 10, "spans outlive the rank"
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # nobody closed its sockets
+def test_a_model_that_is_forgotten_while_it_runs_takes_its_ranks_along() -> None:
+    model = LLM("demo", **SETTINGS)
+    model.start()
+    processes = [rank.process for rank in model.executor._world.ranks]
+    del model
+    gc.collect()
+    for process in processes:
+        process.wait(timeout=30)
 
 
 def test_a_second_ctrl_c_ends_the_ranks_amid_a_step(

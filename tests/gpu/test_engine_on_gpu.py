@@ -12,6 +12,7 @@ import torch
 
 from bireme import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from bireme.engine.pool import WorkerPool
+from families import zoo
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,21 +51,34 @@ def logprobs(output: RequestOutput) -> list[dict[int, float]]:
 def test_deterministic_logits_do_not_depend_on_the_crowd(
     widths: tuple[int, ...], dtype: str, pool: WorkerPool, request: pytest.FixtureRequest
 ) -> None:
-    """Nor on whether kernels are captured."""
-    params, num_ranks = greedy(logprobs=5), sum(widths)
+    num_ranks = sum(widths)
     devices = request.getfixturevalue("pair") if num_ranks > 1 else (0,)
-    asked: dict[str, Any] = {
-        "device": "cuda", "dtype": dtype, "pool": pool, "deterministic": True, "devices": devices,
-        "tensor_parallel_size": widths[0], "pipeline_parallel_size": len(widths), "max_num_seqs": 4,
-    }  # fmt: skip
-    with LLM("demo", max_num_batched_tokens=17, **asked) as llm:
-        together = llm.generate([*PROMPTS, *PROMPTS], params)
-        alone = [llm.generate([prompt], params)[0] for prompt in PROMPTS]
+    check_exactness(
+        "demo", PROMPTS, dtype=dtype, pool=pool, devices=devices, tensor_parallel_size=widths[0],
+        pipeline_parallel_size=len(widths),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["mistral", "gemma2", "phi3-longrope", "bloom", "mixtral"])
+def test_so_it_is_with_windows_experts_alibi_and_long_rope(
+    case: str, pool: WorkerPool, tmp_path: Path
+) -> None:
+    model = zoo.write(zoo.CASES[case], tmp_path / case)
+    prompts = [[7 + index, *range(20, 20 + 9 * index)] for index in range(6)]
+    check_exactness(str(model), prompts, dtype="bfloat16", pool=pool)
+
+
+def check_exactness(model: str, prompts: list[list[int]], **asked: Any) -> None:
+    """Of logits, in a crowd and alone, in small steps, behind a cached prefix, and without graphs."""
+    params = greedy(logprobs=5)
+    asked |= {"device": "cuda", "deterministic": True, "max_num_seqs": 4}
+    with LLM(model, max_num_batched_tokens=17, **asked) as llm:
+        together = llm.generate([*prompts, *prompts], params)
+        alone = [llm.generate([prompt], params)[0] for prompt in prompts]
         assert llm.start().scheduler.num_prefix_hits > 0
-    with LLM("demo", enforce_eager=True, **asked) as llm:
-        together += llm.generate(PROMPTS, params)
-    alone *= 3
-    for crowd, single in zip(together, alone, strict=True):
+    with LLM(model, enforce_eager=True, **asked) as llm:
+        together += llm.generate(prompts, params)
+    for crowd, single in zip(together, alone * 3, strict=True):
         assert crowd.outputs[0].token_ids == single.outputs[0].token_ids
         for mine, theirs in zip(logprobs(crowd), logprobs(single), strict=True):
             # a logit that differs in its last bit would show; float64 sums of other shapes do not

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from bireme.config import DTYPE_BYTES, EngineConfig, format_bytes
+from bireme.engine.limits import MOST_TILE_ROWS
 from bireme.errors import ConfigError
 from bireme.model_config import ModelConfig
 from bireme.parallel.layout import CacheKind, ModelLayout
@@ -84,9 +85,10 @@ def memory_of(
 
 def step_limits(config: ModelConfig, engine: EngineConfig) -> StepLimits:
     longest = resolve_max_model_len(config, engine)
+    rows = MOST_TILE_ROWS if engine.deterministic else 0
     return StepLimits(
-        num_tokens=min(engine.max_num_batched_tokens, longest * engine.max_num_seqs),
-        num_seqs=engine.max_num_seqs,
+        num_tokens=max(rows, min(engine.max_num_batched_tokens, longest * engine.max_num_seqs)),
+        num_seqs=max(rows, engine.max_num_seqs),
         max_model_len=longest,
         workspace_bytes=engine.workspace_bytes,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ Hook = Callable[[nn.Module, Any, Any], None]
 
 def capture_path(folder: Path, step_id: int, rank: int) -> Path:
     return folder / f"step-{step_id:06d}-rank-{rank:05d}.safetensors"
+
+
+class Watch(Enum):
+    """What somebody sees of a step's modules, which a graph would hide."""
+
+    NOTHING = auto()
+    TIMES = auto()  # of the kernels that run anyway
+    ALL = auto()  # what every module makes, for which a GPU has kernels that round elsewhere
 
 
 class StepCapture:

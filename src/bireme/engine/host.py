@@ -5,7 +5,6 @@ Its ranks import torch while this process does: what brings it is imported once 
 
 from __future__ import annotations
 
-import gc
 import time
 import weakref
 from collections.abc import Sequence
@@ -117,15 +116,12 @@ class EngineHost:
             self._spans = SpanRing.create()
             scheduler = Scheduler(scheduler_limits(self.plan), self.plan.kinds)
             self._engine = Engine(scheduler, self._executor, spans=self._spans)
-            gc.freeze()  # to look through what is there takes 0.1 s, in which no step would be told
         return self._engine
 
     def close(self) -> None:
         """Ends the ranks, or gives them back to the pool that was passed in; a later use starts them
         again."""
-        executor, self._executor, engine, self._engine = self._executor, None, self._engine, None
-        if engine is not None:
-            gc.unfreeze()
+        executor, self._executor, self._engine = self._executor, None, None
         spans, self._spans = self._spans, None
         if spans is not None:
             spans.close()

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from bireme.engine.capture import StepCapture
+from bireme.engine.capture import StepCapture, Watch
 from bireme.engine.captured import GraphCapturer
 from bireme.engine.graphs import StepGraphs
 from bireme.engine.sampling.answer import Answer
 from bireme.engine.sampling.sampler import MaskSource, Sampler
 from bireme.engine.sampling.shard import Shard
 from bireme.engine.slots import CacheShape, Slots, Workspace
-from bireme.engine.tiles import SIZES, TiledModel, Watch, tile_model
+from bireme.engine.tiles import TiledModel, num_tried, tile_model
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans
 from bireme.kernels.host_copies import upload
@@ -200,23 +200,23 @@ class ModelRunner:
     def close(self) -> None:
         """Gives back what would hold up leaving the groups."""
         graphs, self._graphs = self._graphs, None
+        tiled, self._tiled = self._tiled, None
         if graphs is not None:
             graphs.close()
-        if self._tiled is not None:
-            self._tiled.close()
+        if tiled is not None:
+            tiled.close()
 
     def make_deterministic(self, *, is_captured: bool = True) -> None:
         """From here on a token's result does not depend on what else runs; before the first step, and
         on all ranks of a tensor group together."""
-        count = min(2 * SIZES[0], self._slots.num_places)
-        generator = torch.Generator().manual_seed(0)
+        count, generator = num_tried(self._slots), torch.Generator().manual_seed(0)
         if self.comm.mesh.is_first_stage:
             inputs = torch.randint(self.config.vocab_size, (count,), generator=generator)
         else:
             inputs = torch.randn(count, self.config.hidden_size, generator=generator).to(self.dtype)
         self._tiled = tile_model(
             self.model, self._slots, self.comm.mesh, inputs.to(self.device),
-            self._capturer() if is_captured else None,
+            self._capturer if is_captured else lambda: None,
         )  # fmt: skip
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Another thread reads what the front end says, and grammars are compiled in a thi
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable
@@ -116,10 +117,12 @@ def serve(front_end: FrontEnd, start: Start) -> None:
     commands = Commands(front_end)
     threading.Thread(target=commands.follow, daemon=True).start()
     host = EngineHost.of(start.model, start.config, is_auto=start.is_auto)
+    gc.collect()  # while the ranks import torch
     with closing(host):
         num_ranks = host.config.parallel.world_size
         front_end.say(Progress(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}"))
         engine = host.start()
+        gc.freeze()  # to look through what is there takes 0.1 s, in which no step would be told
         commands.begin(host.inputs, host.stats)
         front_end.say(_ready(host))
         run_engine(engine, commands.inbox, front_end)

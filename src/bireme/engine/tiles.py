@@ -9,15 +9,17 @@ Shapes: T tokens, n of them in a tile, N rows of a tile, D hidden size, S sample
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from enum import Enum, auto
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bireme.engine.capture import Watch
 from bireme.engine.captured import CapturedGraph, GraphCapturer, nothing_collected
+from bireme.engine.limits import MOST_TILE_ROWS
 from bireme.engine.slots import Slots, rows_of
 from bireme.errors import EngineError
 from bireme.kernels.host_copies import upload_into
@@ -25,16 +27,7 @@ from bireme.models.blocks import StageModel
 from bireme.parallel.mesh import Mesh
 from bireme.request import ScheduledPiece
 
-SIZES = (64, 32, 16, 8, 4, 2, 1)
-_LARGEST_GATHERED = 16  # rows, whose contexts are gathered whether they are a token's or not
-
-
-class Watch(Enum):
-    """What somebody sees of a step's modules, which a graph would hide."""
-
-    NOTHING = auto()
-    TIMES = auto()  # of the kernels that run anyway
-    ALL = auto()  # what every module makes, for which a GPU has kernels that round elsewhere
+_MOST_GATHERED = 16  # rows, whose contexts are gathered whether they are a token's or not
 
 
 class _Tiles(Protocol):
@@ -96,11 +89,12 @@ class _PagedTiles:
         self._x = inputs.new_zeros(num_rows, *inputs.shape[1:])
         self._given = torch.zeros(2, num_rows, dtype=torch.int64, device=inputs.device)
         self._given[0] = slots.padding_slot
-        self._capturer = capturer
+        self._replay: Callable[[], torch.Tensor] | None = None
         self._graph: CapturedGraph | None = None
         if capturer is not None:
             with nothing_collected():
                 self._graph = capturer.capture(self._launch)
+            self._replay = partial(self._graph.replay, capturer.spans)
 
     def run(
         self,
@@ -115,9 +109,9 @@ class _PagedTiles:
         upload_into(self._given, torch.from_numpy(given))
         self._x[: len(x)] = x
         self._x[len(x) :] = 0
-        if self._graph is None or self._capturer is None or watch is not Watch.NOTHING:
+        if self._replay is None or watch is not Watch.NOTHING:
             return self._launch(is_probed=watch is Watch.ALL)[: len(x)]
-        return self._graph.replay(self._capturer.spans)[: len(x)].clone()
+        return self._replay()[: len(x)].clone()
 
     def _launch(self, *, is_probed: bool = False) -> torch.Tensor:
         slots, positions = self._given
@@ -126,8 +120,9 @@ class _PagedTiles:
         return made
 
     def close(self) -> None:
-        if self._graph is not None:
-            self._graph.close()
+        graph, self._graph, self._replay = self._graph, None, None
+        if graph is not None:
+            graph.close()
 
 
 class TiledModel:
@@ -155,7 +150,7 @@ class TiledModel:
         for first in range(0, len(x), self.num_rows):
             rows = slice(first, first + self.num_rows)
             parts.append(self._tiles.run(x[rows], slots[rows], positions[rows], watch))
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[S, D] -> [S, V]"""
@@ -170,49 +165,65 @@ class TiledModel:
         self._tiles.close()
 
 
+def _sizes(slots: Slots) -> list[int]:
+    """That are tried, the largest first."""
+    most = MOST_TILE_ROWS if slots.is_paged else _MOST_GATHERED
+    return [most >> halvings for halvings in range(most.bit_length())]
+
+
+def num_tried(slots: Slots) -> int:
+    """Rows that sizes of tiles are tried with: two of the largest, as far as the cache has room for them."""
+    return min(2 * _sizes(slots)[0], slots.num_places)
+
+
 @torch.inference_mode()
 def tile_model(
     model: StageModel,
     slots: Slots,
     mesh: Mesh,
     inputs: torch.Tensor,
-    capturer: GraphCapturer | None = None,
+    capturer: Callable[[], GraphCapturer | None] = lambda: None,
 ) -> TiledModel:
     """With the largest tile that keeps its rows apart; all ranks of a tensor group call it together.
 
-    `inputs` are made-up ids or hidden states, the same on each of them; `capturer`: for tiles that are CUDA graphs.
-    EngineError where not even one row a tile gives the same twice.
+    `inputs` are `num_tried` made-up ids or hidden states, the same on each of them; `capturer` makes one for each size,
+    where tiles are to be CUDA graphs. EngineError where not even one row a tile gives the same twice.
     """
     slots.try_on(len(inputs))
-    for size in SIZES:
-        whole = inputs[: len(inputs) // size * size]
-        if not len(whole) or (size > _LARGEST_GATHERED and not slots.is_paged):
-            continue
-        tiles: _Tiles = _GatheredTiles(model, slots, size)
-        if slots.is_paged:
-            tiles = _PagedTiles(model, slots, size, inputs, capturer)
+    for size in (size for size in _sizes(slots) if size <= len(inputs)):
+        tiles: _Tiles = (
+            _PagedTiles(model, slots, size, inputs, capturer())
+            if slots.is_paged
+            else _GatheredTiles(model, slots, size)
+        )
         tiled = TiledModel(model, tiles, size)
-        differs = torch.tensor([not _keeps_apart(tiled, model, whole)], device=inputs.device)
-        if not mesh.tensor.all_reduce(differs.long()).item():
+        found = _looks_apart(tiled, model, inputs[: min(2, len(inputs) // size) * size])
+        if all(_agree(mesh, is_same, inputs.device) for is_same in found):
             return tiled
         tiled.close()
     raise EngineError("this device gives no two equal results, so nothing on it is deterministic")
 
 
-def _keeps_apart(tiled: TiledModel, model: StageModel, x: torch.Tensor) -> bool:
-    """True if a sequence in whole tiles, token by token, and in tiles with their rows in another
-    order is the same, and so are its logits."""
+def _agree(mesh: Mesh, is_same: bool, device: torch.device) -> bool:
+    """Whether it is on all ranks of the tensor group, which look at the same in the same order."""
+    differs = torch.tensor([not is_same], device=device).long()
+    return not mesh.tensor.all_reduce(differs).item()
+
+
+def _looks_apart(tiled: TiledModel, model: StageModel, x: torch.Tensor) -> Iterator[bool]:
+    """Whether a sequence in whole tiles is the same token by token, and in tiles with their rows in another order, and
+    so are its logits."""
     positions, slots = np.arange(len(x)), np.zeros(len(x), dtype=np.int64)
-    tiles = positions.reshape(-1, tiled.num_rows)
-    orders = [np.roll(tiles, shift, axis=1).ravel() for shift in range(1, tiled.num_rows)]
     whole = tiled.at(x, slots, positions)
     single = [tiled.at(x[at : at + 1], slots[:1], positions[at : at + 1]) for at in positions]
-    is_same = torch.equal(whole, torch.cat(single))
-    for order in orders:
-        is_same &= torch.equal(whole[order], tiled.at(x[order], slots, positions[order]))
+    yield torch.equal(whole, torch.cat(single))
+    logits = None
     if model.head is not None:
         logits = tiled.logits(whole)
-        is_same &= torch.equal(logits, torch.cat([tiled.logits(row) for row in whole.split(1)]))
-        for order in orders:
-            is_same &= torch.equal(logits[order], tiled.logits(whole[order]))
-    return is_same
+        yield torch.equal(logits, torch.cat([tiled.logits(row) for row in whole.split(1)]))
+    tiles = positions.reshape(-1, tiled.num_rows)
+    for shift in range(1, tiled.num_rows):
+        order = np.roll(tiles, shift, axis=1).ravel()
+        yield torch.equal(whole[order], tiled.at(x[order], slots, positions[order]))
+        if logits is not None:
+            yield torch.equal(logits[order], tiled.logits(whole[order]))
