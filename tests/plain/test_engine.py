@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections import deque
 from collections.abc import Callable
@@ -88,6 +89,23 @@ def test_between_two_runs_there_is_no_request() -> None:
     before, empty, after = spans[index - 1 : index + 2]
     assert (before.kind, after.kind) == (SpanKind.WAIT, SpanKind.SUBMIT)
     assert before.end_ns <= empty.start_ns <= empty.end_ns <= after.start_ns
+
+
+def test_collections_leave_out_what_is_old_while_a_run_goes_on() -> None:
+    loop = engine(Scripted())
+    held = loop.run([(request("a"), None)])
+    assert [gc.get_freeze_count() > 0 for _ in held] == [False] + 5 * [True]
+    assert not gc.get_freeze_count()
+
+
+def test_what_a_program_left_out_of_collections_itself_stays_so() -> None:
+    gc.freeze()
+    count = gc.get_freeze_count()
+    try:
+        list(engine(Scripted()).run([(request("a"), None)]))
+        assert gc.get_freeze_count() >= count - 100  # some are let go, as they always are
+    finally:
+        gc.unfreeze()
 
 
 def test_an_interrupt_in_the_callers_own_code_is_not_held_back() -> None:

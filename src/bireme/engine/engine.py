@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from bireme.engine.driver_spans import DriverSpans
+from bireme.engine.garbage import old_objects_left_out
 from bireme.engine.interrupt import deferred_interrupts
 from bireme.engine.request_state import News, RequestState
 from bireme.engine.scheduler import Scheduler
@@ -164,14 +165,20 @@ class Engine:
             self._spans.was_empty()
         try:
             self._feed(left)
-            while self.has_unfinished:
-                with self._whole_step():
-                    events = self.step()
-                self._feed(left)
-                yield from events
+            if self.has_unfinished:
+                yield from self._stepped(left)
+            with old_objects_left_out():
+                while self.has_unfinished:
+                    yield from self._stepped(left)
         finally:
             with self._whole_step():
                 self.settle()
+
+    def _stepped(self, left: Iterator[tuple[Request, Matcher | None]]) -> list[TokenEvent]:
+        with self._whole_step():
+            events = self.step()
+        self._feed(left)
+        return events
 
     def _feed(self, left: Iterator[tuple[Request, Matcher | None]]) -> None:
         for request, matcher in islice(left, self.scheduler.room_to_wait):

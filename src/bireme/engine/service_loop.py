@@ -5,7 +5,6 @@ Another thread reads what the front end says, and grammars are compiled in a thi
 
 from __future__ import annotations
 
-import gc
 import os
 import threading
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from contextlib import closing
 
 from bireme.engine.engine_loop import EngineCommand, run_engine
 from bireme.engine.front_end import FrontEnd
+from bireme.engine.garbage import old_objects_left_out
 from bireme.engine.host import EngineHost
 from bireme.engine.inbox import Inbox
 from bireme.engine.input_processor import InputProcessor
@@ -117,12 +117,11 @@ def serve(front_end: FrontEnd, start: Start) -> None:
     commands = Commands(front_end)
     threading.Thread(target=commands.follow, daemon=True).start()
     host = EngineHost.of(start.model, start.config, is_auto=start.is_auto)
-    gc.collect()  # while the ranks import torch
     with closing(host):
         num_ranks = host.config.parallel.world_size
         front_end.say(Progress(f"starting {num_ranks} rank{'s' if num_ranks > 1 else ''}"))
         engine = host.start()
-        gc.freeze()  # to look through what is there takes 0.1 s, in which no step would be told
         commands.begin(host.inputs, host.stats)
         front_end.say(_ready(host))
-        run_engine(engine, commands.inbox, front_end)
+        with old_objects_left_out():
+            run_engine(engine, commands.inbox, front_end)
