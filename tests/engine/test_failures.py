@@ -74,14 +74,14 @@ def test_a_killed_rank_is_named_and_takes_the_others_with_it(
     assert len(llm.spans()[llm.plan.rank_names[victim]]) > 10, "spans outlive the rank"
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # nobody closed its sockets
-def test_a_model_that_is_forgotten_while_it_runs_takes_its_ranks_along() -> None:
+# nobody closes its sockets
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_model_that_is_forgotten_amid_a_stream_takes_its_ranks_along() -> None:
     model = LLM("demo", **SETTINGS)
-    model.start()
+    stream = model.stream([[5, 6, 7]], PARAMS)
+    assert [len(next(stream).token_ids) for _ in range(3)] == [1, 1, 1]
     processes = [rank.process for rank in model.executor._world.ranks]
-    del model
+    del model, stream
     gc.collect()
     for process in processes:
         process.wait(timeout=30)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from bireme.config import DTYPE_BYTES, EngineConfig, format_bytes
-from bireme.engine.limits import MOST_TILE_ROWS
 from bireme.errors import ConfigError
 from bireme.model_config import ModelConfig
 from bireme.parallel.layout import CacheKind, ModelLayout
 from bireme.parallel.memory import RankMemory, StepLimits, rank_memory
+
+MOST_TILE_ROWS = 64  # that a deterministic step computes at a time (`engine/tiles.py`)
 
 
 @dataclass(frozen=True, kw_only=True)

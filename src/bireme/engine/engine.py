@@ -165,7 +165,7 @@ class Engine:
             self._spans.was_empty()
         try:
             self._feed(left)
-            if self.has_unfinished:
+            if self.has_unfinished:  # the first tokens wait for no collection
                 yield from self._stepped(left)
             with old_objects_left_out():
                 while self.has_unfinished:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 @contextmanager
 def old_objects_left_out() -> Iterator[None]:
     """What is there now is no work of collections until the end: to look through all that torch and others brought
-    takes 0.1 to 0.2 s. Unless the program left objects out itself."""
+    takes longer than many steps. Unless the program left objects out itself."""
     if gc.get_freeze_count():
         yield
         return

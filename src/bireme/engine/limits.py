@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from bireme.engine.chunks import CPU_CHUNKS, ChunkSizes
 
-MOST_TILE_ROWS = 64  # of a step that is deterministic
-
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerLimits:

@@ -181,14 +181,14 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self) -> None:
         """Before the first step, by all ranks of a tensor group together; of a model that is not tiled."""
-        capturer = self._capturer()
+        capturer = self._new_capturer()
         if capturer is not None:
             self._graphs = StepGraphs(
                 self.model, self._slots, self._sampler, self._last_ids,
                 (self.config.hidden_size, self.dtype), capturer, self._num_slots, self._most_tokens,
             )  # fmt: skip
 
-    def _capturer(self) -> GraphCapturer | None:
+    def _new_capturer(self) -> GraphCapturer | None:
         """None where layers wait for a result on the host, or for no GPU's kernels."""
         has_experts = any(isinstance(module, MoE) for module in self.model.modules())
         if has_experts and self.dtype != torch.bfloat16:
@@ -216,7 +216,7 @@ class ModelRunner:
             inputs = torch.randn(count, self.config.hidden_size, generator=generator).to(self.dtype)
         self._tiled = tile_model(
             self.model, self._slots, self.comm.mesh, inputs.to(self.device),
-            self._capturer if is_captured else lambda: None,
+            self._new_capturer if is_captured else lambda: None,
         )  # fmt: skip
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:

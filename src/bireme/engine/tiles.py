@@ -9,17 +9,18 @@ Shapes: T tokens, n of them in a tile, N rows of a tile, D hidden size, S sample
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bireme.engine.budget import MOST_TILE_ROWS
 from bireme.engine.capture import Watch
 from bireme.engine.captured import CapturedGraph, GraphCapturer, nothing_collected
-from bireme.engine.limits import MOST_TILE_ROWS
 from bireme.engine.slots import Slots, rows_of
 from bireme.errors import EngineError
 from bireme.kernels.host_copies import upload_into
@@ -30,49 +31,76 @@ from bireme.request import ScheduledPiece
 _MOST_GATHERED = 16  # rows, whose contexts are gathered whether they are a token's or not
 
 
-class _Tiles(Protocol):
-    """Computes one tile after another."""
+@dataclass(frozen=True)
+class _Rows:
+    """ids [T] or hidden states [T, D], at positions [T] of slots [T]"""
 
-    def run(
-        self,
-        x: torch.Tensor,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        watch: Watch,
-    ) -> torch.Tensor:
-        """ids [n] or hidden states [n, D] at positions [n] of slots [n] -> hidden states [n, D]"""
+    x: torch.Tensor
+    slots: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
-    def close(self) -> None: ...
+    def __len__(self) -> int:
+        return len(self.x)
 
-
-def _padded(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    whole = rows.new_zeros(num_rows, *rows.shape[1:])
-    whole[: len(rows)] = rows
-    return whole
+    def __getitem__(self, some: slice | NDArray[np.int64]) -> _Rows:
+        return _Rows(self.x[some], self.slots[some], self.positions[some])
 
 
-class _GatheredTiles:
-    """Every row's context is gathered, and gone through in splits of a fixed size."""
+class TiledModel(ABC):
+    """Stands in for a stage's model."""
 
     def __init__(self, model: StageModel, slots: Slots, num_rows: int) -> None:
-        self._model, self._slots, self._num_rows = model, slots, num_rows
+        self._model, self._slots, self.num_rows = model, slots, num_rows
 
-    def run(
-        self,
-        x: torch.Tensor,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        watch: Watch,
+    def __call__(
+        self, x: torch.Tensor, pieces: Sequence[ScheduledPiece], watch: Watch
     ) -> torch.Tensor:
-        step = self._slots.tile(slots, positions, self._num_rows)
-        made: torch.Tensor = self._model(_padded(x, self._num_rows), step)
-        return made[: len(x)]
+        """ids [T] or hidden states [T, D] -> hidden states [T, D]"""
+        return self.of_rows(_Rows(x, *rows_of(pieces)), watch)
+
+    def of_rows(self, rows: _Rows, watch: Watch = Watch.NOTHING) -> torch.Tensor:
+        """In tiles one after another: a later one sees an earlier one -> hidden states [T, D]"""
+        parts = [
+            self._of_tile(rows[first : first + self.num_rows], watch)
+            for first in range(0, len(rows), self.num_rows)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @abstractmethod
+    def _of_tile(self, rows: _Rows, watch: Watch) -> torch.Tensor:
+        """Of n rows -> hidden states [n, D]"""
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """[S, D] -> [S, V]"""
+        parts = [
+            self._model.logits(self._padded(rows))[: len(rows)] for rows in x.split(self.num_rows)
+        ]
+        return torch.cat(parts)
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, ...] -> [N, ...]"""
+        whole = x.new_zeros(self.num_rows, *x.shape[1:])
+        whole[: len(x)] = x
+        return whole
+
+    @abstractmethod
+    def close(self) -> None:
+        """Before the groups are left that tiles sum over."""
+
+
+class _GatheredModel(TiledModel):
+    """Every row's context is gathered, and gone through in splits of a fixed size."""
+
+    def _of_tile(self, rows: _Rows, watch: Watch) -> torch.Tensor:
+        step = self._slots.tile(rows.slots, rows.positions, self.num_rows)
+        made: torch.Tensor = self._model(self._padded(rows.x), step)
+        return made[: len(rows)]
 
     def close(self) -> None:
-        pass
+        """Nothing is held."""
 
 
-class _PagedTiles:
+class _PagedModel(TiledModel):
     """The kernels of a GPU take every row for a sequence's one new token: in how many splits they go through its
     context depends on N alone, and where these begin on its position."""
 
@@ -85,7 +113,7 @@ class _PagedTiles:
         capturer: GraphCapturer | None,
     ) -> None:
         """Of rows like `inputs`; captured, or launched kernel by kernel."""
-        self._model, self._slots, self._num_rows = model, slots, num_rows
+        super().__init__(model, slots, num_rows)
         self._x = inputs.new_zeros(num_rows, *inputs.shape[1:])
         self._given = torch.zeros(2, num_rows, dtype=torch.int64, device=inputs.device)
         self._given[0] = slots.padding_slot
@@ -96,22 +124,17 @@ class _PagedTiles:
                 self._graph = capturer.capture(self._launch)
             self._replay = partial(self._graph.replay, capturer.spans)
 
-    def run(
-        self,
-        x: torch.Tensor,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        watch: Watch,
-    ) -> torch.Tensor:
-        given = np.zeros((2, self._num_rows), dtype=np.int64)
+    def _of_tile(self, rows: _Rows, watch: Watch) -> torch.Tensor:
+        count = len(rows)
+        given = np.zeros((2, self.num_rows), dtype=np.int64)
         given[0] = self._slots.padding_slot
-        given[:, : len(x)] = slots, positions
+        given[:, :count] = rows.slots, rows.positions
         upload_into(self._given, torch.from_numpy(given))
-        self._x[: len(x)] = x
-        self._x[len(x) :] = 0
+        self._x[:count] = rows.x
+        self._x[count:] = 0
         if self._replay is None or watch is not Watch.NOTHING:
-            return self._launch(is_probed=watch is Watch.ALL)[: len(x)]
-        return self._replay()[: len(x)].clone()
+            return self._launch(is_probed=watch is Watch.ALL)[:count]
+        return self._replay()[:count].clone()
 
     def _launch(self, *, is_probed: bool = False) -> torch.Tensor:
         slots, positions = self._given
@@ -123,46 +146,6 @@ class _PagedTiles:
         graph, self._graph, self._replay = self._graph, None, None
         if graph is not None:
             graph.close()
-
-
-class TiledModel:
-    """Stands in for a stage's model."""
-
-    def __init__(self, model: StageModel, tiles: _Tiles, num_rows: int) -> None:
-        self._model, self._tiles, self.num_rows = model, tiles, num_rows
-
-    def __call__(
-        self, x: torch.Tensor, pieces: Sequence[ScheduledPiece], watch: Watch = Watch.NOTHING
-    ) -> torch.Tensor:
-        """ids [T] or hidden states [T, D] -> hidden states [T, D]"""
-        slots, positions = rows_of(pieces)
-        return self.at(x, slots, positions, watch)
-
-    def at(
-        self,
-        x: torch.Tensor,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        watch: Watch = Watch.NOTHING,
-    ) -> torch.Tensor:
-        """Rows at positions of slots, in tiles one after another: a later one sees an earlier one."""
-        parts = []
-        for first in range(0, len(x), self.num_rows):
-            rows = slice(first, first + self.num_rows)
-            parts.append(self._tiles.run(x[rows], slots[rows], positions[rows], watch))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[S, D] -> [S, V]"""
-        parts = [
-            self._model.logits(_padded(rows, self.num_rows))[: len(rows)]
-            for rows in x.split(self.num_rows)
-        ]
-        return torch.cat(parts)
-
-    def close(self) -> None:
-        """Before the groups are left that tiles sum over."""
-        self._tiles.close()
 
 
 def _sizes(slots: Slots) -> list[int]:
@@ -191,13 +174,12 @@ def tile_model(
     """
     slots.try_on(len(inputs))
     for size in (size for size in _sizes(slots) if size <= len(inputs)):
-        tiles: _Tiles = (
-            _PagedTiles(model, slots, size, inputs, capturer())
+        tiled: TiledModel = (
+            _PagedModel(model, slots, size, inputs, capturer())
             if slots.is_paged
-            else _GatheredTiles(model, slots, size)
+            else _GatheredModel(model, slots, size)
         )
-        tiled = TiledModel(model, tiles, size)
-        found = _looks_apart(tiled, model, inputs[: min(2, len(inputs) // size) * size])
+        found = _comparisons(tiled, inputs[: min(2, len(inputs) // size) * size], model.head)
         if all(_agree(mesh, is_same, inputs.device) for is_same in found):
             return tiled
         tiled.close()
@@ -210,20 +192,20 @@ def _agree(mesh: Mesh, is_same: bool, device: torch.device) -> bool:
     return not mesh.tensor.all_reduce(differs).item()
 
 
-def _looks_apart(tiled: TiledModel, model: StageModel, x: torch.Tensor) -> Iterator[bool]:
+def _comparisons(tiled: TiledModel, x: torch.Tensor, head: object) -> Iterator[bool]:
     """Whether a sequence in whole tiles is the same token by token, and in tiles with their rows in another order, and
-    so are its logits."""
-    positions, slots = np.arange(len(x)), np.zeros(len(x), dtype=np.int64)
-    whole = tiled.at(x, slots, positions)
-    single = [tiled.at(x[at : at + 1], slots[:1], positions[at : at + 1]) for at in positions]
+    so are its logits, where there is a head."""
+    rows = _Rows(x, np.zeros(len(x), dtype=np.int64), np.arange(len(x)))
+    whole = tiled.of_rows(rows)
+    single = [tiled.of_rows(rows[at : at + 1]) for at in rows.positions]
     yield torch.equal(whole, torch.cat(single))
     logits = None
-    if model.head is not None:
+    if head is not None:
         logits = tiled.logits(whole)
         yield torch.equal(logits, torch.cat([tiled.logits(row) for row in whole.split(1)]))
-    tiles = positions.reshape(-1, tiled.num_rows)
+    tiles = rows.positions.reshape(-1, tiled.num_rows)
     for shift in range(1, tiled.num_rows):
         order = np.roll(tiles, shift, axis=1).ravel()
-        yield torch.equal(whole[order], tiled.at(x[order], slots, positions[order]))
+        yield torch.equal(whole[order], tiled.of_rows(rows[order]))
         if logits is not None:
             yield torch.equal(logits[order], tiled.logits(whole[order]))
