@@ -18,6 +18,7 @@ from bireme.engine.chunks import (
 )
 
 RATIO = 10_000.0
+NEAR = 0.35  # of a chunk
 TILE, TILES_AT_ONCE = 64, 264  # of a Hopper GPU
 
 
@@ -100,8 +101,8 @@ def test_chunks_of_a_prompt(
     assert sum(found) == num_tokens
     assert max(found) <= most
     count = max(1, min(round(num_tokens / sizes.least), sizes.per_stage * num_stages))
-    if max(found) < most:  # hardly more of them than are wanted
-        assert len(found) <= (1.25 if sizes.rows else 1) * count
+    if max(found) < most:  # few more than are wanted: rows that suit a GPU may be that much fewer
+        assert len(found) <= (count / (1 - NEAR) + 1 if sizes.rows else count)
 
 
 @given(
