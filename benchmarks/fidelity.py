@@ -2,7 +2,7 @@
 determinism is asked for, to themselves, with what that costs.
 
     python benchmarks/fidelity.py --name 2x-h200 [--device cuda] [--layouts 1,1 2,1 1,2] [--prompts 64] [--tokens 64]
-        [--shape llama-2-7b]
+        [--shape llama-2-7b] [--devices 0,0]
 
 `demo` in bfloat16, with the first words of paragraphs of this project's guide as prompts. For each layout: logits
 beside transformers' in float32, of prompts and of 32 tokens after each; answers of all prompts together beside those
@@ -12,13 +12,15 @@ together, one of them of 900 tokens, bit by bit, beside those of each alone and 
 token to token of 8 requests beside the usual one. With `--shape`, logits of that shape with made-up weights too,
 beside those of one rank in float32: of prompts of 40 to 1,100 tokens in chunks of at most 512, and of 32 tokens after
 each; and what `deterministic` costs there, from token to token of 8 requests, and to the first token of a prompt of
-1,024.
+1,024. Ranks that share a GPU, as `--devices 0,0` has them where NCCL and torch were told to allow it, make the same
+numbers; only their times say nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -75,13 +77,21 @@ def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, A
     tp, pp = numbers(layout)
     return {
         "model": MODEL, "device": asked.device, "dtype": DTYPE, "tensor_parallel_size": tp,
-        "pipeline_parallel_size": pp, "enable_prefix_caching": False, **more,
+        "pipeline_parallel_size": pp, "devices": devices_of(asked, layout),
+        "enable_prefix_caching": False, **more,
     }  # fmt: skip
+
+
+def devices_of(asked: argparse.Namespace, layout: str) -> tuple[int, ...] | None:
+    return asked.devices and tuple(asked.devices[: math.prod(numbers(layout))])
 
 
 def config_of(asked: argparse.Namespace, layout: str) -> EngineConfig:
     tp, pp = numbers(layout)
-    return EngineConfig(parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE)
+    return EngineConfig(
+        parallel=ParallelConfig.of(tp, pp), device=asked.device, dtype=DTYPE,
+        devices=devices_of(asked, layout),
+    )  # fmt: skip
 
 
 def shape_settings(asked: argparse.Namespace, layout: str, dtype: DType) -> EngineConfig:
@@ -250,6 +260,7 @@ def main() -> None:
     parser.add_argument(
         "--layouts", nargs="+", type=command_line.layout, default=["1,1", "2,1", "1,2"]
     )
+    parser.add_argument("--devices", type=numbers, help="the GPU of each rank")
     parser.add_argument("--shape", type=command_line.shape, help="whose logits are compared too")
     parser.add_argument("--prompts", type=command_line.count, default=64)
     parser.add_argument("--tokens", type=command_line.count, default=64)
@@ -258,7 +269,7 @@ def main() -> None:
         parser.error(
             f"--prompts {asked.prompts}: at most {EngineConfig().max_num_seqs} go together"
         )
-    if asked.device == "cuda":
+    if asked.device == "cuda" and asked.devices is None:
         command_line.need_gpus(parser, layouts=asked.layouts)
     model = prepare_model(MODEL)
     for layout in asked.layouts:

@@ -113,6 +113,14 @@ def pair() -> tuple[int, int]:
     pytest.skip("needs two CUDA devices, or NCCL 2.30 with NCCL_MULTI_RANK_GPU_ENABLE=1")
 
 
+@pytest.fixture(scope="session")
+def peers(pair: tuple[int, int]) -> tuple[int, int]:
+    """Devices of two ranks that write each other's memory."""
+    if pair[0] == pair[1] and os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") != "1":
+        pytest.skip("one GPU is shared; needs TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 too")
+    return pair
+
+
 @pytest.fixture(scope="session", params=list(zoo.CASES))
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint of each family."""

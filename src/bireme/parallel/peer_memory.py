@@ -9,6 +9,7 @@ that it is free again.
 from __future__ import annotations
 
 import math
+import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,16 +129,18 @@ def have_peer_access(
     pairs: Sequence[tuple[int, int]], rank: int, device: torch.device, store: Store
 ) -> bool:
     """Whether the ranks of every pair have GPUs that can write each other's memory, with atomics: flags are raised by
-    those. The same on all of them."""
+    those. One GPU that they share can where torch was told to allow that. The same on all of them."""
     store.set(f"device/{rank}", str(device.index))
     places = {rank: int(store.get(f"device/{rank}")) for pair in pairs for rank in pair}
     return all(
-        one != other
-        and torch.cuda.can_device_access_peer(one, other)
-        and has_native_atomics(one, other)
-        for pair in pairs
-        for one, other in permutations(places[rank] for rank in pair)
+        _reaches(*ends) for pair in pairs for ends in permutations(places[rank] for rank in pair)
     )
+
+
+def _reaches(one: int, other: int) -> bool:
+    if one == other:
+        return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+    return torch.cuda.can_device_access_peer(one, other) and has_native_atomics(one, other)
 
 
 def connect(
