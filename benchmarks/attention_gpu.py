@@ -2,10 +2,11 @@
 
     python benchmarks/attention_gpu.py --name 1x-h200 [--block-sizes 16,64]
 
-In a CUDA graph, over more caches than the device's own cache holds, whose blocks lie in no order. Decode: the bytes of
-keys and values beside what a large sum reads, or a large copy reads and writes, a second, whichever is more. Prefill: a
-chunk behind a context, with the chunk's own keys and values read where they were projected, as steps do; causal
-operations beside those of a large product, and where there is no context, torch's flash and cuDNN's attention.
+In a CUDA graph, over more caches than the device's own cache holds, whose blocks lie in no order. Decode, of contexts
+of one length and of one long context among short ones: the bytes of keys and values beside what a large sum reads, or a
+large copy reads and writes, a second, whichever is more. Prefill: a chunk behind a context, with the chunk's own keys
+and values read where they were projected, as steps do; causal operations beside those of a large product, and where
+there is no context, torch's flash and cuDNN's attention.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 from gpu_floors import NO_CACHE_BYTES, flop_per_s, memory_rates, microseconds, numbers
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
+from bireme.kernels.gpu.context_parts import part_contexts
 from bireme.kernels.gpu.decode_attention import decode_attention
 from bireme.kernels.gpu.prefill_attention import prefill_attention
 from bireme.kernels.query_tiles import Tiles
@@ -30,6 +33,7 @@ DEVICE = torch.device("cuda")
 HEAD_DIM = 128
 HEADS = {"7B": (32, 32), "7B / 2": (16, 16), "70B / 2": (32, 4)}  # query and KV heads of a rank
 DECODES = list(product((1, 8, 64, 128), (192, 1024)))  # sequences, context
+UNEVEN = [(8, 192, 50_000), (64, 192, 50_000)]  # sequences, context, that of the last one
 PREFILLS = [(1024, 0), (3584, 0), (4096, 28672)]  # new tokens, context before
 
 
@@ -41,43 +45,51 @@ TORCH_WAYS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """New tokens [T] of `num_seqs` sequences, with so many tokens of context before."""
+    """New tokens [T] of `num_seqs` sequences, with so many tokens of context before, and the last one with `longest`,
+    where that is more."""
 
     heads: str
     block_size: int
     num_seqs: int
     num_tokens: int
     before: int
+    longest: int = 0
 
     @property
-    def num_blocks(self) -> int:
-        """Of a sequence."""
-        return -(-(self.before + self.num_tokens) // self.block_size)
+    def contexts(self) -> list[int]:
+        """Of all sequences, before the new tokens."""
+        return [self.before] * (self.num_seqs - 1) + [max(self.before, self.longest)]
+
+    @property
+    def num_blocks(self) -> list[int]:
+        """Of each sequence."""
+        return [-(-(before + self.num_tokens) // self.block_size) for before in self.contexts]
 
     def caches(self) -> list[torch.Tensor]:
         """Keys and values [2, places, K, D]."""
-        places = self.num_seqs * self.num_blocks * self.block_size
+        places = sum(self.num_blocks) * self.block_size
         size = (2, places, HEADS[self.heads][1], HEAD_DIM)
         count = max(2, NO_CACHE_BYTES // (4 * places * size[2] * HEAD_DIM))
         return [torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(count)]
 
     def table(self) -> torch.Tensor:
-        blocks = torch.randperm(self.num_seqs * self.num_blocks, device=DEVICE)
-        return blocks.int().view(self.num_seqs, self.num_blocks)
+        blocks = torch.randperm(sum(self.num_blocks), device=DEVICE).int()
+        return pad_sequence(blocks.split(self.num_blocks), batch_first=True)
 
 
 def decode_us(shape: Shape) -> float:
     num_heads, num_kv = HEADS[shape.heads]
     q = torch.randn(shape.num_seqs, num_heads, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
     slots, table = torch.arange(shape.num_seqs, device=DEVICE), shape.table()
-    positions = torch.full((shape.num_seqs,), shape.before, device=DEVICE)
+    positions = torch.tensor(shape.contexts, device=DEVICE)
+    parts = part_contexts(positions, num_kv, HEAD_DIM)
     group = num_heads // num_kv
     starts = torch.arange(0, num_heads + 1, group, device=DEVICE, dtype=torch.int32)
 
     def attend(cache: torch.Tensor) -> torch.Tensor:
         return decode_attention(
-            q, cache[0], cache[1], table, shape.block_size, slots, positions, starts, group,
-            HEAD_DIM**-0.5,
+            q, cache[0], cache[1], table, shape.block_size, slots, positions, parts, starts,
+            group, HEAD_DIM**-0.5,
         )  # fmt: skip
 
     return microseconds(attend, shape.caches())
@@ -126,7 +138,7 @@ def torch_us(shape: Shape) -> dict[str, float]:
 def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any]:
     num_heads, num_kv = HEADS[shape.heads]
     if shape.num_tokens == 1:
-        num_bytes = 4 * shape.num_seqs * (shape.before + 1) * num_kv * HEAD_DIM
+        num_bytes = 4 * (sum(shape.contexts) + shape.num_seqs) * num_kv * HEAD_DIM
         taken_us, floor_us = decode_us(shape), 1e6 * num_bytes / read_bytes_per_s
     else:
         pairs = shape.num_tokens * (shape.before + (shape.num_tokens + 1) / 2)
@@ -150,13 +162,15 @@ def main() -> None:
     found = []
     for size, heads in product(numbers(asked.block_sizes), HEADS):
         shapes = [Shape(heads, size, seqs, 1, context - 1) for seqs, context in DECODES]
+        shapes += [Shape(heads, size, seqs, 1, one - 1, most - 1) for seqs, one, most in UNEVEN]
         shapes += [Shape(heads, size, 1, count, before) for count, before in PREFILLS]
         for shape in shapes:
             found.append(measure(shape, max(rates.values()), rate))
             one = found[-1]
+            longest = f", one behind {shape.longest}" if shape.longest else ""
             print(
                 f"{heads:8} blocks of {size}, {shape.num_seqs:3} x {shape.num_tokens} tokens behind "
-                f"{shape.before}: {one['us']:.1f} us ({one['floor_us'] / one['us']:.0%})",
+                f"{shape.before}{longest}: {one['us']:.1f} us ({one['floor_us'] / one['us']:.0%})",
                 *(f"{name} {us:.1f}" for name, us in one.get("torch_us", {}).items()),
                 flush=True,
             )

@@ -13,7 +13,7 @@ token to token of 8 requests beside the usual one. With `--shape`, logits of tha
 beside those of one rank in float32: of prompts of 40 to 1,100 tokens in chunks of at most 512, and of 32 tokens after
 each; and what `deterministic` costs there, from token to token of 8 requests, and to the first token of a prompt of
 1,024. Ranks that share a GPU, as `--devices 0,0` has them where NCCL and torch were told to allow it, make the same
-numbers; only their times say nothing.
+numbers; their times say nothing, and what `deterministic` costs the shape is not measured.
 """
 
 from __future__ import annotations
@@ -294,7 +294,8 @@ def main() -> None:
             config = shape_settings(asked, layout, DTYPE)
             told = verify(shape, config, shape_prompts(shape), reference=shape_reference)
             results[-1]["shape_beside_float32"] = {"shape": asked.shape, **beside_float32(told)}
-            results[-1]["shape_cost"] = shape_cost(asked, layout)
+            if asked.devices is None:
+                results[-1]["shape_cost"] = shape_cost(asked, layout)
         print("\n".join(table(results[-1:])), flush=True)
         record.write(  # what was measured stays, whatever ends the next
             f"fidelity-{asked.name}", ["torch", "triton", "transformers"],

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from bireme.engine.device_tables import DeviceTables
 from bireme.kernels.choice import has_kernels
+from bireme.kernels.context_parts import ContextParts
 from bireme.kernels.host_copies import upload
 from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT
@@ -253,8 +254,10 @@ class Slots:
         tiles: Tiles | None,
         *,
         is_probed: bool = False,
+        is_even: bool = False,
     ) -> StepContext:
-        """Of rows at `positions` [T] of `slots` [T]; on the device alone, so that it can be captured."""
+        """Of rows at `positions` [T] of `slots` [T]; on the device alone, so that it can be captured. `is_even`: how a
+        row's context is parted does not depend on the others'."""
         assert self._on_device is not None
         size, tables = self._shape.block_size, self._on_device.of
         blocks, offsets = positions // size, positions % size
@@ -268,8 +271,22 @@ class Slots:
             caches=self._caches,
             cos=cos,
             sin=sin,
-            paged=PagedStep(slots, tables, size, tiles, is_probed),
-        )
+            paged=PagedStep(
+                slots, tables, size, tiles,
+                self._parts(positions[: tiles.num_singles] if tiles else positions, is_even=is_even),
+                is_probed,
+            ),
+        )  # fmt: skip
+
+    def _parts(self, positions: torch.Tensor, *, is_even: bool) -> dict[int | None, ContextParts]:
+        """By the layers' window, of the contexts of new tokens at `positions` [B]."""
+        from bireme.kernels.gpu.context_parts import even_parts, part_contexts
+
+        if not len(positions):
+            return {}
+        part = even_parts if is_even else part_contexts
+        _, num_heads, head_dim = next(iter(self._caches.values())).keys.shape  # as in every layer
+        return {window: part(positions, num_heads, head_dim, window) for window in self._tables}
 
     def tile(
         self, slots: NDArray[np.int64], positions: NDArray[np.int64], num_rows: int

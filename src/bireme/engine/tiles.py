@@ -138,7 +138,7 @@ class _PagedModel(TiledModel):
 
     def _launch(self, *, is_probed: bool = False) -> torch.Tensor:
         slots, positions = self._given
-        step = self._slots.paged(slots, positions, None, is_probed=is_probed)
+        step = self._slots.paged(slots, positions, None, is_probed=is_probed, is_even=True)
         made: torch.Tensor = self._model(self._x, step)
         return made
 

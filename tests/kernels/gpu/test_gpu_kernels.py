@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import triton
 
 from bireme.engine.graphs import graph_sizes
 from bireme.kernels import functional
 from bireme.kernels.attention import attention, attention_bias
 from bireme.kernels.gpu import chain, descriptors, few_rows
 from bireme.kernels.gpu import prefill_attention as prefill_attention_module
-from bireme.kernels.gpu.decode_attention import block_positions, decode_attention, num_splits
+from bireme.kernels.gpu.context_parts import block_positions, part_contexts
+from bireme.kernels.gpu.decode_attention import decode_attention
 from bireme.kernels.gpu.few_rows import (
     MOST_ROWS,
     few_rows_gated,
@@ -240,10 +242,10 @@ def test_decode_attention(
     q = torch.randn(len(order), len(head_map), head_dim, device=device)
     slopes = torch.rand(len(head_map), device=device) if has_slopes else None
     starts = [head_map.index(kv) for kv in range(num_kv)] + [len(head_map)]
+    positions = torch.tensor([lengths[slot] - 1 for slot in order], device=device)
     found = decode_attention(
-        q, keys, values, table, block_size,
-        torch.tensor(order, device=device),
-        torch.tensor([lengths[slot] - 1 for slot in order], device=device),
+        q, keys, values, table, block_size, torch.tensor(order, device=device), positions,
+        part_contexts(positions, num_kv, head_dim, window),
         torch.tensor(starts, dtype=torch.int32, device=device),
         max(map(head_map.count, head_map)), 0.3, window, cap, slopes,
     )  # fmt: skip
@@ -273,9 +275,10 @@ def test_attention_as_models_run(
         torch.tensor(head_map, dtype=torch.int32, device=device), head_dim**-0.5,
     )  # fmt: skip
     last = torch.tensor(new).cumsum(0).to(device) - 1
+    positions = torch.tensor(lengths, device=device) - 1
     decoded = decode_attention(
-        q[last], *paged, torch.arange(3, device=device),
-        torch.tensor(lengths, device=device) - 1,
+        q[last], *paged, torch.arange(3, device=device), positions,
+        part_contexts(positions, 2, head_dim),
         torch.tensor([0, 2, 4], dtype=torch.int32, device=device), 2, head_dim**-0.5,
     )  # fmt: skip
     cached = keys.clone(), values.clone()
@@ -309,6 +312,7 @@ def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> Non
     starts = [length - count for length, count in zip(lengths, new, strict=True)]
     head_map = torch.tensor([0, 0, 1, 1], dtype=torch.int32, device=device)
     slots = torch.tensor([0] * 200 + [1], device=device)
+    positions = torch.tensor(lengths, device=device) - 1
 
     def results(cache: Sequence[torch.Tensor], before: int) -> list[torch.Tensor]:
         own = table + before // block_size
@@ -317,8 +321,8 @@ def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> Non
                 q, *cache, own, block_size, slots, Tiles.of(starts, new, device), head_map, 0.1
             ),
             decode_attention(
-                q[-2:], *cache, own, block_size, torch.arange(2, device=device),
-                torch.tensor(lengths, device=device) - 1, head_map.new_tensor([0, 2, 4]), 2, 0.1,
+                q[-2:], *cache, own, block_size, torch.arange(2, device=device), positions,
+                part_contexts(positions, 2, head_dim), head_map.new_tensor([0, 2, 4]), 2, 0.1,
             ),
         ]  # fmt: skip
         places = torch.arange(8, device=device) + before
@@ -329,9 +333,41 @@ def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> Non
         assert torch.equal(one, other)
 
 
-def test_splits_fill_a_gpu_and_are_powers_of_two() -> None:
+def parted(lengths: Sequence[int], num_kv: int, device: torch.device) -> list[int]:
+    """Into how many parts contexts are."""
+    found = part_contexts(torch.tensor(lengths, device=device) - 1, num_kv, 128)
+    assert not found.arrivals.any()
+    items = found.items.tolist()
+    for row, (first, count) in enumerate(found.rows.tolist()):
+        assert items[first : first + count] == [[row, part, count] for part in range(count)]
+    counts = [count for _, count in found.rows.tolist()]
+    assert not any(count for _, _, count in items[sum(counts) :])
+    assert len({row for row, _, _ in items[: sum(counts)]}) == len(lengths)
+    return counts
+
+
+def test_parts_fill_a_gpu_however_uneven_contexts_are(device: torch.device) -> None:
+    assert parted([192], 32, device) == [6]
+    assert parted([4096], 1, device) == [32]
+    assert parted([1024] * 64, 32, device) == [1] * 64
+    assert parted([1024] * 8, 8, device) == [4] * 8
+    assert parted([192] * 63 + [100_000], 32, device) == [1] * 63 + [15]
+    assert parted([1000, 1200, 700, 1600], 64, device) == [1, 1, 1, 1]
+    assert parted([1000, 2400, 700, 1600], 64, device) == [1, 2, 1, 1]
+    assert parted([1] * 512 + [30_000] * 12, 32, device)[-12:] == [1] * 12
+
+
+@pytest.mark.parametrize("num_kv", [1, 4, 32, 300])
+def test_all_parts_have_room(num_kv: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(num_kv)
+    for count in (1, 2, 3, 8, 33, 100):
+        for longest in (1, 500, 131_072):
+            lengths = 1 + (torch.rand(count, generator=generator) ** 4 * longest).long()
+            parted(lengths.tolist(), num_kv, device)
+
+
+def test_blocks_of_contexts() -> None:
     steps = [(1, 32), (1, 1), (64, 32), (8, 8), (64, 4)]  # sequences and KV heads
-    assert [num_splits(*step) for step in steps] == [8, 16, 1, 4, 1]
     assert [block_positions(*step, 128) for step in steps] == [32, 32, 64, 32, 32]
     assert block_positions(64, 32, 256) == 32
 
@@ -442,7 +478,8 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
         is_chained, rows = count <= chain.MOST_ROWS, few_rows.block_rows(count)
         found: set[tuple[object, ...]] = {
             ("norm", is_chained, 1 if count > few_rows.MOST_ROWS else num_parts(count, 4096, 4096)),
-            ("attention", num_splits(count, num_kv_heads), block_positions(count, num_kv_heads, 128), is_chained),
+            ("attention", block_positions(count, num_kv_heads, 128), is_chained),
+            ("parts", triton.next_power_of_2(count), block_positions(count, num_kv_heads, 128)),
         }  # fmt: skip
         if count == 1:
             return found | {("one row",)}

@@ -7,6 +7,7 @@ import torch
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.attention import attention, attention_bias
+from bireme.kernels.gpu.context_parts import part_contexts
 from bireme.kernels.query_tiles import Tiles
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.models.attention import PagedAttention
@@ -35,8 +36,11 @@ def test_each_token_sees_its_own_context(counts: list[int], device: torch.device
     ]
     q = torch.randn(sum(counts), cut.num_local_heads, cut.head_dim, device=device)
     tiles = Tiles.of(starts, counts, device)
-    step = PagedStep(slots, {None: table}, BLOCK, tiles)
-    found = layer.attend_paged(q, torch.cat(positions).to(device), step, cache)
+    at = torch.cat(positions).to(device)
+    singles = at[: tiles.num_singles]
+    parts = {None: part_contexts(singles, *cache.keys.shape[1:])} if len(singles) else {}
+    step = PagedStep(slots, {None: table}, BLOCK, tiles, parts)
+    found = layer.attend_paged(q, at, step, cache)
     for slot, rows in enumerate(found.split(counts)):
         at = positions[slot][None].to(device)
         stop = starts[slot] + counts[slot]

@@ -1,7 +1,8 @@
 """Attention of one new token a sequence over a paged cache, split over the context (flash decoding).
 
-Each program reads one KV head's part of a context once, for all query heads that share it; a second
-kernel puts the parts together. Shapes: B sequences, H query heads, K KV heads, D head size, S splits.
+Each program reads one KV head's part of a context once, for all query heads that share it. Where most contexts are
+parted, a second kernel puts parts together; where few are, whichever program of a context ends last does.
+Shapes: B sequences, H query heads, K KV heads, D head size, W parts of contexts.
 """
 
 from __future__ import annotations
@@ -10,32 +11,37 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.choice import MULTIPROCESSORS
+from bireme.kernels.context_parts import ContextParts
 from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
 
-_PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
-_MOST_SPLITS = 16
+_REGISTERS = 128  # of a thread, at most: told that there are, the compiler fetches more ahead
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "positions", "top", "mass"])
+@triton.jit(
+    do_not_specialize_on_alignment=["items", "arrivals", "slots", "positions", "top", "mass"]
+)
 def decode_attention_kernel(
-    q, keys, values, table, slots, positions, head_starts, slopes, out, acc, top, mass,
+    q, keys, values, table, items, arrivals, slots, positions, head_starts, slopes, out, acc, top, mass,
     scale, cap, table_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
-    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_CHAINED: tl.constexpr,
+    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, JOINS_ITSELF: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
-    kv, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    kv, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, part = tl.load(items + 3 * item).to(tl.int64), tl.load(items + 3 * item + 1)
+    parts = tl.load(items + 3 * item + 2)
+    if parts == 0:
+        return
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32)
     stop = position + 1
     first = 0
     if WINDOW > 0:
         first = tl.maximum(0, stop - WINDOW)
     begin = first // N
-    per_split = tl.cdiv(tl.cdiv(stop, N) - begin, SPLITS)
-    low = (begin + split * per_split) * N
-    high = tl.minimum(stop, low + per_split * N)
+    per_part = tl.cdiv(tl.cdiv(stop, N) - begin, parts)
+    low = (begin + part * per_part) * N
+    high = tl.minimum(stop, low + per_part * N)
     own_table = table + slot * table_stride
     place = cache_places(own_table, low, high, N, BLOCK_SIZE)
     d = tl.arange(0, SIZE)
@@ -44,7 +50,7 @@ def decode_attention_kernel(
     slope = tl.zeros([G], dtype=tl.float32)
     if HAS_SLOPES:
         slope = tl.load(slopes + head, mask=is_head, other=0.0)
-    # slots, positions and tables are written before a layer begins: the kernel before, which rotates, writes none
+    # what is read so far is written before a layer begins: the kernel before, which rotates, writes none of it
     await_before(IS_CHAINED)
 
     q_at = (row * H + head)[:, None] * D + d[None, :]
@@ -65,51 +71,70 @@ def decode_attention_kernel(
             (position - n)[None, :], slope[:, None], d, scale, cap,
             D, SIZE, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
-    if SPLITS == 1:
-        mixed = mixed / total[:, None]
-        tl.store(out + q_at, mixed.to(out.dtype.element_ty), mask=q_mask)
-    else:
-        of_head = (row * H + head) * SPLITS + split
-        tl.store(top + of_head, best, mask=is_head)
-        tl.store(mass + of_head, total, mask=is_head)
-        tl.store(acc + of_head[:, None] * D + d[None, :], mixed, mask=q_mask)
+    if JOINS_ITSELF and parts == 1:
+        tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
+        return
+    of_head = item * H + head
+    tl.store(top + of_head, best, mask=is_head)
+    tl.store(mass + of_head, total, mask=is_head)
+    tl.store(acc + of_head[:, None] * D + d[None, :], mixed, mask=q_mask)
+    if JOINS_ITSELF:
+        tl.debug_barrier()  # all threads' stores stand before the count that tells of them
+        arrived = tl.atomic_add(arrivals + row * K + kv, 1, sem="acq_rel", scope="gpu")
+        if arrived == parts - 1:
+            tl.store(arrivals + row * K + kv, 0)
+            of_first = (item - part) * H + head
+            result = _joined(
+                acc + of_first[:, None] * D + d[None, :], top + of_first, mass + of_first,
+                q_mask, is_head, parts, H, D, G, SIZE,
+            )  # fmt: skip
+            tl.store(out + q_at, result.to(out.dtype.element_ty), mask=q_mask)
 
 
-@triton.jit(do_not_specialize_on_alignment=["top", "mass"])
-def join_splits_kernel(
-    acc, top, mass, out,
-    D: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, IS_CHAINED: tl.constexpr,
+@triton.jit
+def _joined(
+    acc, top, mass, mask, is_head, parts,
+    H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
+    """[G, SIZE] of all parts, always in their order."""
+    best = tl.full([G], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([G], dtype=tl.float32)
+    mixed = tl.zeros([G, SIZE], dtype=tl.float32)
+    for part in range(parts):
+        at = part * H
+        own = tl.load(top + at, mask=is_head, other=0.0, cache_modifier=".cg")
+        weight = tl.load(mass + at, mask=is_head, other=1.0, cache_modifier=".cg")
+        values = tl.load(acc + at * D, mask=mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(best, own)
+        shrink, share = tl.exp2(best - higher), tl.exp2(own - higher)
+        best, total = higher, total * shrink + weight * share
+        mixed = mixed * shrink[:, None] + values * share[:, None]
+    return mixed / total[:, None]
+
+
+@triton.jit(do_not_specialize_on_alignment=["items", "rows", "top", "mass"])
+def join_parts_kernel(
+    acc, top, mass, out, rows,
+    H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, AT_ONCE: tl.constexpr, IS_CHAINED: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, parts = tl.load(rows + 2 * row).to(tl.int64), tl.load(rows + 2 * row + 1)
     await_before(IS_CHAINED)
-    of_head = tl.program_id(0).to(tl.int64)
-    split, d = tl.arange(0, SPLITS), tl.arange(0, SIZE)
-    best = tl.load(top + of_head * SPLITS + split)
-    share = tl.exp2(best - tl.max(best, 0))
-    total = tl.sum(share * tl.load(mass + of_head * SPLITS + split), 0)
-    at = (of_head * SPLITS + split)[:, None] * D + d[None, :]
-    parts = tl.load(acc + at, mask=d[None, :] < D, other=0.0)
-    mixed = tl.sum(parts * share[:, None], 0) / total
-    tl.store(out + of_head * D + d, mixed.to(out.dtype.element_ty), mask=d < D)
-
-
-def _most_splits(num_sequences: int, num_kv_heads: int) -> int:
-    """With which all programs are there at once; 0 where they are not even with one. The same for all numbers of
-    sequences up to a power of two: graphs of those numbers alone have all kernels compiled."""
-    most_sequences = int(triton.next_power_of_2(num_sequences))
-    return _PROGRAMS // max(1, most_sequences * num_kv_heads)
-
-
-def num_splits(num_sequences: int, num_kv_heads: int) -> int:
-    """A power of two, the next one, that gives every multiprocessor work, and does not depend on the contexts: a graph
-    that was captured keeps it."""
-    wanted = _most_splits(num_sequences, num_kv_heads)
-    return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
-
-
-def block_positions(num_sequences: int, num_kv_heads: int, head_dim: int) -> int:
-    """Of a context, that a program attends to at a time: smaller blocks begin sooner, larger ones take less in all,
-    where programs follow one another."""
-    return 32 if head_dim > 128 or _most_splits(num_sequences, num_kv_heads) else 64
+    d = tl.arange(0, SIZE)
+    best, total = float("-inf"), 0.0
+    mixed = tl.zeros([SIZE], dtype=tl.float32)
+    for begin in range(0, parts, AT_ONCE):
+        part = begin + tl.arange(0, AT_ONCE)
+        of_head = (first + part) * H + head
+        own = tl.load(top + of_head, mask=part < parts, other=float("-inf"))
+        higher = tl.maximum(best, tl.max(own, 0))
+        shrink, share = tl.exp2(best - higher), tl.exp2(own - higher)
+        weight = tl.load(mass + of_head, mask=part < parts, other=0.0)
+        mask = (part < parts)[:, None] & (d < D)[None, :]
+        values = tl.load(acc + of_head[:, None] * D + d[None, :], mask=mask, other=0.0)
+        best, total = higher, total * shrink + tl.sum(weight * share, 0)
+        mixed = mixed * shrink + tl.sum(values * share[:, None], 0)
+    tl.store(out + (row * H + head) * D + d, (mixed / total).to(out.dtype.element_ty), mask=d < D)
 
 
 def decode_attention(
@@ -120,6 +145,7 @@ def decode_attention(
     block_size: int,
     slots: torch.Tensor,
     positions: torch.Tensor,
+    parts: ContextParts,
     head_starts: torch.Tensor,
     num_shared: int,
     scale: float,
@@ -128,33 +154,31 @@ def decode_attention(
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [B, H, D] -> [B, H, D], of tokens at `positions` [B] of `slots` [B], whose own keys and values are
-    in the cache [N, K, D] already; `table` [slots, blocks] says where.
+    in the cache [N, K, D] already; `table` [slots, blocks] says where, `parts` how their contexts are parted.
 
     Query heads [head_starts[k], head_starts[k + 1]) read KV head k, at most `num_shared` of them.
     """
     num_sequences, num_heads, head_dim = q.shape
-    num_kv_heads = keys.shape[1]
-    splits = num_splits(num_sequences, num_kv_heads)
-    block = block_positions(num_sequences, num_kv_heads, head_dim)
+    num_kv_heads, num_items = keys.shape[1], len(parts.items)
     out = torch.empty_like(q)
-    of_heads = num_sequences * num_heads * splits
-    acc = q.new_empty(of_heads * head_dim if splits > 1 else 1, dtype=torch.float32)
-    top, mass = q.new_empty(2, of_heads if splits > 1 else 1, dtype=torch.float32).unbind(0)
+    acc = q.new_empty(num_items * num_heads * head_dim, dtype=torch.float32)
+    top, mass = q.new_empty(2, num_items * num_heads, dtype=torch.float32).unbind(0)
     size = triton.next_power_of_2(max(16, head_dim))
-    decode_attention_kernel[(num_kv_heads, num_sequences, splits)](
-        q, keys, values, table, slots, positions, head_starts,
+    joins_itself, is_small = parts.even == 1, parts.block * size <= 32 * 128
+    decode_attention_kernel[(num_kv_heads, num_items)](
+        q, keys, values, table, parts.items, parts.arrivals, slots, positions, head_starts,
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
         H=num_heads, K=num_kv_heads, D=head_dim, SIZE=size,
-        G=triton.next_power_of_2(max(16, num_shared)), N=block,
-        BLOCK_SIZE=block_size, SPLITS=splits, WINDOW=window or 0,
-        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, num_warps=4,
-        num_stages=3 if block * size <= 32 * 128 else 2,
+        G=triton.next_power_of_2(max(16, num_shared)), N=parts.block,
+        BLOCK_SIZE=block_size, WINDOW=window or 0,
+        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, JOINS_ITSELF=joins_itself, num_warps=4,
+        num_stages=3 if is_small else 2, maxnreg=_REGISTERS if is_small else None,
         **chained(q),
     )  # fmt: skip
-    if splits > 1:
-        join_splits_kernel[(num_sequences * num_heads,)](
-            acc, top, mass, out, D=head_dim, SIZE=size, SPLITS=splits, num_warps=4,
-            **chained(q),
+    if not joins_itself:
+        join_parts_kernel[(num_heads, num_sequences)](
+            acc, top, mass, out, parts.rows, H=num_heads, D=head_dim, SIZE=size,
+            AT_ONCE=parts.even, num_warps=4, **chained(q),
         )  # fmt: skip
     return out
