@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from bireme.engine.device_tables import DeviceTables
 from bireme.kernels.choice import has_kernels
-from bireme.kernels.context_parts import ContextParts
 from bireme.kernels.host_copies import upload
 from bireme.kernels.query_tiles import Tiles
+from bireme.kernels.split_plan import SplitPlan
 from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
@@ -257,7 +257,7 @@ class Slots:
         is_even: bool = False,
     ) -> StepContext:
         """Of rows at `positions` [T] of `slots` [T]; on the device alone, so that it can be captured. `is_even`: how a
-        row's context is parted does not depend on the others'."""
+        row's context is split does not depend on the others'."""
         assert self._on_device is not None
         size, tables = self._shape.block_size, self._on_device.of
         blocks, offsets = positions // size, positions % size
@@ -273,20 +273,22 @@ class Slots:
             sin=sin,
             paged=PagedStep(
                 slots, tables, size, tiles,
-                self._parts(positions[: tiles.num_singles] if tiles else positions, is_even=is_even),
+                self._split_plans(positions[: tiles.num_singles] if tiles else positions, is_even=is_even),
                 is_probed,
             ),
         )  # fmt: skip
 
-    def _parts(self, positions: torch.Tensor, *, is_even: bool) -> dict[int | None, ContextParts]:
+    def _split_plans(
+        self, positions: torch.Tensor, *, is_even: bool
+    ) -> dict[int | None, SplitPlan]:
         """By the layers' window, of the contexts of new tokens at `positions` [B]."""
-        from bireme.kernels.gpu.context_parts import even_parts, part_contexts
+        from bireme.kernels.gpu.plan_splits import even_splits, plan_splits
 
         if not len(positions):
             return {}
-        part = even_parts if is_even else part_contexts
+        plan = even_splits if is_even else plan_splits
         _, num_heads, head_dim = next(iter(self._caches.values())).keys.shape  # as in every layer
-        return {window: part(positions, num_heads, head_dim, window) for window in self._tables}
+        return {window: plan(positions, num_heads, head_dim, window) for window in self._tables}
 
     def tile(
         self, slots: NDArray[np.int64], positions: NDArray[np.int64], num_rows: int

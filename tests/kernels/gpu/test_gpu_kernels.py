@@ -13,7 +13,6 @@ from bireme.kernels import functional
 from bireme.kernels.attention import attention, attention_bias
 from bireme.kernels.gpu import chain, descriptors, few_rows
 from bireme.kernels.gpu import prefill_attention as prefill_attention_module
-from bireme.kernels.gpu.context_parts import block_positions, part_contexts
 from bireme.kernels.gpu.decode_attention import decode_attention
 from bireme.kernels.gpu.few_rows import (
     MOST_ROWS,
@@ -25,6 +24,7 @@ from bireme.kernels.gpu.few_rows import (
 )  # fmt: skip
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
+from bireme.kernels.gpu.plan_splits import block_positions, even_splits, plan_splits
 from bireme.kernels.gpu.prefill_attention import prefill_attention
 from bireme.kernels.gpu.rope_and_write import rope_and_write
 from bireme.kernels.query_tiles import Tiles, num_tiles, tiles_of
@@ -245,7 +245,7 @@ def test_decode_attention(
     positions = torch.tensor([lengths[slot] - 1 for slot in order], device=device)
     found = decode_attention(
         q, keys, values, table, block_size, torch.tensor(order, device=device), positions,
-        part_contexts(positions, num_kv, head_dim, window),
+        plan_splits(positions, num_kv, head_dim, window),
         torch.tensor(starts, dtype=torch.int32, device=device),
         max(map(head_map.count, head_map)), 0.3, window, cap, slopes,
     )  # fmt: skip
@@ -255,6 +255,35 @@ def test_decode_attention(
         bias = attention_bias(at, (0, lengths[slot]), window, slopes, q.dtype)
         expected = attention(q[row][None, :, None], k, v, bias, 0.3, cap)
         assert near(found[row], expected[0, :, 0], 3e-6), (row, slot)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("longest", [7, 700])
+def test_decode_attention_of_so_many_that_few_contexts_are_split(
+    longest: int, window: int | None, device: torch.device
+) -> None:
+    """Launched twice by one plan, as the layers of a step do."""
+    lengths, block_size, head_dim, head_map = [3] * 33, 8, 16, [0, 0, 1, 2, 3]
+    lengths[20] = longest
+    cache = _paged(lengths, block_size, 4, head_dim, device)
+    keys, values, table, places = cache
+    q = torch.randn(len(lengths), len(head_map), head_dim, device=device)
+    positions = torch.tensor(lengths, device=device) - 1
+    plan = plan_splits(positions, 4, head_dim, window)
+    assert plan.even == 1
+    assert (plan.rows[20, 1] > 1) == (longest > 7)
+    starts = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32, device=device)
+    for _ in range(2):
+        found = decode_attention(
+            q, keys, values, table, block_size, torch.arange(len(lengths), device=device),
+            positions, plan, starts, 2, 0.3, window,
+        )  # fmt: skip
+        for row in (0, 20, 32):
+            k, v = (x[places[row]][:, head_map].transpose(0, 1)[None] for x in (keys, values))
+            at = positions[row][None, None]
+            bias = attention_bias(at, (0, lengths[row]), window, None, q.dtype)
+            expected = attention(q[row][None, :, None], k, v, bias, 0.3, None)
+            assert near(found[row], expected[0, :, 0], 3e-6), row
 
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
@@ -278,7 +307,7 @@ def test_attention_as_models_run(
     positions = torch.tensor(lengths, device=device) - 1
     decoded = decode_attention(
         q[last], *paged, torch.arange(3, device=device), positions,
-        part_contexts(positions, 2, head_dim),
+        plan_splits(positions, 2, head_dim),
         torch.tensor([0, 2, 4], dtype=torch.int32, device=device), 2, head_dim**-0.5,
     )  # fmt: skip
     cached = keys.clone(), values.clone()
@@ -322,7 +351,7 @@ def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> Non
             ),
             decode_attention(
                 q[-2:], *cache, own, block_size, torch.arange(2, device=device), positions,
-                part_contexts(positions, 2, head_dim), head_map.new_tensor([0, 2, 4]), 2, 0.1,
+                plan_splits(positions, 2, head_dim), head_map.new_tensor([0, 2, 4]), 2, 0.1,
             ),
         ]  # fmt: skip
         places = torch.arange(8, device=device) + before
@@ -333,37 +362,37 @@ def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> Non
         assert torch.equal(one, other)
 
 
-def parted(lengths: Sequence[int], num_kv: int, device: torch.device) -> list[int]:
-    """Into how many parts contexts are."""
-    found = part_contexts(torch.tensor(lengths, device=device) - 1, num_kv, 128)
+def num_splits(lengths: Sequence[int], num_kv: int, device: torch.device) -> list[int]:
+    """Of each context."""
+    found = plan_splits(torch.tensor(lengths, device=device) - 1, num_kv, 128)
     assert not found.arrivals.any()
     items = found.items.tolist()
     for row, (first, count) in enumerate(found.rows.tolist()):
-        assert items[first : first + count] == [[row, part, count] for part in range(count)]
+        assert items[first : first + count] == [[row, split, count] for split in range(count)]
     counts = [count for _, count in found.rows.tolist()]
     assert not any(count for _, _, count in items[sum(counts) :])
     assert len({row for row, _, _ in items[: sum(counts)]}) == len(lengths)
     return counts
 
 
-def test_parts_fill_a_gpu_however_uneven_contexts_are(device: torch.device) -> None:
-    assert parted([192], 32, device) == [6]
-    assert parted([4096], 1, device) == [32]
-    assert parted([1024] * 64, 32, device) == [1] * 64
-    assert parted([1024] * 8, 8, device) == [4] * 8
-    assert parted([192] * 63 + [100_000], 32, device) == [1] * 63 + [15]
-    assert parted([1000, 1200, 700, 1600], 64, device) == [1, 1, 1, 1]
-    assert parted([1000, 2400, 700, 1600], 64, device) == [1, 2, 1, 1]
-    assert parted([1] * 512 + [30_000] * 12, 32, device)[-12:] == [1] * 12
+def test_splits_fill_a_gpu_however_uneven_contexts_are(device: torch.device) -> None:
+    assert num_splits([192], 32, device) == [6]
+    assert num_splits([4096], 1, device) == [32]
+    assert num_splits([1024] * 64, 32, device) == [1] * 64
+    assert num_splits([1024] * 8, 8, device) == [4] * 8
+    assert num_splits([192] * 63 + [100_000], 32, device) == [1] * 63 + [15]
+    assert num_splits([1000, 1200, 700, 1600], 64, device) == [1, 1, 1, 1]
+    assert num_splits([1000, 2400, 700, 1600], 64, device) == [1, 2, 1, 1]
+    assert num_splits([1] * 512 + [30_000] * 12, 32, device)[-12:] == [1] * 12
 
 
 @pytest.mark.parametrize("num_kv", [1, 4, 32, 300])
-def test_all_parts_have_room(num_kv: int, device: torch.device) -> None:
+def test_all_splits_have_room(num_kv: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(num_kv)
     for count in (1, 2, 3, 8, 33, 100):
         for longest in (1, 500, 131_072):
             lengths = 1 + (torch.rand(count, generator=generator) ** 4 * longest).long()
-            parted(lengths.tolist(), num_kv, device)
+            num_splits(lengths.tolist(), num_kv, device)
 
 
 def test_blocks_of_contexts() -> None:
@@ -476,10 +505,11 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
 
     def kernels(count: int) -> set[tuple[object, ...]]:
         is_chained, rows = count <= chain.MOST_ROWS, few_rows.block_rows(count)
+        plan = even_splits(torch.arange(count), num_kv_heads, 128)
         found: set[tuple[object, ...]] = {
             ("norm", is_chained, 1 if count > few_rows.MOST_ROWS else num_parts(count, 4096, 4096)),
-            ("attention", block_positions(count, num_kv_heads, 128), is_chained),
-            ("parts", triton.next_power_of_2(count), block_positions(count, num_kv_heads, 128)),
+            ("attention", plan.even, plan.block, is_chained),
+            ("splits", triton.next_power_of_2(count), plan.even, plan.block),
         }  # fmt: skip
         if count == 1:
             return found | {("one row",)}

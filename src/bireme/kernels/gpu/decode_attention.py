@@ -1,8 +1,8 @@
 """Attention of one new token a sequence over a paged cache, split over the context (flash decoding).
 
-Each program reads one KV head's part of a context once, for all query heads that share it. Where most contexts are
-parted, a second kernel puts parts together; where few are, whichever program of a context ends last does.
-Shapes: B sequences, H query heads, K KV heads, D head size, W parts of contexts.
+Each program reads one KV head's split of a context once, for all query heads that share it. Where most contexts are
+split, a second kernel joins the splits; where few are, whichever program of a context ends last does.
+Shapes: B sequences, H query heads, K KV heads, D head size, W splits of contexts.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.context_parts import ContextParts
 from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
+from bireme.kernels.split_plan import SplitPlan
 
 _REGISTERS = 128  # of a thread, at most: told that there are, the compiler fetches more ahead
 
@@ -29,9 +29,9 @@ def decode_attention_kernel(
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, JOINS_ITSELF: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     kv, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, part = tl.load(items + 3 * item).to(tl.int64), tl.load(items + 3 * item + 1)
-    parts = tl.load(items + 3 * item + 2)
-    if parts == 0:
+    row, split = tl.load(items + 3 * item).to(tl.int64), tl.load(items + 3 * item + 1)
+    splits = tl.load(items + 3 * item + 2)
+    if splits == 0:
         return
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32)
     stop = position + 1
@@ -39,9 +39,9 @@ def decode_attention_kernel(
     if WINDOW > 0:
         first = tl.maximum(0, stop - WINDOW)
     begin = first // N
-    per_part = tl.cdiv(tl.cdiv(stop, N) - begin, parts)
-    low = (begin + part * per_part) * N
-    high = tl.minimum(stop, low + per_part * N)
+    per_split = tl.cdiv(tl.cdiv(stop, N) - begin, splits)
+    low = (begin + split * per_split) * N
+    high = tl.minimum(stop, low + per_split * N)
     own_table = table + slot * table_stride
     place = cache_places(own_table, low, high, N, BLOCK_SIZE)
     d = tl.arange(0, SIZE)
@@ -71,7 +71,7 @@ def decode_attention_kernel(
             (position - n)[None, :], slope[:, None], d, scale, cap,
             D, SIZE, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
-    if JOINS_ITSELF and parts == 1:
+    if JOINS_ITSELF and splits == 1:
         tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
         return
     of_head = item * H + head
@@ -81,27 +81,27 @@ def decode_attention_kernel(
     if JOINS_ITSELF:
         tl.debug_barrier()  # all threads' stores stand before the count that tells of them
         arrived = tl.atomic_add(arrivals + row * K + kv, 1, sem="acq_rel", scope="gpu")
-        if arrived == parts - 1:
+        if arrived == splits - 1:
             tl.store(arrivals + row * K + kv, 0)
-            of_first = (item - part) * H + head
+            of_first = (item - split) * H + head
             result = _joined(
                 acc + of_first[:, None] * D + d[None, :], top + of_first, mass + of_first,
-                q_mask, is_head, parts, H, D, G, SIZE,
+                q_mask, is_head, splits, H, D, G, SIZE,
             )  # fmt: skip
             tl.store(out + q_at, result.to(out.dtype.element_ty), mask=q_mask)
 
 
 @triton.jit
 def _joined(
-    acc, top, mass, mask, is_head, parts,
+    acc, top, mass, mask, is_head, splits,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """[G, SIZE] of all parts, always in their order."""
+    """[G, SIZE] of all splits, always in their order."""
     best = tl.full([G], float("-inf"), dtype=tl.float32)
     total = tl.zeros([G], dtype=tl.float32)
     mixed = tl.zeros([G, SIZE], dtype=tl.float32)
-    for part in range(parts):
-        at = part * H
+    for split in range(splits):
+        at = split * H
         own = tl.load(top + at, mask=is_head, other=0.0, cache_modifier=".cg")
         weight = tl.load(mass + at, mask=is_head, other=1.0, cache_modifier=".cg")
         values = tl.load(acc + at * D, mask=mask, other=0.0, cache_modifier=".cg")
@@ -113,24 +113,24 @@ def _joined(
 
 
 @triton.jit(do_not_specialize_on_alignment=["items", "rows", "top", "mass"])
-def join_parts_kernel(
+def join_splits_kernel(
     acc, top, mass, out, rows,
     H: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, AT_ONCE: tl.constexpr, IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, parts = tl.load(rows + 2 * row).to(tl.int64), tl.load(rows + 2 * row + 1)
+    first, splits = tl.load(rows + 2 * row).to(tl.int64), tl.load(rows + 2 * row + 1)
     await_before(IS_CHAINED)
     d = tl.arange(0, SIZE)
     best, total = float("-inf"), 0.0
     mixed = tl.zeros([SIZE], dtype=tl.float32)
-    for begin in range(0, parts, AT_ONCE):
-        part = begin + tl.arange(0, AT_ONCE)
-        of_head = (first + part) * H + head
-        own = tl.load(top + of_head, mask=part < parts, other=float("-inf"))
+    for begin in range(0, splits, AT_ONCE):
+        split = begin + tl.arange(0, AT_ONCE)
+        of_head = (first + split) * H + head
+        own = tl.load(top + of_head, mask=split < splits, other=float("-inf"))
         higher = tl.maximum(best, tl.max(own, 0))
         shrink, share = tl.exp2(best - higher), tl.exp2(own - higher)
-        weight = tl.load(mass + of_head, mask=part < parts, other=0.0)
-        mask = (part < parts)[:, None] & (d < D)[None, :]
+        weight = tl.load(mass + of_head, mask=split < splits, other=0.0)
+        mask = (split < splits)[:, None] & (d < D)[None, :]
         values = tl.load(acc + of_head[:, None] * D + d[None, :], mask=mask, other=0.0)
         best, total = higher, total * shrink + tl.sum(weight * share, 0)
         mixed = mixed * shrink + tl.sum(values * share[:, None], 0)
@@ -145,7 +145,7 @@ def decode_attention(
     block_size: int,
     slots: torch.Tensor,
     positions: torch.Tensor,
-    parts: ContextParts,
+    plan: SplitPlan,
     head_starts: torch.Tensor,
     num_shared: int,
     scale: float,
@@ -154,31 +154,31 @@ def decode_attention(
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [B, H, D] -> [B, H, D], of tokens at `positions` [B] of `slots` [B], whose own keys and values are
-    in the cache [N, K, D] already; `table` [slots, blocks] says where, `parts` how their contexts are parted.
+    in the cache [N, K, D] already; `table` [slots, blocks] says where, `plan` how their contexts are split.
 
     Query heads [head_starts[k], head_starts[k + 1]) read KV head k, at most `num_shared` of them.
     """
     num_sequences, num_heads, head_dim = q.shape
-    num_kv_heads, num_items = keys.shape[1], len(parts.items)
+    num_kv_heads, num_items = keys.shape[1], len(plan.items)
     out = torch.empty_like(q)
     acc = q.new_empty(num_items * num_heads * head_dim, dtype=torch.float32)
     top, mass = q.new_empty(2, num_items * num_heads, dtype=torch.float32).unbind(0)
     size = triton.next_power_of_2(max(16, head_dim))
-    joins_itself, is_small = parts.even == 1, parts.block * size <= 32 * 128
+    joins_itself, is_small = plan.even == 1, plan.block * size <= 32 * 128
     decode_attention_kernel[(num_kv_heads, num_items)](
-        q, keys, values, table, parts.items, parts.arrivals, slots, positions, head_starts,
+        q, keys, values, table, plan.items, plan.arrivals, slots, positions, head_starts,
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
         H=num_heads, K=num_kv_heads, D=head_dim, SIZE=size,
-        G=triton.next_power_of_2(max(16, num_shared)), N=parts.block,
+        G=triton.next_power_of_2(max(16, num_shared)), N=plan.block,
         BLOCK_SIZE=block_size, WINDOW=window or 0,
         HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, JOINS_ITSELF=joins_itself, num_warps=4,
         num_stages=3 if is_small else 2, maxnreg=_REGISTERS if is_small else None,
         **chained(q),
     )  # fmt: skip
     if not joins_itself:
-        join_parts_kernel[(num_heads, num_sequences)](
-            acc, top, mass, out, parts.rows, H=num_heads, D=head_dim, SIZE=size,
-            AT_ONCE=parts.even, num_warps=4, **chained(q),
+        join_splits_kernel[(num_heads, num_sequences)](
+            acc, top, mass, out, plan.rows, H=num_heads, D=head_dim, SIZE=size,
+            AT_ONCE=plan.even, num_warps=4, **chained(q),
         )  # fmt: skip
     return out

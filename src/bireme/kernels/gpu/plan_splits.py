@@ -1,5 +1,5 @@
-"""Parts contexts once a step, for all layers: into more parts the longer they are, so that programs have about as much
-to read. Shapes: B sequences, K KV heads, W parts."""
+"""Splits contexts once a step, for all layers: into more splits the longer they are, so that programs have about as
+much to read. Shapes: B sequences, K KV heads, W splits."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.choice import MULTIPROCESSORS
-from bireme.kernels.context_parts import ContextParts
+from bireme.kernels.split_plan import SplitPlan
 
 _PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
 _MOST_SHARES = 2 * _PROGRAMS  # that contexts of uneven lengths are divided into
-MOST_PARTS = 32  # of a context
+MOST_SPLITS = 32  # of a context
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """How many parts contexts have. The same for all numbers of sequences up to a power of two: graphs of those numbers
-    alone have all kernels compiled."""
+    """How many splits contexts have. What kernels are compiled for is the same for all numbers of sequences up to a
+    power of two: graphs of those numbers alone have all kernels."""
 
     num_sequences: int
     num_kv_heads: int
@@ -33,17 +33,17 @@ class _Grid:
     def even(self) -> int:
         """Of contexts of one length: a power of two, the next one, that gives every multiprocessor work."""
         wanted = _PROGRAMS // (self.most_sequences * self.num_kv_heads)
-        return min(MOST_PARTS, 1 << max(0, wanted - 1).bit_length())
+        return min(MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
 
     @property
     def num_shares(self) -> int:
-        """Of all contexts, so that even ones have `even` parts each."""
+        """Of all contexts, so that those of one length have `even` splits each."""
         whole = self.num_sequences * self.num_kv_heads
         return self.even * whole if self.even > 1 else min(_MOST_SHARES, whole)
 
     @property
     def num_items(self) -> int:
-        """At most: each context has one part, and not as many more as it has shares."""
+        """At most: each context has one split, and not as many more as it has shares."""
         return self.num_sequences + self.num_shares // self.num_kv_heads
 
     @property
@@ -53,7 +53,7 @@ class _Grid:
 
 
 @triton.jit(do_not_specialize=["B", "W", "shares"])
-def part_contexts_kernel(
+def plan_splits_kernel(
     positions, items, rows, arrivals, B, W, shares,
     K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr,
     MOST: tl.constexpr, WINDOW: tl.constexpr,
@@ -65,27 +65,27 @@ def part_contexts_kernel(
         first = tl.maximum(0, stop - WINDOW)
     blocks = tl.where(row < B, tl.cdiv(stop, N) - first // N, 0)
     share = tl.maximum(tl.cdiv(tl.sum(blocks) * K, shares), tl.cdiv(tl.max(blocks), MOST))
-    parts = tl.maximum((2 * blocks + share) // (2 * share), 1)  # the nearest number
-    own = tl.where(row < B, parts, 0)
-    long = tl.where(parts > 1, own, 0)
+    splits = tl.maximum((2 * blocks + share) // (2 * share), 1)  # the nearest number
+    own = tl.where(row < B, splits, 0)
+    long = tl.where(splits > 1, own, 0)
     # those of long contexts first: what begins last is short
     whole = tl.sum(long) + tl.cumsum(own - long) - 1
-    begin = tl.where(parts > 1, tl.cumsum(long) - long, whole)
+    begin = tl.where(splits > 1, tl.cumsum(long) - long, whole)
     tl.store(rows + 2 * row, begin, mask=row < B)
-    tl.store(rows + 2 * row + 1, parts, mask=row < B)
-    for part in range(tl.max(own)):
-        at = items + 3 * (begin + part)
-        tl.store(at, row, mask=part < own)
-        tl.store(at + 1, part, mask=part < own)
-        tl.store(at + 2, parts, mask=part < own)
+    tl.store(rows + 2 * row + 1, splits, mask=row < B)
+    for split in range(tl.max(own)):
+        at = items + 3 * (begin + split)
+        tl.store(at, row, mask=split < own)
+        tl.store(at + 1, split, mask=split < own)
+        tl.store(at + 2, splits, mask=split < own)
     tl.store(items + 3 * item + 2, 0, mask=(item >= tl.sum(own)) & (item < W))
     for kv in range(K):
         tl.store(arrivals + row * K + kv, 0, mask=row < B)
 
 
-def part_contexts(
+def plan_splits(
     positions: torch.Tensor, num_kv_heads: int, head_dim: int, window: int | None = None
-) -> ContextParts:
+) -> SplitPlan:
     """Of sequences whose new tokens are at `positions` [B], with as many items as they can need at most, whatever their
     contexts: a graph that was captured keeps that number."""
     num_sequences = len(positions)
@@ -93,27 +93,27 @@ def part_contexts(
     block = block_positions(num_sequences, num_kv_heads, head_dim)
     items = positions.new_empty(grid.num_items, 3, dtype=torch.int32)
     rows, arrivals = items.new_empty(num_sequences, 2), items.new_empty(num_sequences, num_kv_heads)
-    part_contexts_kernel[(1,)](
+    plan_splits_kernel[(1,)](
         positions, items, rows, arrivals, num_sequences, grid.num_items, grid.num_shares,
         K=num_kv_heads, N=block, ROWS=grid.most_sequences, ITEMS=grid.most_items,
-        MOST=MOST_PARTS, WINDOW=window or 0,
+        MOST=MOST_SPLITS, WINDOW=window or 0,
     )  # fmt: skip
-    return ContextParts(items, rows, arrivals, block, grid.even)
+    return SplitPlan(items, rows, arrivals, block, grid.even)
 
 
-def even_parts(
+def even_splits(
     positions: torch.Tensor, num_kv_heads: int, head_dim: int, _window: int | None = None
-) -> ContextParts:
-    """The same in as many parts each, which depend on no other sequence's context."""
+) -> SplitPlan:
+    """Of as many splits each, which depend on no other sequence's context."""
     num_sequences, device = len(positions), positions.device
     count = _Grid(num_sequences, num_kv_heads).even
     row = torch.arange(num_sequences, dtype=torch.int32, device=device)
     rows = torch.stack((count * row, torch.full_like(row, count)), 1)
-    part = torch.arange(count, dtype=torch.int32, device=device).repeat(num_sequences)
-    items = torch.stack((row.repeat_interleave(count), part, torch.full_like(part, count)), 1)
+    split = torch.arange(count, dtype=torch.int32, device=device).repeat(num_sequences)
+    items = torch.stack((row.repeat_interleave(count), split, torch.full_like(split, count)), 1)
     block = block_positions(num_sequences, num_kv_heads, head_dim)
     arrivals = row.new_zeros(num_sequences, num_kv_heads)
-    return ContextParts(items, rows, arrivals, block, count)
+    return SplitPlan(items, rows, arrivals, block, count)
 
 
 def block_positions(num_sequences: int, num_kv_heads: int, head_dim: int) -> int:
