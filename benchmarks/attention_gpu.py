@@ -25,8 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from bireme.kernels.gpu.decode_attention import decode_attention
-from bireme.kernels.gpu.plan_splits import plan_splits
 from bireme.kernels.gpu.prefill_attention import prefill_attention
+from bireme.kernels.gpu.split_contexts import split_contexts
 from bireme.kernels.query_tiles import Tiles
 
 DEVICE = torch.device("cuda")
@@ -82,13 +82,13 @@ def decode_us(shape: Shape) -> float:
     q = torch.randn(shape.num_seqs, num_heads, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
     slots, table = torch.arange(shape.num_seqs, device=DEVICE), shape.table()
     positions = torch.tensor(shape.contexts, device=DEVICE)
-    plan = plan_splits(positions, num_kv, HEAD_DIM)
+    splits = split_contexts(positions, num_kv, HEAD_DIM)
     group = num_heads // num_kv
     starts = torch.arange(0, num_heads + 1, group, device=DEVICE, dtype=torch.int32)
 
     def attend(cache: torch.Tensor) -> torch.Tensor:
         return decode_attention(
-            q, cache[0], cache[1], table, shape.block_size, slots, positions, plan, starts,
+            q, cache[0], cache[1], table, shape.block_size, slots, positions, splits, starts,
             group, HEAD_DIM**-0.5,
         )  # fmt: skip
 

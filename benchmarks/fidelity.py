@@ -289,12 +289,14 @@ def main() -> None:
         shape_reference = uncut_reference(shape, in_float32, shape_prompts(shape))
     results = []
     for layout in asked.layouts:
+        devices = devices_of(asked, layout)
+        is_shared = devices is not None and len(set(devices)) < len(devices)
         results.append(measure(asked, layout, prompts, longest, reference))
         if shape is not None and shape_reference is not None:
             config = shape_settings(asked, layout, DTYPE)
             told = verify(shape, config, shape_prompts(shape), reference=shape_reference)
             results[-1]["shape_beside_float32"] = {"shape": asked.shape, **beside_float32(told)}
-            if asked.devices is None:
+            if not is_shared:
                 results[-1]["shape_cost"] = shape_cost(asked, layout)
         print("\n".join(table(results[-1:])), flush=True)
         record.write(  # what was measured stays, whatever ends the next

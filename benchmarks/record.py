@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 from bireme.planning.probe import hardware
 
 RESULTS = Path(__file__).parent / "results"
+_SWITCHES = ("NCCL_MULTI_RANK_GPU_ENABLE", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES")
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
@@ -32,7 +34,8 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
             "load_average_at_the_end": hardware.load_average(),
             **_gpus(),
         },
-        "versions": {"python": platform.python_version(), **_versions(packages)},
+        "versions": {"python": platform.python_version(), **_versions(packages), **_nccl()},
+        **_switches(),
     }
 
 
@@ -45,6 +48,25 @@ def _gpus() -> dict[str, Any]:
         return {}
     gpus = [line.split(", ") for line in told.splitlines()]
     return {"gpus": [name for name, _ in gpus], "driver": gpus[0][1]}
+
+
+def _nccl() -> dict[str, str]:
+    """The version of the library that torch loaded, where it did: not always the one it came with."""
+    if "torch" not in sys.modules or not Path("/dev/nvidiactl").exists():
+        return {}
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
+    except OSError:  # it is under another name, or part of torch
+        return {}
+    major, rest = divmod(number.value, 10000)
+    return {"nccl": f"{major}.{rest // 100}.{rest % 100}"}
+
+
+def _switches() -> dict[str, dict[str, str]]:
+    """What lets ranks share a GPU, where it is set."""
+    found = {name: os.environ[name] for name in _SWITCHES if name in os.environ}
+    return {"environment": found} if found else {}
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from bireme.engine.device_tables import DeviceTables
 from bireme.kernels.choice import has_kernels
+from bireme.kernels.context_splits import ContextSplits
 from bireme.kernels.host_copies import upload
 from bireme.kernels.query_tiles import Tiles
-from bireme.kernels.split_plan import SplitPlan
 from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
@@ -254,10 +254,10 @@ class Slots:
         tiles: Tiles | None,
         *,
         is_probed: bool = False,
-        is_even: bool = False,
+        splits: dict[int | None, ContextSplits] | None = None,
     ) -> StepContext:
-        """Of rows at `positions` [T] of `slots` [T]; on the device alone, so that it can be captured. `is_even`: how a
-        row's context is split does not depend on the others'."""
+        """Of rows at `positions` [T] of `slots` [T]; on the device alone, so that it can be captured. Contexts of
+        single new tokens are split by their lengths, unless `splits`, by window, are given."""
         assert self._on_device is not None
         size, tables = self._shape.block_size, self._on_device.of
         blocks, offsets = positions // size, positions % size
@@ -272,23 +272,32 @@ class Slots:
             cos=cos,
             sin=sin,
             paged=PagedStep(
-                slots, tables, size, tiles,
-                self._split_plans(positions[: tiles.num_singles] if tiles else positions, is_even=is_even),
-                is_probed,
+                slots, tables, size, tiles, self._splits(positions, tiles) if splits is None else splits, is_probed
             ),
         )  # fmt: skip
 
-    def _split_plans(
-        self, positions: torch.Tensor, *, is_even: bool
-    ) -> dict[int | None, SplitPlan]:
-        """By the layers' window, of the contexts of new tokens at `positions` [B]."""
-        from bireme.kernels.gpu.plan_splits import even_splits, plan_splits
+    def _splits(
+        self, positions: torch.Tensor, tiles: Tiles | None
+    ) -> dict[int | None, ContextSplits]:
+        """By the layers' window, of the contexts of single new tokens."""
+        from bireme.kernels.gpu.split_contexts import split_contexts
 
-        if not len(positions):
+        singles = positions if tiles is None else positions[: tiles.num_singles]
+        if not len(singles):
             return {}
-        plan = even_splits if is_even else plan_splits
-        _, num_heads, head_dim = next(iter(self._caches.values())).keys.shape  # as in every layer
-        return {window: plan(positions, num_heads, head_dim, window) for window in self._tables}
+        return {window: split_contexts(singles, *self._heads, window) for window in self._tables}
+
+    def even_splits(self, num_rows: int) -> dict[int | None, ContextSplits]:
+        """The same for so many new tokens, whatever their contexts."""
+        from bireme.kernels.gpu.split_contexts import even_splits
+
+        return dict.fromkeys(self._tables, even_splits(num_rows, *self._heads, self._device))
+
+    @property
+    def _heads(self) -> tuple[int, int]:
+        """KV heads and their size, as in every layer."""
+        _, num_kv_heads, head_dim = next(iter(self._caches.values())).keys.shape
+        return num_kv_heads, head_dim
 
     def tile(
         self, slots: NDArray[np.int64], positions: NDArray[np.int64], num_rows: int

@@ -117,6 +117,7 @@ class _PagedModel(TiledModel):
         self._x = inputs.new_zeros(num_rows, *inputs.shape[1:])
         self._given = torch.zeros(2, num_rows, dtype=torch.int64, device=inputs.device)
         self._given[0] = slots.padding_slot
+        self._splits = slots.even_splits(num_rows)
         self._replay: Callable[[], torch.Tensor] | None = None
         self._graph: CapturedGraph | None = None
         if capturer is not None:
@@ -138,7 +139,7 @@ class _PagedModel(TiledModel):
 
     def _launch(self, *, is_probed: bool = False) -> torch.Tensor:
         slots, positions = self._given
-        step = self._slots.paged(slots, positions, None, is_probed=is_probed, is_even=True)
+        step = self._slots.paged(slots, positions, None, is_probed=is_probed, splits=self._splits)
         made: torch.Tensor = self._model(self._x, step)
         return made
 

@@ -150,7 +150,7 @@ class PagedAttention(nn.Module):
         most = max(map(self.cut.head_map.count, set(self.cut.head_map)))
         return decode_attention(
             q, cache.keys, cache.values, step.tables[self.window], step.block_size,
-            step.slots[: len(q)], positions, step.split_plans[self.window], self._head_starts, most,
+            step.slots[: len(q)], positions, step.splits[self.window], self._head_starts, most,
             self.scale, self.window, self.cap, self._slopes,
         )  # fmt: skip
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from bireme.kernels.attention import attention_bias
+from bireme.kernels.context_splits import ContextSplits
 from bireme.kernels.query_tiles import Tiles
-from bireme.kernels.split_plan import SplitPlan
 from bireme.kvcache.paged_cache import PagedCache
 
 
@@ -77,14 +77,15 @@ class Tile:
 @dataclass
 class PagedStep:
     """What the kernels of a GPU read the cache by: slots [T], and int32 [slots, blocks] by the layers' window.
-    `tiles` are the runs of new tokens; None where every row is the one new token of its sequence. `split_plans`, by
-    window too, are of the contexts of single new tokens. `is_probed`: somebody wants to see what every module makes."""
+    `tiles` are the runs of new tokens; None where every row is the one new token of its sequence. `splits`, by
+    window too, are those of the contexts of single new tokens. `is_probed`: somebody wants to see what every module
+    makes."""
 
     slots: torch.Tensor
     tables: dict[int | None, torch.Tensor]
     block_size: int
     tiles: Tiles | None
-    split_plans: dict[int | None, SplitPlan] = field(default_factory=dict)
+    splits: dict[int | None, ContextSplits] = field(default_factory=dict)
     is_probed: bool = False
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import pytest
@@ -24,9 +27,9 @@ from bireme.kernels.gpu.few_rows import (
 )  # fmt: skip
 from bireme.kernels.gpu.gated import silu_mul
 from bireme.kernels.gpu.norm import add_rms_norm, rms_norm
-from bireme.kernels.gpu.plan_splits import block_positions, even_splits, plan_splits
 from bireme.kernels.gpu.prefill_attention import prefill_attention
 from bireme.kernels.gpu.rope_and_write import rope_and_write
+from bireme.kernels.gpu.split_contexts import block_positions, even_splits, split_contexts
 from bireme.kernels.query_tiles import Tiles, num_tiles, tiles_of
 
 HAS_GPU = torch.cuda.is_available()
@@ -245,7 +248,7 @@ def test_decode_attention(
     positions = torch.tensor([lengths[slot] - 1 for slot in order], device=device)
     found = decode_attention(
         q, keys, values, table, block_size, torch.tensor(order, device=device), positions,
-        plan_splits(positions, num_kv, head_dim, window),
+        split_contexts(positions, num_kv, head_dim, window),
         torch.tensor(starts, dtype=torch.int32, device=device),
         max(map(head_map.count, head_map)), 0.3, window, cap, slopes,
     )  # fmt: skip
@@ -262,21 +265,21 @@ def test_decode_attention(
 def test_decode_attention_of_so_many_that_few_contexts_are_split(
     longest: int, window: int | None, device: torch.device
 ) -> None:
-    """Launched twice by one plan, as the layers of a step do."""
+    """Launched twice by the same splits, as the layers of a step do."""
     lengths, block_size, head_dim, head_map = [3] * 33, 8, 16, [0, 0, 1, 2, 3]
     lengths[20] = longest
     cache = _paged(lengths, block_size, 4, head_dim, device)
     keys, values, table, places = cache
     q = torch.randn(len(lengths), len(head_map), head_dim, device=device)
     positions = torch.tensor(lengths, device=device) - 1
-    plan = plan_splits(positions, 4, head_dim, window)
-    assert plan.even == 1
-    assert (plan.rows[20, 1] > 1) == (longest > 7)
+    splits = split_contexts(positions, 4, head_dim, window)
+    assert splits.join_themselves
+    assert (splits.rows[20, 1] > 1) == (longest > 7)
     starts = torch.tensor([0, 2, 3, 4, 5], dtype=torch.int32, device=device)
     for _ in range(2):
         found = decode_attention(
             q, keys, values, table, block_size, torch.arange(len(lengths), device=device),
-            positions, plan, starts, 2, 0.3, window,
+            positions, splits, starts, 2, 0.3, window,
         )  # fmt: skip
         for row in (0, 20, 32):
             k, v = (x[places[row]][:, head_map].transpose(0, 1)[None] for x in (keys, values))
@@ -284,6 +287,29 @@ def test_decode_attention_of_so_many_that_few_contexts_are_split(
             bias = attention_bias(at, (0, lengths[row]), window, None, q.dtype)
             expected = attention(q[row][None, :, None], k, v, bias, 0.3, None)
             assert near(found[row], expected[0, :, 0], 3e-6), row
+
+
+@pytest.mark.parametrize(("num_sequences", "window"), [(3, 640), (33, None)])
+def test_even_splits_give_the_same_bits_whatever_the_other_contexts(
+    num_sequences: int, window: int | None, device: torch.device
+) -> None:
+    block_size, num_kv, head_dim = 8, 8, 16
+    lengths = [700, *[300 if row < 8 else 1 for row in range(1, num_sequences)]]
+    keys, values, table, _ = _paged(lengths, block_size, num_kv, head_dim, device)
+    q = torch.randn(num_sequences, num_kv, head_dim, device=device)
+    splits = even_splits(num_sequences, num_kv, head_dim, device)
+    assert splits.join_themselves == (num_sequences == 33)
+
+    def found(others: float) -> torch.Tensor:
+        """Of the first sequence, where contexts of others are so much of their lengths."""
+        at = [max(0, int(length * others) - 1) for length in lengths]
+        return decode_attention(
+            q, keys, values, table, block_size, torch.arange(num_sequences, device=device),
+            torch.tensor([lengths[0] - 1, *at[1:]], device=device), splits,
+            torch.arange(num_kv + 1, dtype=torch.int32, device=device), 1, 0.3, window,
+        )[0]  # fmt: skip
+
+    assert torch.equal(found(1.0), found(0.0))
 
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
@@ -307,7 +333,7 @@ def test_attention_as_models_run(
     positions = torch.tensor(lengths, device=device) - 1
     decoded = decode_attention(
         q[last], *paged, torch.arange(3, device=device), positions,
-        plan_splits(positions, 2, head_dim),
+        split_contexts(positions, 2, head_dim),
         torch.tensor([0, 2, 4], dtype=torch.int32, device=device), 2, head_dim**-0.5,
     )  # fmt: skip
     cached = keys.clone(), values.clone()
@@ -351,7 +377,7 @@ def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> Non
             ),
             decode_attention(
                 q[-2:], *cache, own, block_size, torch.arange(2, device=device), positions,
-                plan_splits(positions, 2, head_dim), head_map.new_tensor([0, 2, 4]), 2, 0.1,
+                split_contexts(positions, 2, head_dim), head_map.new_tensor([0, 2, 4]), 2, 0.1,
             ),
         ]  # fmt: skip
         places = torch.arange(8, device=device) + before
@@ -364,7 +390,7 @@ def test_caches_of_more_elements_than_32_bits_count(device: torch.device) -> Non
 
 def num_splits(lengths: Sequence[int], num_kv: int, device: torch.device) -> list[int]:
     """Of each context."""
-    found = plan_splits(torch.tensor(lengths, device=device) - 1, num_kv, 128)
+    found = split_contexts(torch.tensor(lengths, device=device) - 1, num_kv, 128)
     assert not found.arrivals.any()
     items = found.items.tolist()
     for row, (first, count) in enumerate(found.rows.tolist()):
@@ -496,6 +522,32 @@ def test_keys_and_values_that_a_gpu_fetches_by_itself(
         assert near(rows, expected[0].transpose(0, 1), 2 * ROUNDED[dtype]), slot
 
 
+KERNELS_OF_POSITIONS = """
+import importlib, pkgutil, triton
+import bireme.kernels.gpu as folder
+
+for found in pkgutil.iter_modules(folder.__path__):
+    module = importlib.import_module(f"{folder.__name__}.{found.name}")
+    for name, it in vars(module).items():
+        if isinstance(it, triton.JITFunction) and it.__module__ == module.__name__:
+            for param in it.params:
+                if param.name == "positions" and name.endswith("_kernel"):
+                    print(name, param.do_not_specialize_on_alignment)
+"""
+
+
+def test_kernels_are_the_same_wherever_positions_lie() -> None:
+    """A graph of an odd number of rows has them at an odd multiple of 8 bytes, and a step beside it elsewhere."""
+    environment = {key: it for key, it in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNELS_OF_POSITIONS],
+        env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    told = dict(line.split() for line in done.stdout.splitlines())
+    assert {"split_contexts_kernel", "decode_attention_kernel"} <= told.keys()
+    assert set(told.values()) == {"True"}, told
+
+
 @pytest.mark.parametrize("most", [1, 2, 20, 33, 40, 64, 100, 256, 300])
 @pytest.mark.parametrize("num_kv_heads", [1, 4, 8, 32])
 def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs(
@@ -505,11 +557,11 @@ def test_graphs_of_decode_steps_have_compiled_what_any_number_of_sequences_needs
 
     def kernels(count: int) -> set[tuple[object, ...]]:
         is_chained, rows = count <= chain.MOST_ROWS, few_rows.block_rows(count)
-        plan = even_splits(torch.arange(count), num_kv_heads, 128)
+        splits = even_splits(count, num_kv_heads, 128, torch.device("cpu"))
         found: set[tuple[object, ...]] = {
             ("norm", is_chained, 1 if count > few_rows.MOST_ROWS else num_parts(count, 4096, 4096)),
-            ("attention", plan.even, plan.block, is_chained),
-            ("splits", triton.next_power_of_2(count), plan.even, plan.block),
+            ("attention", splits.even, splits.block, is_chained),
+            ("splits", triton.next_power_of_2(count), splits.even, splits.block),
         }  # fmt: skip
         if count == 1:
             return found | {("one row",)}

@@ -7,7 +7,7 @@ import torch
 
 from bireme.checkpoint.prepared import prepare_model
 from bireme.kernels.attention import attention, attention_bias
-from bireme.kernels.gpu.plan_splits import plan_splits
+from bireme.kernels.gpu.split_contexts import split_contexts
 from bireme.kernels.query_tiles import Tiles
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.models.attention import PagedAttention
@@ -38,8 +38,8 @@ def test_each_token_sees_its_own_context(counts: list[int], device: torch.device
     tiles = Tiles.of(starts, counts, device)
     at = torch.cat(positions).to(device)
     singles = at[: tiles.num_singles]
-    plans = {None: plan_splits(singles, *cache.keys.shape[1:])} if len(singles) else {}
-    step = PagedStep(slots, {None: table}, BLOCK, tiles, plans)
+    splits = {None: split_contexts(singles, *cache.keys.shape[1:])} if len(singles) else {}
+    step = PagedStep(slots, {None: table}, BLOCK, tiles, splits)
     found = layer.attend_paged(q, at, step, cache)
     for slot, rows in enumerate(found.split(counts)):
         at = positions[slot][None].to(device)

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from bireme.kernels.context_splits import ContextSplits
 from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
-from bireme.kernels.split_plan import SplitPlan
 
 _REGISTERS = 128  # of a thread, at most: told that there are, the compiler fetches more ahead
 
@@ -32,7 +32,7 @@ def decode_attention_kernel(
     row, split = tl.load(items + 3 * item).to(tl.int64), tl.load(items + 3 * item + 1)
     splits = tl.load(items + 3 * item + 2)
     if splits == 0:
-        return
+        return  # before what is launched before is over: that is awaited by those of each row's splits
     slot, position = tl.load(slots + row).to(tl.int64), tl.load(positions + row).to(tl.int32)
     stop = position + 1
     first = 0
@@ -145,7 +145,7 @@ def decode_attention(
     block_size: int,
     slots: torch.Tensor,
     positions: torch.Tensor,
-    plan: SplitPlan,
+    splits: ContextSplits,
     head_starts: torch.Tensor,
     num_shared: int,
     scale: float,
@@ -154,31 +154,31 @@ def decode_attention(
     slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """q [B, H, D] -> [B, H, D], of tokens at `positions` [B] of `slots` [B], whose own keys and values are
-    in the cache [N, K, D] already; `table` [slots, blocks] says where, `plan` how their contexts are split.
+    in the cache [N, K, D] already; `table` [slots, blocks] says where, `splits` how their contexts are split.
 
     Query heads [head_starts[k], head_starts[k + 1]) read KV head k, at most `num_shared` of them.
     """
     num_sequences, num_heads, head_dim = q.shape
-    num_kv_heads, num_items = keys.shape[1], len(plan.items)
+    num_kv_heads, num_items = keys.shape[1], len(splits.items)
     out = torch.empty_like(q)
     acc = q.new_empty(num_items * num_heads * head_dim, dtype=torch.float32)
     top, mass = q.new_empty(2, num_items * num_heads, dtype=torch.float32).unbind(0)
     size = triton.next_power_of_2(max(16, head_dim))
-    joins_itself, is_small = plan.even == 1, plan.block * size <= 32 * 128
+    is_small = splits.block * size <= 32 * 128
     decode_attention_kernel[(num_kv_heads, num_items)](
-        q, keys, values, table, plan.items, plan.arrivals, slots, positions, head_starts,
+        q, keys, values, table, splits.items, splits.arrivals, slots, positions, head_starts,
         slopes if slopes is not None else q, out, acc, top, mass,
         scale, cap or 0.0, table.stride(0),
         H=num_heads, K=num_kv_heads, D=head_dim, SIZE=size,
-        G=triton.next_power_of_2(max(16, num_shared)), N=plan.block,
+        G=triton.next_power_of_2(max(16, num_shared)), N=splits.block,
         BLOCK_SIZE=block_size, WINDOW=window or 0,
-        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, JOINS_ITSELF=joins_itself, num_warps=4,
+        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, JOINS_ITSELF=splits.join_themselves, num_warps=4,
         num_stages=3 if is_small else 2, maxnreg=_REGISTERS if is_small else None,
         **chained(q),
     )  # fmt: skip
-    if not joins_itself:
+    if not splits.join_themselves:
         join_splits_kernel[(num_heads, num_sequences)](
-            acc, top, mass, out, plan.rows, H=num_heads, D=head_dim, SIZE=size,
-            AT_ONCE=plan.even, num_warps=4, **chained(q),
+            acc, top, mass, out, splits.rows, H=num_heads, D=head_dim, SIZE=size,
+            AT_ONCE=splits.even, num_warps=4, **chained(q),
         )  # fmt: skip
     return out

@@ -3,18 +3,18 @@ much to read. Shapes: B sequences, K KV heads, W splits."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 from bireme.kernels.choice import MULTIPROCESSORS
-from bireme.kernels.split_plan import SplitPlan
+from bireme.kernels.context_splits import ContextSplits
 
 _PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
 _MOST_SHARES = 2 * _PROGRAMS  # that contexts of uneven lengths are divided into
-MOST_SPLITS = 32  # of a context
+_MOST_SPLITS = 32  # of a context, by which so many programs read one of its KV heads at most
 
 
 @dataclass(frozen=True)
@@ -33,27 +33,29 @@ class _Grid:
     def even(self) -> int:
         """Of contexts of one length: a power of two, the next one, that gives every multiprocessor work."""
         wanted = _PROGRAMS // (self.most_sequences * self.num_kv_heads)
-        return min(MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
+        return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
 
     @property
     def num_shares(self) -> int:
-        """Of all contexts, so that those of one length have `even` splits each."""
-        whole = self.num_sequences * self.num_kv_heads
+        """Of all contexts, so that those of one length have `even` splits each. Of as many sequences as a graph may
+        have rows, so that the same contexts are split alike in a graph and beside it."""
+        whole = self.most_sequences * self.num_kv_heads
         return self.even * whole if self.even > 1 else min(_MOST_SHARES, whole)
 
     @property
     def num_items(self) -> int:
-        """At most: each context has one split, and not as many more as it has shares."""
+        """At most: each context has one split, and all together not as many more as there are shares of a head."""
         return self.num_sequences + self.num_shares // self.num_kv_heads
 
     @property
     def most_items(self) -> int:
-        largest = replace(self, num_sequences=self.most_sequences)
-        return int(triton.next_power_of_2(largest.num_items))
+        return int(
+            triton.next_power_of_2(self.most_sequences + self.num_shares // self.num_kv_heads)
+        )
 
 
-@triton.jit(do_not_specialize=["B", "W", "shares"])
-def plan_splits_kernel(
+@triton.jit(do_not_specialize=["B", "W", "shares"], do_not_specialize_on_alignment=["positions"])
+def split_contexts_kernel(
     positions, items, rows, arrivals, B, W, shares,
     K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr,
     MOST: tl.constexpr, WINDOW: tl.constexpr,
@@ -83,9 +85,9 @@ def plan_splits_kernel(
         tl.store(arrivals + row * K + kv, 0, mask=row < B)
 
 
-def plan_splits(
+def split_contexts(
     positions: torch.Tensor, num_kv_heads: int, head_dim: int, window: int | None = None
-) -> SplitPlan:
+) -> ContextSplits:
     """Of sequences whose new tokens are at `positions` [B], with as many items as they can need at most, whatever their
     contexts: a graph that was captured keeps that number."""
     num_sequences = len(positions)
@@ -93,27 +95,26 @@ def plan_splits(
     block = block_positions(num_sequences, num_kv_heads, head_dim)
     items = positions.new_empty(grid.num_items, 3, dtype=torch.int32)
     rows, arrivals = items.new_empty(num_sequences, 2), items.new_empty(num_sequences, num_kv_heads)
-    plan_splits_kernel[(1,)](
+    split_contexts_kernel[(1,)](
         positions, items, rows, arrivals, num_sequences, grid.num_items, grid.num_shares,
         K=num_kv_heads, N=block, ROWS=grid.most_sequences, ITEMS=grid.most_items,
-        MOST=MOST_SPLITS, WINDOW=window or 0,
+        MOST=_MOST_SPLITS, WINDOW=window or 0,
     )  # fmt: skip
-    return SplitPlan(items, rows, arrivals, block, grid.even)
+    return ContextSplits(items, rows, arrivals, block, grid.even)
 
 
 def even_splits(
-    positions: torch.Tensor, num_kv_heads: int, head_dim: int, _window: int | None = None
-) -> SplitPlan:
-    """Of as many splits each, which depend on no other sequence's context."""
-    num_sequences, device = len(positions), positions.device
+    num_sequences: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> ContextSplits:
+    """Of as many splits each, which depend on no context."""
     count = _Grid(num_sequences, num_kv_heads).even
     row = torch.arange(num_sequences, dtype=torch.int32, device=device)
     rows = torch.stack((count * row, torch.full_like(row, count)), 1)
     split = torch.arange(count, dtype=torch.int32, device=device).repeat(num_sequences)
     items = torch.stack((row.repeat_interleave(count), split, torch.full_like(split, count)), 1)
-    block = block_positions(num_sequences, num_kv_heads, head_dim)
     arrivals = row.new_zeros(num_sequences, num_kv_heads)
-    return SplitPlan(items, rows, arrivals, block, count)
+    block = block_positions(num_sequences, num_kv_heads, head_dim)
+    return ContextSplits(items, rows, arrivals, block, count)
 
 
 def block_positions(num_sequences: int, num_kv_heads: int, head_dim: int) -> int:
