@@ -13,7 +13,7 @@ token to token of 8 requests beside the usual one. With `--shape`, logits of tha
 beside those of one rank in float32: of prompts of 40 to 1,100 tokens in chunks of at most 512, and of 32 tokens after
 each; and what `deterministic` costs there, from token to token of 8 requests, and to the first token of a prompt of
 1,024. Ranks that share a GPU, as `--devices 0,0` has them where NCCL and torch were told to allow it, make the same
-numbers; their times say nothing, and what `deterministic` costs the shape is not measured.
+numbers; their times say nothing, and are not told.
 """
 
 from __future__ import annotations
@@ -84,6 +84,16 @@ def settings(asked: argparse.Namespace, layout: str, **more: Any) -> dict[str, A
 
 def devices_of(asked: argparse.Namespace, layout: str) -> tuple[int, ...] | None:
     return asked.devices and tuple(asked.devices[: math.prod(numbers(layout))])
+
+
+def times(asked: argparse.Namespace, layout: str, llm: LLM) -> dict[str, float]:
+    """None where ranks share a GPU."""
+    return {} if share_a_gpu(asked, layout) else {"token_s": token_s(llm)}
+
+
+def share_a_gpu(asked: argparse.Namespace, layout: str) -> bool:
+    devices = devices_of(asked, layout) or ()
+    return len(set(devices)) < len(devices)
 
 
 def config_of(asked: argparse.Namespace, layout: str) -> EngineConfig:
@@ -168,14 +178,14 @@ def determinism(
         alone: Rows = {}
         for prompt in prompts:
             alone |= logit_rows(llm, partial(answers, llm, [prompt], num_tokens))
-        seconds = token_s(llm)
+        seconds = times(asked, layout, llm)
     with LLM(**settings(asked, layout, deterministic=True, max_num_batched_tokens=16)) as llm:
         split = logit_rows(llm, lambda: answers(llm, prompts, num_tokens))
     return {
         "num_rows": len(together),
         "num_rows_apart_alone": num_apart(together, alone),
         "num_rows_apart_in_smaller_steps": num_apart(together, split),
-        "token_s": seconds,
+        **seconds,
     }
 
 
@@ -201,7 +211,7 @@ def measure(
     reference: Reference,
 ) -> dict[str, Any]:
     with LLM(**settings(asked, layout)) as llm:
-        usual, usual_s = answers(llm, prompts, asked.tokens), token_s(llm)
+        usual, usual_s = answers(llm, prompts, asked.tokens), times(asked, layout, llm)
         whole = answers(llm, prompts, asked.tokens, tells_prompts=True)
     with LLM(**settings(asked, layout, enforce_eager=True)) as llm:
         eager = answers(llm, prompts, asked.tokens)
@@ -213,7 +223,7 @@ def measure(
         "beside_float32": beside_float32(told),
         "beside_eager": agreement(usual, eager),
         "beside_all_rows": agreement(usual, whole),
-        "token_s": usual_s,
+        **usual_s,
         "deterministic": determinism(asked, layout, [*prompts[:7], longest]),
     }  # fmt: skip
 
@@ -225,6 +235,12 @@ def told_cost(seconds: dict[str, float]) -> str:
         f"; {ms['deterministic_token_s']:.2f} ({ms['usual_token_s']:.2f}), first token of {LONG_PROMPT:,}"
         f" {ms['deterministic_first_token_s']:.1f} ({ms['usual_first_token_s']:.1f})"
     )
+
+
+def told_times(one: dict[str, Any]) -> str:
+    if "token_s" not in one:
+        return "not told"
+    return f"{1e3 * one['deterministic']['token_s']:.2f} (usually {1e3 * one['token_s']:.2f})"
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -248,7 +264,7 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
             f"{eager['num_answers']}, {whole['share_of_answers_alike']:.0%} | "
             f"{fixed['num_rows_apart_alone']} and {fixed['num_rows_apart_in_smaller_steps']} of "
             f"{fixed['num_rows']} | "
-            f"{1e3 * fixed['token_s']:.2f} (usually {1e3 * one['token_s']:.2f}){cost} |"
+            f"{told_times(one)}{cost} |"
         )
     return lines
 
@@ -289,14 +305,12 @@ def main() -> None:
         shape_reference = uncut_reference(shape, in_float32, shape_prompts(shape))
     results = []
     for layout in asked.layouts:
-        devices = devices_of(asked, layout)
-        is_shared = devices is not None and len(set(devices)) < len(devices)
         results.append(measure(asked, layout, prompts, longest, reference))
         if shape is not None and shape_reference is not None:
             config = shape_settings(asked, layout, DTYPE)
             told = verify(shape, config, shape_prompts(shape), reference=shape_reference)
             results[-1]["shape_beside_float32"] = {"shape": asked.shape, **beside_float32(told)}
-            if not is_shared:
+            if not share_a_gpu(asked, layout):
                 results[-1]["shape_cost"] = shape_cost(asked, layout)
         print("\n".join(table(results[-1:])), flush=True)
         record.write(  # what was measured stays, whatever ends the next

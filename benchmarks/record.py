@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -51,16 +50,8 @@ def _gpus() -> dict[str, Any]:
 
 
 def _nccl() -> dict[str, str]:
-    """The version of the library that torch loaded, where it did: not always the one it came with."""
-    if "torch" not in sys.modules or not Path("/dev/nvidiactl").exists():
-        return {}
-    number = ctypes.c_int()
-    try:
-        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
-    except OSError:  # it is under another name, or part of torch
-        return {}
-    major, rest = divmod(number.value, 10000)
-    return {"nccl": f"{major}.{rest // 100}.{rest % 100}"}
+    found = hardware.nccl_version()
+    return {} if found is None else {"nccl": found}
 
 
 def _switches() -> dict[str, dict[str, str]]:

@@ -7,7 +7,6 @@ are kept under benchmarks/results/.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -24,6 +23,7 @@ from bireme import __version__
 from bireme.checkpoint.prepared import prepare_model
 from bireme.config import EngineConfig, ParallelConfig
 from bireme.engine.pool import WorkerPool
+from bireme.planning.probe import hardware
 from bireme.verify import Certificate, verify
 from families import zoo
 
@@ -36,14 +36,6 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _nccl_version() -> str:
-    """Of the library that is loaded; torch.cuda.nccl.version() is that of its headers."""
-    number = ctypes.c_int()
-    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
-    major, rest = divmod(number.value, 10000)
-    return f"{major}.{rest // 100}.{rest % 100}"
-
-
 def _environment() -> dict[str, Any]:
     count = torch.cuda.device_count()
     return {
@@ -52,7 +44,7 @@ def _environment() -> dict[str, Any]:
         "commit": _commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "nccl": _nccl_version(),
+        "nccl": hardware.nccl_version(),
         "python": platform.python_version(),
         "command": "scripts/test -m gpu",
     }

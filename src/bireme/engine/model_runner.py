@@ -16,11 +16,12 @@ from numpy.typing import ArrayLike
 
 from bireme.engine.capture import StepCapture, Watch
 from bireme.engine.captured import GraphCapturer
+from bireme.engine.gathering import Workspace
 from bireme.engine.graphs import StepGraphs
 from bireme.engine.sampling.answer import Answer
 from bireme.engine.sampling.sampler import MaskSource, Sampler
 from bireme.engine.sampling.shard import Shard
-from bireme.engine.slots import CacheShape, Slots, Workspace
+from bireme.engine.slots import CacheShape, Slots
 from bireme.engine.tiles import TiledModel, num_tried, tile_model
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.device_spans import DeviceSpans

@@ -1,16 +1,12 @@
 """What a rank knows of the requests in its slots, and what a step's layers must know of them.
 
-Sequences are attended to in groups, so that what attention gathers stays within the workspace: one
-half for keys and values, a quarter for scores, a quarter for biases that layers share. One
-sequence's whole context is gathered at once, however long it is.
-Shapes: T tokens, B sequences, t tokens a sequence, C context tokens.
+Shapes: T tokens of a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from bireme.engine.device_tables import DeviceTables
+from bireme.engine.gathering import Gathering, Workspace
 from bireme.kernels.choice import has_kernels
 from bireme.kernels.context_splits import ContextSplits
 from bireme.kernels.host_copies import upload
@@ -25,10 +22,9 @@ from bireme.kernels.query_tiles import Tiles
 from bireme.kernels.tiled_attention import SPLIT
 from bireme.kvcache.paged_cache import PagedCache
 from bireme.model_config import RopeConfig
-from bireme.models.attention import PagedAttention
 from bireme.models.rope import depends_on_length, inverse_frequencies
-from bireme.models.step import Asked, PagedStep, SequenceGroup, StepContext, Tile
-from bireme.parallel.layout import CacheKind, StepWork
+from bireme.models.step import Asked, PagedStep, StepContext, Tile
+from bireme.parallel.layout import CacheKind
 from bireme.request import (
     SamplingSetup,
     ScheduledBatch,
@@ -50,54 +46,6 @@ class CacheShape:
 
     def num_blocks(self, window: int | None) -> int:
         return next(kind.num_blocks for kind in self.kinds if kind.window == window)
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """What attention may gather at once, and what it takes: bytes for each place of a context, and
-    for each pair of a query and a place."""
-
-    num_bytes: int
-    place_bytes: int
-    score_bytes: int
-
-    @classmethod
-    def of(
-        cls, attentions: Sequence[PagedAttention], num_bytes: int, dtype: torch.dtype
-    ) -> Workspace:
-        work = reduce(StepWork.largest, (module.work for module in attentions), StepWork())
-        return cls(num_bytes, work.place_elements * dtype.itemsize, work.score_elements * 4)
-
-    def max_queries(self, num_context: int) -> int:
-        """New tokens of one sequence whose scores fit."""
-        return max(1, self.num_bytes // 4 // max(1, num_context * self.score_bytes))
-
-    def holds(self, num_sequences: int, num_context: int) -> bool:
-        """True if so many sequences with one new token each fit together."""
-        places = num_sequences * num_context
-        return (
-            places * self.place_bytes <= self.num_bytes // 2
-            and places * self.score_bytes <= self.num_bytes // 4
-        )
-
-    def keeps_biases(self, groups: list[SequenceGroup], num_windows: int) -> bool:
-        """True if the biases of all groups fit, one for each length of window."""
-        pairs = sum(group.rows.numel() * group.num_context for group in groups)
-        return pairs * self.score_bytes * num_windows <= self.num_bytes // 4
-
-
-@dataclass(frozen=True)
-class _Run:
-    """New tokens [start, start + num_tokens) of a slot, from row `first_row` of the step on."""
-
-    slot: int
-    start: int
-    num_tokens: int
-    first_row: int
-
-    @property
-    def num_context(self) -> int:
-        return self.start + self.num_tokens
 
 
 def rows_of(pieces: Sequence[ScheduledPiece]) -> NDArray[np.int64]:
@@ -122,14 +70,14 @@ class Slots:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._shape, self._rope, self._workspace = shape, rope, workspace
-        self._caches = caches
+        self._shape, self._rope, self._caches = shape, rope, caches
         self._dtype, self._device = dtype, device
         max_blocks = -(-shape.max_model_len // shape.block_size)
         self._tables: dict[int | None, NDArray[np.int64]] = {
             window: np.zeros((shape.num_slots, max_blocks), dtype=np.int64) for window in windows
         }
         self._table_sizes = [0] * shape.num_slots
+        self._gathering = Gathering(self._tables, shape.block_size, workspace, device)
         self._on_device: DeviceTables | None = None
         if has_kernels(device):
             self._on_device = DeviceTables(
@@ -196,17 +144,14 @@ class Slots:
     ) -> StepContext:
         """`is_probed`: somebody wants to see what every module makes. Without `asks_all` the last layer makes no other
         rows than `asked_rows`."""
-        slots, positions = rows_of(pieces)
+        slots, positions = rows = rows_of(pieces)
         asked = None if asks_all else np.array(asked_rows(pieces))
         if self._on_device is not None:
-            # an even number, so that positions begin at a multiple of 16 bytes: kernels are made for that
-            packed = np.zeros((2, -(-len(slots) // 2) * 2), dtype=np.int64)
-            packed[:, : len(slots)] = slots, positions
-            given = self._upload(packed)[:, : len(slots)]
+            given = self._upload(rows)
             step = self.paged(given[0], given[1], self._tiles(pieces), is_probed=is_probed)
             if asked is not None:
-                rows = self._upload(asked)
-                step.asked = Asked(rows, self.paged(given[0][rows], given[1][rows], None))
+                at = self._upload(asked)
+                step.asked = Asked(at, self.paged(given[0][at], given[1][at], None))
             return step
         step = self._gathered(pieces, slots, positions)
         if asked is not None:
@@ -228,8 +173,8 @@ class Slots:
         cos, sin = self._rotation(slots, on_device)
         return StepContext(
             positions=on_device,
-            places=self._places(slots, positions),
-            groups=self._groups(pieces),
+            places=self._gathering.places(slots, positions),
+            groups=self._gathering.groups(pieces),
             caches=self._caches,
             cos=cos,
             sin=sin,
@@ -314,46 +259,18 @@ class Slots:
         cos, sin = self._rotation(slots, on_device)
         return StepContext(
             positions=on_device,
-            places=self._places(slots[:num_real], positions[:num_real]),
+            places=self._gathering.places(slots[:num_real], positions[:num_real]),
             groups=[],
             caches=self._caches,
             cos=cos,
             sin=sin,
             tile=Tile(
                 on_device,
-                self._context(
+                self._gathering.context(
                     slots[:, None], np.minimum(context, last), positions[:, None], newest
                 ),
             ),
         )
-
-    def _context(
-        self,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        oldest: NDArray[np.int64],
-        newest: NDArray[np.int64],
-    ) -> dict[int | None, torch.Tensor]:
-        """Places of positions that queries [oldest, newest] look at in the layers of each window; place
-        0 for the others, whose blocks may be another request's by now."""
-        found = self._places(slots, positions)
-        for window, places in found.items():
-            is_hidden = positions > newest
-            if window is not None:
-                is_hidden = is_hidden | (positions <= oldest - window)
-            places.masked_fill_(self._upload(is_hidden), 0)
-        return found
-
-    def _places(
-        self, slots: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> dict[int | None, torch.Tensor]:
-        """Where positions of slots lie in the layers of each window."""
-        size, found = self._shape.block_size, {}
-        blocks, offsets = positions // size, positions % size
-        for window, table in self._tables.items():
-            places = table[slots, blocks] * size + offsets
-            found[window] = self._upload(places)
-        return found
 
     def _rotation(
         self, slots: NDArray[np.int64] | torch.Tensor, positions: torch.Tensor
@@ -364,50 +281,3 @@ class Slots:
         angles = positions.float().unsqueeze(1) * frequencies
         scale = self._rope.attention_factor
         return (angles.cos() * scale).to(self._dtype), (angles.sin() * scale).to(self._dtype)
-
-    def _groups(self, pieces: list[ScheduledPiece]) -> list[SequenceGroup]:
-        starts = np.cumsum([0, *(piece.num_tokens for piece in pieces)])
-        runs = [
-            _Run(piece.slot, piece.start, piece.num_tokens, int(row))
-            for piece, row in zip(pieces, starts, strict=False)
-        ]
-        groups = [self._group(members) for members in self._together(runs)]
-        keeps = self._workspace.keeps_biases(groups, len(self._tables))
-        for group in groups:
-            group.keeps_bias = keeps
-        return groups
-
-    def _together(self, runs: list[_Run]) -> Iterator[list[_Run]]:
-        """Single tokens by context length, as many as fit; longer runs alone."""
-        singles = sorted((run for run in runs if run.num_tokens == 1), key=lambda r: r.num_context)
-        members: list[_Run] = []
-        for run in singles:
-            if members and not self._workspace.holds(len(members) + 1, run.num_context):
-                yield members
-                members = []
-            members.append(run)
-        if members:
-            yield members
-        yield from ([run] for run in runs if run.num_tokens > 1)
-
-    def _group(self, runs: list[_Run]) -> SequenceGroup:
-        runs = sorted(runs, key=lambda run: run.first_row)
-        steps = np.arange(runs[0].num_tokens)
-        first = np.array([run.start for run in runs])
-        lengths = first + len(steps)
-        num_context, size = int(lengths.max()), self._shape.block_size
-        if len(steps) == 1:  # whole blocks: a kernel is made for each size, and not for each token
-            num_context = -(-num_context // size) * size
-        context = np.arange(num_context)
-        slots = np.array([run.slot for run in runs])
-        rows = np.array([run.first_row for run in runs])
-        return SequenceGroup(
-            rows=self._upload(rows[:, None] + steps),
-            positions=self._upload(first[:, None] + steps),
-            context=self._context(
-                slots[:, None], context[None], first[:, None], lengths[:, None] - 1
-            ),
-            num_context=num_context,
-            lowest=int(first.min()),
-            num_at_once=self._workspace.max_queries(num_context),
-        )

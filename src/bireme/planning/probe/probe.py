@@ -95,7 +95,7 @@ def versions_of(devices: Sequence[str]) -> dict[str, str]:
     }
     if devices[0] != "cpu":
         versions["cuda"] = str(torch.version.cuda)
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        versions["nccl"] = hardware.nccl_version() or "unknown"
     return versions
 
 
