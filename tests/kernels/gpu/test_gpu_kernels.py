@@ -260,6 +260,24 @@ def test_decode_attention(
         assert near(found[row], expected[0, :, 0], 3e-6), (row, slot)
 
 
+def test_decode_attention_to_a_context_of_more_splits_than_are_joined_at_once(
+    device: torch.device,
+) -> None:
+    length, block_size, head_dim, num_heads = 1500, 16, 16, 3
+    keys, values, table, places = _paged([length], block_size, 1, head_dim, device)
+    q = torch.randn(1, num_heads, head_dim, device=device)
+    positions = torch.tensor([length - 1], device=device)
+    splits = split_contexts(positions, 1, head_dim)
+    assert splits.rows[0, 1] == 47
+    found = decode_attention(
+        q, keys, values, table, block_size, torch.tensor([0], device=device), positions, splits,
+        torch.tensor([0, num_heads], dtype=torch.int32, device=device), num_heads, 0.3,
+    )  # fmt: skip
+    k, v = (x[places[0]].expand(-1, num_heads, -1).transpose(0, 1)[None] for x in (keys, values))
+    expected = attention(q[0][None, :, None], k, v, None, 0.3, None)
+    assert near(found[0], expected[0, :, 0], 3e-6)
+
+
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("longest", [7, 700])
 def test_decode_attention_of_so_many_that_few_contexts_are_split(
@@ -403,7 +421,7 @@ def num_splits(lengths: Sequence[int], num_kv: int, device: torch.device) -> lis
 
 def test_splits_fill_a_gpu_however_uneven_contexts_are(device: torch.device) -> None:
     assert num_splits([192], 32, device) == [6]
-    assert num_splits([4096], 1, device) == [32]
+    assert num_splits([4096], 1, device) == [128]
     assert num_splits([1024] * 64, 32, device) == [1] * 64
     assert num_splits([1024] * 8, 8, device) == [4] * 8
     assert num_splits([192] * 63 + [100_000], 32, device) == [1] * 63 + [15]

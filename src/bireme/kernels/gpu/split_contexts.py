@@ -14,7 +14,7 @@ from bireme.kernels.context_splits import ContextSplits
 
 _PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
 _MOST_SHARES = 2 * _PROGRAMS  # that contexts of uneven lengths are divided into
-_MOST_SPLITS = 32  # of a context, by which so many programs read one of its KV heads at most
+_MOST_SPLITS = 128  # of a context, by which so many programs read one of its KV heads at most
 
 
 @dataclass(frozen=True)
