@@ -260,7 +260,7 @@ def test_decode_attention(
         assert near(found[row], expected[0, :, 0], 3e-6), (row, slot)
 
 
-def test_decode_attention_to_a_context_of_more_splits_than_are_joined_at_once(
+def test_decode_attention_to_a_context_with_one_kv_head_of_47_splits(
     device: torch.device,
 ) -> None:
     length, block_size, head_dim, num_heads = 1500, 16, 16, 3
