@@ -77,6 +77,41 @@ def test_a_shape_that_nothing_was_tuned_for() -> None:
     assert "\n".join(readme_tables.shares(readme_tables.OTHER_SHAPE)) in README
 
 
+def listed(figures: list[str]) -> str:
+    return f"{', '.join(figures[:-1])} and {figures[-1]}"
+
+
+def test_one_gpu_since() -> None:
+    readme = README.replace("\n", " ")
+    (layout,) = kept("decode-llama-2-7b-1x-h200")["layouts"]
+    steps = [f"{1e3 * one['step_s']:.2f}" for one in layout["decode"].values()]
+    prompts = [f"{1e3 * median(one['ttft_s']):.1f}" for one in layout["prefill"].values()]
+    rate = median(layout["throughput"]["output_tokens_per_second_by_round"])
+    commit = layout["run"]["commit"][:7]
+    assert f"at commit {commit}, tp 1 x pp 1 takes {listed(steps)} ms a step" in readme
+    assert f"{listed(prompts)} ms to first tokens, and gives {rate:,.0f} tokens/s" in readme
+
+
+def test_one_gpu_since_beside_vllm() -> None:
+    readme = README.replace("\n", " ")
+    (layout,) = kept("decode-heads-of-64-1x-h200")["layouts"]
+    (ours, prompts), (theirs, their_prompts) = (
+        [
+            listed(
+                [
+                    f"{1e3 * median(times):.{digits}f}"
+                    for times in layout["peers"][peer][key].values()
+                ]
+            )
+            for key, digits in (("step_s", 2), ("first_token_s", 1))
+        ]
+        for peer in ("bireme", "vllm")
+    )
+    assert f"takes {ours} ms a step, {prompts} ms to first tokens; " in readme
+    assert f"vLLM {theirs} ms, {their_prompts}." in readme
+    assert f"At commit {layout['run']['commit'][:7]}, with contexts split" in readme
+
+
 def test_transformers_on_a_gpu() -> None:
     (alone,) = (it for it in kept(readme_tables.SHAPE)["layouts"] if it["tp"] == it["pp"] == 1)
     theirs = alone["peers"]["transformers"]
