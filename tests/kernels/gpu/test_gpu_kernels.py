@@ -260,7 +260,7 @@ def test_decode_attention(
         assert near(found[row], expected[0, :, 0], 3e-6), (row, slot)
 
 
-def test_decode_attention_to_a_context_with_one_kv_head_of_47_splits(
+def test_decode_attention_to_a_context_of_more_splits_than_are_joined_at_once(
     device: torch.device,
 ) -> None:
     length, block_size, head_dim, num_heads = 1500, 16, 16, 3
@@ -421,7 +421,8 @@ def num_splits(lengths: Sequence[int], num_kv: int, device: torch.device) -> lis
 
 def test_splits_fill_a_gpu_however_uneven_contexts_are(device: torch.device) -> None:
     assert num_splits([192], 32, device) == [6]
-    assert num_splits([4096], 1, device) == [128]
+    assert num_splits([4096], 1, device) == [64]
+    assert num_splits([4096], 8, device) == [32]
     assert num_splits([1024] * 64, 32, device) == [1] * 64
     assert num_splits([1024] * 8, 8, device) == [4] * 8
     assert num_splits([192] * 63 + [100_000], 32, device) == [1] * 63 + [15]

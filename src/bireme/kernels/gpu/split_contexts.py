@@ -14,7 +14,7 @@ from bireme.kernels.context_splits import ContextSplits
 
 _PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
 _MOST_SHARES = 2 * _PROGRAMS  # that contexts of uneven lengths are divided into
-_MOST_SPLITS = 128  # of a context, by which so many programs read one of its KV heads at most
+_MOST_SPLITS = 64  # of a context, by which so many programs read one of its KV heads at most
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class _Grid:
 
     @property
     def even(self) -> int:
-        """Of contexts of one length: a power of two, the next one, that gives every multiprocessor work."""
-        wanted = _PROGRAMS // (self.most_sequences * self.num_kv_heads)
+        """Of contexts of one length: a power of two, the next one, that gives nearly every multiprocessor work. Counted
+        by a power of two of programs, which as many contexts and KV heads divide without a rest that doubles it."""
+        programs = 1 << (_PROGRAMS.bit_length() - 1)
+        wanted = programs // (self.most_sequences * self.num_kv_heads)
         return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
 
     @property
