@@ -32,7 +32,7 @@ from bireme.kernels.query_tiles import Tiles
 DEVICE = torch.device("cuda")
 HEAD_DIM = 128
 HEADS = {"7B": (32, 32), "7B / 2": (16, 16), "70B / 2": (32, 4)}  # query and KV heads of a rank
-DECODES = list(product((1, 8, 64, 128), (192, 1024)))  # sequences, context
+DECODES = list(product((1, 3, 8, 20, 40, 64, 128), (192, 1024)))  # sequences, context
 UNEVEN = [(8, 192, 50_000), (64, 192, 50_000)]  # sequences, context, that of the last one
 PREFILLS = [(1024, 0), (3584, 0), (4096, 28672)]  # new tokens, context before
 

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 SHAPE, LARGE_SHAPE = "decode-llama-2-7b-2x-h200", "decode-llama-3-70b-2x-h200"
 OTHER_SHAPE = "decode-heads-of-64-2x-h200"  # nothing was tuned for it
 KERNELS = "step-kernels-llama-2-7b-2x-h200"
+ATTENTION = "attention-1x-h200"
 Layout = dict[str, Any]
 
 
@@ -183,6 +184,33 @@ def told_by_kind(one: Layout, kinds: Sequence[str]) -> list[str]:
     return list(told.values())
 
 
+def attention(name: str) -> list[str]:
+    """In Markdown: microseconds, and the share that the floor is of them, of a rank's heads and blocks of the cache of
+    so many tokens (`attention_gpu.py`)."""
+    columns: dict[str, dict[str, str]] = {}
+    for one in kept(name)["shapes"]:
+        column = columns.setdefault(f"{one['heads']}, {one['block_size']}", {})
+        column[_attended(one)] = f"{one['us']:.1f} ({one['floor_us'] / one['us']:.0%})"
+    rows = [
+        [title, *(column[title] for column in columns.values())]
+        for title in next(iter(columns.values()))
+    ]
+    return _lines(["", *columns], rows)
+
+
+def _attended(shape: Layout) -> str:
+    before = shape["before"]
+    if shape["num_tokens"] > 1:
+        behind = f" behind {before:,}" if before else ""
+        return f"a prompt's {shape['num_tokens']:,} tokens{behind}"
+    if shape["longest"]:
+        return (
+            f"{shape['num_seqs'] - 1} contexts of {before + 1:,}, one of {shape['longest'] + 1:,}"
+        )
+    kind = "context" if shape["num_seqs"] == 1 else "contexts"
+    return f"{shape['num_seqs']} {kind} of {before + 1:,}"
+
+
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.partition("\n\n")[0]).parse_args()
     tables = [beside_aims(SHAPE), beside_aims(LARGE_SHAPE, "limit")]
@@ -191,6 +219,7 @@ def main() -> None:
     if (HERE / "results" / f"{KERNELS}.json").exists():
         layouts = kept(KERNELS)["layouts"]
         tables.append(missing(SHAPE, {f"{it['tp']},{it['pp']}": it for it in layouts}))
+    tables.append(attention(ATTENTION))
     print("\n\n".join("\n".join(table) for table in tables))
 
 

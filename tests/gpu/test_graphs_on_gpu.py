@@ -125,6 +125,27 @@ def test_kernels_that_stream_weights(
             assert logprobs[0] == pytest.approx(exact_logprobs[0], abs=0.1)
 
 
+def test_nothing_is_compiled_amid_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model that begins with an empty cache of kernels."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compiled() -> set[str]:
+        return {path.parent.name for path in tmp_path.glob("*/*.cubin")}
+
+    with LLM("demo", device="cuda", dtype="bfloat16", max_num_seqs=40) as llm:
+        llm.start()
+        before = compiled()
+        assert before
+        for count in (1, 2, 3, 5, 17, 40):
+            prompts = [[5 + row] * (400 if row == 1 else 1 + 7 * row % 90) for row in range(count)]
+            params = [
+                SamplingParams(**DRAWS[row % len(DRAWS)], seed=row, max_tokens=3 + row)  # type: ignore[arg-type]
+                for row in range(count)
+            ]
+            llm.generate(prompts, params)
+            assert compiled() == before, count
+
+
 def test_every_family(case: Path, pool: WorkerPool) -> None:
     compare(case, pool, SHORT_LENGTHS)
 

@@ -141,6 +141,12 @@ def test_what_is_missing_on_gpus() -> None:
     assert f"of commit {kept(readme_tables.KERNELS)['commit'][:7]}, as" in readme
 
 
+def test_attention() -> None:
+    readme = (ROOT / "benchmarks/README.md").read_text()
+    assert "\n".join(readme_tables.attention(readme_tables.ATTENTION)) in readme
+    assert f"of commit {kept(readme_tables.ATTENTION)['commit'][:7]}, for the heads" in readme
+
+
 def missed(found: float, aim: float, *, is_rate: bool = False) -> float:
     by: float = readme_tables.Cell("", "", "", found, "", aim, 1, is_rate).missed
     return by

@@ -11,9 +11,9 @@ import torch
 class ContextSplits:
     """int32 `items` [W, 3] of a row, which split of its context, and of how many; the last items, of 0, are none.
     `rows` [B, 2] holds where a row's items begin, which follow one another, and how many they are: at least one.
-    Contexts of one length have `even` splits each, shorter ones of few blocks fewer. Contexts are gone through in
-    blocks of `block` positions. `arrivals` [B, K] counts how many splits of a row's KV head are made, where these join
-    themselves: 0 between launches."""
+    A power of two of contexts of one length have `even` splits each, other numbers of them up to twice as many, and
+    short ones of few blocks fewer. Contexts are gone through in blocks of `block` positions. `arrivals` [B, K] counts
+    how many splits of a row's KV head are made, where these join themselves: 0 between launches."""
 
     items: torch.Tensor
     rows: torch.Tensor
@@ -23,5 +23,6 @@ class ContextSplits:
 
     @property
     def join_themselves(self) -> bool:
-        """Whether whichever program of a context ends last joins its splits: so few contexts have several."""
+        """Whether whichever program of a context ends last joins its splits: of so many contexts few have several, or
+        all have two."""
         return self.even == 1

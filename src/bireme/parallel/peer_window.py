@@ -37,16 +37,18 @@ def open_window(
     index = list(ranks).index(rank)
     with ExitStack() as handles:  # what is mapped stays when its handle goes
 
-        def allocate() -> list[Any]:
-            return [_allocate(part_bytes, device, handles) for _ in range(2)]
+        def allocate() -> tuple[Any, Any, int]:
+            own, from_peer = (_allocate(part_bytes, device, handles) for _ in range(2))
+            return own, from_peer, _exported(from_peer, handles)
 
-        own = made_by_all(allocate, "allocated", _INSTEAD, ranks, rank, store)
-        if own is None:
+        made = made_by_all(allocate, "allocated", _INSTEAD, ranks, rank, store)
+        if made is None:
             return None
+        own, from_peer, exported = made
 
         def window() -> Window:
-            for_peer = _exchange(own[1], index, store, timeout_s, handles)
-            return Window(own[0], for_peer, own[1], index, part_bytes, device)
+            for_peer = _imported(swap(exported, index, store, timeout_s), handles)
+            return Window(own, for_peer, from_peer, index, part_bytes, device)
 
         return made_by_all(window, "mapped", _INSTEAD, ranks, rank, store)
 
@@ -89,17 +91,19 @@ def _allocate(num_bytes: int, device: torch.device, handles: ExitStack) -> Any:
     return handle
 
 
-def _exchange(handle: Any, index: int, store: Store, timeout_s: float, handles: ExitStack) -> Any:
-    """Gives the other rank a handle for its own."""
-    own = int(call_driver("cuMemExportToShareableHandle", handle, _shareable(), 0))
+def _exported(handle: Any, handles: ExitStack) -> int:
+    """An open file that another process can make a handle of."""
+    fd = int(call_driver("cuMemExportToShareableHandle", handle, _shareable(), 0))
+    handles.callback(os.close, fd)
+    return fd
+
+
+def _imported(fd: int, handles: ExitStack) -> Any:
+    """A handle of what another rank exported; closes the file."""
     try:
-        other = swap(own, index, store, timeout_s)
+        imported = call_driver("cuMemImportFromShareableHandle", fd, _shareable())
     finally:
-        os.close(own)
-    try:
-        imported = call_driver("cuMemImportFromShareableHandle", other, _shareable())
-    finally:
-        os.close(other)
+        os.close(fd)
     handles.callback(call_driver, "cuMemRelease", imported)
     return imported
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -260,22 +261,31 @@ def test_decode_attention(
         assert near(found[row], expected[0, :, 0], 3e-6), (row, slot)
 
 
+@pytest.mark.parametrize("window", [None, 1200])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"),
+    [(torch.float32, 16), *(product(AS_MODELS_RUN, (128, 256)) if HAS_GPU else [])],
+)
 def test_decode_attention_to_a_context_of_more_splits_than_are_joined_at_once(
-    device: torch.device,
+    dtype: torch.dtype, head_dim: int, window: int | None, device: torch.device
 ) -> None:
-    length, block_size, head_dim, num_heads = 1500, 16, 16, 3
+    length, block_size, num_heads, scale = 1500, 16, 3, head_dim**-0.5
     keys, values, table, places = _paged([length], block_size, 1, head_dim, device)
-    q = torch.randn(1, num_heads, head_dim, device=device)
+    keys, values = keys.to(dtype), values.to(dtype)
+    q = torch.randn(1, num_heads, head_dim, device=device).to(dtype)
     positions = torch.tensor([length - 1], device=device)
-    splits = split_contexts(positions, 1, head_dim)
-    assert splits.rows[0, 1] == 47
+    splits = split_contexts(positions, 1, head_dim, window)
+    assert splits.rows[0, 1] > 32
     found = decode_attention(
         q, keys, values, table, block_size, torch.tensor([0], device=device), positions, splits,
-        torch.tensor([0, num_heads], dtype=torch.int32, device=device), num_heads, 0.3,
+        torch.tensor([0, num_heads], dtype=torch.int32, device=device), num_heads, scale, window,
     )  # fmt: skip
-    k, v = (x[places[0]].expand(-1, num_heads, -1).transpose(0, 1)[None] for x in (keys, values))
-    expected = attention(q[0][None, :, None], k, v, None, 0.3, None)
-    assert near(found[0], expected[0, :, 0], 3e-6)
+    k, v = (
+        x[places[0]].float().expand(-1, num_heads, -1).transpose(0, 1)[None] for x in (keys, values)
+    )
+    bias = attention_bias(positions[None], (0, length), window, None, torch.float32)
+    expected = attention(q[0].float()[None, :, None], k, v, bias, scale, None)
+    assert near(found[0], expected[0, :, 0], 2 * ROUNDED.get(dtype, 1.5e-6))
 
 
 @pytest.mark.parametrize("window", [None, 300])
@@ -429,6 +439,17 @@ def test_splits_fill_a_gpu_however_uneven_contexts_are(device: torch.device) -> 
     assert num_splits([1000, 1200, 700, 1600], 64, device) == [1, 1, 1, 1]
     assert num_splits([1000, 2400, 700, 1600], 64, device) == [1, 2, 1, 1]
     assert num_splits([1] * 512 + [30_000] * 12, 32, device)[-12:] == [1] * 12
+
+
+@pytest.mark.parametrize("num_kv", [1, 8, 32])
+@pytest.mark.parametrize(("count", "num_rows"), [(1, 2), (33, 48), (40, 64)])
+def test_empty_rows_of_a_graph_change_no_splits(
+    count: int, num_rows: int, num_kv: int, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(count)
+    lengths = (1 + torch.rand(count, generator=generator) ** 4 * 2000).long().tolist()
+    padded = lengths + [1] * (num_rows - count)
+    assert num_splits(padded, num_kv, device)[:count] == num_splits(lengths, num_kv, device)
 
 
 @pytest.mark.parametrize("num_kv", [1, 4, 32, 300])

@@ -31,16 +31,16 @@ class _Grid:
 
     @property
     def even(self) -> int:
-        """Of contexts of one length: a power of two, the next one, that gives nearly every multiprocessor work. Counted
-        by a power of two of programs, which as many contexts and KV heads divide without a rest that doubles it."""
+        """Of contexts of one length, where these are a power of two: the next power of two that gives nearly every
+        multiprocessor work. Programs are rounded down to one, else 264 for 8 KV heads, 33, would become 64."""
         programs = 1 << (_PROGRAMS.bit_length() - 1)
         wanted = programs // (self.most_sequences * self.num_kv_heads)
         return min(_MOST_SPLITS, 1 << max(0, wanted - 1).bit_length())
 
     @property
     def num_shares(self) -> int:
-        """Of all contexts, so that those of one length have `even` splits each. Of as many sequences as a graph may
-        have rows, so that the same contexts are split alike in a graph and beside it."""
+        """Of all contexts, so that `most_sequences` of one length have `even` splits each, and fewer up to twice as
+        many: the same contexts are split alike in a graph, which has rows for more, and beside it."""
         whole = self.most_sequences * self.num_kv_heads
         return self.even * whole if self.even > 1 else min(_MOST_SHARES, whole)
 
@@ -68,7 +68,9 @@ def split_contexts_kernel(
     if WINDOW > 0:
         first = tl.maximum(0, stop - WINDOW)
     blocks = tl.where(row < B, tl.cdiv(stop, N) - first // N, 0)
-    share = tl.maximum(tl.cdiv(tl.sum(blocks) * K, shares), tl.cdiv(tl.max(blocks), MOST))
+    # a graph's empty rows are at position 0: they count for nothing, so that contexts are split as beside it
+    counted = tl.sum(tl.where(stop > 1, blocks, 0).to(tl.int64))
+    share = tl.maximum(tl.cdiv(counted * K, shares).to(tl.int32), tl.cdiv(tl.max(blocks), MOST))
     splits = tl.maximum((2 * blocks + share) // (2 * share), 1)  # the nearest number
     own = tl.where(row < B, splits, 0)
     long = tl.where(splits > 1, own, 0)
