@@ -4,9 +4,9 @@
 
 In a CUDA graph, over more caches than the device's own cache holds, whose blocks lie in no order. Decode, of contexts
 of one length and of one long context among short ones: the bytes of keys and values beside what a large sum reads, or a
-large copy reads and writes, a second, whichever is more. Prefill: a chunk behind a context, with the chunk's own keys
-and values read where they were projected, as steps do; causal operations beside those of a large product, and where
-there is no context, torch's flash and cuDNN's attention.
+large copy reads and writes, a second, whichever is more; and the time to split contexts, once a step for all layers.
+Prefill: a chunk behind a context, with the chunk's own keys and values read where they were projected, as steps do;
+causal operations beside those of a large product, and where there is no context, torch's flash and cuDNN's attention.
 """
 
 from __future__ import annotations
@@ -95,6 +95,15 @@ def decode_us(shape: Shape) -> float:
     return microseconds(attend, shape.caches())
 
 
+def split_us(shape: Shape) -> float:
+    """To split the contexts, 64 times in a graph."""
+    positions = torch.tensor(shape.contexts, device=DEVICE)
+    num_kv = HEADS[shape.heads][1]
+    return microseconds(
+        lambda those: split_contexts(those, num_kv, HEAD_DIM).items, [positions] * 64
+    )
+
+
 def prefill_us(shape: Shape) -> float:
     num_heads, num_kv = HEADS[shape.heads]
     width = (num_heads + 2 * num_kv) * HEAD_DIM
@@ -144,7 +153,9 @@ def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any
         pairs = shape.num_tokens * (shape.before + (shape.num_tokens + 1) / 2)
         taken_us, floor_us = prefill_us(shape), 1e6 * 4 * pairs * num_heads * HEAD_DIM / rate
     found = {**asdict(shape), "us": taken_us, "floor_us": floor_us}
-    if shape.num_tokens > 1 and not shape.before:
+    if shape.num_tokens == 1:
+        found["split_us"] = split_us(shape)
+    elif not shape.before:
         found["torch_us"] = torch_us(shape)
     return found
 
@@ -171,6 +182,7 @@ def main() -> None:
             print(
                 f"{heads:8} blocks of {size}, {shape.num_seqs:3} x {shape.num_tokens} tokens behind "
                 f"{shape.before}{longest}: {one['us']:.1f} us ({one['floor_us'] / one['us']:.0%})",
+                *([f"to split {one['split_us']:.1f}"] if "split_us" in one else []),
                 *(f"{name} {us:.1f}" for name, us in one.get("torch_us", {}).items()),
                 flush=True,
             )
