@@ -96,20 +96,26 @@ def decode_attention_kernel(
 def _joined(
     acc, top, mass, mask, is_head, splits,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
+    AHEAD: tl.constexpr = 4,
 ):  # fmt: skip
-    """[G, SIZE] of all splits, always in their order."""
+    """[G, SIZE] of all splits, always in their order; those of `AHEAD` are fetched at once."""
     best = tl.full([G], float("-inf"), dtype=tl.float32)
     total = tl.zeros([G], dtype=tl.float32)
     mixed = tl.zeros([G, SIZE], dtype=tl.float32)
-    for split in range(splits):
-        at = split * H
-        own = tl.load(top + at, mask=is_head, other=0.0, cache_modifier=".cg")
-        weight = tl.load(mass + at, mask=is_head, other=1.0, cache_modifier=".cg")
-        values = tl.load(acc + at * D, mask=mask, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(best, own)
-        shrink, share = tl.exp2(best - higher), tl.exp2(own - higher)
-        best, total = higher, total * shrink + weight * share
-        mixed = mixed * shrink[:, None] + values * share[:, None]
+    for begin in range(0, splits, AHEAD):
+        for ahead in tl.static_range(AHEAD):
+            split = begin + ahead + tl.zeros([G], dtype=tl.int32)
+            is_there, at = is_head & (split < splits), (begin + ahead) * H
+            own = tl.load(top + at, mask=is_there, other=0.0, cache_modifier=".cg")
+            own = tl.where(split < splits, own, float("-inf"))
+            weight = tl.load(mass + at, mask=is_there, other=1.0, cache_modifier=".cg")
+            values = tl.load(
+                acc + at * D, mask=mask & is_there[:, None], other=0.0, cache_modifier=".cg"
+            )
+            higher = tl.maximum(best, own)
+            shrink, share = tl.exp2(best - higher), tl.exp2(own - higher)
+            best, total = higher, total * shrink + weight * share
+            mixed = mixed * shrink[:, None] + values * share[:, None]
     return mixed / total[:, None]
 
 
