@@ -67,7 +67,8 @@ class Watched:
 def opened(browser: Browser, keyed: Served) -> Iterator[Watched]:
     """At the server's address, without a key. Nothing may go wrong that the test does not expect."""
     context = browser.new_context(viewport={"width": WIDE[0], "height": WIDE[1]})
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)  # of a busy machine
+    expect.set_options(timeout=30_000)
     watched = Watched(context.new_page())
     watched.page.goto(f"{keyed.url}/")
     yield watched
