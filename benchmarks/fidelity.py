@@ -87,7 +87,7 @@ def devices_of(asked: argparse.Namespace, layout: str) -> tuple[int, ...] | None
 
 
 def times(asked: argparse.Namespace, layout: str, llm: LLM) -> dict[str, float]:
-    """None where ranks share a GPU."""
+    """Empty where ranks share a GPU."""
     return {} if share_a_gpu(asked, layout) else {"token_s": token_s(llm)}
 
 

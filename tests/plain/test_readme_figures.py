@@ -71,7 +71,7 @@ def commits_of(shape: str) -> set[str]:
     return {it["run"]["commit"][:7] for it in kept(shape)["layouts"]}
 
 
-def test_a_shape_that_nothing_was_tuned_for() -> None:
+def test_another_shape() -> None:
     (commit,) = commits_of(readme_tables.OTHER_SHAPE)
     assert f"--briefly` at commit {commit})" in README
     assert "\n".join(readme_tables.shares(readme_tables.OTHER_SHAPE)) in README
@@ -117,7 +117,7 @@ def test_transformers_on_a_gpu() -> None:
     theirs = alone["peers"]["transformers"]
     assert theirs["versions"]["transformers"].startswith("5.17.")
     steps = [f"{1e3 * median(times):.2f}" for times in theirs["step_s"].values()]
-    assert f"takes {', '.join(steps[:-1])} and {steps[-1]} ms a step" in README
+    assert f"takes {listed(steps)} ms a step" in README
 
 
 def test_a_70b_shape_on_gpus() -> None:

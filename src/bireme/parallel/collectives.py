@@ -258,7 +258,7 @@ def _over_distributed(
     store = meeting
     if isinstance(store, Path):
         store = dist.FileStore(str(store), world)  # type: ignore[attr-defined]
-        store.set_timeout(timeout)
+        store.set_timeout(_PATIENCE * timeout)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     tensor: TensorGroup | None = None
