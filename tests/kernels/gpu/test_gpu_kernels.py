@@ -341,7 +341,7 @@ def test_even_splits_give_the_same_bits_whatever_the_other_contexts(
 
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
-@pytest.mark.parametrize("head_dim", [64, 128, 256] if HAS_GPU else [64])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256] if HAS_GPU else [64, 80])
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_attention_as_models_run(
     head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device

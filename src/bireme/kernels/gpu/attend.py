@@ -1,5 +1,6 @@
 """What decode and prefill attention share: one more block of a context, with running maxima and sums (flash
-attention). Shapes: M queries, N places, D head size."""
+attention). Shapes: M queries, N places, D head size, held in parts of SIZE and REST, powers of two; where REST is 0, in
+one, and whatever stands for the other is not used."""
 
 from __future__ import annotations
 
@@ -7,11 +8,6 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def _load(at, mask, IS_MASKED: tl.constexpr):
-    return tl.load(at, mask=mask, other=0.0) if IS_MASKED else tl.load(at)
 
 
 @triton.jit
@@ -26,14 +22,57 @@ def cache_places(table, start, stop, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _part(
+    rows, is_there, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr
+):  # fmt: skip
+    d = BEGIN + tl.arange(0, SIZE)
+    at = rows[:, None] + d[None, :]
+    if IS_MASKED:
+        return tl.load(at, mask=is_there[:, None] & (d < D)[None, :], other=0.0)
+    if BEGIN + SIZE > D:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def parts_of(
+    rows, is_there, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, IS_MASKED: tl.constexpr
+):  # fmt: skip
+    """[N, SIZE] and [N, REST] of rows of D elements at addresses `rows` [N], and 0 beyond. Where IS_MASKED, rows
+    `is_there` [N] alone hold anything."""
+    part = _part(rows, is_there, 0, SIZE, D, IS_MASKED)
+    return part, _part(rows, is_there, SIZE, REST, D, IS_MASKED) if REST else part
+
+
+@triton.jit
+def store_part(
+    rows, is_there, part, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """`part` [N, SIZE] from BEGIN on of rows of D elements at addresses `rows` [N], of those that are there."""
+    d = BEGIN + tl.arange(0, SIZE)
+    mask = is_there[:, None] & (d < D)[None, :]
+    tl.store(rows[:, None] + d[None, :], part.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _described_parts(
+    blocks, rests, head, first, N: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr
+):  # fmt: skip
+    part = blocks.load([head, first, 0]).reshape(N, SIZE)
+    return part, rests.load([head, first, SIZE]).reshape(N, REST) if REST else part
+
+
+@triton.jit
 def _weigh(
     state, query, k, seen, distance, slope, scale, cap,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Weights [M, N] of places with keys `k` [N, SIZE], and the state that has all of them but their values. `seen` is
-    for IS_MASKED alone."""
-    best, total, mixed = state
-    score = tl.dot(query, tl.trans(k), input_precision="ieee")
+    """Weights [M, N] of places with keys `k`, and the state that has all of them but their values. `seen` is for
+    IS_MASKED alone."""
+    best, total, mixed, mixed_rest = state
+    score = tl.dot(query[0], tl.trans(k[0]), input_precision="ieee")
+    if REST:
+        score = tl.dot(query[1], tl.trans(k[1]), score, input_precision="ieee")
     if HAS_CAP:  # cap * tanh(score / cap)
         score = cap * (1 - 2 / (tl.exp(2 * score * scale / cap) + 1))
         scale = 1.0
@@ -49,42 +88,46 @@ def _weigh(
         higher_or_0 = tl.where(higher == float("-inf"), 0.0, higher)
     p = tl.exp2(score - higher_or_0[:, None])
     shrink = tl.exp2(best - higher_or_0)
-    return p, (higher, total * shrink + tl.sum(p, 1), mixed * shrink[:, None])
+    if REST:
+        mixed_rest = mixed_rest * shrink[:, None]
+    return p, (higher, total * shrink + tl.sum(p, 1), mixed * shrink[:, None], mixed_rest)
 
 
 @triton.jit
-def _mix(p, v, state):
-    best, total, mixed = state
-    return best, total, tl.dot(p.to(v.dtype), v, mixed, input_precision="ieee")
+def _mix(p, v, state, REST: tl.constexpr):
+    best, total, mixed, mixed_rest = state
+    p = p.to(v[0].dtype)
+    mixed = tl.dot(p, v[0], mixed, input_precision="ieee")
+    if REST:
+        mixed_rest = tl.dot(p, v[1], mixed_rest, input_precision="ieee")
+    return best, total, mixed, mixed_rest
 
 
 @triton.jit
 def attend_block(
-    state, query, keys, values, is_there, seen, distance, slope, d, scale, cap,
-    D: tl.constexpr, SIZE: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
-    IS_MASKED: tl.constexpr,
+    state, query, keys, values, is_there, seen, distance, slope, scale, cap,
+    D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
-    """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE]) so far, scores times log2(e);
-    `keys` and `values` [N, SIZE] are addresses, those of rows `is_there` [N] alone hold anything. Unless IS_MASKED all
-    are there, and seen by all queries."""
-    mask = (d < D)[None, :]
-    if IS_MASKED:
-        mask &= is_there[:, None]
-    k = _load(keys, mask, IS_MASKED or SIZE != D)
+    """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE] and [M, REST]) so far, scores times
+    log2(e); `query` [M, SIZE] and [M, REST]. `keys` and `values` [N] are addresses of rows, of which those that
+    `is_there` [N] tells alone hold anything. Unless IS_MASKED all are there, and seen by all queries."""
+    k = parts_of(keys, is_there, D, SIZE, REST, IS_MASKED)
     p, state = _weigh(
-        state, query, k, seen, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, IS_MASKED
+        state, query, k, seen, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, IS_MASKED, REST
     )
-    return _mix(p, _load(values, mask, IS_MASKED or SIZE != D), state)
+    return _mix(p, parts_of(values, is_there, D, SIZE, REST, IS_MASKED), state, REST)
 
 
 @triton.jit
 def attend_described(
-    state, query, rows, first, key_column, value_column, distance, slope, scale, cap,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr,
+    state, query, blocks, rests, first, key_head, value_head, distance, slope, scale, cap,
+    N: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """The same of keys and values that lie in described rows from `first` on, seen by all queries."""
-    k = rows.load([first, key_column])
+    """The same of keys and values that lie in described rows of heads from `first` on, seen by all queries."""
+    k = _described_parts(blocks, rests, key_head, first, N, SIZE, REST)
     p, state = _weigh(
-        state, query, k, None, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, False
+        state, query, k, None, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, False, REST
     )
-    return _mix(p, rows.load([first, value_column]), state)
+    return _mix(p, _described_parts(blocks, rests, value_head, first, N, SIZE, REST), state, REST)

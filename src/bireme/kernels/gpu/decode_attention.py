@@ -64,13 +64,13 @@ def decode_attention_kernel(
     for at in range(low, high, N):
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
-        kv_at = (place * K + kv)[:, None] * D + d[None, :]
+        kv_at = (place * K + kv) * D
         # looked up a block ahead: else the pipeline's stages would go to the table's, and none to keys and values
         place = cache_places(own_table, at + N, high, N, BLOCK_SIZE)
-        best, total, mixed = attend_block(
-            (best, total, mixed), query, keys + kv_at, values + kv_at, seen, seen[None, :],
-            (position - n)[None, :], slope[:, None], d, scale, cap,
-            D, SIZE, HAS_CAP, HAS_SLOPES, True,
+        best, total, mixed, _ = attend_block(
+            (best, total, mixed, total), (query, query), keys + kv_at, values + kv_at, seen,
+            seen[None, :], (position - n)[None, :], slope[:, None], scale, cap,
+            D, SIZE, 0, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
     if JOINS_ITSELF and splits == 1:
         tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
@@ -96,7 +96,7 @@ def decode_attention_kernel(
 def _joined(
     acc, top, mass, mask, is_head, splits,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
-    AHEAD: tl.constexpr = 4,
+    AHEAD: tl.constexpr = 8,
 ):  # fmt: skip
     """[G, SIZE] of all splits, always in their order; those of `AHEAD` are fetched at once."""
     best = tl.full([G], float("-inf"), dtype=tl.float32)

@@ -11,7 +11,13 @@ import triton
 import triton.language as tl
 
 from bireme.kernels.choice import MULTIPROCESSORS
-from bireme.kernels.gpu.attend import attend_block, attend_described, cache_places
+from bireme.kernels.gpu.attend import (
+    attend_block,
+    attend_described,
+    cache_places,
+    parts_of,
+    store_part,
+)
 from bireme.kernels.gpu.descriptors import can_be_described, described
 from bireme.kernels.query_tiles import TILE, Tiles
 
@@ -20,8 +26,8 @@ _PROGRAMS = 4 * MULTIPROCESSORS  # that a large GPU has at once, or a few more
 
 @triton.jit
 def _attend_cached(
-    state, query, at_m, begin, end, keys, values, table, kv, d, slope, scale, cap,
-    K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
+    state, query, at_m, begin, end, keys, values, table, kv, slope, scale, cap,
+    K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -34,19 +40,20 @@ def _attend_cached(
         if WINDOW > 0:
             seen &= distance < WINDOW
         place = cache_places(table, at, end, N, BLOCK_SIZE)
-        kv_at = (place * K + kv)[:, None] * D + d[None, :]
+        kv_at = (place * K + kv) * D
         state = attend_block(
-            state, query, keys + kv_at, values + kv_at, n < end, seen, distance, slope, d, scale,
-            cap, D, SIZE, HAS_CAP, HAS_SLOPES, IS_MASKED,
+            state, query, keys + kv_at, values + kv_at, n < end, seen, distance, slope, scale,
+            cap, D, SIZE, REST, HAS_CAP, HAS_SLOPES, IS_MASKED,
         )  # fmt: skip
     return state
 
 
 @triton.jit
 def _attend_own(
-    state, query, at_m, begin, end, qkv, row_stride, row, position, kv, d, slope, scale, cap,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
+    state, query, at_m, begin, end, qkv, blocks, rests, row_stride, row, position, kv, slope,
+    scale, cap,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr,
+    N: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
     IS_DESCRIBED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same of the run's own rows of qkv, of which `row` is that of `position`. Described ones are fetched in
@@ -56,37 +63,36 @@ def _attend_own(
         distance = at_m[:, None] - n[None, :]
         if IS_DESCRIBED:
             state = attend_described(
-                state, query, qkv, (row - position + at).to(tl.int32), (H + kv) * D,
-                (H + K + kv) * D, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES,
+                state, query, blocks, rests, (row - position + at).to(tl.int32), H + kv,
+                H + K + kv, distance, slope, scale, cap, N, SIZE, REST, HAS_CAP, HAS_SLOPES,
             )  # fmt: skip
         else:
             seen = (distance >= 0) & (n < end)[None, :]
-            own = qkv + (row - position + n)[:, None] * row_stride + (H + kv) * D + d[None, :]
+            own = qkv + (row - position + n) * row_stride + (H + kv) * D
             state = attend_block(
-                state, query, own, own + K * D, n < end, seen, distance, slope, d, scale, cap,
-                D, SIZE, HAS_CAP, HAS_SLOPES, IS_MASKED,
+                state, query, own, own + K * D, n < end, seen, distance, slope, scale, cap,
+                D, SIZE, REST, HAS_CAP, HAS_SLOPES, IS_MASKED,
             )  # fmt: skip
     return state
 
 
 @triton.jit
 def _attend_tile(
-    row, position, count, beside, head, q, keys, values, qkv, blocks, table, slots, head_map,
-    slopes, out, scale, cap, table_stride, row_stride,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, IS_DESCRIBED: tl.constexpr,
-    OWN_STAGES: tl.constexpr,
+    row, position, count, beside, head, q, keys, values, qkv, blocks, rests, table, slots,
+    head_map, slopes, out, scale, cap, table_stride, row_stride,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr,
+    IS_DESCRIBED: tl.constexpr, OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows [row, row + count) of a step, the first of them at `position` of a run, whose rows lie side by side from
     position `beside` on."""
     slot = tl.load(slots + row).to(tl.int64)
     kv = tl.load(head_map + head)
 
-    m, d = tl.arange(0, M), tl.arange(0, SIZE)
-    q_at = ((row + m) * H + head)[:, None] * D + d[None, :]
-    q_mask = (m < count)[:, None] & (d[None, :] < D)
-    query = tl.load(q + q_at, mask=q_mask, other=0.0)
+    m = tl.arange(0, M)
+    own_rows = ((row + m) * H + head) * D
+    query = parts_of(q + own_rows, m < count, D, SIZE, REST, True)
     at_m = position + m
     slope = 0.0
     if HAS_SLOPES:
@@ -95,6 +101,7 @@ def _attend_tile(
     best = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     mixed = tl.zeros([M, SIZE], dtype=tl.float32)
+    mixed_rest = tl.zeros([M, REST], dtype=tl.float32) if REST else total
     own_table = table + slot * table_stride
     stop, low, cached = position + count, 0, position + count
     if HAS_ROWS:
@@ -103,56 +110,68 @@ def _attend_tile(
     if WINDOW > 0:
         low = tl.maximum(0, position - WINDOW + 1) // N * N
         whole = low
-    state = (best, total, mixed)
+    state = (best, total, mixed, mixed_rest)
     if WINDOW == 0:
         state = _attend_cached(
-            state, query, at_m, low, whole, keys, values, own_table, kv, d, slope, scale, cap,
-            K, D, SIZE, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, False,
+            state, query, at_m, low, whole, keys, values, own_table, kv, slope, scale, cap,
+            K, D, SIZE, REST, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, False,
         )  # fmt: skip
     state = _attend_cached(
-        state, query, at_m, whole, cached, keys, values, own_table, kv, d, slope, scale, cap,
-        K, D, SIZE, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, True,
+        state, query, at_m, whole, cached, keys, values, own_table, kv, slope, scale, cap,
+        K, D, SIZE, REST, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, True,
     )  # fmt: skip
     if HAS_ROWS:
         before = beside + tl.maximum(0, position - beside) // N * N
         state = _attend_own(
-            state, query, at_m, beside, before, blocks if IS_DESCRIBED else qkv, row_stride, row,
-            position, kv, d, slope, scale, cap,
-            H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, False, IS_DESCRIBED, OWN_STAGES,
+            state, query, at_m, beside, before, qkv, blocks, rests, row_stride, row, position, kv,
+            slope, scale, cap,
+            H, K, D, SIZE, REST, N, HAS_CAP, HAS_SLOPES, False, IS_DESCRIBED, OWN_STAGES,
         )  # fmt: skip
         state = _attend_own(
-            state, query, at_m, before, stop, qkv, row_stride, row, position, kv, d, slope,
-            scale, cap, H, K, D, SIZE, N, HAS_CAP, HAS_SLOPES, True, False,
+            state, query, at_m, before, stop, qkv, blocks, rests, row_stride, row, position, kv,
+            slope, scale, cap,
+            H, K, D, SIZE, REST, N, HAS_CAP, HAS_SLOPES, True, False,
             1 if IS_DESCRIBED else (OWN_STAGES + 1) // 2,  # a block or two, as was quickest
         )  # fmt: skip
-    best, total, mixed = state
-    total = tl.where(total == 0.0, 1.0, total)  # of rows behind the last
-    tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)
+    best, total, mixed, mixed_rest = state
+    total = tl.where(total == 0.0, 1.0, total)[:, None]  # of rows behind the last
+    store_part(out + own_rows, m < count, mixed / total, 0, SIZE, D)
+    if REST:
+        store_part(out + own_rows, m < count, mixed_rest / total, SIZE, REST, D)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def prefill_attention_kernel(
-    q, keys, values, qkv, blocks, table, slots, tiles, head_map, slopes, out, num_tiles, scale,
-    cap, table_stride, row_stride,
-    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr, IS_DESCRIBED: tl.constexpr,
-    OWN_STAGES: tl.constexpr,
+    q, keys, values, qkv, blocks, rests, table, slots, tiles, head_map, slopes, out, num_tiles,
+    scale, cap, table_stride, row_stride,
+    H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr,
+    IS_DESCRIBED: tl.constexpr, OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs of a head take its tiles in turn, up to the first that is of no run. `blocks`: qkv described."""
+    """Programs of a head take its tiles in turn, up to the first that is of no run. `blocks` and `rests`: the
+    parts of qkv's heads, described."""
     tile, head = tl.program_id(1), tl.program_id(0)
     count = tl.load(tiles + tile * 4 + 2)
     while count > 0:
         row = tl.load(tiles + tile * 4).to(tl.int64)
         position, beside = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 3)
         _attend_tile(
-            row, position, count, beside, head, q, keys, values, qkv, blocks, table, slots,
+            row, position, count, beside, head, q, keys, values, qkv, blocks, rests, table, slots,
             head_map, slopes, out, scale, cap, table_stride, row_stride,
-            H, K, D, SIZE, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, HAS_ROWS, IS_DESCRIBED,
-            OWN_STAGES,
+            H, K, D, SIZE, REST, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, HAS_ROWS,
+            IS_DESCRIBED, OWN_STAGES,
         )  # fmt: skip
         tile += tl.num_programs(1)
         count = tl.load(tiles + tile * 4 + 2, mask=tile < num_tiles, other=0)
+
+
+def _head_parts(head_dim: int) -> tuple[int, int]:
+    """Powers of two: a head of 80 is 64 and 16, where one that holds it, 128, has more to multiply. No rest: 0."""
+    whole = triton.next_power_of_2(max(16, head_dim))
+    size = whole // 2
+    rest = triton.next_power_of_2(max(16, head_dim - size))
+    return (size, rest) if size + rest < whole else (whole, 0)
 
 
 def prefill_attention(
@@ -176,20 +195,24 @@ def prefill_attention(
     there; not with a window."""
     num_heads, head_dim = q.shape[1:]
     out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
-    size = triton.next_power_of_2(max(16, head_dim))
-    is_wide = q.dtype == torch.float32 or size > 128
+    size, rest = _head_parts(head_dim)
+    is_wide = q.dtype == torch.float32 or size + rest > 128
     num_tiles = len(tiles.on_device)
     columns = max(-(-len(q) // TILE), _PROGRAMS // num_heads)  # many runs may be short
     has_rows = qkv is not None and not window
     rows = qkv if qkv is not None else q
     places = 32 if is_wide else 64
-    is_described = has_rows and not is_wide and size == head_dim and can_be_described(rows)
-    blocks = described(rows, [places, head_dim]) if is_described else rows
+    is_described = has_rows and not is_wide and head_dim % 8 == 0 and can_be_described(rows)
+    blocks = rests = rows
+    if is_described:
+        of_heads = rows.unflatten(1, (-1, head_dim)).transpose(0, 1)  # [H + 2 K, T, D]
+        blocks = described(of_heads, [1, places, size])
+        rests = described(of_heads, [1, places, rest]) if rest else blocks
     prefill_attention_kernel[(num_heads, min(num_tiles, columns))](
-        q, keys, values, rows, blocks, table, slots, tiles.on_device, head_map,
+        q, keys, values, rows, blocks, rests, table, slots, tiles.on_device, head_map,
         slopes if slopes is not None else q, out, num_tiles, scale, cap or 0.0, table.stride(0),
         rows.stride(0),
-        H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, M=TILE, N=places,
+        H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, REST=rest, M=TILE, N=places,
         BLOCK_SIZE=block_size, WINDOW=window or 0, HAS_CAP=cap is not None,
         HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows, IS_DESCRIBED=is_described,
         # rows that lie side by side are fetched further ahead: their addresses are worked out at once
