@@ -515,18 +515,18 @@ def test_prefill_attention(
 
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
-@pytest.mark.parametrize("head_dim", [64, 128] if HAS_GPU else [64])
+@pytest.mark.parametrize("parts", [[64], [64, 16], [128]] if HAS_GPU else [[64], [64, 16]])
 @pytest.mark.parametrize(("cap", "has_slopes"), [(None, False), (5.0, False), (None, True)])
 def test_keys_and_values_that_a_gpu_fetches_by_itself(
     cap: float | None,
     has_slopes: bool,
-    head_dim: int,
+    parts: list[int],
     dtype: torch.dtype,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of runs beside others, before rows of no run that hold no numbers; the cache has none of the runs' own."""
-    described: list[list[int]] = []
+    head_dim, described = sum(parts), []
 
     def noted(x: torch.Tensor, block: list[int]) -> object:
         described.append(block)
@@ -550,7 +550,7 @@ def test_keys_and_values_that_a_gpu_fetches_by_itself(
         Tiles(room.to(device), has_other_rows=True),
         torch.tensor(head_map, dtype=torch.int32, device=device), 0.1, None, cap, slopes, qkv,
     )  # fmt: skip
-    assert described == [[64, head_dim]]
+    assert described == [[1, 64, part] for part in parts]  # of one head, 64 rows
     assert not found[-5:].any()
     for slot, (rows, of) in enumerate(
         zip(found[:-5].split(counts), q[:-5].split(counts), strict=True)

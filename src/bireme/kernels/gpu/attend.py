@@ -23,10 +23,10 @@ def cache_places(table, start, stop, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def _part(
-    rows, is_there, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr
+    x, rows, is_there, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr
 ):  # fmt: skip
     d = BEGIN + tl.arange(0, SIZE)
-    at = rows[:, None] + d[None, :]
+    at = x + (rows[:, None] + d[None, :])
     if IS_MASKED:
         return tl.load(at, mask=is_there[:, None] & (d < D)[None, :], other=0.0)
     if BEGIN + SIZE > D:
@@ -36,22 +36,22 @@ def _part(
 
 @triton.jit
 def parts_of(
-    rows, is_there, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, IS_MASKED: tl.constexpr
+    x, rows, is_there, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, IS_MASKED: tl.constexpr
 ):  # fmt: skip
-    """[N, SIZE] and [N, REST] of rows of D elements at addresses `rows` [N], and 0 beyond. Where IS_MASKED, rows
+    """[N, SIZE] and [N, REST] of D elements each from `rows` [N] of x on, and 0 beyond. Where IS_MASKED, rows
     `is_there` [N] alone hold anything."""
-    part = _part(rows, is_there, 0, SIZE, D, IS_MASKED)
-    return part, _part(rows, is_there, SIZE, REST, D, IS_MASKED) if REST else part
+    part = _part(x, rows, is_there, 0, SIZE, D, IS_MASKED)
+    return part, _part(x, rows, is_there, SIZE, REST, D, IS_MASKED) if REST else part
 
 
 @triton.jit
 def store_part(
-    rows, is_there, part, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr
+    x, rows, is_there, part, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """`part` [N, SIZE] from BEGIN on of rows of D elements at addresses `rows` [N], of those that are there."""
+    """`part` [N, SIZE], from BEGIN on, of D elements each from `rows` [N] of x on, of those that are there."""
     d = BEGIN + tl.arange(0, SIZE)
     mask = is_there[:, None] & (d < D)[None, :]
-    tl.store(rows[:, None] + d[None, :], part.to(rows.dtype.element_ty), mask=mask)
+    tl.store(x + (rows[:, None] + d[None, :]), part.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -105,18 +105,18 @@ def _mix(p, v, state, REST: tl.constexpr):
 
 @triton.jit
 def attend_block(
-    state, query, keys, values, is_there, seen, distance, slope, scale, cap,
+    state, query, keys, values, rows, is_there, seen, distance, slope, scale, cap,
     D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE] and [M, REST]) so far, scores times
-    log2(e); `query` [M, SIZE] and [M, REST]. `keys` and `values` [N] are addresses of rows, of which those that
-    `is_there` [N] tells alone hold anything. Unless IS_MASKED all are there, and seen by all queries."""
-    k = parts_of(keys, is_there, D, SIZE, REST, IS_MASKED)
+    log2(e); `query` [M, SIZE] and [M, REST]. Keys and values lie from `rows` [N] of both on; those that are
+    there [N] alone hold anything. Unless IS_MASKED all are there, and seen by all queries."""
+    k = parts_of(keys, rows, is_there, D, SIZE, REST, IS_MASKED)
     p, state = _weigh(
         state, query, k, seen, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, IS_MASKED, REST
     )
-    return _mix(p, parts_of(values, is_there, D, SIZE, REST, IS_MASKED), state, REST)
+    return _mix(p, parts_of(values, rows, is_there, D, SIZE, REST, IS_MASKED), state, REST)
 
 
 @triton.jit

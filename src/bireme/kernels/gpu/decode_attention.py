@@ -64,13 +64,12 @@ def decode_attention_kernel(
     for at in range(low, high, N):
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
-        kv_at = (place * K + kv) * D
+        rows = (place * K + kv) * D
         # looked up a block ahead: else the pipeline's stages would go to the table's, and none to keys and values
         place = cache_places(own_table, at + N, high, N, BLOCK_SIZE)
         best, total, mixed, _ = attend_block(
-            (best, total, mixed, total), (query, query), keys + kv_at, values + kv_at, seen,
-            seen[None, :], (position - n)[None, :], slope[:, None], scale, cap,
-            D, SIZE, 0, HAS_CAP, HAS_SLOPES, True,
+            (best, total, mixed, total), (query, query), keys, values, rows, seen, seen[None, :],
+            (position - n)[None, :], slope[:, None], scale, cap, D, SIZE, 0, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
     if JOINS_ITSELF and splits == 1:
         tl.store(out + q_at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=q_mask)

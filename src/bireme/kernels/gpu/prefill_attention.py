@@ -22,6 +22,8 @@ from bireme.kernels.gpu.descriptors import can_be_described, described
 from bireme.kernels.query_tiles import TILE, Tiles
 
 _PROGRAMS = 4 * MULTIPROCESSORS  # that a large GPU has at once, or a few more
+_NARROW = 80  # heads, of which a multiprocessor attends to three tiles at once where a thread has so many registers:
+_REGISTERS = 168
 
 
 @triton.jit
@@ -40,9 +42,8 @@ def _attend_cached(
         if WINDOW > 0:
             seen &= distance < WINDOW
         place = cache_places(table, at, end, N, BLOCK_SIZE)
-        kv_at = (place * K + kv) * D
         state = attend_block(
-            state, query, keys + kv_at, values + kv_at, n < end, seen, distance, slope, scale,
+            state, query, keys, values, (place * K + kv) * D, n < end, seen, distance, slope, scale,
             cap, D, SIZE, REST, HAS_CAP, HAS_SLOPES, IS_MASKED,
         )  # fmt: skip
     return state
@@ -68,9 +69,9 @@ def _attend_own(
             )  # fmt: skip
         else:
             seen = (distance >= 0) & (n < end)[None, :]
-            own = qkv + (row - position + n) * row_stride + (H + kv) * D
+            own = (row - position + n) * row_stride + (H + kv) * D
             state = attend_block(
-                state, query, own, own + K * D, n < end, seen, distance, slope, scale, cap,
+                state, query, qkv, qkv + K * D, own, n < end, seen, distance, slope, scale, cap,
                 D, SIZE, REST, HAS_CAP, HAS_SLOPES, IS_MASKED,
             )  # fmt: skip
     return state
@@ -92,7 +93,7 @@ def _attend_tile(
 
     m = tl.arange(0, M)
     own_rows = ((row + m) * H + head) * D
-    query = parts_of(q + own_rows, m < count, D, SIZE, REST, True)
+    query = parts_of(q, own_rows, m < count, D, SIZE, REST, True)
     at_m = position + m
     slope = 0.0
     if HAS_SLOPES:
@@ -135,9 +136,9 @@ def _attend_tile(
         )  # fmt: skip
     best, total, mixed, mixed_rest = state
     total = tl.where(total == 0.0, 1.0, total)[:, None]  # of rows behind the last
-    store_part(out + own_rows, m < count, mixed / total, 0, SIZE, D)
+    store_part(out, own_rows, m < count, mixed / total, 0, SIZE, D)
     if REST:
-        store_part(out + own_rows, m < count, mixed_rest / total, SIZE, REST, D)
+        store_part(out, own_rows, m < count, mixed_rest / total, SIZE, REST, D)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -217,5 +218,6 @@ def prefill_attention(
         HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows, IS_DESCRIBED=is_described,
         # rows that lie side by side are fetched further ahead: their addresses are worked out at once
         OWN_STAGES=1 if is_wide else 3, num_warps=4, num_stages=1 if is_wide else 2,
+        maxnreg=_REGISTERS if not is_wide and size + rest <= _NARROW else None,
     )  # fmt: skip
     return out
