@@ -17,6 +17,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SHAPE, LARGE_SHAPE = "decode-llama-2-7b-2x-h200", "decode-llama-3-70b-2x-h200"
 OTHER_SHAPE = "decode-heads-of-64-2x-h200"
+LATER_SHAPE = "decode-heads-of-80-1x-h200"
 KERNELS = "step-kernels-llama-2-7b-2x-h200"
 ATTENTION = "attention-1x-h200"
 Layout = dict[str, Any]
@@ -215,7 +216,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__.partition("\n\n")[0]).parse_args()
     tables = [beside_aims(SHAPE), beside_aims(LARGE_SHAPE, "limit")]
     tables += [shares(OTHER_SHAPE)]
-    tables += [beside_vllm(name) for name in (SHAPE, LARGE_SHAPE, OTHER_SHAPE)]
+    tables += [beside_vllm(name) for name in (SHAPE, LARGE_SHAPE, OTHER_SHAPE, LATER_SHAPE)]
     if (HERE / "results" / f"{KERNELS}.json").exists():
         layouts = kept(KERNELS)["layouts"]
         tables.append(missing(SHAPE, {f"{it['tp']},{it['pp']}": it for it in layouts}))

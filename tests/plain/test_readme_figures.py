@@ -56,7 +56,13 @@ def test_a_7b_shape_on_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape", [readme_tables.SHAPE, readme_tables.LARGE_SHAPE, readme_tables.OTHER_SHAPE]
+    "shape",
+    [
+        readme_tables.SHAPE,
+        readme_tables.LARGE_SHAPE,
+        readme_tables.OTHER_SHAPE,
+        readme_tables.LATER_SHAPE,
+    ],
 )
 def test_beside_vllm_on_gpus(shape: str) -> None:
     assert "\n".join(readme_tables.beside_vllm(shape)) in README

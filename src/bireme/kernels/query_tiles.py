@@ -13,7 +13,12 @@ from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.host_copies import upload
 
 TILE = 64  # queries
-TILES_AT_ONCE = 2 * MULTIPROCESSORS  # each of one head, that a Hopper GPU attends to
+NARROW = 80  # heads, of whose tiles a Hopper GPU's multiprocessor attends to three at once, to two of others
+
+
+def tiles_at_once(head_dim: int) -> int:
+    """Each of one head, that a Hopper GPU attends to."""
+    return (3 if head_dim <= NARROW else 2) * MULTIPROCESSORS
 
 
 def num_tiles(counts: Sequence[int]) -> int:

@@ -95,7 +95,7 @@ def decode_attention_kernel(
 def _joined(
     acc, top, mass, mask, is_head, splits,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
-    AHEAD: tl.constexpr = 8,
+    AHEAD: tl.constexpr = 2,
 ):  # fmt: skip
     """[G, SIZE] of all splits, always in their order; those of `AHEAD` are fetched at once."""
     best = tl.full([G], float("-inf"), dtype=tl.float32)

@@ -19,11 +19,10 @@ from bireme.kernels.gpu.attend import (
     store_part,
 )
 from bireme.kernels.gpu.descriptors import can_be_described, described
-from bireme.kernels.query_tiles import TILE, Tiles
+from bireme.kernels.query_tiles import NARROW, TILE, Tiles
 
 _PROGRAMS = 4 * MULTIPROCESSORS  # that a large GPU has at once, or a few more
-_NARROW = 80  # heads, of which a multiprocessor attends to three tiles at once where a thread has so many registers:
-_REGISTERS = 168
+_REGISTERS = 168  # of a thread, at most, where three programs share a multiprocessor
 
 
 @triton.jit
@@ -218,6 +217,6 @@ def prefill_attention(
         HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows, IS_DESCRIBED=is_described,
         # rows that lie side by side are fetched further ahead: their addresses are worked out at once
         OWN_STAGES=1 if is_wide else 3, num_warps=4, num_stages=1 if is_wide else 2,
-        maxnreg=_REGISTERS if not is_wide and size + rest <= _NARROW else None,
+        maxnreg=_REGISTERS if head_dim <= NARROW and not is_wide else None,
     )  # fmt: skip
     return out
