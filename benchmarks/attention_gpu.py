@@ -11,6 +11,7 @@ causal operations beside those of a large product, and where there is no context
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
@@ -30,8 +31,11 @@ from bireme.kernels.gpu.split_contexts import split_contexts
 from bireme.kernels.query_tiles import Tiles
 
 DEVICE = torch.device("cuda")
-HEAD_DIM = 128
-HEADS = {"7B": (32, 32), "7B / 2": (16, 16), "70B / 2": (32, 4)}  # query and KV heads of a rank
+HEADS = {  # query heads, KV heads, head size
+    "7B": (32, 32, 128), "7B / 2": (16, 16, 128), "70B / 2": (32, 4, 128),  # of a rank
+    "heads of 64": (56, 8, 64), "heads of 80": (40, 8, 80), "heads of 96": (32, 32, 96),
+}  # fmt: skip
+DECODED = ("7B", "7B / 2", "70B / 2")
 DECODES = list(product((1, 3, 8, 20, 40, 64, 128), (192, 1024)))  # sequences, context
 UNEVEN = [(8, 192, 50_000), (64, 192, 50_000)]  # sequences, context, that of the last one
 PREFILLS = [(1024, 0), (3584, 0), (4096, 28672)]  # new tokens, context before
@@ -68,8 +72,8 @@ class Shape:
     def caches(self) -> list[torch.Tensor]:
         """Keys and values [2, places, K, D]."""
         places = sum(self.num_blocks) * self.block_size
-        size = (2, places, HEADS[self.heads][1], HEAD_DIM)
-        count = max(2, NO_CACHE_BYTES // (4 * places * size[2] * HEAD_DIM))
+        size = (2, places, *HEADS[self.heads][1:])
+        count = max(2, NO_CACHE_BYTES // (2 * math.prod(size)))
         return [torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for _ in range(count)]
 
     def table(self) -> torch.Tensor:
@@ -78,18 +82,18 @@ class Shape:
 
 
 def decode_us(shape: Shape) -> float:
-    num_heads, num_kv = HEADS[shape.heads]
-    q = torch.randn(shape.num_seqs, num_heads, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+    num_heads, num_kv, head_dim = HEADS[shape.heads]
+    q = torch.randn(shape.num_seqs, num_heads, head_dim, device=DEVICE, dtype=torch.bfloat16)
     slots, table = torch.arange(shape.num_seqs, device=DEVICE), shape.table()
     positions = torch.tensor(shape.contexts, device=DEVICE)
-    splits = split_contexts(positions, num_kv, HEAD_DIM)
+    splits = split_contexts(positions, num_kv, head_dim)
     group = num_heads // num_kv
     starts = torch.arange(0, num_heads + 1, group, device=DEVICE, dtype=torch.int32)
 
     def attend(cache: torch.Tensor) -> torch.Tensor:
         return decode_attention(
             q, cache[0], cache[1], table, shape.block_size, slots, positions, splits, starts,
-            group, HEAD_DIM**-0.5,
+            group, head_dim**-0.5,
         )  # fmt: skip
 
     return microseconds(attend, shape.caches())
@@ -98,17 +102,17 @@ def decode_us(shape: Shape) -> float:
 def split_us(shape: Shape) -> float:
     """To split the contexts, 64 times in a graph."""
     positions = torch.tensor(shape.contexts, device=DEVICE)
-    num_kv = HEADS[shape.heads][1]
+    _, num_kv, head_dim = HEADS[shape.heads]
     return microseconds(
-        lambda those: split_contexts(those, num_kv, HEAD_DIM).items, [positions] * 64
+        lambda those: split_contexts(those, num_kv, head_dim).items, [positions] * 64
     )
 
 
 def prefill_us(shape: Shape) -> float:
-    num_heads, num_kv = HEADS[shape.heads]
-    width = (num_heads + 2 * num_kv) * HEAD_DIM
+    num_heads, num_kv, head_dim = HEADS[shape.heads]
+    width = (num_heads + 2 * num_kv) * head_dim
     qkv = torch.randn(shape.num_tokens, width, device=DEVICE, dtype=torch.bfloat16)
-    q = qkv[:, : num_heads * HEAD_DIM].reshape(shape.num_tokens, num_heads, HEAD_DIM)
+    q = qkv[:, : num_heads * head_dim].reshape(shape.num_tokens, num_heads, head_dim)
     slots, table = torch.zeros(shape.num_tokens, dtype=torch.int64, device=DEVICE), shape.table()
     tiles = Tiles.of([shape.before], [shape.num_tokens], DEVICE)
     head_map = (torch.arange(num_heads, device=DEVICE) * num_kv // num_heads).int()
@@ -116,7 +120,7 @@ def prefill_us(shape: Shape) -> float:
     def attend(cache: torch.Tensor) -> torch.Tensor:
         return prefill_attention(
             q, cache[0], cache[1], table, shape.block_size, slots, tiles, head_map,
-            HEAD_DIM**-0.5, qkv=qkv,
+            head_dim**-0.5, qkv=qkv,
         )  # fmt: skip
 
     return microseconds(attend, shape.caches())
@@ -124,9 +128,9 @@ def prefill_us(shape: Shape) -> float:
 
 def torch_us(shape: Shape) -> dict[str, float]:
     """Of a prompt without context, by each of torch's fast ways that is there."""
-    num_heads, num_kv = HEADS[shape.heads]
+    num_heads, num_kv, head_dim = HEADS[shape.heads]
     q, k, v = (
-        torch.randn(1, heads, shape.num_tokens, HEAD_DIM, device=DEVICE, dtype=torch.bfloat16)
+        torch.randn(1, heads, shape.num_tokens, head_dim, device=DEVICE, dtype=torch.bfloat16)
         for heads in (num_heads, num_kv, num_kv)
     )
 
@@ -145,13 +149,13 @@ def torch_us(shape: Shape) -> dict[str, float]:
 
 
 def measure(shape: Shape, read_bytes_per_s: float, rate: float) -> dict[str, Any]:
-    num_heads, num_kv = HEADS[shape.heads]
+    num_heads, num_kv, head_dim = HEADS[shape.heads]
     if shape.num_tokens == 1:
-        num_bytes = 4 * (sum(shape.contexts) + shape.num_seqs) * num_kv * HEAD_DIM
+        num_bytes = 4 * (sum(shape.contexts) + shape.num_seqs) * num_kv * head_dim
         taken_us, floor_us = decode_us(shape), 1e6 * num_bytes / read_bytes_per_s
     else:
         pairs = shape.num_tokens * (shape.before + (shape.num_tokens + 1) / 2)
-        taken_us, floor_us = prefill_us(shape), 1e6 * 4 * pairs * num_heads * HEAD_DIM / rate
+        taken_us, floor_us = prefill_us(shape), 1e6 * 4 * pairs * num_heads * head_dim / rate
     found = {**asdict(shape), "us": taken_us, "floor_us": floor_us}
     if shape.num_tokens == 1:
         found["split_us"] = split_us(shape)
@@ -172,15 +176,17 @@ def main() -> None:
     torch.cuda.empty_cache()
     found = []
     for size, heads in product(numbers(asked.block_sizes), HEADS):
-        shapes = [Shape(heads, size, seqs, 1, context - 1) for seqs, context in DECODES]
-        shapes += [Shape(heads, size, seqs, 1, one - 1, most - 1) for seqs, one, most in UNEVEN]
+        shapes = []
+        if heads in DECODED:
+            shapes += [Shape(heads, size, seqs, 1, context - 1) for seqs, context in DECODES]
+            shapes += [Shape(heads, size, seqs, 1, one - 1, most - 1) for seqs, one, most in UNEVEN]
         shapes += [Shape(heads, size, 1, count, before) for count, before in PREFILLS]
         for shape in shapes:
             found.append(measure(shape, max(rates.values()), rate))
             one = found[-1]
             longest = f", one behind {shape.longest}" if shape.longest else ""
             print(
-                f"{heads:8} blocks of {size}, {shape.num_seqs:3} x {shape.num_tokens} tokens behind "
+                f"{heads:11} blocks of {size}, {shape.num_seqs:3} x {shape.num_tokens} tokens behind "
                 f"{shape.before}{longest}: {one['us']:.1f} us ({one['floor_us'] / one['us']:.0%})",
                 *([f"to split {one['split_us']:.1f}"] if "split_us" in one else []),
                 *(f"{name} {us:.1f}" for name, us in one.get("torch_us", {}).items()),

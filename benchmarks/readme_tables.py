@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SHAPE, LARGE_SHAPE = "decode-llama-2-7b-2x-h200", "decode-llama-3-70b-2x-h200"
 OTHER_SHAPE = "decode-heads-of-64-2x-h200"
-LATER_SHAPE = "decode-heads-of-80-1x-h200"
+LATER_SHAPE = "decode-heads-of-80-1x-h200-untuned"
 KERNELS = "step-kernels-llama-2-7b-2x-h200"
 ATTENTION = "attention-1x-h200"
 Layout = dict[str, Any]
@@ -185,18 +185,20 @@ def told_by_kind(one: Layout, kinds: Sequence[str]) -> list[str]:
     return list(told.values())
 
 
-def attention(name: str) -> list[str]:
+def attention(name: str) -> list[list[str]]:
     """In Markdown: microseconds, and the share that the floor is of them, of a rank's heads and blocks of the cache of
-    so many tokens (`attention_gpu.py`)."""
+    so many tokens (`attention_gpu.py`); a table for those of which the same was measured."""
     columns: dict[str, dict[str, str]] = {}
     for one in kept(name)["shapes"]:
         column = columns.setdefault(f"{one['heads']}, {one['block_size']}", {})
         column[_attended(one)] = f"{one['us']:.1f} ({one['floor_us'] / one['us']:.0%})"
-    rows = [
-        [title, *(column[title] for column in columns.values())]
-        for title in next(iter(columns.values()))
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for heads, column in columns.items():
+        tables.setdefault(tuple(column), []).append(heads)
+    return [
+        _lines(["", *of], [[title, *(columns[heads][title] for heads in of)] for title in titles])
+        for titles, of in tables.items()
     ]
-    return _lines(["", *columns], rows)
 
 
 def _attended(shape: Layout) -> str:
@@ -220,7 +222,7 @@ def main() -> None:
     if (HERE / "results" / f"{KERNELS}.json").exists():
         layouts = kept(KERNELS)["layouts"]
         tables.append(missing(SHAPE, {f"{it['tp']},{it['pp']}": it for it in layouts}))
-    tables.append(attention(ATTENTION))
+    tables += attention(ATTENTION)
     print("\n\n".join("\n".join(table) for table in tables))
 
 

@@ -274,6 +274,7 @@ def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
     config, engine = plan.model, plan.config
     is_on_gpus = any(device != "cpu" for device in plan.devices)
     num_heads = -(-config.num_heads // min(engine.parallel.widths))  # of the largest cut
+    at_once = tiles_at_once(config.head_dim, DTYPE_BYTES[plan.dtype])
     return SchedulerLimits(
         pp_size=engine.parallel.pp_size,
         max_num_seqs=engine.max_num_seqs,
@@ -283,11 +284,7 @@ def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
         has_prefix_caching=engine.enable_prefix_caching,
         context_per_token=_context_per_token(config),
         depends_on_length=config.rope is not None and depends_on_length(config.rope),
-        chunks=(
-            gpu_chunks(num_heads, TILE, tiles_at_once(config.head_dim))
-            if is_on_gpus
-            else CPU_CHUNKS
-        ),
+        chunks=gpu_chunks(num_heads, TILE, at_once) if is_on_gpus else CPU_CHUNKS,
     )
 
 

@@ -13,12 +13,20 @@ from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.host_copies import upload
 
 TILE = 64  # queries
-NARROW = 80  # heads, of whose tiles a Hopper GPU's multiprocessor attends to three at once, to two of others
+_LARGEST_OF_THREE = (
+    80  # head size, of which three tiles fit a multiprocessor's registers and shared memory
+)
 
 
-def tiles_at_once(head_dim: int) -> int:
-    """Each of one head, that a Hopper GPU attends to."""
-    return (3 if head_dim <= NARROW else 2) * MULTIPROCESSORS
+def tiles_of_multiprocessor(head_dim: int, element_size: int) -> int:
+    """How many tiles a Hopper GPU's multiprocessor attends to at the same time, each of one head, whose elements take
+    so many bytes."""
+    return 3 if head_dim <= _LARGEST_OF_THREE and element_size == 2 else 2
+
+
+def tiles_at_once(head_dim: int, element_size: int) -> int:
+    """How many a whole Hopper GPU does."""
+    return tiles_of_multiprocessor(head_dim, element_size) * MULTIPROCESSORS
 
 
 def num_tiles(counts: Sequence[int]) -> int:

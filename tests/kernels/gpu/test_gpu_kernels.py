@@ -341,7 +341,7 @@ def test_even_splits_give_the_same_bits_whatever_the_other_contexts(
 
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
-@pytest.mark.parametrize("head_dim", [64, 80, 128, 256] if HAS_GPU else [64, 80])
+@pytest.mark.parametrize("head_dim", [64, 96, 160] + [80, 128, 256] * HAS_GPU)
 @pytest.mark.parametrize("block_size", [16, 64])
 def test_attention_as_models_run(
     head_dim: int, block_size: int, dtype: torch.dtype, device: torch.device
@@ -478,7 +478,7 @@ def test_prefill_attention(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(prefill_attention_module, "_PROGRAMS", num_programs)
-    head_map, block_size, head_dim = [0, 1, 1, 1, 2], 8, 24
+    head_map, block_size, head_dim = [0, 1, 1, 1, 2], 8, 40  # in parts of 32 and 16
     lengths, counts = [150, 70, 33, 1], [140, 1, 33, 1]  # contexts, and how much of them is new
     keys, values, table, places = _paged(lengths, block_size, 3, head_dim, device)
     q = torch.randn(sum(counts), len(head_map), head_dim, device=device)
@@ -515,18 +515,24 @@ def test_prefill_attention(
 
 
 @pytest.mark.parametrize("dtype", AS_MODELS_RUN)
-@pytest.mark.parametrize("parts", [[64], [64, 16], [128]] if HAS_GPU else [[64], [64, 16]])
+@pytest.mark.parametrize(
+    ("head_dim", "parts"),
+    [(64, [64]), (72, [64, 16]), (12, [])]
+    + [(8, [16]), (80, [64, 16]), (96, [64, 32]), (112, [128]), (128, [128])] * HAS_GPU,
+)
 @pytest.mark.parametrize(("cap", "has_slopes"), [(None, False), (5.0, False), (None, True)])
 def test_keys_and_values_that_a_gpu_fetches_by_itself(
     cap: float | None,
     has_slopes: bool,
+    head_dim: int,
     parts: list[int],
     dtype: torch.dtype,
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of runs beside others, before rows of no run that hold no numbers; the cache has none of the runs' own."""
-    head_dim, described = sum(parts), []
+    """Of runs beside others, before rows of no run that hold no numbers; the cache has none of the runs' own. Of heads
+    of 12 it fetches none: 24 bytes are no multiple of 16."""
+    described: list[list[int]] = []
 
     def noted(x: torch.Tensor, block: list[int]) -> object:
         described.append(block)

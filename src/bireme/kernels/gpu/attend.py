@@ -23,10 +23,10 @@ def cache_places(table, start, stop, N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def _part(
-    x, rows, is_there, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr
+    x, offsets, is_there, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, IS_MASKED: tl.constexpr
 ):  # fmt: skip
     d = BEGIN + tl.arange(0, SIZE)
-    at = x + (rows[:, None] + d[None, :])
+    at = x + (offsets[:, None] + d[None, :])
     if IS_MASKED:
         return tl.load(at, mask=is_there[:, None] & (d < D)[None, :], other=0.0)
     if BEGIN + SIZE > D:
@@ -36,30 +36,30 @@ def _part(
 
 @triton.jit
 def parts_of(
-    x, rows, is_there, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, IS_MASKED: tl.constexpr
+    x, offsets, is_there, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, IS_MASKED: tl.constexpr
 ):  # fmt: skip
-    """[N, SIZE] and [N, REST] of D elements each from `rows` [N] of x on, and 0 beyond. Where IS_MASKED, rows
-    `is_there` [N] alone hold anything."""
-    part = _part(x, rows, is_there, 0, SIZE, D, IS_MASKED)
-    return part, _part(x, rows, is_there, SIZE, REST, D, IS_MASKED) if REST else part
+    """[N, SIZE] and [N, REST] of the D elements at each of `offsets` [N] of x, and 0 beyond. Where IS_MASKED, those
+    that `is_there` [N] tells alone hold anything."""
+    part = _part(x, offsets, is_there, 0, SIZE, D, IS_MASKED)
+    return part, _part(x, offsets, is_there, SIZE, REST, D, IS_MASKED) if REST else part
 
 
 @triton.jit
 def store_part(
-    x, rows, is_there, part, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr
+    x, offsets, is_there, part, BEGIN: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """`part` [N, SIZE], from BEGIN on, of D elements each from `rows` [N] of x on, of those that are there."""
+    """`part` [N, SIZE], from BEGIN on, of the D elements at each of `offsets` [N] of x, of those that are there."""
     d = BEGIN + tl.arange(0, SIZE)
     mask = is_there[:, None] & (d < D)[None, :]
-    tl.store(x + (rows[:, None] + d[None, :]), part.to(x.dtype.element_ty), mask=mask)
+    tl.store(x + (offsets[:, None] + d[None, :]), part.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _described_parts(
-    blocks, rests, head, first, N: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr
+    firsts, rests, head, row, N: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr
 ):  # fmt: skip
-    part = blocks.load([head, first, 0]).reshape(N, SIZE)
-    return part, rests.load([head, first, SIZE]).reshape(N, REST) if REST else part
+    part = firsts.load([head, row, 0]).reshape(N, SIZE)
+    return part, rests.load([head, row, SIZE]).reshape(N, REST) if REST else part
 
 
 @triton.jit
@@ -105,29 +105,29 @@ def _mix(p, v, state, REST: tl.constexpr):
 
 @triton.jit
 def attend_block(
-    state, query, keys, values, rows, is_there, seen, distance, slope, scale, cap,
+    state, query, keys, values, offsets, is_there, seen, distance, slope, scale, cap,
     D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
 ):  # fmt: skip
     """`state` is (largest score [M], sum of weights [M], weighted values [M, SIZE] and [M, REST]) so far, scores times
-    log2(e); `query` [M, SIZE] and [M, REST]. Keys and values lie from `rows` [N] of both on; those that are
-    there [N] alone hold anything. Unless IS_MASKED all are there, and seen by all queries."""
-    k = parts_of(keys, rows, is_there, D, SIZE, REST, IS_MASKED)
+    log2(e); `query` [M, SIZE] and [M, REST]. Keys and values lie at `offsets` [N] of both; those that
+    `is_there` [N] tells alone hold anything. Unless IS_MASKED all are there, and seen by all queries."""
+    k = parts_of(keys, offsets, is_there, D, SIZE, REST, IS_MASKED)
     p, state = _weigh(
         state, query, k, seen, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, IS_MASKED, REST
     )
-    return _mix(p, parts_of(values, rows, is_there, D, SIZE, REST, IS_MASKED), state, REST)
+    return _mix(p, parts_of(values, offsets, is_there, D, SIZE, REST, IS_MASKED), state, REST)
 
 
 @triton.jit
 def attend_described(
-    state, query, blocks, rests, first, key_head, value_head, distance, slope, scale, cap,
+    state, query, firsts, rests, row, key_head, value_head, distance, slope, scale, cap,
     N: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
-    """The same of keys and values that lie in described rows of heads from `first` on, seen by all queries."""
-    k = _described_parts(blocks, rests, key_head, first, N, SIZE, REST)
+    """The same of keys and values that lie in described parts of heads from `row` on, seen by all queries."""
+    k = _described_parts(firsts, rests, key_head, row, N, SIZE, REST)
     p, state = _weigh(
         state, query, k, None, distance, slope, scale, cap, HAS_CAP, HAS_SLOPES, False, REST
     )
-    return _mix(p, _described_parts(blocks, rests, value_head, first, N, SIZE, REST), state, REST)
+    return _mix(p, _described_parts(firsts, rests, value_head, row, N, SIZE, REST), state, REST)

@@ -16,6 +16,9 @@ from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
 
 _REGISTERS = 128  # of a thread, at most: told that there are, the compiler fetches more ahead
+_FETCHED_AT_ONCE = (
+    2  # splits, where a context's last program joins them: most that are split have two
+)
 _SPLITS_AT_ONCE = 32  # that a program joins: by 64 few splits take 0.7 us longer (H200)
 
 
@@ -27,7 +30,8 @@ def decode_attention_kernel(
     scale, cap, table_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, JOINS_ITSELF: tl.constexpr, IS_CHAINED: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, JOINS_ITSELF: tl.constexpr, AHEAD: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):  # fmt: skip
     kv, item = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, split = tl.load(items + 3 * item).to(tl.int64), tl.load(items + 3 * item + 1)
@@ -64,11 +68,12 @@ def decode_attention_kernel(
     for at in range(low, high, N):
         n = at + tl.arange(0, N)
         seen = (n < high) & (n >= first)
-        rows = (place * K + kv) * D
+        offsets = (place * K + kv) * D
         # looked up a block ahead: else the pipeline's stages would go to the table's, and none to keys and values
         place = cache_places(own_table, at + N, high, N, BLOCK_SIZE)
         best, total, mixed, _ = attend_block(
-            (best, total, mixed, total), (query, query), keys, values, rows, seen, seen[None, :],
+            # heads are in one part here: what stands for the second is not used
+            (best, total, mixed, total), (query, query), keys, values, offsets, seen, seen[None, :],
             (position - n)[None, :], slope[:, None], scale, cap, D, SIZE, 0, HAS_CAP, HAS_SLOPES, True,
         )  # fmt: skip
     if JOINS_ITSELF and splits == 1:
@@ -86,7 +91,7 @@ def decode_attention_kernel(
             of_first = (item - split) * H + head
             result = _joined(
                 acc + of_first[:, None] * D + d[None, :], top + of_first, mass + of_first,
-                q_mask, is_head, splits, H, D, G, SIZE,
+                q_mask, is_head, splits, H, D, G, SIZE, AHEAD,
             )  # fmt: skip
             tl.store(out + q_at, result.to(out.dtype.element_ty), mask=q_mask)
 
@@ -95,7 +100,7 @@ def decode_attention_kernel(
 def _joined(
     acc, top, mass, mask, is_head, splits,
     H: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SIZE: tl.constexpr,
-    AHEAD: tl.constexpr = 2,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """[G, SIZE] of all splits, always in their order; those of `AHEAD` are fetched at once."""
     best = tl.full([G], float("-inf"), dtype=tl.float32)
@@ -178,8 +183,8 @@ def decode_attention(
         H=num_heads, K=num_kv_heads, D=head_dim, SIZE=size,
         G=triton.next_power_of_2(max(16, num_shared)), N=splits.block,
         BLOCK_SIZE=block_size, WINDOW=window or 0,
-        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, JOINS_ITSELF=splits.join_themselves, num_warps=4,
-        num_stages=3 if is_small else 2, maxnreg=_REGISTERS if is_small else None,
+        HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, JOINS_ITSELF=splits.join_themselves,
+        AHEAD=_FETCHED_AT_ONCE, num_warps=4, num_stages=3 if is_small else 2, maxnreg=_REGISTERS if is_small else None,
         **chained(q),
     )  # fmt: skip
     if not splits.join_themselves:

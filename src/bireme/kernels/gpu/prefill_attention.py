@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bireme.kernels.choice import MULTIPROCESSORS
+from bireme.kernels.choice import MULTIPROCESSORS, is_hopper
 from bireme.kernels.gpu.attend import (
     attend_block,
     attend_described,
@@ -19,10 +19,10 @@ from bireme.kernels.gpu.attend import (
     store_part,
 )
 from bireme.kernels.gpu.descriptors import can_be_described, described
-from bireme.kernels.query_tiles import NARROW, TILE, Tiles
+from bireme.kernels.query_tiles import TILE, Tiles, tiles_of_multiprocessor
 
 _PROGRAMS = 4 * MULTIPROCESSORS  # that a large GPU has at once, or a few more
-_REGISTERS = 168  # of a thread, at most, where three programs share a multiprocessor
+_REGISTERS = 168  # of a thread, at most, where a multiprocessor with 65,536 has three programs of 128 threads
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _attend_cached(
 
 @triton.jit
 def _attend_own(
-    state, query, at_m, begin, end, qkv, blocks, rests, row_stride, row, position, kv, slope,
+    state, query, at_m, begin, end, qkv, firsts, rests, row_stride, row, position, kv, slope,
     scale, cap,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr,
     N: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, IS_MASKED: tl.constexpr,
@@ -63,7 +63,7 @@ def _attend_own(
         distance = at_m[:, None] - n[None, :]
         if IS_DESCRIBED:
             state = attend_described(
-                state, query, blocks, rests, (row - position + at).to(tl.int32), H + kv,
+                state, query, firsts, rests, (row - position + at).to(tl.int32), H + kv,
                 H + K + kv, distance, slope, scale, cap, N, SIZE, REST, HAS_CAP, HAS_SLOPES,
             )  # fmt: skip
         else:
@@ -78,7 +78,7 @@ def _attend_own(
 
 @triton.jit
 def _attend_tile(
-    row, position, count, beside, head, q, keys, values, qkv, blocks, rests, table, slots,
+    row, position, count, beside, head, q, keys, values, qkv, firsts, rests, table, slots,
     head_map, slopes, out, scale, cap, table_stride, row_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
@@ -91,8 +91,8 @@ def _attend_tile(
     kv = tl.load(head_map + head)
 
     m = tl.arange(0, M)
-    own_rows = ((row + m) * H + head) * D
-    query = parts_of(q, own_rows, m < count, D, SIZE, REST, True)
+    offsets = ((row + m) * H + head) * D
+    query = parts_of(q, offsets, m < count, D, SIZE, REST, True)
     at_m = position + m
     slope = 0.0
     if HAS_SLOPES:
@@ -101,7 +101,7 @@ def _attend_tile(
     best = tl.full([M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     mixed = tl.zeros([M, SIZE], dtype=tl.float32)
-    mixed_rest = tl.zeros([M, REST], dtype=tl.float32) if REST else total
+    mixed_rest = tl.zeros([M, REST], dtype=tl.float32) if REST else total  # not used then
     own_table = table + slot * table_stride
     stop, low, cached = position + count, 0, position + count
     if HAS_ROWS:
@@ -123,41 +123,41 @@ def _attend_tile(
     if HAS_ROWS:
         before = beside + tl.maximum(0, position - beside) // N * N
         state = _attend_own(
-            state, query, at_m, beside, before, qkv, blocks, rests, row_stride, row, position, kv,
+            state, query, at_m, beside, before, qkv, firsts, rests, row_stride, row, position, kv,
             slope, scale, cap,
             H, K, D, SIZE, REST, N, HAS_CAP, HAS_SLOPES, False, IS_DESCRIBED, OWN_STAGES,
         )  # fmt: skip
         state = _attend_own(
-            state, query, at_m, before, stop, qkv, blocks, rests, row_stride, row, position, kv,
+            state, query, at_m, before, stop, qkv, firsts, rests, row_stride, row, position, kv,
             slope, scale, cap,
             H, K, D, SIZE, REST, N, HAS_CAP, HAS_SLOPES, True, False,
             1 if IS_DESCRIBED else (OWN_STAGES + 1) // 2,  # a block or two, as was quickest
         )  # fmt: skip
     best, total, mixed, mixed_rest = state
     total = tl.where(total == 0.0, 1.0, total)[:, None]  # of rows behind the last
-    store_part(out, own_rows, m < count, mixed / total, 0, SIZE, D)
+    store_part(out, offsets, m < count, mixed / total, 0, SIZE, D)
     if REST:
-        store_part(out, own_rows, m < count, mixed_rest / total, SIZE, REST, D)
+        store_part(out, offsets, m < count, mixed_rest / total, SIZE, REST, D)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def prefill_attention_kernel(
-    q, keys, values, qkv, blocks, rests, table, slots, tiles, head_map, slopes, out, num_tiles,
+    q, keys, values, qkv, firsts, rests, table, slots, tiles, head_map, slopes, out, num_tiles,
     scale, cap, table_stride, row_stride,
     H: tl.constexpr, K: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, REST: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BLOCK_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_ROWS: tl.constexpr,
     IS_DESCRIBED: tl.constexpr, OWN_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Programs of a head take its tiles in turn, up to the first that is of no run. `blocks` and `rests`: the
-    parts of qkv's heads, described."""
+    """Programs of a head take its tiles in turn, up to the first that is of no run. `firsts` and
+    `rests`: the two parts of qkv's heads, described."""
     tile, head = tl.program_id(1), tl.program_id(0)
     count = tl.load(tiles + tile * 4 + 2)
     while count > 0:
         row = tl.load(tiles + tile * 4).to(tl.int64)
         position, beside = tl.load(tiles + tile * 4 + 1), tl.load(tiles + tile * 4 + 3)
         _attend_tile(
-            row, position, count, beside, head, q, keys, values, qkv, blocks, rests, table, slots,
+            row, position, count, beside, head, q, keys, values, qkv, firsts, rests, table, slots,
             head_map, slopes, out, scale, cap, table_stride, row_stride,
             H, K, D, SIZE, REST, M, N, BLOCK_SIZE, WINDOW, HAS_CAP, HAS_SLOPES, HAS_ROWS,
             IS_DESCRIBED, OWN_STAGES,
@@ -167,7 +167,7 @@ def prefill_attention_kernel(
 
 
 def _head_parts(head_dim: int) -> tuple[int, int]:
-    """Powers of two: a head of 80 is 64 and 16, where one that holds it, 128, has more to multiply. No rest: 0."""
+    """Powers of two that hold it, the second 0 where one is as small: of 80 64 and 16, and not 128."""
     whole = triton.next_power_of_2(max(16, head_dim))
     size = whole // 2
     rest = triton.next_power_of_2(max(16, head_dim - size))
@@ -197,19 +197,19 @@ def prefill_attention(
     out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
     size, rest = _head_parts(head_dim)
     is_wide = q.dtype == torch.float32 or size + rest > 128
+    at_once = tiles_of_multiprocessor(head_dim, q.element_size())
     num_tiles = len(tiles.on_device)
     columns = max(-(-len(q) // TILE), _PROGRAMS // num_heads)  # many runs may be short
     has_rows = qkv is not None and not window
     rows = qkv if qkv is not None else q
     places = 32 if is_wide else 64
-    is_described = has_rows and not is_wide and head_dim % 8 == 0 and can_be_described(rows)
-    blocks = rests = rows
-    if is_described:
-        of_heads = rows.unflatten(1, (-1, head_dim)).transpose(0, 1)  # [H + 2 K, T, D]
-        blocks = described(of_heads, [1, places, size])
-        rests = described(of_heads, [1, places, rest]) if rest else blocks
+    # heads of qkv, one after another [H + 2 K, T, D]
+    of_heads = rows.unflatten(1, (-1, head_dim)).transpose(0, 1) if has_rows else rows
+    is_described = has_rows and not is_wide and can_be_described(of_heads)
+    firsts = described(of_heads, [1, places, size]) if is_described else rows
+    rests = described(of_heads, [1, places, rest]) if is_described and rest else rows
     prefill_attention_kernel[(num_heads, min(num_tiles, columns))](
-        q, keys, values, rows, blocks, rests, table, slots, tiles.on_device, head_map,
+        q, keys, values, rows, firsts, rests, table, slots, tiles.on_device, head_map,
         slopes if slopes is not None else q, out, num_tiles, scale, cap or 0.0, table.stride(0),
         rows.stride(0),
         H=num_heads, K=keys.shape[1], D=head_dim, SIZE=size, REST=rest, M=TILE, N=places,
@@ -217,6 +217,6 @@ def prefill_attention(
         HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows, IS_DESCRIBED=is_described,
         # rows that lie side by side are fetched further ahead: their addresses are worked out at once
         OWN_STAGES=1 if is_wide else 3, num_warps=4, num_stages=1 if is_wide else 2,
-        maxnreg=_REGISTERS if head_dim <= NARROW and not is_wide else None,
+        maxnreg=_REGISTERS if is_hopper(q.device) and at_once == 3 else None,
     )  # fmt: skip
     return out
