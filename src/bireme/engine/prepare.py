@@ -30,7 +30,7 @@ from bireme.engine.executor import WorkerPlan
 from bireme.engine.input_processor import ServedModel
 from bireme.engine.limits import SchedulerLimits
 from bireme.errors import CapacityError, ConfigError
-from bireme.kernels.query_tiles import TILE, tiles_at_once
+from bireme.kernels.query_tiles import TILE, TILES_AT_ONCE
 from bireme.model_config import ModelConfig
 from bireme.models.registry import model_layout, rank_layouts
 from bireme.models.rope import depends_on_length
@@ -274,7 +274,6 @@ def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
     config, engine = plan.model, plan.config
     is_on_gpus = any(device != "cpu" for device in plan.devices)
     num_heads = -(-config.num_heads // min(engine.parallel.widths))  # of the largest cut
-    at_once = tiles_at_once(config.head_dim, DTYPE_BYTES[plan.dtype])
     return SchedulerLimits(
         pp_size=engine.parallel.pp_size,
         max_num_seqs=engine.max_num_seqs,
@@ -284,7 +283,7 @@ def scheduler_limits(plan: WorkerPlan) -> SchedulerLimits:
         has_prefix_caching=engine.enable_prefix_caching,
         context_per_token=_context_per_token(config),
         depends_on_length=config.rope is not None and depends_on_length(config.rope),
-        chunks=gpu_chunks(num_heads, TILE, at_once) if is_on_gpus else CPU_CHUNKS,
+        chunks=gpu_chunks(num_heads, TILE, TILES_AT_ONCE) if is_on_gpus else CPU_CHUNKS,
     )
 
 

@@ -13,20 +13,7 @@ from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.host_copies import upload
 
 TILE = 64  # queries
-_LARGEST_OF_THREE = (
-    80  # head size, of which three tiles fit a multiprocessor's registers and shared memory
-)
-
-
-def tiles_of_multiprocessor(head_dim: int, element_size: int) -> int:
-    """How many tiles a Hopper GPU's multiprocessor attends to at the same time, each of one head, whose elements take
-    so many bytes."""
-    return 3 if head_dim <= _LARGEST_OF_THREE and element_size == 2 else 2
-
-
-def tiles_at_once(head_dim: int, element_size: int) -> int:
-    """How many a whole Hopper GPU does."""
-    return tiles_of_multiprocessor(head_dim, element_size) * MULTIPROCESSORS
+TILES_AT_ONCE = 2 * MULTIPROCESSORS  # each of one head, that a Hopper GPU attends to
 
 
 def num_tiles(counts: Sequence[int]) -> int:

@@ -16,9 +16,7 @@ from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
 
 _REGISTERS = 128  # of a thread, at most: told that there are, the compiler fetches more ahead
-_FETCHED_AT_ONCE = (
-    2  # splits, where a context's last program joins them: most that are split have two
-)
+_FETCHED_AT_ONCE = 2  # splits, by a context's last program; contexts of one length have no more
 _SPLITS_AT_ONCE = 32  # that a program joins: by 64 few splits take 0.7 us longer (H200)
 
 
@@ -184,8 +182,8 @@ def decode_attention(
         G=triton.next_power_of_2(max(16, num_shared)), N=splits.block,
         BLOCK_SIZE=block_size, WINDOW=window or 0,
         HAS_CAP=cap is not None, HAS_SLOPES=slopes is not None, JOINS_ITSELF=splits.join_themselves,
-        AHEAD=_FETCHED_AT_ONCE, num_warps=4, num_stages=3 if is_small else 2, maxnreg=_REGISTERS if is_small else None,
-        **chained(q),
+        AHEAD=_FETCHED_AT_ONCE, num_warps=4, num_stages=3 if is_small else 2,
+        maxnreg=_REGISTERS if is_small else None, **chained(q),
     )  # fmt: skip
     if not splits.join_themselves:
         join_splits_kernel[(num_heads, num_sequences)](

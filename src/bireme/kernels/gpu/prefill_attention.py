@@ -19,10 +19,11 @@ from bireme.kernels.gpu.attend import (
     store_part,
 )
 from bireme.kernels.gpu.descriptors import can_be_described, described
-from bireme.kernels.query_tiles import TILE, Tiles, tiles_of_multiprocessor
+from bireme.kernels.query_tiles import TILE, Tiles
 
 _PROGRAMS = 4 * MULTIPROCESSORS  # that a large GPU has at once, or a few more
-_REGISTERS = 168  # of a thread, at most, where a multiprocessor with 65,536 has three programs of 128 threads
+_NARROW = 80  # the largest head size of which a multiprocessor's shared memory holds three programs
+_REGISTERS = 168  # of a thread, at most, of three programs of 128 threads that share 65,536
 
 
 @triton.jit
@@ -197,7 +198,6 @@ def prefill_attention(
     out = torch.zeros_like(q) if tiles.has_other_rows else torch.empty_like(q)
     size, rest = _head_parts(head_dim)
     is_wide = q.dtype == torch.float32 or size + rest > 128
-    at_once = tiles_of_multiprocessor(head_dim, q.element_size())
     num_tiles = len(tiles.on_device)
     columns = max(-(-len(q) // TILE), _PROGRAMS // num_heads)  # many runs may be short
     has_rows = qkv is not None and not window
@@ -217,6 +217,6 @@ def prefill_attention(
         HAS_SLOPES=slopes is not None, HAS_ROWS=has_rows, IS_DESCRIBED=is_described,
         # rows that lie side by side are fetched further ahead: their addresses are worked out at once
         OWN_STAGES=1 if is_wide else 3, num_warps=4, num_stages=1 if is_wide else 2,
-        maxnreg=_REGISTERS if is_hopper(q.device) and at_once == 3 else None,
+        maxnreg=_REGISTERS if is_hopper(q.device) and not is_wide and head_dim <= _NARROW else None,
     )  # fmt: skip
     return out
