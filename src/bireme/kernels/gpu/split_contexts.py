@@ -13,7 +13,8 @@ from bireme.kernels.choice import MULTIPROCESSORS
 from bireme.kernels.context_splits import ContextSplits
 
 _PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
-_MOST_SHARES = 2 * _PROGRAMS  # that contexts of uneven lengths are divided into
+_MOST_SHARES = 512  # that contexts are divided into where their last programs join them
+_LEAST_JOINED = 256  # positions of a share there: shorter ones save less than joining takes (H200)
 _MOST_SPLITS = 64  # of a context, by which so many programs read one of its KV heads at most
 
 
@@ -39,10 +40,11 @@ class _Grid:
 
     @property
     def num_shares(self) -> int:
-        """Of all contexts, so that `most_sequences` of one length have `even` splits each, and fewer up to twice as
-        many: the same contexts are split alike in a graph, which has rows for more, and beside it."""
+        """Of all contexts: where a second kernel joins, so many that `most_sequences` of one length have `even` splits
+        each, and fewer up to twice as many. The same contexts are split alike in a graph, which has rows for more, and
+        beside it."""
         whole = self.most_sequences * self.num_kv_heads
-        return self.even * whole if self.even > 1 else min(_MOST_SHARES, whole)
+        return self.even * whole if self.even > 1 else _MOST_SHARES
 
     @property
     def num_items(self) -> int:
@@ -60,7 +62,7 @@ class _Grid:
 def split_contexts_kernel(
     positions, items, rows, arrivals, B, W, shares,
     K: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr,
-    MOST: tl.constexpr, WINDOW: tl.constexpr,
+    MOST: tl.constexpr, LEAST: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     row, item = tl.arange(0, ROWS), tl.arange(0, ITEMS)
     stop = tl.load(positions + row, mask=row < B, other=0).to(tl.int32) + 1
@@ -71,6 +73,7 @@ def split_contexts_kernel(
     # a graph's empty rows are at position 0: they count for nothing, so that contexts are split as beside it
     counted = tl.sum(tl.where(stop > 1, blocks, 0).to(tl.int64))
     share = tl.maximum(tl.cdiv(counted * K, shares).to(tl.int32), tl.cdiv(tl.max(blocks), MOST))
+    share = tl.maximum(share, LEAST)
     splits = tl.maximum((2 * blocks + share) // (2 * share), 1)  # the nearest number
     own = tl.where(row < B, splits, 0)
     long = tl.where(splits > 1, own, 0)
@@ -102,7 +105,7 @@ def split_contexts(
     split_contexts_kernel[(1,)](
         positions, items, rows, arrivals, num_sequences, grid.num_items, grid.num_shares,
         K=num_kv_heads, N=block, ROWS=grid.most_sequences, ITEMS=grid.most_items,
-        MOST=_MOST_SPLITS, WINDOW=window or 0,
+        MOST=_MOST_SPLITS, LEAST=_LEAST_JOINED // block if grid.even == 1 else 1, WINDOW=window or 0,
     )  # fmt: skip
     return ContextSplits(items, rows, arrivals, block, grid.even)
 
