@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SHAPE, LARGE_SHAPE = "decode-llama-2-7b-2x-h200", "decode-llama-3-70b-2x-h200"
 OTHER_SHAPE = "decode-heads-of-64-2x-h200"
-LATER_SHAPE = "decode-heads-of-80-1x-h200-untuned"
+LATER_SHAPE = "decode-heads-of-256-1x-h200"
 KERNELS = "step-kernels-llama-2-7b-2x-h200"
 ATTENTION = "attention-1x-h200"
 Layout = dict[str, Any]
