@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks/README.md").read_text()
 
 
 readme_tables = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/readme_tables.py")))
@@ -56,20 +57,21 @@ def test_a_7b_shape_on_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "page"),
     [
-        readme_tables.SHAPE,
-        readme_tables.LARGE_SHAPE,
-        readme_tables.OTHER_SHAPE,
-        readme_tables.LATER_SHAPE,
+        (readme_tables.SHAPE, README),
+        (readme_tables.LARGE_SHAPE, README),
+        (readme_tables.OTHER_SHAPE, BENCHMARKS),
+        (readme_tables.LATER_SHAPE, BENCHMARKS),
     ],
+    ids=("7b", "70b", "heads-of-64", "heads-of-256"),
 )
-def test_beside_vllm_on_gpus(shape: str) -> None:
-    assert "\n".join(readme_tables.beside_vllm(shape)) in README
+def test_beside_vllm_on_gpus(shape: str, page: str) -> None:
+    assert "\n".join(readme_tables.beside_vllm(shape)) in page
     layouts = kept(shape)["layouts"]
     assert {it["peers"]["vllm"]["versions"]["vllm"] for it in layouts} == {"0.24.0"}
     runs = [peer["run"] for it in layouts for peer in it["peers"].values()]
-    assert {f"of commit {run['commit'][:7]}" in README for run in runs} == {True}
+    assert {f"of commit {run['commit'][:7]}" in page for run in runs} == {True}
 
 
 def commits_of(shape: str) -> set[str]:
@@ -79,8 +81,8 @@ def commits_of(shape: str) -> set[str]:
 
 def test_another_shape() -> None:
     (commit,) = commits_of(readme_tables.OTHER_SHAPE)
-    assert f"--briefly` at commit {commit})" in README
-    assert "\n".join(readme_tables.shares(readme_tables.OTHER_SHAPE)) in README
+    assert f"--briefly` at commit {commit})" in BENCHMARKS
+    assert "\n".join(readme_tables.shares(readme_tables.OTHER_SHAPE)) in BENCHMARKS
 
 
 def listed(figures: list[str]) -> str:
@@ -100,7 +102,7 @@ def test_one_gpu_since() -> None:
 
 @pytest.mark.parametrize("shape", ["heads-of-64", "heads-of-80"])
 def test_one_gpu_since_beside_vllm(shape: str) -> None:
-    readme = README.replace("\n", " ")
+    page = BENCHMARKS.replace("\n", " ")
     (layout,) = kept(f"decode-{shape}-1x-h200")["layouts"]
     (ours, prompts), (theirs, their_prompts) = (
         [
@@ -114,9 +116,9 @@ def test_one_gpu_since_beside_vllm(shape: str) -> None:
         ]
         for peer in ("bireme", "vllm")
     )
-    assert f"takes {ours} ms a step, {prompts} ms to first tokens; " in readme
-    assert f"vLLM {theirs} ms, {their_prompts}." in readme
-    assert f"At commit {layout['run']['commit'][:7]}" in readme
+    assert f"takes {ours} ms a step, {prompts} ms to first tokens; " in page
+    assert f"vLLM {theirs} ms, {their_prompts}." in page
+    assert f"At commit {layout['run']['commit'][:7]}" in page
 
 
 def test_transformers_on_a_gpu() -> None:
@@ -143,16 +145,14 @@ def test_a_70b_shape_on_gpus() -> None:
 def test_what_is_missing_on_gpus() -> None:
     layouts = {f"{it['tp']},{it['pp']}": it for it in kept(readme_tables.KERNELS)["layouts"]}
     told = "\n".join(readme_tables.missing(readme_tables.SHAPE, layouts))
-    readme = (ROOT / "benchmarks/README.md").read_text()
-    assert told in readme
-    assert f"of commit {kept(readme_tables.KERNELS)['commit'][:7]}, as" in readme
+    assert told in BENCHMARKS
+    assert f"of commit {kept(readme_tables.KERNELS)['commit'][:7]}, as" in BENCHMARKS
 
 
 def test_attention() -> None:
-    readme = (ROOT / "benchmarks/README.md").read_text()
     for table in readme_tables.attention(readme_tables.ATTENTION):
-        assert "\n".join(table) in readme
-    assert f"of commit {kept(readme_tables.ATTENTION)['commit'][:7]}, for the heads" in readme
+        assert "\n".join(table) in BENCHMARKS
+    assert f"of commit {kept(readme_tables.ATTENTION)['commit'][:7]}, for the heads" in BENCHMARKS
 
 
 def missed(found: float, aim: float, *, is_rate: bool = False) -> float:
