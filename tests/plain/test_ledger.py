@@ -269,6 +269,37 @@ def test_collectives_that_are_marked_in_one_step_stand_for_those_of_the_others()
         assert rank.share(Row.UNATTRIBUTED) == 0
 
 
+def test_a_marked_step_in_which_a_device_stood_still_stands_for_no_others() -> None:
+    """33 steps of 100 us with 10 us of sums, each 16th marked; in the first of these sums take 2 ms more."""
+    spans, at = [], 0
+    for step in range(33):
+        stall = 2000 * US if step == 1 else 0
+        end = at + 100 * US + stall
+        spans += [Span(kind, at, end, 0, step, 0) for kind in (SpanKind.STEP, SpanKind.COMPUTE)]
+        if step % 16 == 1:
+            spans.append(Span(SpanKind.ALL_REDUCE, end - 10 * US - stall, end, 0, step, 0))
+        at = end
+    (found,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, at).ranks
+    assert found.is_sampled
+    assert found.ns[Row.COLLECTIVE_MOVE] == 2000 * US + 33 * 10 * US
+    assert found.ns[Row.COMPUTE] == 33 * 90 * US
+
+
+def test_a_marked_step_whose_work_is_lost_stands_for_no_others() -> None:
+    spans = [
+        Span(kind, 100 * US * step, 100 * US * (step + 1), 0, step, 0)
+        for step in range(4)
+        for kind in (SpanKind.STEP, SpanKind.COMPUTE)[: 1 if step == 0 else 2]
+    ]
+    spans += [Span(SpanKind.ALL_REDUCE, 0, 50 * US, 0, 0, 0)]
+    (alone,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, 400 * US).ranks
+    assert not alone.is_sampled
+    spans += [Span(SpanKind.ALL_REDUCE, 290 * US, 300 * US, 0, 2, 0)]
+    (found,) = make_ledger(Recorded([RankSpans("rank 0", 0, 0, spans)], []), 0, 400 * US).ranks
+    assert found.is_sampled
+    assert found.ns[Row.COLLECTIVE_MOVE] == 50 * US + 3 * 10 * US
+
+
 @pytest.mark.parametrize(("num_receivers", "senders"), [(2, [0, 1]), (4, [0, 0, 1, 1]), (1, [0])])
 def test_each_rank_waits_for_the_one_that_sends_to_it(
     num_receivers: int, senders: list[int]

@@ -174,20 +174,24 @@ class _RankPieces:
             self._sampled is not None,
         )  # fmt: skip
 
-    def _collective_shares(self) -> tuple[float, float] | None:
-        """Of the time of work, in waiting and in moving, by the steps whose collectives were marked; none
-        where all were."""
-        marked = [step for step in self._steps if step.collectives]
+    def _collective_shares(self) -> dict[int, tuple[float, float]] | None:
+        """Of the time of work, in waiting and in moving, by the steps whose collectives were marked and by how long
+        these worked: one in which a device stood still says nothing of others. None where all were marked."""
+        marked = [step for step in self._steps if step.collectives and step.busy_ns]
         if not marked or all(step.collectives for step in self._steps[1:]):
             return None  # of the first the ring may have lost some
-        wait_ns = move_ns = 0
+        found: dict[int, list[int]] = {}
         for step in marked:
+            of_length = found.setdefault(_length(step), [0, 0, 0])
+            of_length[0] += step.busy_ns
             for ordinal, span in enumerate(step.collectives):
                 come_ns, _ = self._come(step, ordinal, span)
-                wait_ns += come_ns - span.start_ns
-                move_ns += span.end_ns - come_ns
-        work_ns = sum(span.end_ns - span.start_ns for step in marked for span in step.work)
-        return wait_ns / work_ns, move_ns / work_ns
+                of_length[1] += come_ns - span.start_ns
+                of_length[2] += span.end_ns - come_ns
+        return {
+            length: (wait_ns / busy_ns, move_ns / busy_ns)
+            for length, (busy_ns, wait_ns, move_ns) in found.items()
+        }
 
     def _clipped(self, piece: Piece) -> Piece | None:
         if self._start <= piece.start_ns < piece.end_ns <= self._end:
@@ -250,11 +254,12 @@ class _RankPieces:
         yield Piece(begun_ns, end_ns, Row.TRANSFER, step.key)
 
     def _work(self, step: RankStep, start_ns: int, end_ns: int) -> Iterator[Piece]:
-        """With its collectives, where these were not marked, at its end."""
+        """With its collectives, where these were not marked, at its end, as in steps about as long."""
         if self._sampled is None or step.collectives:
             yield Piece(start_ns, end_ns, Row.COMPUTE, step.key)
             return
-        wait, move = self._sampled
+        length = _length(step)
+        wait, move = self._sampled[min(self._sampled, key=lambda it: abs(it - length))]
         num_ns = end_ns - start_ns
         wait_ns = start_ns + round(num_ns * (1 - wait - move))
         move_ns = start_ns + round(num_ns * (1 - move))
@@ -282,6 +287,11 @@ class _RankPieces:
         if start < end:
             for begin, stop, row in self._causes.pieces(start, end, awaited, is_own=is_own):
                 yield Piece(begin, stop, row)
+
+
+def _length(step: RankStep) -> int:
+    """Of its work, in powers of two."""
+    return step.busy_ns.bit_length()
 
 
 def _scaled(late: Counter[str], pieces: Sequence[Piece]) -> Counter[str]:

@@ -37,6 +37,11 @@ class RankStep:
         return self.receives[-1].end_ns if self.receives else self.start_ns
 
     @property
+    def busy_ns(self) -> int:
+        """How long its work took."""
+        return sum(span.end_ns - span.start_ns for span in self.work)
+
+    @property
     def inner_sends(self) -> Iterator[tuple[int, int]]:
         """What of its sends lies in it, without overlap."""
         at = self.start_ns

@@ -429,6 +429,17 @@ def num_splits(lengths: Sequence[int], num_kv: int, device: torch.device) -> lis
     return counts
 
 
+@pytest.mark.parametrize("others", [2, 63])
+@pytest.mark.parametrize("num_kv", [1, 8])
+def test_no_split_is_empty(num_kv: int, others: int, device: torch.device) -> None:
+    block = block_positions(1 + others, num_kv, 128)
+    for length in (384, 1000, 2592, 5000, 16_160, 20_000):
+        count, *rest = num_splits([length] + [1] * others, num_kv, device)
+        blocks = -(-length // block)
+        assert (count - 1) * -(-blocks // count) < blocks, (length, count)
+        assert rest == [1] * others
+
+
 def test_splits_fill_a_gpu_however_uneven_contexts_are(device: torch.device) -> None:
     assert num_splits([192], 32, device) == [6]
     assert num_splits([4096], 1, device) == [64]

@@ -14,7 +14,7 @@ from bireme.kernels.context_splits import ContextSplits
 
 _PROGRAMS = 2 * MULTIPROCESSORS  # that a large GPU has at once
 _MOST_SHARES = 512  # that contexts are divided into where their last programs join them
-_LEAST_JOINED = 256  # positions of a share there: shorter ones save less than joining takes (H200)
+_LEAST_JOINED = 256  # positions of a share there: smaller ones save less than joining takes (H200)
 _MOST_SPLITS = 64  # of a context, by which so many programs read one of its KV heads at most
 
 
@@ -74,7 +74,10 @@ def split_contexts_kernel(
     counted = tl.sum(tl.where(stop > 1, blocks, 0).to(tl.int64))
     share = tl.maximum(tl.cdiv(counted * K, shares).to(tl.int32), tl.cdiv(tl.max(blocks), MOST))
     share = tl.maximum(share, LEAST)
-    splits = tl.maximum((2 * blocks + share) // (2 * share), 1)  # the nearest number
+    nearest = tl.maximum((2 * blocks + share) // (2 * share), 1)
+    # splits have as many blocks but for the last: by rounding up, others would be left without any
+    per_split = tl.maximum(tl.cdiv(blocks, nearest), 1)
+    splits = tl.maximum(tl.cdiv(blocks, per_split), 1)
     own = tl.where(row < B, splits, 0)
     long = tl.where(splits > 1, own, 0)
     # those of long contexts first: what begins last is short
