@@ -134,7 +134,7 @@ def shares(name: str) -> list[str]:
 
 
 def beside_vllm(name: str) -> list[str]:
-    """In Markdown: ours and vLLM's, timed from outside in the same way."""
+    """In Markdown: ours and vLLM's, timed from outside in the same way; medians, and the least to the most."""
     layouts = kept(name)["layouts"]
     names = [_layout_name(f"{it['tp']},{it['pp']}") for it in layouts]
     told = [it["peers"][peer] for it in layouts for peer in ("bireme", "vllm")]
@@ -143,18 +143,25 @@ def beside_vllm(name: str) -> list[str]:
         return [title, *(figure(one) for one in told)]
 
     def step(batch: str) -> Callable[[Layout], str]:
-        return lambda one: f"{1e3 * median(one['step_s'][batch]):.2f}"
+        return lambda one: _spread([1e3 * took for took in one["step_s"][batch]], ".2f")
 
     def prompt(size: str) -> Callable[[Layout], str]:
-        return lambda one: f"{1e3 * median(one['first_token_s'][size]):.1f}"
+        return lambda one: _spread([1e3 * took for took in one["first_token_s"][size]], ".1f")
 
     rows = [row(f"batch {batch}, ms a step", step(batch)) for batch in told[0]["step_s"]]
     rows += [row(f"prompt of {size}, ms", prompt(size)) for size in told[0]["first_token_s"]]
     if all("output_tokens_per_s" in one for one in told):
-        rate = row("output tokens/s", lambda one: f"{median(one['output_tokens_per_s']):,.0f}")
+        rate = row("output tokens/s", lambda one: _spread(one["output_tokens_per_s"], ",.0f"))
         rows.append(rate)
     rows.append(row("constructor, s", lambda one: f"{one['start_s']:.1f}"))
     return _lines(["", *(head for one in names for head in (one, "vLLM"))], rows)
+
+
+def _spread(figures: Sequence[float], digits: str) -> str:
+    middle, least, most = (
+        format(one, digits) for one in (median(figures), min(figures), max(figures))
+    )
+    return f"{middle} ({least} to {most})"
 
 
 def missing(name: str, seen: Mapping[str, Layout]) -> list[str]:
