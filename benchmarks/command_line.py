@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from gpu_floors import CONFIGS, model_folder, numbers
@@ -82,7 +83,8 @@ def shape(text: str) -> str:
         prepare_model(model_folder(text), needs_weights=False)
     except UserError as error:
         names = ", ".join(sorted(it.name for it in CONFIGS.iterdir() if it.is_dir()))
-        raise argparse.ArgumentTypeError(f"{error}; or one of {names}") from None
+        others = "" if Path(text).exists() else f"; or one of {names}"
+        raise argparse.ArgumentTypeError(f"{error}{others}") from None
     return text
 
 
@@ -103,6 +105,7 @@ def interpreter_with(package: str) -> Callable[[str], str]:
 def need_gpus(parser: argparse.ArgumentParser, most: int = 1, layouts: Iterable[str] = ()) -> None:
     """Ends the program where there are fewer than `most`, or than one of the layouts needs."""
     here = torch.cuda.device_count()
-    for what, needed in [("it", most), *((it, math.prod(numbers(it))) for it in layouts)]:
-        if needed > here:
-            parser.error(f"{what} needs GPUs: {needed}; torch sees {here} here")
+    takers = [("this script", most), *((f"layout {it}", math.prod(numbers(it))) for it in layouts)]
+    what, needed = max(takers, key=lambda one: one[1])
+    if needed > here:
+        parser.error(f"{what} takes {needed} GPU{'s' * (needed > 1)}; torch sees {here} here")

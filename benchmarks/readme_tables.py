@@ -109,8 +109,8 @@ def beside_aims(name: str, word: str = "aim") -> list[str]:
 
 
 def shares(name: str) -> list[str]:
-    """In Markdown: medians by our own clock, with the shares that the hardware's floors are of them; of steps what a
-    tenth is quicker and a tenth slower than."""
+    """In Markdown: medians by our own clock, with the shares that the hardware's floors are of them; of steps their
+    10th and 90th percentiles."""
     layouts = kept(name)["layouts"]
 
     def step(one: Layout) -> str:

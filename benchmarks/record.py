@@ -87,8 +87,9 @@ def _commit() -> str:
 
 
 def write(name: str, packages: Sequence[str], result: Mapping[str, Any]) -> Path:
-    """Keeps a result under benchmarks/results."""
+    """Keeps a result under benchmarks/results, in place of what was kept there, and says so."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({**environment(packages), **result}, indent=1) + "\n")
+    print(f"kept as {path}", file=sys.stderr)
     return path

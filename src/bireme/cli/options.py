@@ -204,7 +204,7 @@ def parallel_config(tp: str, pp: int | None, layers: str | None) -> ParallelConf
     """The layout that the three options ask for."""
     if tp == "auto":
         raise ConfigError(
-            "tensor_parallel_size auto works in `bireme generate` alone; give a number, "
+            "tensor_parallel_size auto does not work here; give a number, "
             "or a list of them like 3,2"
         )
     return ParallelConfig.of(parse_ints(tp, "tensor_parallel_size"), pp, _layers(layers))

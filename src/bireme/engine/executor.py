@@ -84,9 +84,12 @@ class WorkerPlan:
         return [Mesh(widths, rank).name for rank in range(sum(widths))]
 
 
-def _size(batch: ScheduledBatch) -> int:
-    """Of a step, to tell how long it may take: its tokens, and one for every 1,024 looked back at."""
-    return batch.num_tokens + sum(piece.start for piece in batch.pieces) // 1024
+def _size(batch: ScheduledBatch, *, is_tiled: bool) -> int:
+    """Of a step, to tell how long it may take: its tokens, and one for every 1,024 looked back at. In tiles, of 16 rows
+    on CPUs, each row has the longest context of its tile gathered, which counts for one in 16 there."""
+    if not is_tiled:
+        return batch.num_tokens + sum(piece.start for piece in batch.pieces) // 1024
+    return sum(-(-it.num_tokens // 16) * (16 + it.start + it.num_tokens) for it in batch.pieces)
 
 
 class WorkerExecutor:
@@ -186,7 +189,8 @@ class WorkerExecutor:
 
     def submit(self, batch: ScheduledBatch) -> None:
         self._waiting.append(batch.header)
-        self._steps.begin(batch.header[1], _size(batch))
+        is_tiled = self._plan.config.deterministic
+        self._steps.begin(batch.header[1], _size(batch, is_tiled=is_tiled))
         self._world.send_all(Execute(batch), self._steps.patience_with_all())
 
     def give_masks(self, masks: StepMasks) -> None:
