@@ -51,15 +51,15 @@ class Patience:
 
     def __init__(self, patience_s: float, limit_s: float) -> None:
         now = time.monotonic()
-        self._half_s, self._limit = patience_s / 2, now + limit_s
+        self.look_s, self._limit = patience_s / 2, now + limit_s
         self._last: Hashable = None
-        self.next_look = min(self._limit, now + self._half_s)
+        self.next_look = min(self._limit, now + self.look_s)
 
     def is_over(self, sign: Hashable) -> bool:
         """A look. `sign` is never None."""
         now = time.monotonic()
         has_moved, self._last = sign != self._last, sign
-        self.next_look = min(self._limit, now + self._half_s)
+        self.next_look = min(self._limit, now + self.look_s)
         return not has_moved or now >= self._limit
 
 

@@ -153,7 +153,7 @@ class World:
     def _check_lateness(self, patience: Patience, step_id: int) -> None:
         """Takes a look where one is due; RankError where patience ends with it."""
         if time.monotonic() >= patience.next_look and patience.is_over(self._sign_of_life(step_id)):
-            raise self._late_answer(step_id)
+            raise self._late_answer(step_id, patience.look_s)
 
     def _sign_of_life(self, step_id: int) -> tuple[int | None, Now | None]:
         """The rank that keeps a step from its end, and what it is in the middle of."""
@@ -161,8 +161,9 @@ class World:
         culprit = find_culprit(standings, step_id)
         return culprit, None if culprit is None else standings[culprit].now
 
-    def _late_answer(self, step_id: int) -> RankError:
-        error = self._late(step_id)
+    def _late_answer(self, step_id: int, seconds: float) -> RankError:
+        """Of a rank that got no further for so long."""
+        error = self._late(step_id, how=f", no further for {seconds:.1f} s")
         self._break()
         return error or RankError("the answering rank", f"did not answer step {step_id} in time")
 
@@ -205,14 +206,18 @@ class World:
         why = " (its process is stopped)" if stopped else ""
         return RankError(names, f"did not answer in time while {doing}{why}")
 
-    def _late(self, step_id: int, given_up: Collection[int] = ()) -> RankError | None:
+    def _late(
+        self, step_id: int, given_up: Collection[int] = (), how: str = ""
+    ) -> RankError | None:
         """Names the rank that keeps a step from its end, beside those that waited in vain."""
         standings = self._standings(given_up)
         culprit = find_culprit(standings, step_id)
         if culprit is None:
             return None
         seen = standings[culprit].describe(step_id)
-        return RankError(self.names[culprit], f"did not finish step {step_id} in time ({seen})")
+        return RankError(
+            self.names[culprit], f"did not finish step {step_id} in time ({seen}{how})"
+        )
 
     def _standings(self, given_up: Collection[int] = ()) -> dict[int, Standing]:
         return {
