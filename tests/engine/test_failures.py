@@ -392,15 +392,6 @@ def listening(pid: int) -> set[str]:
     return found
 
 
-def test_a_long_prompt_in_tiles_is_waited_for(pool: WorkerPool) -> None:
-    """Its rows have all of its context gathered, tile by tile, for longer than is waited for one of a few tokens."""
-    prompt = [5 + at % 200 for at in range(900)]
-    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    with LLM("demo", pool=pool, deterministic=True) as llm:
-        (found,) = llm.generate([prompt], params)
-    assert len(found.outputs[0].token_ids) == 2
-
-
 def test_ranks_that_share_memory_listen_nowhere(llm: LLM) -> None:
     assert [listening(rank) for rank in pids(llm)] == [set()] * 4
 

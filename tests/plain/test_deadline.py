@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bireme.engine import deadline
-from bireme.engine.deadline import Patience, StepCost
+from bireme.engine.deadline import Patience, StepCost, step_size
+from bireme.request import ScheduledPiece
 
 LIMIT_S = 300.0
 
@@ -71,3 +74,33 @@ def test_what_gets_on_has_until_the_limit(clock: list[float]) -> None:
     while not patience.is_over(looks):
         clock[0], looks = patience.next_look, looks + 1
     assert clock[0] == 1020.0
+
+
+def piece(start: int, num_tokens: int) -> ScheduledPiece:
+    return ScheduledPiece(0, start, num_tokens, [5] * num_tokens, [[1]], samples=True)
+
+
+@given(
+    warm_up=st.integers(1, 16),
+    start=st.integers(0, 100_000),
+    num_tokens=st.integers(1, 5000),
+    tile_rows=st.sampled_from([1, 2, 4, 8, 16]),
+)
+def test_a_step_in_tiles_is_waited_for_by_the_contexts_that_are_gathered(
+    warm_up: int, start: int, num_tokens: int, tile_rows: int
+) -> None:
+    """Where that is all that takes time, and only a few tokens were seen before."""
+
+    def seconds(start: int, num_tokens: int) -> float:
+        stop = start + num_tokens
+        longest = [min(stop, first + tile_rows) for first in range(start, stop, tile_rows)]
+        return 1e-4 * tile_rows * sum(longest)
+
+    cost = StepCost()
+    cost.observe(step_size([piece(0, warm_up)], is_tiled=True), seconds(0, 16))
+    patience = cost.patience_s([step_size([piece(start, num_tokens)], is_tiled=True)], 1e9)
+    assert patience >= seconds(start, num_tokens)
+
+
+def test_a_step_of_several_requests_counts_their_tokens_and_a_little_of_their_contexts() -> None:
+    assert step_size([piece(0, 7), piece(2000, 1), piece(100, 1)], is_tiled=False) == 9 + 2

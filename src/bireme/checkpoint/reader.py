@@ -250,4 +250,4 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder} holds .bin files only; `bireme shard {folder} OUT` reads those"
         )
-    raise CheckpointError(f"{folder} has no safetensors file; load_format dummy makes weights up")
+    raise CheckpointError(f"{folder} has no safetensors file; it is no checkpoint")

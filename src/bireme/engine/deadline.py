@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from bireme.request import ScheduledPiece
+
 LEAST_S = 2.0
 _TIMES_EXPECTED = 5.0
+_TILE_ROWS = 16  # at most, where contexts are gathered
 _DECAY = 0.99  # of the worst that was seen, at each further step of that size
+
+
+def step_size(pieces: Sequence[ScheduledPiece], *, is_tiled: bool) -> int:
+    """Of a step, to tell how long it may take by that of others: its tokens, and one for every 1,024 looked back at. In
+    tiles (`engine/tiles.py`) each row has the longest context of its tile gathered: of each tile as much as that."""
+    if not is_tiled:
+        return sum(it.num_tokens for it in pieces) + sum(it.start for it in pieces) // 1024
+    return sum(-(-it.num_tokens // _TILE_ROWS) * (it.start + it.num_tokens) for it in pieces)
 
 
 class StepCost:

@@ -14,7 +14,7 @@ from bireme.checkpoint.names import NameMap
 from bireme.config import DTYPE_BYTES, EngineConfig
 from bireme.engine.budget import CacheBudget
 from bireme.engine.channel import Steps
-from bireme.engine.deadline import StepsInFlight
+from bireme.engine.deadline import StepsInFlight, step_size
 from bireme.engine.joining import WorldPlan, join_world, threads_per_rank
 from bireme.engine.messages import (
     BeginProfile,
@@ -82,14 +82,6 @@ class WorkerPlan:
     def rank_names(self) -> list[str]:
         widths = self.config.parallel.widths
         return [Mesh(widths, rank).name for rank in range(sum(widths))]
-
-
-def _size(batch: ScheduledBatch, *, is_tiled: bool) -> int:
-    """Of a step, to tell how long it may take: its tokens, and one for every 1,024 looked back at. In tiles, of 16 rows
-    on CPUs, each row has the longest context of its tile gathered, which counts for one in 16 there."""
-    if not is_tiled:
-        return batch.num_tokens + sum(piece.start for piece in batch.pieces) // 1024
-    return sum(-(-it.num_tokens // 16) * (16 + it.start + it.num_tokens) for it in batch.pieces)
 
 
 class WorkerExecutor:
@@ -190,7 +182,7 @@ class WorkerExecutor:
     def submit(self, batch: ScheduledBatch) -> None:
         self._waiting.append(batch.header)
         is_tiled = self._plan.config.deterministic
-        self._steps.begin(batch.header[1], _size(batch, is_tiled=is_tiled))
+        self._steps.begin(batch.header[1], step_size(batch.pieces, is_tiled=is_tiled))
         self._world.send_all(Execute(batch), self._steps.patience_with_all())
 
     def give_masks(self, masks: StepMasks) -> None:
