@@ -67,6 +67,7 @@ def test_patience_ends_where_nothing_moved_for_half_of_it(clock: list[float]) ->
     clock[0] = patience.next_look
     assert patience.next_look == 1004.0
     assert patience.is_over(("rank 0", 7))
+    assert patience.why_over == "no further for 2.0 s"
 
 
 def test_what_gets_on_has_until_the_limit(clock: list[float]) -> None:
@@ -74,6 +75,7 @@ def test_what_gets_on_has_until_the_limit(clock: list[float]) -> None:
     while not patience.is_over(looks):
         clock[0], looks = patience.next_look, looks + 1
     assert clock[0] == 1020.0
+    assert patience.why_over == "not in 20 s"
 
 
 def piece(start: int, num_tokens: int) -> ScheduledPiece:
@@ -89,15 +91,15 @@ def piece(start: int, num_tokens: int) -> ScheduledPiece:
 def test_a_step_in_tiles_is_waited_for_by_the_contexts_that_are_gathered(
     warm_up: int, start: int, num_tokens: int, tile_rows: int
 ) -> None:
-    """Where that is all that takes time, and only a few tokens were seen before."""
+    """Where that is all that takes time, 32 places at a time, and only a few tokens were seen before."""
 
     def seconds(start: int, num_tokens: int) -> float:
         stop = start + num_tokens
         longest = [min(stop, first + tile_rows) for first in range(start, stop, tile_rows)]
-        return 1e-4 * tile_rows * sum(longest)
+        return 1e-4 * tile_rows * sum(-(-context // 32) * 32 for context in longest)
 
     cost = StepCost()
-    cost.observe(step_size([piece(0, warm_up)], is_tiled=True), seconds(0, 16))
+    cost.observe(step_size([piece(0, warm_up)], is_tiled=True), seconds(0, warm_up))
     patience = cost.patience_s([step_size([piece(start, num_tokens)], is_tiled=True)], 1e9)
     assert patience >= seconds(start, num_tokens)
 

@@ -13,6 +13,7 @@ from bireme.parallel.layout import CacheKind, ModelLayout
 from bireme.parallel.memory import RankMemory, StepLimits, rank_memory
 
 MOST_TILE_ROWS = 64  # that a deterministic step computes at a time (`engine/tiles.py`)
+MOST_GATHERED_ROWS = 16  # where contexts are gathered, of every row, whether it is a token's or not
 
 
 @dataclass(frozen=True, kw_only=True)

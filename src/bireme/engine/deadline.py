@@ -8,11 +8,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from bireme.engine.budget import MOST_GATHERED_ROWS
 from bireme.request import ScheduledPiece
 
 LEAST_S = 2.0
 _TIMES_EXPECTED = 5.0
-_TILE_ROWS = 16  # at most, where contexts are gathered
 _DECAY = 0.99  # of the worst that was seen, at each further step of that size
 
 
@@ -21,7 +21,9 @@ def step_size(pieces: Sequence[ScheduledPiece], *, is_tiled: bool) -> int:
     tiles (`engine/tiles.py`) each row has the longest context of its tile gathered: of each tile as much as that."""
     if not is_tiled:
         return sum(it.num_tokens for it in pieces) + sum(it.start for it in pieces) // 1024
-    return sum(-(-it.num_tokens // _TILE_ROWS) * (it.start + it.num_tokens) for it in pieces)
+    return sum(
+        -(-it.num_tokens // MOST_GATHERED_ROWS) * (it.start + it.num_tokens) for it in pieces
+    )
 
 
 class StepCost:
@@ -62,15 +64,18 @@ class Patience:
 
     def __init__(self, patience_s: float, limit_s: float) -> None:
         now = time.monotonic()
-        self.look_s, self._limit = patience_s / 2, now + limit_s
+        self._look_s, self._limit_s, self._limit = patience_s / 2, limit_s, now + limit_s
         self._last: Hashable = None
-        self.next_look = min(self._limit, now + self.look_s)
+        self.why_over = ""  # as the last look tells it
+        self.next_look = min(self._limit, now + self._look_s)
 
     def is_over(self, sign: Hashable) -> bool:
         """A look. `sign` is never None."""
         now = time.monotonic()
         has_moved, self._last = sign != self._last, sign
-        self.next_look = min(self._limit, now + self.look_s)
+        still, late = f"no further for {self._look_s:.1f} s", f"not in {self._limit_s:.0f} s"
+        self.why_over = late if has_moved else still
+        self.next_look = min(self._limit, now + self._look_s)
         return not has_moved or now >= self._limit
 
 

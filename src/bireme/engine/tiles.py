@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bireme.engine.budget import MOST_TILE_ROWS
+from bireme.engine.budget import MOST_GATHERED_ROWS, MOST_TILE_ROWS
 from bireme.engine.capture import Watch
 from bireme.engine.captured import CapturedGraph, GraphCapturer, nothing_collected
 from bireme.engine.slots import Slots, rows_of
@@ -27,8 +27,6 @@ from bireme.kernels.host_copies import upload_into
 from bireme.models.blocks import StageModel
 from bireme.parallel.mesh import Mesh
 from bireme.request import ScheduledPiece
-
-_MOST_GATHERED = 16  # rows, whose contexts are gathered whether they are a token's or not
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class _PagedModel(TiledModel):
 
 def _sizes(slots: Slots) -> list[int]:
     """That are tried, the largest first."""
-    most = MOST_TILE_ROWS if slots.is_paged else _MOST_GATHERED
+    most = MOST_TILE_ROWS if slots.is_paged else MOST_GATHERED_ROWS
     return [most >> halvings for halvings in range(most.bit_length())]
 
 

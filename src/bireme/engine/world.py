@@ -153,7 +153,7 @@ class World:
     def _check_lateness(self, patience: Patience, step_id: int) -> None:
         """Takes a look where one is due; RankError where patience ends with it."""
         if time.monotonic() >= patience.next_look and patience.is_over(self._sign_of_life(step_id)):
-            raise self._late_answer(step_id, patience.look_s)
+            raise self._late_answer(step_id, patience.why_over)
 
     def _sign_of_life(self, step_id: int) -> tuple[int | None, Now | None]:
         """The rank that keeps a step from its end, and what it is in the middle of."""
@@ -161,9 +161,8 @@ class World:
         culprit = find_culprit(standings, step_id)
         return culprit, None if culprit is None else standings[culprit].now
 
-    def _late_answer(self, step_id: int, seconds: float) -> RankError:
-        """Of a rank that got no further for so long."""
-        error = self._late(step_id, how=f", no further for {seconds:.1f} s")
+    def _late_answer(self, step_id: int, why: str) -> RankError:
+        error = self._late(step_id, how=f", {why}")
         self._break()
         return error or RankError("the answering rank", f"did not answer step {step_id} in time")
 

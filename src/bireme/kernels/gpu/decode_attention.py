@@ -16,7 +16,7 @@ from bireme.kernels.gpu.attend import attend_block, cache_places
 from bireme.kernels.gpu.chain import await_before, chained
 
 _REGISTERS = 128  # of a thread, at most: told that there are, the compiler fetches more ahead
-_FETCHED_AT_ONCE = 2  # splits, by a context's last program; contexts of one length have no more
+_FETCHED_AT_ONCE = 2  # splits, by a context's last program; contexts of one length have few
 _SPLITS_AT_ONCE = 32  # that a program joins: by 64 few splits take 0.7 us longer (H200)
 
 
